@@ -1,0 +1,48 @@
+"""Validation shared by the value classes: each check raises `ConfigError` with the actual and the allowed value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import attrs
+
+from .errors import ConfigError
+
+
+def is_int(value: object) -> bool:
+    """True for a plain integer; `True` and `False` are not counts."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_int(name: str, value: object, *, minimum: int) -> int:
+    """Return `value` as it is, or raise `ConfigError` when it is no integer or below `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def positive_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
+    """attrs validator: an integer of at least 1."""
+    require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=1)
+
+
+def non_negative_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
+    """attrs validator: an integer of at least 0."""
+    require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=0)
+
+
+def require_choice(name: str, value: object, allowed: Iterable[str]) -> str:
+    """Return `value` when it is one of `allowed`, else raise `ConfigError` that names the nearest one."""
+    choices = tuple(allowed)
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}")
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the candidate nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""

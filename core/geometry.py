@@ -1,0 +1,50 @@
+"""Where the queries and the keys of one call stand: lengths, heads, absolute positions, causality."""
+
+from __future__ import annotations
+
+import attrs
+
+from .checks import non_negative_int, positive_int
+from .errors import ConfigError
+
+
+def _default_q_offset(geometry: Geometry) -> int:
+    return geometry.kv_len - geometry.q_len
+
+
+@attrs.frozen(kw_only=True)
+class Geometry:
+    """The shape of one attention call, without its data.
+
+    Query index i stands at absolute position i + q_offset, key index j at j + kv_offset, for pattern and causality
+    alike. The default q_offset aligns the last query with the last key (kv_len - q_len).
+    """
+
+    q_len: int = attrs.field(validator=non_negative_int)
+    kv_len: int = attrs.field(validator=non_negative_int)
+    num_heads: int = attrs.field(validator=positive_int)
+    num_kv_heads: int = attrs.field(validator=positive_int)
+    is_causal: bool
+    q_offset: int = attrs.field(default=attrs.Factory(_default_q_offset, takes_self=True))
+    kv_offset: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the whole sequence as far as this call knows it: one past the last position."""
+        return max(self.q_offset + self.q_len, self.kv_offset + self.kv_len, 0)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def self_attention(cls, seq_len: int, num_heads: int = 1, *, is_causal: bool = False) -> Geometry:
+        """Queries and keys of one whole sequence, one key-value head per query head."""
+        return cls(q_len=seq_len, kv_len=seq_len, num_heads=num_heads, num_kv_heads=num_heads, is_causal=is_causal)

@@ -1,0 +1,97 @@
+"""What a backend hands to core: a kernel for dense pieces, or one for whole layouts.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim. Tensors may be strided
+views; only their last dimension is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .layout import Layout
+
+
+@attrs.frozen(kw_only=True)
+class DensePiece:
+    """A dense rectangle of queries and keys, or a square under its causal diagonal.
+
+    Attributes:
+        is_causal: query row i sees key rows j <= i; only ever set where the lengths are equal.
+        scale: factor on q·k.
+        deterministic: the same bits on every run, forward and backward.
+    """
+
+    is_causal: bool
+    scale: float
+    deterministic: bool = False
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LayoutPiece:
+    """A whole lowered pattern, for kernels that compute it in one go.
+
+    Attributes:
+        layout: the lowered pattern with its geometry (lengths, offsets, causality) and the pattern it came from.
+        scale: factor on q·k.
+        deterministic: the same bits on every run, forward and backward.
+        dropout_p: probability with which each counted occurrence is dropped after normalisation.
+        seed: int64 scalar tensor that determines the dropout draw; given exactly when dropout_p > 0.
+    """
+
+    layout: Layout
+    scale: float
+    deterministic: bool = False
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
+class DenseKernel(Protocol):
+    """Computes one `DensePiece`; core composes every layout from such pieces.
+
+    forward: q (B, S, H, D), k and v (B, T, K, D) -> out (B, S, H, D) in q's dtype and lse (B, H, S), natural log,
+    float32 (float64 for float64 inputs). backward: the gradient of that piece where `out` and `lse` are those of the
+    *whole* row, merged over all pieces: with p = exp(s - lse), delta = sum(dout * out), ds = p * (dout·v - delta).
+    `lse` is +inf in rows without keys, so that p is 0 there.
+    """
+
+    @property
+    def name(self) -> str:
+        """The pinned sub-kernel, as the plan shows it."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """Return (out, lse)."""
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv) in the dtype of the inputs or in float32."""
+
+
+class LayoutKernel(Protocol):
+    """Computes a whole `LayoutPiece`; same shapes as `DenseKernel`, rows without keys give out 0 and lse -inf."""
+
+    @property
+    def name(self) -> str:
+        """The pinned sub-kernel, as the plan shows it."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        """Return (out, lse)."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        piece: LayoutPiece,
+        *,
+        dlse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv); `dlse` (B, H, S) is given where the caller uses the gradient of the returned lse."""

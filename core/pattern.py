@@ -1,0 +1,284 @@
+"""Patterns and their algebra: torch-free values that say how often a query position counts a key position.
+
+A pattern is a multiplicity m(p, q) in {0, 1, 2, ...} per head. `a | b` takes the larger multiplicity, `a + b` the sum.
+Everything else (lowering to strided branches or to blocks, the oracle, the drawings) follows from `multiplicity`; a
+pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so that lowering costs only what it keeps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from .checks import positive_int
+from .errors import ConfigError
+from .geometry import Geometry
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .layout import BlockGrid, BlockSupport
+
+    IntArray = NDArray[np.int64]
+
+
+@attrs.frozen
+class Branch:
+    """A dilated set of pairs: in each segment a head keeps the positions at its offset modulo the stride.
+
+    Query p and key q of head h are a pair when both lie in the same segment (p // segment_length) and the place of
+    each in it, (p mod segment_length), is congruent to offsets[h] modulo `stride`. `segment_length=None` is one
+    segment over all positions. `offsets[h] = None` leaves head h out. A pair counts `weight` times.
+    """
+
+    segment_length: int | None
+    stride: int
+    offsets: tuple[int | None, ...]
+    weight: int = attrs.field(default=1, validator=positive_int)
+
+
+@attrs.frozen(eq=False)
+class KeySpans:
+    """Key positions that blocks of queries may see, as half-open intervals; arrays of shape (blocks, spans), int64.
+
+    `low:high` holds every key seen by any query of the block. Every query of the block counts every key of
+    `inner_low:inner_high` exactly `multiplicity` times (empty when inner_low >= inner_high). Spans of one block are
+    disjoint and sorted.
+    """
+
+    low: IntArray
+    high: IntArray
+    inner_low: IntArray
+    inner_high: IntArray
+    multiplicity: int = 1
+
+
+class Pattern(ABC):
+    """Who attends to whom. Subclasses are frozen attrs classes with a `kind` that names them in files."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """How often each query counts each key, before causality.
+
+        Args:
+            query: absolute query positions, int64, broadcastable against the others.
+            key: absolute key positions, int64.
+            head: query head indices, int64.
+            geometry: lengths, heads and causality of the call (a pattern may depend on them).
+
+        Returns:
+            Integers of the broadcast shape, at least 0.
+        """
+
+    @property
+    def max_multiplicity(self) -> int:
+        """The largest value that `multiplicity` can return."""
+        return 1
+
+    @property
+    def block_size(self) -> int | None:
+        """The block size that the pattern is defined on, where it is defined on blocks."""
+        return None
+
+    def validate(self, num_heads: int, num_kv_heads: int) -> None:
+        """Raise `ConfigError` when the pattern cannot be used with these numbers of heads."""
+
+    def branches(self, geometry: Geometry) -> tuple[Branch, ...] | None:
+        """The pattern as a sum of strided branches, or None where it has no such form."""
+        return None
+
+    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+        """A group number per head, counted from 0; heads of one group have the same multiplicity."""
+        return (0,) * num_heads
+
+    def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
+        """Bounds on the keys seen from blocks of query positions query_low..query_high (inclusive), before causality.
+
+        The default claims nothing: every key may be seen. Override it, or lowering to blocks visits every block.
+        """
+        import numpy as np
+
+        low = np.full((query_low.size, 1), geometry.kv_offset, dtype=np.int64)
+        return KeySpans(low, low + geometry.kv_len, low, low)
+
+    def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
+        """The blocks of `grid` that hold a pair for `head`, each either constant or to be evaluated."""
+        from .layout import support_from_spans
+
+        return support_from_spans(self, grid, head, geometry)
+
+    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+        """Columns of int64 per block such that blocks with equal rows have equal multiplicities, entry for entry.
+
+        `query_low` and `key_low`, shape (blocks,), are the positions of the blocks' first corners. The default
+        distinguishes all blocks; a translation-invariant pattern returns the difference and makes lowering cheap.
+        """
+        import numpy as np
+
+        return np.stack([query_low, key_low], axis=-1)
+
+    def to_dict(self) -> dict[str, object]:
+        """The mapping form used in files: `{"kind": ..., parameter: value, ...}`."""
+        raise ConfigError(f"a {self.kind} pattern has no parameters that a file could hold; store it with save_pattern")
+
+    def __or__(self, other: object) -> Union:
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        return Union(tuple(_members(Union, self)) + tuple(_members(Union, other)))
+
+    def __add__(self, other: object) -> Sum:
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        return Sum(tuple(_members(Sum, self)) + tuple(_members(Sum, other)))
+
+
+def _members(cls: type[_Composite], pattern: Pattern) -> Iterator[Pattern]:
+    """The members of `pattern` when it is a `cls` itself (both operations are associative), else the pattern."""
+    if isinstance(pattern, cls):
+        yield from pattern.of
+    else:
+        yield pattern
+
+
+def parameters(pattern: Pattern) -> dict[str, object]:
+    """The mapping form of a pattern whose attrs fields are plain values."""
+    fields: Mapping[str, object] = attrs.asdict(pattern, recurse=False)  # type: ignore[arg-type]
+    return {"kind": pattern.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+@attrs.frozen
+class Full(Pattern):
+    """Every query sees every key once: dense attention, the default."""
+
+    kind: ClassVar[str] = "full"
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """1 everywhere."""
+        import numpy as np
+
+        return np.ones(np.broadcast_shapes(query.shape, key.shape, head.shape), dtype=np.int64)
+
+    def branches(self, geometry: Geometry) -> tuple[Branch, ...]:
+        """One segment over everything, stride 1."""
+        return (Branch(None, 1, (0,) * geometry.num_heads),)
+
+    def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
+        """All keys, every one of them exactly once."""
+        import numpy as np
+
+        low = np.full((query_low.size, 1), geometry.kv_offset, dtype=np.int64)
+        return KeySpans(low, low + geometry.kv_len, low, low + geometry.kv_len)
+
+    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+        """All blocks are alike."""
+        import numpy as np
+
+        return np.zeros((query_low.size, 0), dtype=np.int64)
+
+    def to_dict(self) -> dict[str, object]:
+        """`{"kind": "full"}`."""
+        return parameters(self)
+
+
+def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, ...]], value: object) -> None:
+    name = type(instance).__name__
+    if not isinstance(value, tuple) or not value:
+        raise ConfigError(f"{name} needs at least one pattern, got {value!r}")
+    for member in value:
+        if not isinstance(member, Pattern):
+            raise ConfigError(f"{name} is made of patterns, got {member!r} ({type(member).__name__})")
+
+
+@attrs.frozen
+class _Composite(Pattern):
+    """What a union and a sum share: their members and everything that is decided member by member."""
+
+    of: tuple[Pattern, ...] = attrs.field(converter=tuple, validator=_check_members)
+
+    @property
+    def block_size(self) -> int | None:
+        """The smallest block size that a member is defined on."""
+        return min((size for member in self.of if (size := member.block_size) is not None), default=None)
+
+    def validate(self, num_heads: int, num_kv_heads: int) -> None:
+        """Every member must accept the heads."""
+        for member in self.of:
+            member.validate(num_heads, num_kv_heads)
+
+    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+        """Heads are alike where every member says so."""
+        keys = list(zip(*(member.head_groups(num_heads) for member in self.of), strict=True))
+        seen: dict[tuple[int, ...], int] = {}
+        return tuple(seen.setdefault(key, len(seen)) for key in keys)
+
+    def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
+        """Blocks of any member; constant where all members are."""
+        from .layout import combine_supports
+
+        parts = [member.block_support(grid, head, geometry) for member in self.of]
+        return combine_supports(parts, is_sum=isinstance(self, Sum))
+
+    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+        """The members' signatures side by side."""
+        import numpy as np
+
+        return np.concatenate([m.block_signature(query_low, key_low, head, geometry) for m in self.of], axis=-1)
+
+    def to_dict(self) -> dict[str, object]:
+        """`{"kind": ..., "of": [...]}`."""
+        return {"kind": self.kind, "of": [member.to_dict() for member in self.of]}
+
+
+@attrs.frozen
+class Union(_Composite):
+    """The larger multiplicity of several patterns: `a | b`."""
+
+    kind: ClassVar[str] = "union"
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """The maximum over the members."""
+        import numpy as np
+
+        result = self.of[0].multiplicity(query, key, head, geometry)
+        for member in self.of[1:]:
+            result = np.maximum(result, member.multiplicity(query, key, head, geometry))
+        return result
+
+    @property
+    def max_multiplicity(self) -> int:
+        """The largest of the members'."""
+        return max(member.max_multiplicity for member in self.of)
+
+    def branches(self, geometry: Geometry) -> tuple[Branch, ...] | None:
+        """A union of one is that one; others have no branch form of their own."""
+        return self.of[0].branches(geometry) if len(self.of) == 1 else None
+
+
+@attrs.frozen
+class Sum(_Composite):
+    """The sum of several multiplicities: `a + b`."""
+
+    kind: ClassVar[str] = "sum"
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """The sum over the members."""
+        result = self.of[0].multiplicity(query, key, head, geometry)
+        for member in self.of[1:]:
+            result = result + member.multiplicity(query, key, head, geometry)
+        return result
+
+    @property
+    def max_multiplicity(self) -> int:
+        """The sum of the members'."""
+        return sum(member.max_multiplicity for member in self.of)
+
+    def branches(self, geometry: Geometry) -> tuple[Branch, ...] | None:
+        """The members' branches together, where all members have some."""
+        parts = [member.branches(geometry) for member in self.of]
+        return None if any(p is None for p in parts) else tuple(b for p in parts if p is not None for b in p)

@@ -1,0 +1,1 @@
+"""The patterns that ship with the package, one file each."""

@@ -1,0 +1,1 @@
+"""Specs, discovery, selection, explain and build: how patterns and backends find each other."""
