@@ -61,7 +61,8 @@ class _Cells:
 def _ramp(upper: IntArray, cap: IntArray) -> IntArray:
     """The sum of min(max(x, 0), cap) over all integers x < upper."""
     rising = np.clip(upper, 0, cap + 1)
-    return rising * (rising - 1) // 2 + np.maximum(upper - cap - 1, 0) * cap
+    result: IntArray = rising * (rising - 1) // 2 + np.maximum(upper - cap - 1, 0) * cap
+    return result
 
 
 def _cells(branch: Branch, offset: int, geometry: Geometry) -> _Cells:

@@ -121,7 +121,8 @@ class Residual(Pattern):
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """What `pattern` counts beyond `member`."""
         wanted = self.pattern.multiplicity(query, key, head, geometry)
-        return np.maximum(wanted - self.member.multiplicity(query, key, head, geometry), 0)
+        beyond: IntArray = np.maximum(wanted - self.member.multiplicity(query, key, head, geometry), 0)
+        return beyond
 
     @property
     def max_multiplicity(self) -> int:

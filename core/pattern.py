@@ -8,7 +8,7 @@ pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
@@ -191,6 +191,10 @@ class Full(Pattern):
         return parameters(self)
 
 
+def _member_tuple(value: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    return tuple(value)
+
+
 def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, ...]], value: object) -> None:
     name = type(instance).__name__
     if not isinstance(value, tuple) or not value:
@@ -204,7 +208,7 @@ def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, .
 class _Composite(Pattern):
     """What a union and a sum share: their members and everything that is decided member by member."""
 
-    of: tuple[Pattern, ...] = attrs.field(converter=tuple, validator=_check_members)
+    of: tuple[Pattern, ...] = attrs.field(converter=_member_tuple, validator=_check_members)
 
     @property
     def block_size(self) -> int | None:

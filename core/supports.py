@@ -49,7 +49,8 @@ def support_from_spans(pattern: Pattern, grid: BlockGrid, head: int, geometry: G
 def ranges(begin: IntArray, counts: IntArray) -> IntArray:
     """begin[i], begin[i] + 1, ..., begin[i] + counts[i] - 1 for every i, one after another."""
     starts = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(begin - starts, counts)
+    result: IntArray = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(begin - starts, counts)
+    return result
 
 
 def combine_supports(parts: Sequence[BlockSupport], *, is_sum: bool) -> BlockSupport:
@@ -99,7 +100,7 @@ def branch_counts(branches: Sequence[Branch], query: IntArray, key: IntArray, he
 def branch_overlap(
     branches: Sequence[Branch], query_low: IntArray, key_low: IntArray, block_size: int, head: int
 ) -> NDArray[np.bool_]:
-    """True for the blocks in which some query and some key share a segment of a branch of `head`; no false negatives."""
+    """False for the blocks in which no query shares a segment with a key, in any branch of `head`."""
     touched = np.zeros(query_low.shape, dtype=np.bool_)
     for branch in branches:
         if branch.offsets[head] is None:
@@ -134,8 +135,12 @@ def branch_spans(
     if len(alive) == 1 and alive[0].stride == 1:
         w, weight = alive[0].segment_length, alive[0].weight
         inner_high = high if w is None else np.where(query_low // w == query_high // w, high, low)
-    columns = (array[:, None] for array in (low, high, inner_low, inner_high))
-    return KeySpans(*columns, multiplicity=weight)
+    return single_span(low, high, inner_low, inner_high, weight)
+
+
+def single_span(low: IntArray, high: IntArray, inner_low: IntArray, inner_high: IntArray, weight: int = 1) -> KeySpans:
+    """Key spans of one interval a block, from arrays of shape (blocks,)."""
+    return KeySpans(low[:, None], high[:, None], inner_low[:, None], inner_high[:, None], weight)
 
 
 def branch_signature(

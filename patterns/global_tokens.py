@@ -30,7 +30,7 @@ class Global(Pattern):
         """1 where either position is global."""
         import numpy as np
 
-        query_is, key_is = (0 <= query) & (query < self.tokens), (0 <= key) & (key < self.tokens)
+        query_is, key_is = (query >= 0) & (query < self.tokens), (key >= 0) & (key < self.tokens)
         shape = np.broadcast_shapes(query.shape, key.shape, head.shape)
         return np.broadcast_to(query_is | key_is, shape).astype(np.int64)
 
@@ -38,12 +38,14 @@ class Global(Pattern):
         """All keys for blocks with a global query, the global keys for the others."""
         import numpy as np
 
+        from ..core.supports import single_span
+
         some = (query_low < self.tokens) & (query_high >= 0)
         every = (query_low >= 0) & (query_high < self.tokens)
         first, last = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
         low, high = np.where(some, first, 0), np.where(some, last, self.tokens)
         inner_low, inner_high = np.where(every, first, 0), np.where(every, last, self.tokens)
-        return KeySpans(*(bound[:, None] for bound in (low, high, inner_low, inner_high)))
+        return single_span(low, high, inner_low, inner_high)
 
     def block_signature(
         self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry

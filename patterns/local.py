@@ -65,9 +65,10 @@ class Local(Pattern):
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """The windows of the first and the last query: their hull, and what both see."""
+        from ..core.supports import single_span
+
         left, right = self.window_size
-        bounds = (query_low - left, query_high + right + 1, query_high - left, query_low + right + 1)
-        return KeySpans(*(bound[:, None] for bound in bounds))
+        return single_span(query_low - left, query_high + right + 1, query_high - left, query_low + right + 1)
 
     def block_signature(
         self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
@@ -76,7 +77,8 @@ class Local(Pattern):
         import numpy as np
 
         left, right = self.window_size
-        return np.clip(query_low - key_low, -right - block_size, left + block_size)[:, None]
+        distance: IntArray = np.clip(query_low - key_low, -right - block_size, left + block_size)
+        return distance[:, None]
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "local", "window_size": [left, right]}`."""

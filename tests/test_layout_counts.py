@@ -67,16 +67,22 @@ def test_longnet_at_128k_is_76_percent_distinct(is_causal: bool, pairs: int, dis
 
 
 def test_digest_tells_contents_apart_and_nothing_else() -> None:
-    def digest(pattern: Pattern, **changes: int | bool) -> str:
-        geometry = Geometry(q_len=64, kv_len=64, num_heads=2, num_kv_heads=2, is_causal=False)
-        return lower(pattern, attrs.evolve(geometry, **changes), block_size=16).digest
+    plain = Geometry.self_attention(64, 2)
+
+    def digest(pattern: Pattern, geometry: Geometry = plain) -> str:
+        return lower(pattern, geometry, block_size=16).digest
 
     assert digest(Local(3)) == digest(Local((3, 3)))
     assert digest(Dilated((8,), (2,))) == digest(Dilated([8], [2]))
     others = [Local(4), Local(3) + Local(3), Global(3), Full(), Dilated((8,), (2,)), Dilated((8,), (1,)), Strided(2)]
     assert len({digest(p) for p in (Local(3), *others)}) == 1 + len(others)
-    changed = [{"is_causal": True}, {"q_offset": 1}, {"kv_len": 63}, {"num_kv_heads": 1}]
-    assert len({digest(Full(), **change) for change in ({}, *changed)}) == 1 + len(changed)
+    changed = [
+        attrs.evolve(plain, is_causal=True),
+        attrs.evolve(plain, q_offset=1),
+        attrs.evolve(plain, kv_len=63),
+        attrs.evolve(plain, num_kv_heads=1),
+    ]
+    assert len({digest(Full(), geometry) for geometry in (plain, *changed)}) == 1 + len(changed)
 
 
 def test_bytes_are_those_of_the_arrays() -> None:
