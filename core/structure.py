@@ -36,15 +36,16 @@ def from_mapping(cls: type[T], mapping: object, *, name: str) -> T:
     if missing:
         raise ConfigError(f"{name} needs {', '.join(missing)}; got {', '.join(map(str, mapping)) or 'nothing'}")
     try:
-        return _structure(cls)(mapping, cls)
+        structured: T = _structure(cls)(mapping, cls)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:  # a value of another shape than the field's type, such as 3 for a list
         raise ConfigError(f"{name}: {error}, in {dict(mapping)!r}") from error
+    return structured
 
 
 def check_keys(mapping: Mapping[Any, object], allowed: Collection[str], *, name: str) -> None:
-    """Raise `ConfigError` for the first key of `mapping` that is not in `allowed`, naming the nearest one or else all."""
+    """Raise `ConfigError` for a key of `mapping` that is not in `allowed`, naming the nearest one or else all."""
     for key in mapping:
         if key not in allowed:
             near = did_you_mean(str(key), allowed)
@@ -64,7 +65,7 @@ def required_keys(cls: type[object]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _structure(cls: type[T]) -> Callable[[Mapping[Any, object], type[T]], T]:
+def _structure(cls: Any) -> Callable[[Mapping[Any, object], type[Any]], Any]:
     from cattrs.gen import make_dict_structure_fn
 
     # No detailed validation: our own ConfigErrors come through as they are instead of in a group.
