@@ -161,7 +161,7 @@ class CudaEfficient:
         )
         dq, dk, dv = _bhsd(dq, dk, dv)
         if kv_heads != heads:
-            dk, dv = (x.unflatten(2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
+            dk, dv = (torch.unflatten(x, 2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
         return dq, dk, dv
 
 

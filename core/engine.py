@@ -116,13 +116,15 @@ class Engine:
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
         if self._layout_kernel is not None:
             return _Program(layout, Schedule((), 0), None)
-        blocks = layout.blocks and BlockProduct.prepare(
-            layout.blocks,
-            scale=self.scale,
-            device=device,
-            dtype=getattr(torch, config.dtype),
-            workspace_bytes=config.limits.workspace_bytes,
-        )
+        blocks = None
+        if layout.blocks is not None:
+            blocks = BlockProduct.prepare(
+                layout.blocks,
+                scale=self.scale,
+                device=device,
+                dtype=getattr(torch, config.dtype),
+                workspace_bytes=config.limits.workspace_bytes,
+            )
         return _Program(layout, schedule(layout.branches, geometry), blocks)
 
     def forward(

@@ -27,7 +27,7 @@ def intern(engine: Engine) -> Engine:
     return _ENGINES.setdefault(engine.key, engine)
 
 
-_LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # untyped in torch
+_LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset)"
     " -> (Tensor, Tensor)"
@@ -114,7 +114,7 @@ class Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value; lse costs only where its gradient is used."""
         query, key, value, seed, out, lse = ctx.saved_tensors

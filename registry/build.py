@@ -64,8 +64,12 @@ def build_attention(
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
-    kernel, takes_layout = _kernel(selection.chosen, request)
-    engine = Engine(config=config, pattern=request.pattern, kernel=kernel, takes_layout=takes_layout)
+    kernel = _kernel(selection.chosen, request)
+    capabilities = selection.chosen.registered.spec.capabilities
+    is_dense = "dense" in capabilities["layouts"]
+    # Core brings a gradient through lse home with 8 more columns of head_dim, where a dense kernel takes them.
+    has_dlse = config.head_dim + 8 in capabilities["head_dims"] if is_dense else bool(capabilities.get("dlse"))
+    engine = Engine(config, request.pattern, kernel, takes_layout=not is_dense, has_dlse=has_dlse)
     return Attention(config, plan, engine)
 
 
@@ -171,15 +175,14 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
     )
 
 
-def _kernel(chosen: Verdict, request: Request) -> tuple[DenseKernel | LayoutKernel, bool]:
-    """The chosen backend's kernel, and whether it takes whole layouts instead of dense pieces."""
+def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
+    """The chosen backend's kernel."""
     registered = chosen.registered
     assert chosen.backend is not None
     try:
-        kernel = chosen.backend.build(request)
+        return chosen.backend.build(request)
     except ConfigError:
         raise
     except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
-    return kernel, "dense" not in registered.spec.capabilities["layouts"]
