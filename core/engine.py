@@ -222,7 +222,7 @@ class Engine:
 
 def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The tensors, copied where their last dimension is not contiguous: all that kernels ask of strides."""
-    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _widen(
