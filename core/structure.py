@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import attrs
@@ -36,7 +36,7 @@ def from_mapping(cls: type[T], mapping: object, *, name: str) -> T:
     if missing:
         raise ConfigError(f"{name} needs {', '.join(missing)}; got {', '.join(map(str, mapping)) or 'nothing'}")
     try:
-        structured: T = _structure(cls)(mapping, cls)
+        structured: T = _structure_function(cls)(mapping, cls)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:  # a value of another shape than the field's type, such as 3 for a list
@@ -65,7 +65,7 @@ def required_keys(cls: type[object]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _structure(cls: Any) -> Callable[[Mapping[Any, object], type[Any]], Any]:
+def _structure_function(cls: Hashable) -> Callable[[Mapping[Any, object], type[Any]], Any]:
     from cattrs.gen import make_dict_structure_fn
 
     # No detailed validation: our own ConfigErrors come through as they are instead of in a group.

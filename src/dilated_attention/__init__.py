@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .core.version import VERSION as __version__
+from .core.version import VERSION
 
 if TYPE_CHECKING:
     from . import errors, registry
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .core.pattern import Full, Pattern, Sum, Union
     from .core.plan import AttentionPlan
     from .registry.build import build_attention, explain
+
+__version__ = VERSION
 
 # Public name -> the module that has it; a name that stands for a module itself maps to None.
 _HOMES: dict[str, str | None] = {

@@ -11,7 +11,7 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Final, Optional, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -101,31 +101,31 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def explain(
     config: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
     ] = None,
-    pattern: Annotated[Optional[str], typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
-    segment_lengths: Annotated[Optional[str], typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
-    dilation_rates: Annotated[Optional[str], typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
+    segment_lengths: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
+    dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
     pattern_option: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
     ] = None,
-    num_heads: Annotated[Optional[int], typer.Option("--num-heads", "--heads", help="Query heads.")] = None,
+    num_heads: Annotated[int | None, typer.Option("--num-heads", "--heads", help="Query heads.")] = None,
     num_kv_heads: Annotated[
-        Optional[int], typer.Option("--num-kv-heads", "--kv-heads", help="Key-value heads.")
+        int | None, typer.Option("--num-kv-heads", "--kv-heads", help="Key-value heads.")
     ] = None,
-    head_dim: Annotated[Optional[int], typer.Option(help="Width of a head.")] = None,
-    seq_len: Annotated[Optional[int], typer.Option(help="Length to plan for.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
-    causal: Annotated[Optional[bool], typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
-    dropout: Annotated[Optional[float], typer.Option(help="Dropout probability.")] = None,
-    grad: Annotated[Optional[bool], typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Length to plan for.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    grad: Annotated[bool | None, typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
     deterministic: Annotated[
-        Optional[bool], typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
     ] = None,
-    backend: Annotated[Optional[str], typer.Option(help="A backend's name, or auto.")] = None,
+    backend: Annotated[str | None, typer.Option(help="A backend's name, or auto.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which backend a configuration gets, why the others do not, and what would change that."""
