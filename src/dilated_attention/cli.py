@@ -40,6 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: boxes cut the names of options on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -49,7 +50,7 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON inst
 def main() -> None:
     """Run the command line and exit with its status; errors that users can mend are one message, no traceback."""
     try:
-        app()
+        app(prog_name="dilated-attention")
     except DilatedAttentionError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
@@ -79,21 +80,25 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def backends(as_json: AsJson = False) -> None:
-    """List the registered backends and what each declares to support."""
+    """List the backends and what each supports."""
     found = registry()
     show(backends_text(found), backends_data(found), as_json=as_json)
 
 
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
-    """List the plugins, what each brings, and what is wrong with those that are broken."""
+    """List the plugins, and what is wrong with any.
+
+    A plugin is a module or object behind an entry point of the group `dilated_attention`. One that is broken is named
+    with its distribution, version and cause, and hurts nothing else.
+    """
     found = registry()
     show(plugins_text(found), plugins_data(found), as_json=as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Examine this installation: versions, devices, and the libraries that backends need."""
+    """Examine the installation: versions, devices, libraries."""
     data = doctor_data(registry())
     show(doctor_text(data), data, as_json=as_json)
 
@@ -111,10 +116,8 @@ def explain(
         list[str] | None,
         typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
     ] = None,
-    num_heads: Annotated[int | None, typer.Option("--num-heads", "--heads", help="Query heads.")] = None,
-    num_kv_heads: Annotated[
-        int | None, typer.Option("--num-kv-heads", "--kv-heads", help="Key-value heads.")
-    ] = None,
+    num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
+    num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Width of a head.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Length to plan for.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
@@ -128,7 +131,11 @@ def explain(
     backend: Annotated[str | None, typer.Option(help="A backend's name, or auto.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which backend a configuration gets, why the others do not, and what would change that."""
+    """Say which backend a configuration gets, and why.
+
+    Prints a row a backend: chosen, usable, refused with every reason and the smallest change that would admit it, or
+    broken. Nothing is built and no tensor allocated. Exit status 3 when no backend fits.
+    """
     from .registry.build import explain as explain_plan
 
     fields = read_mapping(config) if config else {}
@@ -152,7 +159,7 @@ def explain(
     if pattern or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
-        raise ConfigError("give a config file, or at least --num-heads and --head-dim")
+        raise ConfigError("give a config file, or at least --heads and --head-dim")
     plan = explain_plan(fields, registry=registry())
     show(plan.explain(), json.loads(plan.to_json()), as_json=as_json)
     if plan.backend is None:
