@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -18,8 +18,11 @@ from .device import describe_device
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
 from .plugins import PLUGIN_FAULTS, describe
-from .selection import Selection, Verdict, select
+from .selection import Selection, Verdict, judge, select
 from .specs import Request
+
+# Columns of head_dim in which dense kernels carry the gradient of lse (core.engine).
+WIDENING: Final = 8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,12 +67,14 @@ def build_attention(
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
-    kernel = _kernel(selection.chosen, request)
     capabilities = selection.chosen.registered.spec.capabilities
-    is_dense = "dense" in capabilities["layouts"]
-    # Core brings a gradient through lse home with 8 more columns of head_dim, where a dense kernel takes them.
-    has_dlse = config.head_dim + 8 in capabilities["head_dims"] if is_dense else bool(capabilities.get("dlse"))
-    engine = Engine(config, request.pattern, kernel, takes_layout=not is_dense, has_dlse=has_dlse)
+    engine = Engine(
+        config=config,
+        pattern=request.pattern,
+        kernel=_kernel(selection.chosen, request),
+        takes_layout="dense" not in capabilities["layouts"],
+        has_dlse=_has_dlse(selection.chosen, request),
+    )
     return Attention(config, plan, engine)
 
 
@@ -175,14 +180,29 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
     )
 
 
+def _has_dlse(chosen: Verdict, request: Request) -> bool:
+    """Whether a gradient through the returned lse reaches the inputs.
+
+    A kernel for layouts says so itself. Dense pieces carry it in `WIDENING` more columns, so the backend must take
+    that head_dim with the very kernel that was pinned.
+    """
+    capabilities = chosen.registered.spec.capabilities
+    if "dense" not in capabilities["layouts"]:
+        return bool(capabilities.get("dlse", False))
+    wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
+    verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))
+    return verdict.accepts and verdict.kernel == chosen.kernel
+
+
 def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
     """The chosen backend's kernel."""
     registered = chosen.registered
     assert chosen.backend is not None
     try:
-        return chosen.backend.build(request)
+        kernel = chosen.backend.build(request)
     except ConfigError:
         raise
     except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
+    return kernel
