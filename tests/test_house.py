@@ -101,16 +101,28 @@ def import_problems(name: str, source: str) -> list[str]:
     return problems
 
 
-def plugin_name_problems(name: str, source: str, *, manifest: str) -> list[str]:
-    """Strings that name a backend or pattern module, outside that module, the face and the registry's one manifest."""
-    if name in (manifest, "__init__.py"):
-        return []
+def named_plugins(source: str) -> Iterator[tuple[int, str]]:
+    """Line and module of every string that names a pattern or backend: `backends.sdpa`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := PLUGIN_NAME.match(node.value)):
+            yield node.lineno, match[1]
+
+
+def plugin_name_problems(name: str, source: str) -> list[str]:
+    """Plugins named by string where only their own module, their folder's manifest or the face may.
+
+    The registry may name the manifests, and nothing else.
+    """
     own = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    constants = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str))
     return [
-        f"{name}:{node.lineno} names the plugin {match[1]}"
-        for node in constants
-        if (match := PLUGIN_NAME.match(str(node.value))) and not f"{own}.".startswith(f"{match[1]}.")
+        f"{name}:{line} names the plugin {plugin}"
+        for line, plugin in named_plugins(source)
+        if not (
+            name == "__init__.py"
+            or f"{own}.".startswith(f"{plugin}.")
+            or own == f"{floor_of(plugin)}.manifest"
+            or (floor_of(name) == "registry" and plugin.endswith(".manifest"))
+        )
     ]
 
 
@@ -171,17 +183,6 @@ def listing_problems(files: Iterable[str], packages: Iterable[str]) -> list[str]
     ]
 
 
-def manifest_of(sources: Mapping[str, str]) -> str:
-    """The one module of the registry that names our own plugins."""
-    naming = [
-        name
-        for name, source in sources.items()
-        if floor_of(name) == "registry" and plugin_name_problems(name, source, manifest="")
-    ]
-    assert len(naming) == 1, f"the registry names its own plugins in one module, not in {naming}"
-    return naming[0]
-
-
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     return {name: path.read_text() for name, path in sorted(package_files().items())}
@@ -236,17 +237,19 @@ def test_what_the_floors_allow(name: str, line: str) -> None:
 
 
 def test_plugins_are_named_once(sources: Mapping[str, str]) -> None:
-    manifest = manifest_of(sources)
-    assert [p for n, s in sources.items() for p in plugin_name_problems(n, s, manifest=manifest)] == []
+    assert [p for name, source in sources.items() for p in plugin_name_problems(name, source)] == []
+    naming = [name for name, source in sources.items() if floor_of(name) == "registry" and [*named_plugins(source)]]
+    assert len(naming) == 1
 
 
-@pytest.mark.parametrize("text", ["dilated_attention.backends.sdpa:SPEC", "patterns.local", ".backends.sdpa"])
+@pytest.mark.parametrize("text", ["dilated_attention.backends.sdpa:SPEC", "backends.sdpa", ".backends.sdpa"])
 def test_a_plugin_named_by_string_is_seen(text: str) -> None:
     planted = f"import importlib\nx = importlib.import_module({text!r})\n"
-    assert len(plugin_name_problems("backends/ring.py", planted, manifest="registry/builtin.py")) == 1
-    assert plugin_name_problems("registry/builtin.py", planted, manifest="registry/builtin.py") == []
-    own = "target = 'dilated_attention.backends.ring:Ring'"
-    assert plugin_name_problems("backends/ring.py", own, manifest="registry/builtin.py") == []
+    for name in ("backends/ring.py", "patterns/manifest.py", "registry/discovery.py", "core/merge.py", "cli.py"):
+        assert len(plugin_name_problems(name, planted)) == 1
+    for name in ("backends/sdpa.py", "backends/sdpa/run.py", "backends/manifest.py", "__init__.py"):
+        assert plugin_name_problems(name, planted) == []
+    assert plugin_name_problems("registry/discovery.py", "x = ('dilated_attention.backends.manifest',)") == []
 
 
 def test_floors_have_no_cycle(sources: Mapping[str, str]) -> None:
