@@ -7,14 +7,19 @@ at index 0 of their tensor, whatever the offsets.
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import ConfigError
 from .geometry import Geometry
 from .pattern import Branch, Pattern
+
+ENTRY_BYTES = 12  # cols, weights and mask_ids of one listed block
 
 if TYPE_CHECKING:
     from .pattern import IntArray
@@ -28,18 +33,29 @@ class BlockGrid:
         block_size: queries and keys in a block; the last of each may be shorter.
         query_low: absolute position of each block row's first query, (rows,) int64.
         key_low: absolute position of each block column's first key, (cols,) int64.
+        max_blocks: most blocks that a support over this grid may list, or None. Whoever lists more raises
+            `ConfigError` through `check_blocks` before allocating them.
     """
 
     block_size: int
     query_low: IntArray
     key_low: IntArray
+    max_blocks: int | None = None
 
     @classmethod
-    def of(cls, geometry: Geometry, block_size: int) -> BlockGrid:
+    def of(cls, geometry: Geometry, block_size: int, max_blocks: int | None = None) -> BlockGrid:
         """The grid over all queries and keys of `geometry`."""
         query = np.arange(0, geometry.q_len, block_size, dtype=np.int64) + geometry.q_offset
         key = np.arange(0, geometry.kv_len, block_size, dtype=np.int64) + geometry.kv_offset
-        return cls(block_size, query, key)
+        return cls(block_size, query, key, max_blocks)
+
+    def check_blocks(self, count: int) -> None:
+        """Raise `ConfigError` when `count` blocks are more than a support may list."""
+        if self.max_blocks is not None and count > self.max_blocks:
+            raise ConfigError(
+                f"the block layout needs {count * ENTRY_BYTES:,} bytes for {count:,} blocks of {self.block_size}, "
+                f"allowed are {self.max_blocks * ENTRY_BYTES:,}; raise Limits.layout_bytes or block_size"
+            )
 
 
 @attrs.frozen(eq=False)
@@ -81,6 +97,37 @@ class BlockLayout:
     mask_ids: NDArray[np.int32]
     masks: NDArray[np.uint8]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables and masks."""
+        return sum(array.nbytes for array in self._arrays())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over geometry, block size, tables and masks, in hexadecimal."""
+        sha = hashlib.sha256(repr((attrs.astuple(self.geometry), self.block_size)).encode())
+        for array in self._arrays():
+            sha.update(repr((array.dtype.str, array.shape)).encode())
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
+    @cached_property
+    def pairs(self) -> int:
+        """Counted (query, key) pairs over all query heads, each as often as it counts."""
+        from .counting import block_pairs
+
+        return block_pairs(self, distinct=False)
+
+    @cached_property
+    def distinct_pairs(self) -> int:
+        """(query, key) pairs over all query heads that count at least once."""
+        from .counting import block_pairs
+
+        return block_pairs(self, distinct=True)
+
+    def _arrays(self) -> tuple[NDArray[np.generic], ...]:
+        return (self.head_table, self.row_ptr, self.cols, self.weights, self.mask_ids, self.masks)
+
 
 @attrs.frozen(eq=False)
 class Layout:
@@ -97,3 +144,45 @@ class Layout:
     geometry: Geometry
     branches: tuple[Branch, ...]
     blocks: BlockLayout | None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of parts it has: "branch", "block"."""
+        parts = (("branch", bool(self.branches)), ("block", self.blocks is not None))
+        return frozenset(kind for kind, present in parts if present)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, and of the branches' own few numbers (so that no layout is free to keep)."""
+        branches = sum(8 * (3 + len(branch.offsets)) for branch in self.branches)
+        return 64 + branches + (self.blocks.nbytes if self.blocks is not None else 0)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over geometry, branches and blocks, in hexadecimal: equal digests compute the same attention."""
+        blocks = self.blocks.digest if self.blocks is not None else ""
+        branches = [attrs.astuple(branch) for branch in self.branches]
+        return hashlib.sha256(repr((attrs.astuple(self.geometry), branches, blocks)).encode()).hexdigest()
+
+    @cached_property
+    def pairs(self) -> int:
+        """Counted (query, key) pairs over all query heads, each as often as it counts."""
+        from .counting import branch_pairs
+
+        blocks = self.blocks.pairs if self.blocks is not None else 0
+        return blocks + sum(branch_pairs(branch, self.geometry) for branch in self.branches)
+
+    @cached_property
+    def distinct_pairs(self) -> int:
+        """(query, key) pairs over all query heads that count at least once."""
+        from .counting import distinct_pairs
+
+        return distinct_pairs(self.branches, self.blocks, self.geometry)
+
+    @property
+    def density(self) -> float:
+        """Distinct pairs as a fraction of those that causality allows; 0 where it allows none."""
+        from .counting import allowed_pairs
+
+        allowed = allowed_pairs(self.geometry)
+        return self.distinct_pairs / allowed if allowed else 0.0

@@ -8,7 +8,7 @@ pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import attrs
@@ -109,15 +109,18 @@ class Pattern(ABC):
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The blocks of `grid` that hold a pair for `head`, each either constant or to be evaluated."""
-        from .layout import support_from_spans
+        from .supports import support_from_spans
 
         return support_from_spans(self, grid, head, geometry)
 
-    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+    def block_signature(
+        self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
+    ) -> IntArray:
         """Columns of int64 per block such that blocks with equal rows have equal multiplicities, entry for entry.
 
-        `query_low` and `key_low`, shape (blocks,), are the positions of the blocks' first corners. The default
-        distinguishes all blocks; a translation-invariant pattern returns the difference and makes lowering cheap.
+        `query_low` and `key_low`, shape (blocks,), are the positions of the first corners of square blocks of
+        `block_size` positions. Causality and the ends of the tensors are not part of it. The default distinguishes all
+        blocks; a translation-invariant pattern returns the difference and makes lowering cheap.
         """
         import numpy as np
 
@@ -175,7 +178,9 @@ class Full(Pattern):
         low = np.full((query_low.size, 1), geometry.kv_offset, dtype=np.int64)
         return KeySpans(low, low + geometry.kv_len, low, low + geometry.kv_len)
 
-    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+    def block_signature(
+        self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
+    ) -> IntArray:
         """All blocks are alike."""
         import numpy as np
 
@@ -184,6 +189,10 @@ class Full(Pattern):
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "full"}`."""
         return parameters(self)
+
+
+def _member_tuple(value: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    return tuple(value)
 
 
 def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, ...]], value: object) -> None:
@@ -199,7 +208,7 @@ def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, .
 class _Composite(Pattern):
     """What a union and a sum share: their members and everything that is decided member by member."""
 
-    of: tuple[Pattern, ...] = attrs.field(converter=tuple, validator=_check_members)
+    of: tuple[Pattern, ...] = attrs.field(converter=_member_tuple, validator=_check_members)
 
     @property
     def block_size(self) -> int | None:
@@ -219,16 +228,19 @@ class _Composite(Pattern):
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """Blocks of any member; constant where all members are."""
-        from .layout import combine_supports
+        from .supports import combine_supports
 
         parts = [member.block_support(grid, head, geometry) for member in self.of]
         return combine_supports(parts, is_sum=isinstance(self, Sum))
 
-    def block_signature(self, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry) -> IntArray:
+    def block_signature(
+        self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
+    ) -> IntArray:
         """The members' signatures side by side."""
         import numpy as np
 
-        return np.concatenate([m.block_signature(query_low, key_low, head, geometry) for m in self.of], axis=-1)
+        parts = [member.block_signature(query_low, key_low, block_size, head, geometry) for member in self.of]
+        return np.concatenate(parts, axis=-1)
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": ..., "of": [...]}`."""

@@ -1,1 +1,21 @@
-"""Specs, discovery, selection, explain and build: how patterns and backends find each other."""
+"""The registry: manifests of backends and patterns, their discovery, and the choice among them.
+
+What a plugin needs is here; `discovery`, `selection` and `build` are this package's own.
+"""
+
+from ..core.refusal import Refusal
+from .hooks import hookimpl
+from .specs import API_VERSION, AXES, Backend, BackendSpec, Device, PatternSpec, Range, Request
+
+__all__ = [
+    "API_VERSION",
+    "AXES",
+    "Backend",
+    "BackendSpec",
+    "Device",
+    "PatternSpec",
+    "Range",
+    "Refusal",
+    "Request",
+    "hookimpl",
+]

@@ -1,0 +1,207 @@
+"""From a pattern to a table of blocks: listed, sorted into full and partial, partial ones evaluated once each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from .checks import require_int
+from .errors import ConfigError
+from .geometry import Geometry
+from .layout import ENTRY_BYTES, BlockGrid, BlockLayout, BlockSupport
+from .pattern import Pattern
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .pattern import IntArray
+
+DEFAULT_BLOCK_SIZE = 128  # what block-sparse GPU kernels tile by; masks are token-exact, so results do not depend on it
+_PAIRS_AT_ONCE = 1 << 20  # pairs evaluated in one step: some tens of megabytes of temporaries
+_MAX_WEIGHT = 255  # masks are uint8
+
+
+def lower_blocks(
+    pattern: Pattern, geometry: Geometry, *, block_size: int | None = None, limit_bytes: int | None = None
+) -> BlockLayout:
+    """Lower a whole pattern to one table of blocks, branch-like or not. Arguments and errors as `lower`."""
+    size = pattern.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    require_int("block_size", size, minimum=1)
+    grid = BlockGrid.of(geometry, size, None if limit_bytes is None else limit_bytes // ENTRY_BYTES)
+    groups = pattern.head_groups(geometry.num_heads)
+    masks = _MaskPool(size, limit_bytes)
+    tables = [_lower_head(pattern, grid, groups.index(g), geometry, masks) for g in range(max(groups) + 1)]
+    row_ptr = np.zeros((len(tables), grid.query_low.size + 1), dtype=np.int64)
+    begin = 0
+    for t, table in enumerate(tables):
+        row_ptr[t] = begin + np.searchsorted(table.rows, np.arange(row_ptr.shape[1]))
+        begin += table.rows.size
+    return BlockLayout(
+        geometry=geometry,
+        block_size=size,
+        head_table=np.array(groups, dtype=np.int32),
+        row_ptr=row_ptr,
+        cols=np.concatenate([table.cols for table in tables]),
+        weights=np.concatenate([table.weights for table in tables]),
+        mask_ids=np.concatenate([table.mask_ids for table in tables]),
+        masks=masks.stack(),
+    )
+
+
+@attrs.frozen(eq=False)
+class _Table:
+    """The blocks of one group of heads, sorted by row and column; shapes (E,)."""
+
+    rows: NDArray[np.int32]
+    cols: NDArray[np.int32]
+    weights: NDArray[np.int32]
+    mask_ids: NDArray[np.int32]
+
+
+@attrs.define(eq=False)
+class _MaskPool:
+    """Distinct masks by content, shared by all tables, and the bytes that they and the tables take."""
+
+    block_size: int
+    limit_bytes: int | None
+    used_bytes: int = 0
+    ids: dict[bytes, int] = attrs.field(factory=dict)
+
+    def take(self, nbytes: int) -> None:
+        """Account for `nbytes` more, or raise `ConfigError`."""
+        self.used_bytes += nbytes
+        if self.limit_bytes is not None and self.used_bytes > self.limit_bytes:
+            raise ConfigError(
+                f"the block layout needs at least {self.used_bytes:,} bytes, allowed are {self.limit_bytes:,}; "
+                f"raise Limits.layout_bytes or block_size"
+            )
+
+    def add(self, mask: NDArray[np.uint8]) -> int:
+        """The number of the mask with this content, (b, b)."""
+        content = mask.tobytes()
+        known = self.ids.get(content)
+        if known is None:
+            self.take(len(content))
+            known = self.ids[content] = len(self.ids)
+        return known
+
+    def stack(self) -> NDArray[np.uint8]:
+        """All masks, (M, b, b)."""
+        flat = np.frombuffer(b"".join(self.ids), dtype=np.uint8)
+        return flat.reshape(len(self.ids), self.block_size, self.block_size)
+
+
+def _lower_head(pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry, masks: _MaskPool) -> _Table:
+    """The blocks of `head` (and of all heads alike)."""
+    support = _certain(pattern.block_support(grid, head, geometry), grid, geometry)
+    masks.take(ENTRY_BYTES * support.rows.size)
+    weights = support.multiplicity.astype(np.int32)
+    mask_ids = np.full(weights.size, -1, dtype=np.int32)
+    partial = np.flatnonzero(weights == 0)
+    if partial.size:
+        low = grid.query_low[support.rows[partial]], grid.key_low[support.cols[partial]]
+        first, inverse = group_rows(_signature(pattern, *low, grid.block_size, head, geometry))
+        found = _evaluate(pattern, low[0][first], low[1][first], head, geometry, masks)
+        weights[partial], mask_ids[partial] = found[0][inverse], found[1][inverse]
+    _check_weight(int(weights.max(initial=0)))
+    kept = (weights > 0) | (mask_ids >= 0)
+    rows, cols = (array[kept].astype(np.int32) for array in (support.rows, support.cols))
+    masks.take(-ENTRY_BYTES * (kept.size - rows.size))
+    return _Table(rows, cols, weights[kept], mask_ids[kept])
+
+
+def _check_weight(value: int) -> None:
+    if value > _MAX_WEIGHT:
+        raise ConfigError(
+            f"a block layout counts a pair at most {_MAX_WEIGHT} times, this pattern does so {value} times"
+        )
+
+
+def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> BlockSupport:
+    """Drop blocks in the future; what crosses the diagonal or the end of the keys is no longer constant."""
+    rows, cols, multiplicity = support.rows, support.cols, support.multiplicity
+    key_low = grid.key_low[cols]
+    key_end = geometry.kv_offset + geometry.kv_len
+    multiplicity = np.where(key_low + grid.block_size > key_end, 0, multiplicity)
+    if geometry.is_causal:
+        query_low = grid.query_low[rows]
+        query_high = np.minimum(query_low + grid.block_size, geometry.q_offset + geometry.q_len) - 1
+        multiplicity = np.where(key_low + grid.block_size - 1 > query_low, 0, multiplicity)
+        seen = key_low <= query_high
+        rows, cols, multiplicity = rows[seen], cols[seen], multiplicity[seen]
+    return BlockSupport(rows, cols, multiplicity)
+
+
+def _signature(
+    pattern: Pattern, query_low: IntArray, key_low: IntArray, size: int, head: int, geometry: Geometry
+) -> IntArray:
+    """The pattern's signature, and where the diagonal and the tensors' ends cut the block; (blocks, columns)."""
+    columns = [
+        np.minimum(geometry.q_offset + geometry.q_len - query_low, size)[:, None],
+        np.minimum(geometry.kv_offset + geometry.kv_len - key_low, size)[:, None],
+        pattern.block_signature(query_low, key_low, size, head, geometry),
+    ]
+    if geometry.is_causal:
+        columns.append(np.clip(query_low - key_low, -size, size)[:, None])
+    return np.concatenate(columns, axis=-1)
+
+
+def group_rows(table: IntArray) -> tuple[IntArray, IntArray]:
+    """Equal rows of (n, columns) int64: the index of one row of each kind, and the kind of each row."""
+    key, kinds = np.zeros(table.shape[0], dtype=np.int64), 1
+    for column in table.T:
+        least = int(column.min())
+        width = int(column.max()) - least + 1
+        if width == 1:
+            continue
+        if width > (1 << 62) // kinds:
+            key, kinds = _dense_ranks(key)
+            column, width = _dense_ranks(column)
+            least = 0
+        key, kinds = key * width + (column - least), kinds * width
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return first, inverse
+
+
+def _dense_ranks(values: IntArray) -> tuple[IntArray, int]:
+    distinct, ranks = np.unique(values, return_inverse=True)
+    return ranks, distinct.size
+
+
+def _evaluate(
+    pattern: Pattern, query_low: IntArray, key_low: IntArray, head: int, geometry: Geometry, masks: _MaskPool
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Weight and mask number of each block by evaluating every pair of it; weight 0 and mask -1 for an empty one."""
+    size = masks.block_size
+    weights = np.zeros(query_low.size, dtype=np.int32)
+    mask_ids = np.full(query_low.size, -1, dtype=np.int32)
+    step = max(1, _PAIRS_AT_ONCE // size**2)
+    for begin in range(0, query_low.size, step):
+        chunk = slice(begin, begin + step)
+        counts, rows = block_multiplicity(pattern, query_low[chunk], key_low[chunk], size, head, geometry)
+        largest = counts.max(axis=(1, 2))
+        _check_weight(int(largest.max()))
+        whole = (counts.sum(axis=(1, 2)) == largest * rows * size) & (largest > 0)
+        weights[chunk] = np.where(whole, largest, 0)
+        for i in np.flatnonzero((largest > 0) & ~whole):
+            mask_ids[begin + i] = masks.add(counts[i].astype(np.uint8))
+    return weights, mask_ids
+
+
+def block_multiplicity(
+    pattern: Pattern, query_low: IntArray, key_low: IntArray, size: int, head: int, geometry: Geometry
+) -> tuple[IntArray, IntArray]:
+    """Multiplicities of whole blocks, (n, b, b) int64, 0 beyond the tensors' ends; and queries in each block, (n,)."""
+    offsets = np.arange(size, dtype=np.int64)
+    query = query_low[:, None, None] + offsets[:, None]
+    key = key_low[:, None, None] + offsets
+    query_end, key_end = geometry.q_offset + geometry.q_len, geometry.kv_offset + geometry.kv_len
+    counts = pattern.multiplicity(
+        np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
+    )
+    allowed = (query < query_end) & (key < key_end)
+    if geometry.is_causal:
+        allowed &= key <= query
+    return counts * allowed, np.minimum(query_end - query_low, size)

@@ -1,0 +1,258 @@
+"""What an attention is built from: one frozen value, from code, a mapping, or a TOML or JSON file. Needs no torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from .checks import positive_int, require_choice
+from .errors import ConfigError
+from .limits import Limits
+from .pattern import Full, Pattern
+from .structure import check_keys, from_mapping, keys_of
+
+DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+_DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*(:\d+)?")
+# What people coming from torchscale or from a flat configuration pass here; it is the pattern's.
+_DILATED_FIELDS: Final = {
+    "segment_length": "segment_lengths",
+    "segment_lengths": "segment_lengths",
+    "dilated_ratio": "dilation_rates",
+    "dilation_rate": "dilation_rates",
+    "dilation_rates": "dilation_rates",
+}
+
+
+def _torch_name(value: object) -> object:
+    """`torch.float32` -> "float32", `torch.device("cuda", 0)` -> "cuda:0"; None and anything else as they are."""
+    is_torch = type(value).__module__.partition(".")[0] == "torch" or isinstance(value, str)
+    return str(value).removeprefix("torch.") if is_torch else value
+
+
+def _copied(value: object) -> object:
+    """Mappings are copied, so that the caller's later changes do not reach a frozen config."""
+    return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else value
+
+
+def _one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], object], None]:
+    def check(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+        require_choice(attribute.name, value, allowed)
+
+    return check
+
+
+def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{attribute.name} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def _number(attribute: attrs.Attribute[Any], value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{attribute.name} must be a number, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
+def _scale(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+    if value is None:
+        return
+    number = _number(attribute, value)
+    if not math.isfinite(number) or number == 0:
+        raise ConfigError(f"scale must be finite and not 0 (default 1/sqrt(head_dim)), got {value!r}")
+
+
+def _probability(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if not 0 <= _number(attribute, value) < 1:
+        raise ConfigError(f"{attribute.name} must be at least 0 and below 1, got {value!r}")
+
+
+def _device(_: object, attribute: attrs.Attribute[str | None], value: object) -> None:
+    if value is None or (isinstance(value, str) and _DEVICE.fullmatch(value)):
+        return
+    raise ConfigError(f"device must be 'type' or 'type:index' such as 'cpu' or 'cuda:0', got {value!r}")
+
+
+def _backend_name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"backend must be 'auto' or the name of a backend, got {value!r} ({type(value).__name__})")
+
+
+def _options(_: object, attribute: attrs.Attribute[dict[str, Any]], value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"backend_options must map backend names to their options, got {value!r}")
+    for name, options in value.items():
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ConfigError(f"backend_options[{name!r}] must map option names to values, got {options!r}")
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backend_options must hold plain values, which files and plans can keep: {error}") from error
+
+
+def _pattern(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, Pattern):
+        return
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"pattern must be a pattern such as Full() or a mapping with 'kind', got {value!r} ({type(value).__name__})"
+        )
+    if not isinstance(value.get("kind"), str):
+        raise ConfigError(f"a pattern mapping needs 'kind', the pattern's name, got {dict(value)!r}")
+
+
+def _limits(_: object, attribute: attrs.Attribute[Limits], value: object) -> None:
+    if not isinstance(value, Limits):
+        raise ConfigError(f"limits must be a Limits value or, in a file, a table; got {value!r}")
+
+
+def _no_context_parallel(_: object, attribute: attrs.Attribute[None], value: object) -> None:
+    if value is not None:
+        raise ConfigError(f"context_parallel must be None: this release has no context-parallel backend, got {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class AttentionConfig:
+    """Everything that determines an attention before it is built.
+
+    Attributes:
+        num_heads: query heads.
+        head_dim: width of a head, of queries, keys and values alike.
+        num_kv_heads: key-value heads; num_heads must be a multiple of it. None: as many as query heads.
+        pattern: who attends to whom; in files a mapping with `kind`, which the registry resolves.
+        is_causal: no query sees a key at a later position.
+        scale: factor on q·k; None: 1/sqrt(head_dim).
+        dropout_p: probability of dropping a counted occurrence while training.
+        dtype: one of `DTYPES`, or a torch dtype.
+        device: "type" or "type:index", or a torch device. None: torch's default device when it is built.
+        tensor_layout: "bshd" for (batch, seq_len, heads, head_dim), "bhsd" for (batch, heads, seq_len, head_dim).
+        seq_len: length that the choice is made for, where it is known; other lengths stay usable.
+        requires_grad: the attention will be differentiated.
+        deterministic: the same bits on every run, forward and backward.
+        activation_checkpointing: keep no intermediate of the attention for backward but its inputs.
+        token_order: "natural", or "kept" when tokens already stand in the order of `plan.order(seq_len)`.
+        backend: a backend's name, which is used or refused, or "auto", which chooses.
+        backend_options: options by backend name, judged by the backend.
+        context_parallel: None; this release shards no sequences.
+        limits: bounds on memory.
+
+    Raises:
+        ConfigError: for a value that no backend could honour, with the allowed one.
+    """
+
+    num_heads: int = attrs.field(validator=positive_int)
+    head_dim: int = attrs.field(validator=positive_int)
+    num_kv_heads: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    pattern: Pattern | Mapping[str, Any] = attrs.field(factory=Full, converter=_copied, validator=_pattern, hash=False)
+    is_causal: bool = attrs.field(default=False, validator=_boolean)
+    scale: float | None = attrs.field(default=None, validator=_scale)
+    dropout_p: float = attrs.field(default=0.0, validator=_probability)
+    dtype: str = attrs.field(default="float32", converter=_torch_name, validator=_one_of(*DTYPES))
+    device: str | None = attrs.field(default=None, converter=_torch_name, validator=_device)
+    tensor_layout: str = attrs.field(default="bshd", validator=_one_of("bshd", "bhsd"))
+    seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    requires_grad: bool = attrs.field(default=True, validator=_boolean)
+    deterministic: bool = attrs.field(default=False, validator=_boolean)
+    activation_checkpointing: bool = attrs.field(default=False, validator=_boolean)
+    token_order: str = attrs.field(default="natural", validator=_one_of("natural", "kept"))
+    backend: str = attrs.field(default="auto", validator=_backend_name)
+    backend_options: Mapping[str, Mapping[str, Any]] = attrs.field(
+        factory=dict, converter=_copied, validator=_options, hash=False
+    )
+    context_parallel: None = attrs.field(default=None, validator=_no_context_parallel)
+    limits: Limits = attrs.field(factory=Limits, validator=_limits)
+
+    def __attrs_post_init__(self) -> None:
+        if self.num_heads % self.kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.kv_heads}; "
+                f"{self.num_heads} heads can share {divisors} key-value heads"
+            )
+        if isinstance(self.pattern, Pattern):
+            self.pattern.validate(self.num_heads, self.kv_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, as a number in either case."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q·k, as a number in either case."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> AttentionConfig:
+        """The config that `mapping` describes, names and values as for the class; `limits` may be a mapping too.
+
+        Raises:
+            ConfigError: for an unknown key, naming the nearest right one, a missing key, or a value not allowed.
+        """
+        if isinstance(mapping, Mapping):
+            check_fields(mapping)
+        return from_mapping(cls, mapping, name="the attention config")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> AttentionConfig:
+        """The config in a TOML or JSON file, told apart by its suffix, with the names of the class at the top level.
+
+        Raises:
+            ConfigError: for a file that is missing, of another kind or malformed, and as `from_dict`.
+        """
+        return cls.from_dict(read_mapping(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for JSON; `from_dict` reads it again."""
+        fields = attrs.asdict(self, recurse=False)
+        pattern = self.pattern.to_dict() if isinstance(self.pattern, Pattern) else _copied(self.pattern)
+        return fields | {
+            "pattern": pattern,
+            "backend_options": {name: _copied(options) for name, options in self.backend_options.items()},
+            "limits": attrs.asdict(self.limits),
+        }
+
+
+def check_fields(mapping: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a key that is no field of `AttentionConfig`, naming where it belongs.
+
+    The arguments of other implementations' dilated attention are told that they are the pattern's.
+    """
+    for key in mapping:
+        if key in _DILATED_FIELDS:
+            raise ConfigError(
+                f"the attention config has no {key!r} (did you mean {_DILATED_FIELDS[key]!r} of the pattern? "
+                "pattern=Dilated(segment_lengths=(...), dilation_rates=(...)))"
+            )
+    check_keys(mapping, keys_of(AttentionConfig), name="the attention config")
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The top-level table of a TOML or JSON file.
+
+    Raises:
+        ConfigError: for a file that cannot be read, has another suffix, or is malformed; the message says where.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise ConfigError(f"a config file ends in .toml or .json, got {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the config file {str(path)!r} is not UTF-8 text: {error.reason}") from error
+    try:
+        parsed = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except ValueError as error:  # tomllib's and json's decode errors both
+        raise ConfigError(f"the config file {str(path)!r} is malformed: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"the config file {str(path)!r} must hold a table of names, got a {type(parsed).__name__}")
+    return parsed

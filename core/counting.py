@@ -1,0 +1,244 @@
+"""Exact numbers of pairs of a layout, from its structure: nothing here grows with q_len * kv_len.
+
+The distinct pairs of overlapping branches follow by inclusion and exclusion. Pairs common to several branches lie in
+cells (the common refinement of the branches' segments) and have, in each cell, one residue modulo the strides' least
+common multiple, so a set of branches is described like a single one: cells, a stride and a residue per cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from .blocking import group_rows
+from .geometry import Geometry
+from .layout import BlockLayout
+from .pattern import Branch
+from .supports import branch_counts, branch_signature
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .pattern import IntArray
+
+
+def allowed_pairs(geometry: Geometry) -> int:
+    """Pairs over all heads that causality allows."""
+    return branch_pairs(Branch(None, 1, (0,) * geometry.num_heads), geometry)
+
+
+@attrs.frozen(eq=False)
+class _Cells:
+    """Pairs of positions of one cell low:high that are both congruent to `residue` modulo `stride`; arrays (cells,)."""
+
+    low: IntArray
+    high: IntArray
+    stride: int
+    residue: IntArray
+
+    def pairs(self, geometry: Geometry) -> int:
+        """How many such pairs the geometry allows."""
+        q_first, q_count = self._places(geometry.q_offset, geometry.q_len)
+        k_first, k_count = self._places(geometry.kv_offset, geometry.kv_len)
+        if not geometry.is_causal:
+            return int((q_count * k_count).sum())
+        # Query i of a cell sees key j where q_first + i >= k_first + j: min(max(lead + i, 0), k_count) keys.
+        lead = q_first - k_first + 1
+        return int((_ramp(lead + q_count, k_count) - _ramp(lead, k_count)).sum())
+
+    def _places(self, offset: int, length: int) -> tuple[IntArray, IntArray]:
+        """The first place (position = residue + stride * place) at or after `offset` in each cell, and their number."""
+        low, high = np.maximum(self.low, offset), np.minimum(self.high, offset + length)
+        first = -((self.residue - low) // self.stride)
+        end = -((self.residue - high) // self.stride)
+        return first, np.maximum(end - first, 0)
+
+
+def _ramp(upper: IntArray, cap: IntArray) -> IntArray:
+    """The sum of min(max(x, 0), cap) over all integers x < upper."""
+    rising = np.clip(upper, 0, cap + 1)
+    result: IntArray = rising * (rising - 1) // 2 + np.maximum(upper - cap - 1, 0) * cap
+    return result
+
+
+def _cells(branch: Branch, offset: int, geometry: Geometry) -> _Cells:
+    """The positions of `branch` at `offset`: a cell for every segment that holds a query and a key."""
+    w, r = branch.segment_length, branch.stride
+    starts = {"query": geometry.q_offset, "key": geometry.kv_offset}
+    ends = {"query": geometry.q_offset + geometry.q_len, "key": geometry.kv_offset + geometry.kv_len}
+    if not geometry.q_len or not geometry.kv_len or (w is not None and offset >= w):
+        none = np.zeros(0, dtype=np.int64)
+        return _Cells(none, none, r, none)
+    if w is None:
+        low, high = np.array([min(starts.values())]), np.array([max(ends.values())])
+        return _Cells(low, high, r, np.array([offset % r]))
+    first, last = max(start // w for start in starts.values()), min((end - 1) // w for end in ends.values())
+    low = np.arange(first, last + 1, dtype=np.int64) * w
+    return _Cells(low, low + w, r, (low + offset) % r)
+
+
+def _by_offset(branches: Sequence[Branch], num_heads: int) -> dict[tuple[int | None, ...], int]:
+    """Heads with the same offsets in all branches are alike: how many there are of each kind."""
+    kinds: dict[tuple[int | None, ...], int] = {}
+    for head in range(num_heads):
+        key = tuple(branch.offsets[head] for branch in branches)
+        kinds[key] = kinds.get(key, 0) + 1
+    return kinds
+
+
+def branch_pairs(branch: Branch, geometry: Geometry) -> int:
+    """Counted pairs of one branch over all heads, its weight included."""
+    kinds = _by_offset((branch,), geometry.num_heads)
+    return branch.weight * sum(
+        heads * _cells(branch, offset, geometry).pairs(geometry)
+        for (offset,), heads in kinds.items()
+        if offset is not None
+    )
+
+
+def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geometry: Geometry) -> int:
+    """Pairs over all heads that a branch or a block counts at least once."""
+    total = 0
+    for offsets, heads in _by_offset(branches, geometry.num_heads).items():
+        sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
+        total += heads * _union_size(sets, geometry)
+    return total if blocks is None else total + _pairs_beyond(blocks, branches)
+
+
+def _union_size(sets: list[_Cells], geometry: Geometry) -> int:
+    """Inclusion and exclusion over the sets, depth first, without the subtrees that cancel.
+
+    Where the common pairs of a choice lie inside a set that is still to be decided, choices with and without that set
+    cancel, so nested branches cost their square instead of two to their number.
+    """
+    sets = sorted(sets, key=lambda cells: cells.stride)
+    total = 0
+    # The farther set is joined first, so that those between, which often hold the common pairs, are still undecided.
+    stack = [(cells, sets[:index:-1], 1) for index, cells in enumerate(sets)]
+    while stack:
+        common, undecided, sign = stack.pop()
+        if any(_within(common, other) for other in undecided):
+            continue
+        total += sign * common.pairs(geometry)
+        for index, other in enumerate(undecided):
+            both = _intersection(common, other)
+            if both.low.size:
+                stack.append((both, undecided[index + 1 :], -sign))
+    return total
+
+
+def _matching(cells: _Cells, other: _Cells) -> NDArray[np.int64]:
+    """The cell of `other` that holds each cell's low position; -1 where none does."""
+    index = np.searchsorted(other.low, cells.low, side="right") - 1
+    if not other.low.size:
+        return np.full(cells.low.shape, -1, dtype=np.int64)
+    return np.where((index >= 0) & (cells.low < other.high[index]), index, -1)
+
+
+def _within(cells: _Cells, other: _Cells) -> bool:
+    """True where every pair of `cells` is one of `other`."""
+    if cells.stride % other.stride:
+        return False
+    index = _matching(cells, other)
+    if (index < 0).any():
+        return False
+    same = (cells.residue - other.residue[index]) % other.stride == 0
+    return bool((same & (cells.high <= other.high[index])).all())
+
+
+def _intersection(a: _Cells, b: _Cells) -> _Cells:
+    """The pairs that both have, cells in ascending order."""
+    low = np.union1d(a.low, b.low)
+    probe = _Cells(low, low, 1, low)
+    in_a, in_b = _matching(probe, a), _matching(probe, b)
+    common = gcd(a.stride, b.stride)
+    lcm = a.stride // common * b.stride
+    kept = (in_a >= 0) & (in_b >= 0)
+    low, in_a, in_b = low[kept], in_a[kept], in_b[kept]
+    residue_a, residue_b = a.residue[in_a], b.residue[in_b]
+    kept = (residue_a - residue_b) % common == 0
+    low, in_a, in_b, residue_a, residue_b = (x[kept] for x in (low, in_a, in_b, residue_a, residue_b))
+    # Chinese remainder: residue_a + a.stride * t is congruent to residue_b modulo b.stride.
+    inverse = pow(a.stride // common, -1, b.stride // common) if b.stride != common else 0
+    t = (residue_b - residue_a) // common * inverse % (b.stride // common)
+    return _Cells(low, np.minimum(a.high[in_a], b.high[in_b]), lcm, (residue_a + a.stride * t) % lcm)
+
+
+def block_pairs(blocks: BlockLayout, *, distinct: bool) -> int:
+    """Pairs over all query heads that the blocks count, once each or as often as they count."""
+    full, partial, heads_of = _entries(blocks)
+    queries, weights = _queries(blocks)[full], blocks.weights[full].astype(np.int64)
+    per_entry = queries * blocks.block_size * (1 if distinct else weights)
+    total = int((per_entry * heads_of[full]).sum())
+    masks = blocks.masks != 0 if distinct else blocks.masks
+    per_mask = masks.sum(axis=(1, 2), dtype=np.int64)
+    return total + int((per_mask[blocks.mask_ids[partial]] * heads_of[partial]).sum())
+
+
+def _entries(blocks: BlockLayout) -> tuple[IntArray, IntArray, IntArray]:
+    """Entries of full and of partial blocks, and the number of heads that share each entry."""
+    heads = np.bincount(blocks.head_table, minlength=blocks.row_ptr.shape[0])
+    shared = np.repeat(heads, np.diff(blocks.row_ptr[:, [0, -1]], axis=1)[:, 0])
+    return np.flatnonzero(blocks.mask_ids < 0), np.flatnonzero(blocks.mask_ids >= 0), shared
+
+
+def _rows(blocks: BlockLayout) -> IntArray:
+    """The block row of each entry, int64."""
+    tables, pointers = blocks.row_ptr.shape
+    return np.repeat(np.tile(np.arange(pointers - 1, dtype=np.int64), tables), np.diff(blocks.row_ptr, axis=1).ravel())
+
+
+def _queries(blocks: BlockLayout) -> IntArray:
+    """The number of queries in the block row of each entry, int64."""
+    return np.minimum(blocks.geometry.q_len - _rows(blocks) * blocks.block_size, blocks.block_size)
+
+
+def _pairs_beyond(blocks: BlockLayout, branches: Sequence[Branch]) -> int:
+    """Pairs over all heads that a block counts and no branch does, by evaluating one block of each kind."""
+    if not branches:
+        return blocks.distinct_pairs
+    geometry, total = blocks.geometry, 0
+    rows, queries = _rows(blocks), _queries(blocks)
+    kinds: dict[tuple[int | None, ...], list[int]] = {}
+    for head in range(geometry.num_heads):
+        key = (int(blocks.head_table[head]), *(branch.offsets[head] for branch in branches))
+        kinds.setdefault(key, []).append(head)
+    for (table, *_), heads in kinds.items():
+        assert table is not None
+        entries = slice(int(blocks.row_ptr[table, 0]), int(blocks.row_ptr[table, -1]))
+        query_low = rows[entries] * blocks.block_size + geometry.q_offset
+        key_low = blocks.cols[entries].astype(np.int64) * blocks.block_size + geometry.kv_offset
+        total += len(heads) * _beyond(
+            blocks, branches, heads[0], query_low, key_low, blocks.mask_ids[entries], queries[entries]
+        )
+    return total
+
+
+def _beyond(
+    blocks: BlockLayout,
+    branches: Sequence[Branch],
+    head: int,
+    query_low: IntArray,
+    key_low: IntArray,
+    mask_ids: NDArray[np.int32],
+    queries: IntArray,
+) -> int:
+    """`_pairs_beyond` for one head; arrays (entries of its table,)."""
+    if not query_low.size:
+        return 0
+    size = blocks.block_size
+    signature = branch_signature(branches, query_low, key_low, size, head)
+    own = np.stack([mask_ids.astype(np.int64), queries], axis=-1)
+    first, inverse = group_rows(np.concatenate([signature, own], axis=-1))
+    often, total = np.bincount(inverse, minlength=first.size), 0
+    place = np.arange(size, dtype=np.int64)
+    for entry, times in zip(first, often, strict=True):
+        inside = place[:, None] < queries[entry]
+        counted = inside & (blocks.masks[mask_ids[entry]] != 0) if mask_ids[entry] >= 0 else inside
+        taken = branch_counts(branches, query_low[entry] + place[:, None], key_low[entry] + place, head) > 0
+        total += int(times) * int((np.broadcast_to(counted, taken.shape) & ~taken).sum())
+    return total

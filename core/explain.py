@@ -1,0 +1,98 @@
+"""A plan as text for people: aligned columns, every reason on a line of its own, nothing wrapped or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plan import AttentionPlan, BackendRow, LayoutSummary
+
+
+def explain_plan(plan: AttentionPlan) -> str:
+    """The text of `AttentionPlan.explain`."""
+    lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
+    lines += [f"  layout  {line}" for line in _layout_words(plan.layout)]
+    lines += ["  with    " + ", ".join(f"{name} {version}" for name, version in plan.versions.items()), ""]
+    header = ("backend", "status", "kernel", "from")
+    cells = [(row.name, row.status, row.kernel or "-", _origin(row)) for row in plan.rows]
+    table = list(columns([header, *cells]))
+    lines.append(table[0])
+    for row, line in zip(plan.rows, table[1:], strict=True):
+        lines.append(line)
+        lines += [f"    {reason}" for reason in row_reasons(row)]
+    return "\n".join(lines)
+
+
+def row_reasons(row: BackendRow) -> Iterator[str]:
+    """Every reason for a row's status, and its near miss, a line each."""
+    yield from (str(refusal) for refusal in row.refusals)
+    if row.detail:
+        yield row.detail
+    if row.near_miss:
+        yield f"-> {row.near_miss}"
+
+
+def columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows of `table` with their cells aligned, two spaces between them, nothing cut."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 head`, `2 heads`, `16,384 tokens`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def amount(number: float, unit: str, *, base: int = 1000) -> str:
+    """`1.2 GB`, `340 MFLOP`: three digits and a prefix."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < base or prefix == "P":
+            break
+        number /= base
+    return f"{number:.3g} {prefix}{unit}"
+
+
+def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
+    """The request of a plan in one line."""
+    heads, kv_heads = config["num_heads"], config["num_kv_heads"]
+    what = [
+        "causal" if config["is_causal"] else "",
+        f"{config['pattern']['kind']} attention",
+        f"over {counted(config['seq_len'], 'token')}" if config["seq_len"] else "",
+    ]
+    details = [
+        counted(heads, "head") + (f" on {kv_heads} key-value" if kv_heads not in (None, heads) else ""),
+        f"head_dim {config['head_dim']}",
+        f"{config['dtype']} on {device['torch_name']}" + (f" ({device['name']})" if device.get("name") else ""),
+        "with gradients" if config["requires_grad"] else "without gradients",
+        f"dropout {config['dropout_p']:g}" if config["dropout_p"] else "",
+        "deterministic" if config["deterministic"] else "",
+    ]
+    return f"{' '.join(w for w in what if w)}: {', '.join(d for d in details if d)}"
+
+
+def _headline(plan: AttentionPlan) -> str:
+    asked = plan.config["backend"]
+    if plan.backend is None:
+        return "no backend fits" if asked == "auto" else f"backend {asked!r} does not fit, and was asked for by name"
+    kernel = f" ({plan.kernel})" if plan.kernel else ""
+    how = "chosen" if asked == "auto" else "asked for by name"
+    return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
+
+
+def _layout_words(layout: LayoutSummary) -> Iterator[str]:
+    kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
+    if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
+        yield f"{kinds}; lowered when the length is known (seq_len)"
+        return
+    saved = f", {amount(layout.distinct_flops, 'FLOP')} in distinct pairs" if layout.distinct_flops else ""
+    yield (
+        f"{kinds}, {layout.density:.2%} of all pairs, {amount(layout.flops, 'FLOP')} forward{saved}, "
+        f"{amount(layout.nbytes, 'B')} of tables, digest {layout.digest[:12]}"
+    )
+
+
+def _origin(row: BackendRow) -> str:
+    return f"{row.distribution} {row.version}".strip() or "-"

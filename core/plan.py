@@ -1,0 +1,149 @@
+"""The frozen record of one build: what was chosen, what was refused, and what would change that. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import attrs
+
+from .errors import ConfigError
+from .refusal import Refusal
+from .structure import from_mapping
+
+Status = Literal["chosen", "usable", "refused", "broken"]
+
+
+def _plain(value: object) -> object:
+    """As JSON gives it back, so that a plan equals its own round trip."""
+    return json.loads(json.dumps(value))
+
+
+@attrs.frozen(kw_only=True)
+class NearMiss:
+    """The smallest change of a request that would admit a backend.
+
+    Attributes:
+        changes: config fields and the values they would need.
+        install: requirements to install.
+        verified: the backend itself was asked about the changed request. It cannot be where it is not installed or
+            where the change is a device that this machine lacks; then only its manifest was.
+    """
+
+    changes: dict[str, Any] = attrs.field(factory=dict, converter=_plain, hash=False)
+    install: tuple[str, ...] = ()
+    verified: bool = True
+
+    def __str__(self) -> str:
+        steps = [f"{name}={value}" for name, value in self.changes.items()]
+        steps += [f"pip install {requirement!r}" for requirement in self.install]
+        sure = "would be usable with" if self.verified else "could be usable with"
+        doubt = "" if self.verified else " (by its manifest; it cannot be asked here)"
+        return f"{sure} {' and '.join(steps)}{doubt}"
+
+
+@attrs.frozen(kw_only=True)
+class BackendRow:
+    """What became of one backend.
+
+    Attributes:
+        name: the backend, or the plugin where that is what broke.
+        status: "chosen", "usable" (accepts the request but ranks lower), "refused", or "broken" (breaks its contract).
+        kernel: the sub-kernel that it would use, or an empty string.
+        refusals: every reason, where it is refused.
+        near_miss: the smallest change that would admit it, where one was found.
+        distribution: the installed package that it comes from.
+        version: of that package.
+        detail: the cause, where it is broken.
+    """
+
+    name: str
+    status: Status
+    kernel: str = ""
+    refusals: tuple[Refusal, ...] = ()
+    near_miss: NearMiss | None = None
+    distribution: str = ""
+    version: str = ""
+    detail: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class LayoutSummary:
+    """What a pattern was lowered to at the length it was planned for.
+
+    Attributes:
+        kinds: the layouts it needs at any length, "branch" and "block".
+        seq_len: the length of the rest; without one the rest is None.
+        digest: identifies the lowered layout.
+        nbytes: memory of its tables.
+        density: distinct pairs over all pairs (the causal ones, if causal).
+        pairs: pairs counted with their multiplicity, over all heads, per batch row.
+        distinct_pairs: the same, each pair once.
+        flops: of one forward pass over `pairs`, 4 * head_dim each (two products, two operations a term).
+        distinct_flops: of one forward pass over `distinct_pairs`.
+    """
+
+    kinds: tuple[str, ...]
+    seq_len: int | None = None
+    digest: str | None = None
+    nbytes: int | None = None
+    density: float | None = None
+    pairs: int | None = None
+    distinct_pairs: int | None = None
+    flops: int | None = None
+    distinct_flops: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class AttentionPlan:
+    """Which backend computes an attention, and why.
+
+    Attributes:
+        config: the request, as `AttentionConfig.to_dict()` gives it.
+        device: what was found on the device: type, index, name, arch, ...
+        backend: the chosen backend, or None when none fits.
+        kernel: its pinned sub-kernel.
+        rows: one row a backend, the chosen one first, then by rank; broken plugins last.
+        layout: what the pattern needs.
+        compile_class: "fullgraph", "opaque" (one operator inside the graph) or "none".
+        versions: of Python, torch and this package.
+    """
+
+    config: dict[str, Any] = attrs.field(converter=_plain, hash=False)
+    device: dict[str, Any] = attrs.field(converter=_plain, hash=False)
+    backend: str | None
+    kernel: str
+    rows: tuple[BackendRow, ...]
+    layout: LayoutSummary
+    compile_class: str
+    versions: dict[str, str] = attrs.field(hash=False)
+
+    def order(self, seq_len: int) -> range:
+        """The token order that its layouts want: the place i of the kept order holds token `order[i]`.
+
+        Every layout of this release wants the natural order.
+        """
+        return range(seq_len)
+
+    def explain(self) -> str:
+        """What was chosen and why, for people: one row a backend with every reason, neither wrapped nor cut."""
+        from .explain import explain_plan
+
+        return explain_plan(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it again."""
+        return json.dumps(attrs.asdict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> AttentionPlan:
+        """The plan in `text`.
+
+        Raises:
+            ConfigError: for text that is no JSON, or JSON that is no plan.
+        """
+        try:
+            parsed: object = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"a plan is JSON text: {error}") from error
+        return from_mapping(cls, parsed, name="the plan")

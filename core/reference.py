@@ -1,0 +1,103 @@
+"""The oracle: attention by its definition, in float64, on dense masks. Obviously right, and slow.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim, E value head_dim. It uses
+nothing of a pattern but `Pattern.multiplicity`, so that every faster path can be held against it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .geometry import Geometry
+from .pattern import Full, Pattern
+
+
+def mask_bytes(geometry: Geometry) -> int:
+    """Bytes of the dense multiplicity (num_heads, q_len, kv_len) in float64."""
+    return 8 * geometry.num_heads * geometry.q_len * geometry.kv_len
+
+
+def multiplicity(pattern: Pattern, geometry: Geometry) -> Tensor:
+    """How often each query counts each key, causality included: (H, S, T) int64, on the CPU."""
+    pattern.validate(geometry.num_heads, geometry.num_kv_heads)
+    query = np.arange(geometry.q_len, dtype=np.int64)[None, :, None] + geometry.q_offset
+    key = np.arange(geometry.kv_len, dtype=np.int64)[None, None, :] + geometry.kv_offset
+    head = np.arange(geometry.num_heads, dtype=np.int64)[:, None, None]
+    counts = pattern.multiplicity(query, key, head, geometry)
+    allowed = (key <= query) if geometry.is_causal else np.ones((1, 1, 1), dtype=np.int64)
+    dense = np.broadcast_to(counts * allowed, (geometry.num_heads, geometry.q_len, geometry.kv_len))
+    return torch.from_numpy(np.array(dense, dtype=np.int64))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_offset: int | None = None,
+    kv_offset: int = 0,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the multiset of keys that `pattern` names, differentiable by autograd through both results.
+
+        out_p = sum_q m(p,q) exp(s_pq) v_q / sum_q m(p,q) exp(s_pq)       lse_p = log sum_q m(p,q) exp(s_pq)
+
+    Args:
+        query: (B, S, H, D), any floating dtype; computed in float64.
+        key: (B, T, K, D), H a multiple of K.
+        value: (B, T, K, E).
+        pattern: who attends to whom; `Full` by default.
+        is_causal: query position p sees key positions q <= p only.
+        scale: factor on q·k, 1/sqrt(D) by default.
+        q_offset: absolute position of the first query, T - S by default.
+        kv_offset: absolute position of the first key.
+        dropout_p: probability with which each counted occurrence is dropped after normalisation; lse is undropped.
+        generator: source of the dropout draw; torch's default one if None.
+
+    Returns:
+        out (B, S, H, E) and lse (B, H, S), both float64; rows without keys give 0 and -inf, and no gradient.
+
+    Raises:
+        ConfigError: shapes that do not fit together, or a pattern that does not take these heads.
+    """
+    geometry = _geometry(query, key, value, is_causal, q_offset, kv_offset)
+    counts = multiplicity(Full() if pattern is None else pattern, geometry).to(query.device, torch.float64)
+    q_bhsd, k_bhtd, v_bhte = (x.to(torch.float64).transpose(1, 2) for x in (query, key, value))
+    k_bhtd, v_bhte = (x.repeat_interleave(geometry.group_size, dim=1) for x in (k_bhtd, v_bhte))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (factor * q_bhsd @ k_bhtd.mT).masked_fill(counts == 0, -torch.inf)
+    empty = counts.sum(-1) == 0
+    peak = scores.detach().amax(-1) if geometry.kv_len else counts.new_zeros(scores.shape[:-1])
+    peak = peak.masked_fill(empty, 0.0)
+    weights = counts * torch.exp(scores - peak[..., None])
+    total = weights.sum(-1).masked_fill(empty, 1.0)
+    lse = (peak + torch.log(total)).masked_fill(empty, -torch.inf)
+    shares = weights / total[..., None]
+    if dropout_p > 0:
+        kept = torch.binomial(
+            counts.expand_as(shares).contiguous(), torch.full_like(shares, 1 - dropout_p), generator=generator
+        )
+        shares = shares * kept / (counts.clamp(min=1) * (1 - dropout_p) if dropout_p < 1 else 1.0)
+    return (shares @ v_bhte).transpose(1, 2), lse
+
+
+def _geometry(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, q_offset: int | None, kv_offset: int
+) -> Geometry:
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if any(len(shape) != 4 for shape in shapes):
+        raise ConfigError(f"query, key and value must have 4 dimensions (batch, seq, heads, head_dim), got {shapes}")
+    (b, s, h, d), (bk, t, k, dk), (bv, tv, kv, _) = shapes
+    if not (b == bk == bv and t == tv and k == kv and d == dk):
+        raise ConfigError(f"query, key and value do not fit together: {shapes}")
+    offset = t - s if q_offset is None else q_offset
+    return Geometry(
+        q_len=s, kv_len=t, num_heads=h, num_kv_heads=k, is_causal=is_causal, q_offset=offset, kv_offset=kv_offset
+    )

@@ -1,0 +1,167 @@
+"""Which blocks of a grid hold pairs: from key spans, from branches, and combined over several patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .layout import BlockGrid, BlockSupport
+from .pattern import Branch, KeySpans, Pattern
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .geometry import Geometry
+    from .pattern import IntArray
+
+
+def support_from_spans(pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
+    """The blocks that `pattern.key_spans` names, constant where a whole block lies inside a span's inner part.
+
+    Blocks wholly in the future of a causal geometry are left out. Raises `ConfigError` when the grid allows fewer.
+    """
+    size, first, last = grid.block_size, geometry.kv_offset, geometry.kv_offset + geometry.kv_len
+    if not grid.query_low.size or not grid.key_low.size:
+        none = np.zeros(0, dtype=np.int64)
+        return BlockSupport(none, none, none)
+    query_high = np.minimum(grid.query_low + size, geometry.q_offset + geometry.q_len) - 1
+    spans = pattern.key_spans(grid.query_low, query_high, head, geometry)
+    low, high = np.maximum(spans.low, first), np.minimum(spans.high, last)
+    if geometry.is_causal:
+        high = np.minimum(high, query_high[:, None] + 1)
+    begin, end = (low - first) // size, -((first - high) // size)
+    end = np.where(low < high, end, begin)
+    # Two spans of a row may meet inside one block; the first lists it, and it is constant for neither.
+    begin[:, 1:] = np.maximum(begin[:, 1:], np.maximum.accumulate(end, axis=1)[:, :-1])
+    counts = np.maximum(end - begin, 0)
+    total = int(counts.sum())
+    grid.check_blocks(total)
+    row_of_span = np.repeat(np.arange(counts.shape[0], dtype=np.int64), counts.shape[1])
+    rows, cols = np.repeat(row_of_span, counts.ravel()), ranges(begin.ravel(), counts.ravel())
+    inner_begin, inner_end = -((first - spans.inner_low) // size), (spans.inner_high - first) // size
+    inside = cols >= np.repeat(inner_begin.ravel(), counts.ravel())
+    inside &= cols < np.repeat(inner_end.ravel(), counts.ravel())
+    return BlockSupport(rows, cols, np.where(inside, spans.multiplicity, 0).astype(np.int64))
+
+
+def ranges(begin: IntArray, counts: IntArray) -> IntArray:
+    """begin[i], begin[i] + 1, ..., begin[i] + counts[i] - 1 for every i, one after another."""
+    starts = np.cumsum(counts) - counts
+    result: IntArray = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(begin - starts, counts)
+    return result
+
+
+def combine_supports(parts: Sequence[BlockSupport], *, is_sum: bool) -> BlockSupport:
+    """Blocks that any part lists; constant where every part that lists them is (absent ones count 0).
+
+    A sum adds the constants, a union takes the largest.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    width = 1 + max((int(part.cols.max()) for part in parts if part.cols.size), default=0)
+    keys = np.concatenate([part.rows * width + part.cols for part in parts])
+    order = np.argsort(keys, kind="stable")  # merges the parts, each of which is sorted
+    keys, values = keys[order], np.concatenate([part.multiplicity for part in parts])[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    if not starts.size:
+        return BlockSupport(keys, keys, values)
+    combined = (np.add if is_sum else np.maximum).reduceat(values, starts)
+    combined[np.minimum.reduceat(values, starts) == 0] = 0
+    rows, cols = np.divmod(keys[starts], width)
+    return BlockSupport(rows, cols, combined)
+
+
+def segment_and_place(position: IntArray, segment_length: int | None) -> tuple[IntArray, IntArray]:
+    """The number of each position's segment, and its place in that segment."""
+    if segment_length is None:
+        return np.zeros_like(position), position
+    segment, place = np.divmod(position, segment_length)
+    return segment, place
+
+
+def branch_counts(branches: Sequence[Branch], query: IntArray, key: IntArray, head: int) -> IntArray:
+    """How often `branches` count each (query, key) pair of broadcastable positions, before causality; int64."""
+    total = np.zeros(np.broadcast_shapes(query.shape, key.shape), dtype=np.int64)
+    for branch in branches:
+        offset = branch.offsets[head]
+        if offset is None:
+            continue
+        (q_segment, q_place), (k_segment, k_place) = (
+            segment_and_place(position, branch.segment_length) for position in (query, key)
+        )
+        q_kept = (q_place - offset) % branch.stride == 0
+        k_kept = (k_place - offset) % branch.stride == 0
+        total += branch.weight * ((q_segment == k_segment) & q_kept & k_kept)
+    return total
+
+
+def branch_overlap(
+    branches: Sequence[Branch], query_low: IntArray, key_low: IntArray, block_size: int, head: int
+) -> NDArray[np.bool_]:
+    """False for the blocks in which no query shares a segment with a key, in any branch of `head`."""
+    touched = np.zeros(query_low.shape, dtype=np.bool_)
+    for branch in branches:
+        if branch.offsets[head] is None:
+            continue
+        w = branch.segment_length
+        if w is None:
+            return np.ones_like(touched)
+        last = block_size - 1
+        touched |= ((query_low + last) // w >= key_low // w) & ((key_low + last) // w >= query_low // w)
+    return touched
+
+
+def branch_spans(
+    branches: Sequence[Branch], query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry
+) -> KeySpans:
+    """`Pattern.key_spans` of a sum of branches: one span a block, from the first segment touched to the last.
+
+    Every branch that keeps a query of the block covers the block's own positions, so the spans join to one.
+    """
+    first, last = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
+    low, high = np.full_like(query_low, last), np.full_like(query_low, first)
+    alive = [b for b in branches if (o := b.offsets[head]) is not None and (b.segment_length or o + 1) > o]
+    for branch in alive:
+        w, offset = branch.segment_length, branch.offsets[head]
+        assert offset is not None
+        q_first, q_last = (segment_and_place(position, w) for position in (query_low, query_high))
+        kept = (q_first[0] != q_last[0]) | (q_first[1] + (offset - q_first[1]) % branch.stride <= q_last[1])
+        begin = q_first[0] * w if w is not None else np.full_like(low, first)
+        end = (q_last[0] + 1) * w if w is not None else np.full_like(low, last)
+        low, high = np.where(kept, np.minimum(low, begin), low), np.where(kept, np.maximum(high, end), high)
+    inner_low, inner_high, weight = low, low, 1
+    if len(alive) == 1 and alive[0].stride == 1:
+        w, weight = alive[0].segment_length, alive[0].weight
+        inner_high = high if w is None else np.where(query_low // w == query_high // w, high, low)
+    return single_span(low, high, inner_low, inner_high, weight)
+
+
+def single_span(low: IntArray, high: IntArray, inner_low: IntArray, inner_high: IntArray, weight: int = 1) -> KeySpans:
+    """Key spans of one interval a block, from arrays of shape (blocks,)."""
+    return KeySpans(low[:, None], high[:, None], inner_low[:, None], inner_high[:, None], weight)
+
+
+def branch_signature(
+    branches: Sequence[Branch], query_low: IntArray, key_low: IntArray, block_size: int, head: int
+) -> IntArray:
+    """`Pattern.block_signature` of a sum of branches, (blocks, 3 * branches of `head`).
+
+    A block side that lies in one segment is described by its residue, one that straddles a boundary by its place.
+    """
+    columns: list[IntArray] = []
+    for branch in branches:
+        if branch.offsets[head] is None:
+            continue
+        w, r = branch.segment_length, branch.stride
+        codes, segments = [], []
+        for low in (query_low, key_low):
+            segment, place = segment_and_place(low, w)
+            residue = place % r
+            codes.append(residue if w is None else np.where(place + block_size <= w, residue, r + place))
+            segments.append(segment)
+        apart = ~branch_overlap((branch,), query_low, key_low, block_size, head)
+        columns += [np.where(apart, -1, code) for code in codes]
+        columns.append(np.where(apart, 0, segments[1] - segments[0]))
+    return np.stack(columns, axis=-1) if columns else np.zeros((query_low.size, 0), dtype=np.int64)

@@ -1,0 +1,94 @@
+"""Numbers of pairs, digests and densities, against counting on dense multiplicities."""
+
+from __future__ import annotations
+
+import time
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilated_attention.core.counting import allowed_pairs
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Full, Pattern
+from dilated_attention.core.reference import multiplicity
+from dilated_attention.patterns.dilated import Dilated
+from dilated_attention.patterns.global_tokens import Global
+from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.strided import Strided
+
+from . import strategies
+
+
+def check(pattern: Pattern, geometry: Geometry, block_size: int | None = None) -> None:
+    counts = multiplicity(pattern, geometry)
+    layout = lower(pattern, geometry, block_size=block_size)
+    allowed = int(multiplicity(Full(), geometry).sum())
+    distinct = int((counts > 0).sum())
+    assert (layout.pairs, layout.distinct_pairs) == (int(counts.sum()), distinct)
+    assert allowed_pairs(geometry) == allowed
+    assert layout.density == (distinct / allowed if allowed else 0.0)
+
+
+@settings(max_examples=250, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=80), st.sampled_from((3, 8, 16, None)))
+def test_pairs_are_those_of_the_oracle(pattern: Pattern, geometry: Geometry, block_size: int | None) -> None:
+    check(pattern, geometry, block_size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(strategies.dilated(), strategies.geometries(max_len=150))
+def test_overlapping_branches_are_counted_once(pattern: Dilated, geometry: Geometry) -> None:
+    check(pattern + pattern, geometry)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_many_nested_branches_do_not_cost_two_to_their_number(is_causal: bool) -> None:
+    lengths, rates = tuple(4 << i for i in range(14)), tuple(1 << i for i in range(14))
+    geometry = Geometry.self_attention(300, 2, is_causal=is_causal)
+    begin = time.perf_counter()
+    check(Dilated(lengths, rates) + Full() + Strided(16), geometry)
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "pairs", "distinct"), [(False, 8321499136, 6308233216), (True, 4162781184, 3155165184)]
+)
+def test_longnet_at_128k_is_76_percent_distinct(is_causal: bool, pairs: int, distinct: int) -> None:
+    pattern = Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
+    layout = lower(pattern, Geometry.self_attention(1 << 17, 16, is_causal=is_causal))
+    assert (layout.pairs, layout.distinct_pairs) == (pairs, distinct)
+    if not is_causal:
+        segments = ((1 << 17) // (2048 << i) * 2048**2 * 16 for i in range(5))
+        assert pairs == sum(segments)
+
+
+def test_digest_tells_contents_apart_and_nothing_else() -> None:
+    plain = Geometry.self_attention(64, 2)
+
+    def digest(pattern: Pattern, geometry: Geometry = plain) -> str:
+        return lower(pattern, geometry, block_size=16).digest
+
+    assert digest(Local(3)) == digest(Local((3, 3)))
+    assert digest(Dilated((8,), (2,))) == digest(Dilated([8], [2]))
+    others = [Local(4), Local(3) + Local(3), Global(3), Full(), Dilated((8,), (2,)), Dilated((8,), (1,)), Strided(2)]
+    assert len({digest(p) for p in (Local(3), *others)}) == 1 + len(others)
+    changed = [
+        attrs.evolve(plain, is_causal=True),
+        attrs.evolve(plain, q_offset=1),
+        attrs.evolve(plain, kv_len=63),
+        attrs.evolve(plain, num_kv_heads=1),
+    ]
+    assert len({digest(Full(), geometry) for geometry in (plain, *changed)}) == 1 + len(changed)
+
+
+def test_bytes_are_those_of_the_arrays() -> None:
+    layout = lower(Local(3), Geometry.self_attention(64, 2), block_size=16)
+    assert layout.blocks is not None
+    arrays = [value for value in attrs.asdict(layout.blocks, recurse=False).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 6
+    assert layout.blocks.nbytes == sum(array.nbytes for array in arrays) < layout.nbytes
+    assert lower(Full(), Geometry.self_attention(64, 2)).nbytes > 0

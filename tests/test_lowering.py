@@ -1,0 +1,168 @@
+"""The lowered layout, expanded to dense counts again, is the multiplicity that the oracle uses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dilated_attention.core.blocking import lower_blocks
+from dilated_attention.core.errors import ConfigError
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.layout import BlockLayout, Layout
+from dilated_attention.core.lowering import layout_kinds, lower
+from dilated_attention.core.pattern import Branch, Full, Pattern, Sum, Union
+from dilated_attention.core.reference import multiplicity
+from dilated_attention.patterns.dilated import Dilated
+from dilated_attention.patterns.global_tokens import Global
+from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.strided import Strided
+
+from . import strategies
+
+Dense = NDArray[np.int64]
+
+
+def dense_branch(branch: Branch, geometry: Geometry) -> Dense:
+    """A branch pair by pair, from its docstring."""
+    counts = np.zeros((geometry.num_heads, geometry.q_len, geometry.kv_len), dtype=np.int64)
+    w, r = branch.segment_length, branch.stride
+    for h, offset in enumerate(branch.offsets):
+        if offset is None:
+            continue
+        for i in range(geometry.q_len):
+            p = i + geometry.q_offset
+            for j in range(geometry.kv_len):
+                q = j + geometry.kv_offset
+                together = w is None or p // w == q // w
+                p_place, q_place = (p, q) if w is None else (p % w, q % w)
+                kept = p_place % r == offset and q_place % r == offset
+                if together and kept and (q <= p or not geometry.is_causal):
+                    counts[h, i, j] = branch.weight
+    return counts
+
+
+def dense_blocks(blocks: BlockLayout) -> Dense:
+    """Blocks pasted where the tables say, with the documented invariants checked on the way."""
+    geometry, b = blocks.geometry, blocks.block_size
+    rows = -(-geometry.q_len // b)
+    canvas = np.zeros((geometry.num_heads, rows * b, -(-geometry.kv_len // b) * b), dtype=np.int64)
+    assert blocks.row_ptr.shape[1] == rows + 1
+    assert blocks.row_ptr[-1, -1] == blocks.cols.size == blocks.weights.size == blocks.mask_ids.size
+    for h, table in enumerate(blocks.head_table):
+        for i in range(rows):
+            begin, end = blocks.row_ptr[table, i], blocks.row_ptr[table, i + 1]
+            assert (np.diff(blocks.cols[begin:end]) > 0).all()
+            for e in range(begin, end):
+                c, weight, mask_id = int(blocks.cols[e]), int(blocks.weights[e]), int(blocks.mask_ids[e])
+                assert (weight > 0) != (mask_id >= 0)
+                if weight:
+                    assert (c + 1) * b <= geometry.kv_len, "a full block reaches beyond the keys"
+                elif i * b + b > geometry.q_len:
+                    assert not blocks.masks[mask_id][geometry.q_len - i * b :].any()
+                tile = weight if weight else blocks.masks[mask_id].astype(np.int64)
+                canvas[h, i * b : i * b + b, c * b : c * b + b] += tile
+    assert not canvas[:, :, geometry.kv_len :].any()
+    assert all(mask.any() for mask in blocks.masks)
+    assert len({mask.tobytes() for mask in blocks.masks}) == len(blocks.masks)
+    return canvas[:, : geometry.q_len, : geometry.kv_len]
+
+
+def dense(layout: Layout) -> Dense:
+    geometry = layout.geometry
+    counts = np.zeros((geometry.num_heads, geometry.q_len, geometry.kv_len), dtype=np.int64)
+    for branch in layout.branches:
+        counts += dense_branch(branch, geometry)
+    return counts if layout.blocks is None else counts + dense_blocks(layout.blocks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=28), st.sampled_from((1, 3, 4, 8, 16, 64)))
+def test_a_layout_expands_to_the_oracles_counts(pattern: Pattern, geometry: Geometry, block_size: int) -> None:
+    layout = lower(pattern, geometry, block_size=block_size)
+    np.testing.assert_array_equal(dense(layout), multiplicity(pattern, geometry).numpy())
+    assert layout.kinds == layout_kinds(pattern, geometry.num_heads, geometry.num_kv_heads, geometry.is_causal)
+
+
+@settings(max_examples=150, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=60), st.sampled_from((2, 5, 8, 16)))
+def test_blocks_alone_expand_to_the_oracles_counts(pattern: Pattern, geometry: Geometry, block_size: int) -> None:
+    blocks = lower_blocks(pattern, geometry, block_size=block_size)
+    np.testing.assert_array_equal(dense_blocks(blocks), multiplicity(pattern, geometry).numpy())
+
+
+class Noisy(Pattern):
+    """A third party's pattern that says nothing about itself but its multiplicity."""
+
+    kind = "noisy"
+
+    def multiplicity(self, query: Dense, key: Dense, head: Dense, geometry: Geometry) -> Dense:
+        return (query * 7 + key * 5 + head * 3) % 11 // 4
+
+    @property
+    def max_multiplicity(self) -> int:
+        return 2
+
+    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+        return tuple(range(num_heads))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("other", [Full(), Local(3), Dilated((8, 16), (1, 2))])
+def test_a_pattern_that_claims_nothing_lowers_exactly(other: Pattern, is_causal: bool) -> None:
+    geometry = Geometry(q_len=21, kv_len=30, num_heads=4, num_kv_heads=2, is_causal=is_causal, q_offset=-4, kv_offset=3)
+    for pattern in (Noisy(), Noisy() | other, Noisy() + other, other | Noisy()):
+        layout = lower(pattern, geometry, block_size=8)
+        np.testing.assert_array_equal(dense(layout), multiplicity(pattern, geometry).numpy())
+
+
+def test_equal_branches_merge_into_weights() -> None:
+    geometry = Geometry.self_attention(32, 2)
+    pattern = Dilated((8, 8), (2, 2)) + Dilated((8,), (2,)) + Full() + Full()
+    assert lower(pattern, geometry).branches == (Branch(8, 2, (0, 1), 3), Branch(None, 1, (0, 0), 2))
+
+
+def test_a_union_with_full_is_full() -> None:
+    geometry = Geometry.self_attention(32, 2)
+    for pattern in (Local(3) | Full(), Full() | (Local(2) | Global(4)), Union((Full(),))):
+        layout = lower(pattern, geometry)
+        assert layout.kinds == {"branch"}
+        assert layout.branches == (Branch(None, 1, (0, 0)),)
+    assert lower(Full() | Dilated((8, 8), (1, 1)), geometry).kinds == {"branch", "block"}
+    assert lower(Local(3) | Local(3), geometry).digest == lower(Local(3), geometry).digest
+
+
+def test_translation_makes_few_masks() -> None:
+    layout = lower(Local(200), Geometry.self_attention(1 << 14, 8, is_causal=True)).blocks
+    assert layout is not None
+    assert layout.row_ptr.shape == (1, 129)
+    assert layout.masks.shape[0] == 3  # the diagonal and the two blocks that the window's edge crosses
+
+
+def test_a_layout_beyond_the_limit_is_refused_with_both_numbers() -> None:
+    geometry = Geometry.self_attention(1 << 20, 2)
+    with pytest.raises(ConfigError, match=r"805,306,368 bytes for 67,108,864 blocks of 128, allowed are 1,0"):
+        lower(Noisy(), geometry, limit_bytes=1 << 20)
+    with pytest.raises(ConfigError, match=r"needs at least [\d,]+ bytes, allowed are 20,000"):
+        lower(Noisy(), Geometry.self_attention(512, 2), limit_bytes=20_000)
+    assert lower(Local(3), Geometry.self_attention(512, 2), limit_bytes=100_000).nbytes <= 100_000
+
+
+def test_more_than_255_occurrences_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 255 times, this pattern does so 300 times"):
+        lower(Sum((Local(3),) * 300), Geometry.self_attention(40))
+
+
+def test_block_size_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="block_size must be at least 1, got 0"):
+        lower(Local(3), Geometry.self_attention(40), block_size=0)
+
+
+@pytest.mark.parametrize("pattern", [Local(256), Global(128), Strided(1 << 14), Local(256) | Global(128)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_million_tokens_cost_what_they_keep(pattern: Pattern, is_causal: bool) -> None:
+    blocks = lower_blocks(pattern, Geometry.self_attention(1 << 20, 16, is_causal=is_causal))
+    assert blocks.nbytes < 40 << 20
+    assert blocks.masks.shape[0] < 20
