@@ -16,6 +16,7 @@ import torch
 import typer
 
 from .. import Dilated
+from ..core.checks import require_int
 from . import compare, pictures, text
 from .model import ModelConfig
 from .training import Budget, Mark, Training, train
@@ -33,11 +34,17 @@ def run(output: Path, *, steps: int | None = None, json_output: bool = False) ->
 
     Returns:
         What the JSON object holds.
+
+    Raises:
+        ConfigError: `steps` is not a positive integer.
+        DilatedAttentionError: a result that differs from the oracle, or no text to train on.
     """
 
     def say(line: str = "") -> None:
         typer.echo(line, err=json_output)
 
+    if steps is not None:
+        require_int("steps", steps, minimum=1)
     output.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"machine": machine()}
     say("1. This machine: " + ", ".join(f"{key} {value}" for key, value in machine().items()) + "\n")

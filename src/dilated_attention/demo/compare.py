@@ -48,10 +48,15 @@ class Result:
     error: float
 
 
+def pattern(shrink: int = 1) -> Dilated:
+    """LongNet's configuration, its segments `shrink` times shorter."""
+    return Dilated(segment_lengths=tuple(w // shrink for w in SEGMENT_LENGTHS), dilation_rates=DILATION_RATES)
+
+
 def longnet(seq_len: int, *, shrink: int = 1) -> Attention:
     """The attention under test, its segments `shrink` times shorter."""
     return build_attention(
-        pattern=Dilated(segment_lengths=tuple(w // shrink for w in SEGMENT_LENGTHS), dilation_rates=DILATION_RATES),
+        pattern=pattern(shrink),
         num_heads=NUM_HEADS,
         head_dim=HEAD_DIM,
         is_causal=True,
@@ -74,13 +79,15 @@ def inputs(seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def relative_error(call: Call, pattern: Pattern) -> float:
-    """Distance of `call` to the oracle of `pattern`; an error where it is too large or not a number."""
+def relative_error(call: Call, expected: Pattern) -> float:
+    """Distance of `call` to the oracle of `expected`; an error where it is too large or not a number."""
     query, key, value = inputs(ORACLE_LEN)
-    expected, _ = reference.attention(query, key, value, pattern=pattern, is_causal=True)
-    error = float((call(query, key, value).double() - expected).norm() / expected.norm())
+    oracle, _ = reference.attention(query, key, value, pattern=expected, is_causal=True)
+    error = float((call(query, key, value).double() - oracle).norm() / oracle.norm())
     if not error < ERROR_LIMIT:
-        raise DilatedAttentionError(f"{pattern!r} differs from the oracle by {error:.1e}, allowed is {ERROR_LIMIT:.0e}")
+        raise DilatedAttentionError(
+            f"{expected!r} differs from the oracle by {error:.1e}, allowed is {ERROR_LIMIT:.0e}"
+        )
     return error
 
 
@@ -108,8 +115,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def compare() -> list[Result]:
     """Measure both, taking turns, after checking that both are right."""
     attention = longnet(SEQ_LEN)
-    small = longnet(ORACLE_LEN, shrink=SEQ_LEN // ORACLE_LEN)
-    errors = [relative_error(small, small.config.pattern), relative_error(dense, Full())]
+    shrink = SEQ_LEN // ORACLE_LEN
+    small = longnet(ORACLE_LEN, shrink=shrink)
+    errors = [relative_error(small, pattern(shrink)), relative_error(dense, Full())]
     calls: list[Call] = [attention, dense]
     query, key, value = inputs(SEQ_LEN)
     times: list[list[float]] = [[] for _ in calls]
