@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -18,8 +18,11 @@ from .device import describe_device
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
 from .plugins import PLUGIN_FAULTS, describe
-from .selection import Selection, Verdict, select
+from .selection import Selection, Verdict, judge, select
 from .specs import Request
+
+# Columns of head_dim in which dense kernels carry the gradient of lse (core.engine).
+WIDENING: Final = 8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +67,14 @@ def build_attention(
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
-    kernel, takes_layout = _kernel(selection.chosen, request)
-    engine = Engine(config=config, pattern=request.pattern, kernel=kernel, takes_layout=takes_layout)
+    capabilities = selection.chosen.registered.spec.capabilities
+    engine = Engine(
+        config=config,
+        pattern=request.pattern,
+        kernel=_kernel(selection.chosen, request),
+        takes_layout="dense" not in capabilities["layouts"],
+        has_dlse=_has_dlse(selection.chosen, request),
+    )
     return Attention(config, plan, engine)
 
 
@@ -171,8 +180,22 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
     )
 
 
-def _kernel(chosen: Verdict, request: Request) -> tuple[DenseKernel | LayoutKernel, bool]:
-    """The chosen backend's kernel, and whether it takes whole layouts instead of dense pieces."""
+def _has_dlse(chosen: Verdict, request: Request) -> bool:
+    """Whether a gradient through the returned lse reaches the inputs.
+
+    A kernel for layouts says so itself. Dense pieces carry it in `WIDENING` more columns, so the backend must take
+    that head_dim with the very kernel that was pinned.
+    """
+    capabilities = chosen.registered.spec.capabilities
+    if "dense" not in capabilities["layouts"]:
+        return bool(capabilities.get("dlse", False))
+    wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
+    verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))
+    return verdict.accepts and verdict.kernel == chosen.kernel
+
+
+def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
+    """The chosen backend's kernel."""
     registered = chosen.registered
     assert chosen.backend is not None
     try:
@@ -182,4 +205,4 @@ def _kernel(chosen: Verdict, request: Request) -> tuple[DenseKernel | LayoutKern
     except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
-    return kernel, "dense" not in registered.spec.capabilities["layouts"]
+    return kernel

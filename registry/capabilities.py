@@ -53,7 +53,7 @@ def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
             continue  # an x86_64 is no wrong kind of CUDA card
         if axis not in spec.capabilities:
             if axis not in _NARROWING:
-                refusals.append(Refusal(axis, _need_words(axis, needed, request), "no such capability declared"))
+                refusals.append(Refusal(axis, _need_words(axis, needed, request), "none declared"))
             continue
         declared = spec.capabilities[axis]
         if axis == "layouts" and "dense" in declared:

@@ -86,6 +86,8 @@ def judge(registered: RegisteredBackend, request: Request) -> Verdict:
         if request.options(spec.name):
             raise  # the backend's judgement of the options that the user gave it
         return Verdict(registered=registered, fault=f"raised {describe(error)}")
+    except PluginError as error:
+        return Verdict(registered=registered, fault=str(error))
     except PLUGIN_FAULTS as error:  # a broken backend becomes a row with its cause; the others stay usable
         return Verdict(registered=registered, fault=f"raised {describe(error)}")
     return Verdict(registered=registered, backend=backend, kernel=kernel, refusals=own)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .core.version import VERSION as __version__
+from .core.version import VERSION
 
 if TYPE_CHECKING:
-    from . import errors, registry
+    from . import errors, reference, registry
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.errors import (
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from .core.limits import Limits
     from .core.pattern import Full, Pattern, Sum, Union
     from .core.plan import AttentionPlan
+    from .patterns.dilated import Dilated
+    from .patterns.global_tokens import Global
+    from .patterns.local import Local
+    from .patterns.strided import Strided
     from .registry.build import build_attention, explain
+
+__version__ = VERSION
 
 # Public name -> the module that has it; a name that stands for a module itself maps to None.
 _HOMES: dict[str, str | None] = {
@@ -34,20 +40,25 @@ _HOMES: dict[str, str | None] = {
     "AttentionConfig": "core.config",
     "AttentionPlan": "core.plan",
     "ConfigError": "core.errors",
+    "Dilated": "patterns.dilated",
     "DilatedAttentionError": "core.errors",
     "Full": "core.pattern",
+    "Global": "patterns.global_tokens",
     "Limits": "core.limits",
+    "Local": "patterns.local",
     "NoBackendError": "core.errors",
     "Pattern": "core.pattern",
     "PatternFileError": "core.errors",
     "PluginError": "core.errors",
     "RingBroken": "core.errors",
+    "Strided": "patterns.strided",
     "Sum": "core.pattern",
     "Union": "core.pattern",
     "UnsafePathError": "core.errors",
     "build_attention": "registry.build",
     "errors": None,
     "explain": "registry.build",
+    "reference": None,
     "registry": None,
 }
 
@@ -56,14 +67,18 @@ __all__ = [
     "AttentionConfig",
     "AttentionPlan",
     "ConfigError",
+    "Dilated",
     "DilatedAttentionError",
     "Full",
+    "Global",
     "Limits",
+    "Local",
     "NoBackendError",
     "Pattern",
     "PatternFileError",
     "PluginError",
     "RingBroken",
+    "Strided",
     "Sum",
     "Union",
     "UnsafePathError",
@@ -71,6 +86,7 @@ __all__ = [
     "build_attention",
     "errors",
     "explain",
+    "reference",
     "registry",
 ]
 

@@ -11,7 +11,7 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Final, Optional, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -40,6 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: boxes cut the names of options on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -49,7 +50,7 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON inst
 def main() -> None:
     """Run the command line and exit with its status; errors that users can mend are one message, no traceback."""
     try:
-        app()
+        app(prog_name="dilated-attention")
     except DilatedAttentionError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
@@ -79,21 +80,25 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def backends(as_json: AsJson = False) -> None:
-    """List the registered backends and what each declares to support."""
+    """List the backends and what each supports."""
     found = registry()
     show(backends_text(found), backends_data(found), as_json=as_json)
 
 
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
-    """List the plugins, what each brings, and what is wrong with those that are broken."""
+    """List the plugins, and what is wrong with any.
+
+    A plugin is a module or object behind an entry point of the group `dilated_attention`. One that is broken is named
+    with its distribution, version and cause, and hurts nothing else.
+    """
     found = registry()
     show(plugins_text(found), plugins_data(found), as_json=as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Examine this installation: versions, devices, and the libraries that backends need."""
+    """Examine the installation: versions, devices, libraries."""
     data = doctor_data(registry())
     show(doctor_text(data), data, as_json=as_json)
 
@@ -101,34 +106,36 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def explain(
     config: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
     ] = None,
-    pattern: Annotated[Optional[str], typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
-    segment_lengths: Annotated[Optional[str], typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
-    dilation_rates: Annotated[Optional[str], typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
+    segment_lengths: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
+    dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
     pattern_option: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
     ] = None,
-    num_heads: Annotated[Optional[int], typer.Option("--num-heads", "--heads", help="Query heads.")] = None,
-    num_kv_heads: Annotated[
-        Optional[int], typer.Option("--num-kv-heads", "--kv-heads", help="Key-value heads.")
-    ] = None,
-    head_dim: Annotated[Optional[int], typer.Option(help="Width of a head.")] = None,
-    seq_len: Annotated[Optional[int], typer.Option(help="Length to plan for.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
-    causal: Annotated[Optional[bool], typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
-    dropout: Annotated[Optional[float], typer.Option(help="Dropout probability.")] = None,
-    grad: Annotated[Optional[bool], typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
+    num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
+    num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Length to plan for.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    grad: Annotated[bool | None, typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
     deterministic: Annotated[
-        Optional[bool], typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
     ] = None,
-    backend: Annotated[Optional[str], typer.Option(help="A backend's name, or auto.")] = None,
+    backend: Annotated[str | None, typer.Option(help="A backend's name, or auto.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which backend a configuration gets, why the others do not, and what would change that."""
+    """Say which backend a configuration gets, and why.
+
+    Prints a row a backend: chosen, usable, refused with every reason and the smallest change that would admit it, or
+    broken. Nothing is built and no tensor allocated. Exit status 3 when no backend fits.
+    """
     from .registry.build import explain as explain_plan
 
     fields = read_mapping(config) if config else {}
@@ -152,7 +159,7 @@ def explain(
     if pattern or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
-        raise ConfigError("give a config file, or at least --num-heads and --head-dim")
+        raise ConfigError("give a config file, or at least --heads and --head-dim")
     plan = explain_plan(fields, registry=registry())
     show(plan.explain(), json.loads(plan.to_json()), as_json=as_json)
     if plan.backend is None:
