@@ -99,7 +99,11 @@ class BlockProduct:
         lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
         for row in range(query.shape[0]):
             for part in self._chunks(query):
-                q, k, v = _take(q_blocks[row], part.queries), _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
+                q, k, v = (
+                    _take(q_blocks[row], part.queries),
+                    _take(k_blocks[row], part.keys),
+                    _take(v_blocks[row], part.keys),
+                )
                 scores = self._scores(q, k, part)
                 top = scores.amax(dim=-1, keepdim=True)
                 top.masked_fill_(top == -math.inf, 0.0)

@@ -17,7 +17,7 @@ from .composer import Composer, accumulator_dtype, merge_
 from .config import AttentionConfig
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import DenseKernel, LayoutKernel, LayoutPiece
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece
 from .layout import Layout
 from .lowering import lower
 from .pattern import Pattern
@@ -25,8 +25,6 @@ from .schedule import Schedule, schedule
 
 if TYPE_CHECKING:
     from typing import Any
-
-_WIDENING = 8  # columns that carry the gradient of lse; kernels want head_dim in multiples of 8
 
 
 @attrs.frozen(eq=False)
@@ -229,8 +227,8 @@ def _widen(
     dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Eight more columns that make a kernel's delta, sum(dout * out), into delta - dlse: the gradient through lse."""
-    dout, query, key, value, out = (functional.pad(x, (0, _WIDENING)) for x in (dout, query, key, value, out))
-    column = -_WIDENING
+    dout, query, key, value, out = (functional.pad(x, (0, WIDENING)) for x in (dout, query, key, value, out))
+    column = -WIDENING
     dout[..., column] = dlse.transpose(1, 2)
     out[..., column] = -1.0
     return dout, query, key, value, out
