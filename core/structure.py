@@ -36,15 +36,16 @@ def from_mapping(cls: type[T], mapping: object, *, name: str) -> T:
     if missing:
         raise ConfigError(f"{name} needs {', '.join(missing)}; got {', '.join(map(str, mapping)) or 'nothing'}")
     try:
-        return _structure(cls)(mapping, cls)
+        structured: T = _structure_function(cls)(mapping, cls)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:  # a value of another shape than the field's type, such as 3 for a list
         raise ConfigError(f"{name}: {error}, in {dict(mapping)!r}") from error
+    return structured
 
 
 def check_keys(mapping: Mapping[Any, object], allowed: Collection[str], *, name: str) -> None:
-    """Raise `ConfigError` for the first key of `mapping` that is not in `allowed`, naming the nearest one or else all."""
+    """Raise `ConfigError` for a key of `mapping` that is not in `allowed`, naming the nearest one or else all."""
     for key in mapping:
         if key not in allowed:
             near = did_you_mean(str(key), allowed)
@@ -63,14 +64,19 @@ def required_keys(cls: type[object]) -> tuple[str, ...]:
     return tuple(field.alias or field.name for field in fields if field.init and field.default is attrs.NOTHING)
 
 
-@functools.cache
-def _structure(cls: type[T]) -> Callable[[Mapping[Any, object], type[T]], T]:
+_made: dict[type, Callable[[Mapping[Any, object], Any], Any]] = {}
+
+
+def _structure_function(cls: type[T]) -> Callable[[Mapping[Any, object], Any], Any]:
+    """Generated once a class, which takes cattrs a millisecond."""
     from cattrs.gen import make_dict_structure_fn
 
-    # No detailed validation: our own ConfigErrors come through as they are instead of in a group.
-    return make_dict_structure_fn(
-        cls, _converter(), _cattrs_detailed_validation=False, _cattrs_prefer_attrib_converters=True
-    )
+    if cls not in _made:
+        # No detailed validation: our own ConfigErrors come through as they are instead of in a group.
+        _made[cls] = make_dict_structure_fn(
+            cls, _converter(), _cattrs_detailed_validation=False, _cattrs_prefer_attrib_converters=True
+        )
+    return _made[cls]
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from ..core.config import AttentionConfig
-from ..core.lowering import layout_kinds
 from ..core.pattern import Pattern
 from ..core.refusal import Refusal
 from .specs import BackendSpec, Device, Range, Request
@@ -23,6 +22,8 @@ _COMPOSED: Final = frozenset({"branch", "block"})
 
 def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> Request:
     """The request of `config` with its pattern resolved and its device described."""
+    from ..core.lowering import layout_kinds  # brings numpy, which listing backends does without
+
     needs: dict[str, Any] = {
         "device_types": device.type,
         "dtypes": config.dtype,
@@ -46,11 +47,13 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
 
 def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
     """One refusal for each axis that `request` needs and `spec` does not cover."""
-    refusals = []
+    refusals: list[Refusal] = []
     for axis, needed in request.needs.items():
+        if axis == "arch" and any(refusal.code == "device_types" for refusal in refusals):
+            continue  # an x86_64 is no wrong kind of CUDA card
         if axis not in spec.capabilities:
             if axis not in _NARROWING:
-                refusals.append(Refusal(axis, _need_words(axis, needed, request), "no such capability declared"))
+                refusals.append(Refusal(axis, _need_words(axis, needed, request), "none declared"))
             continue
         declared = spec.capabilities[axis]
         if axis == "layouts" and "dense" in declared:

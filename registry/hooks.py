@@ -30,9 +30,7 @@ def dilated_attention_patterns() -> Iterable[PatternSpec]:  # type: ignore[empty
 
 
 @hookspec(firstresult=True)
-def dilated_attention_rank_backends(  # type: ignore[empty-body]
-    request: Request, candidates: Sequence[BackendSpec]
-) -> Sequence[str] | None:
+def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
     """Return names of `candidates`, the best first, or None to leave the order to others.
 
     Asked with `backend="auto"` only. `candidates` are the specs of the usable backends by descending priority; those

@@ -1,0 +1,169 @@
+"""PyTorch's own attention kernels as dense kernels, called below `scaled_dot_product_attention`.
+
+Only those that return lse and whose backward takes out and lse: aten's flash kernel for CPUs, and on CUDA its
+FlashAttention-2, cuDNN and memory-efficient kernels. All take strided views.
+"""
+
+from __future__ import annotations
+
+import math
+import attrs
+import torch
+from torch import Tensor
+
+from ..core.kernel import DensePiece
+
+_aten = torch.ops.aten
+_Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def _bhsd(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+@attrs.frozen
+class CpuFlash:
+    """aten's flash attention for CPUs: float64, float32, bfloat16, float16, any head_dim, grouped queries."""
+
+    name: str = "aten flash for CPU"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(
+            *_bhsd(query, key, value), 0.0, piece.is_causal, scale=piece.scale
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> _Grads:
+        """See `DenseKernel`."""
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+            *_bhsd(dout, query, key, value, out), lse, 0.0, piece.is_causal, scale=piece.scale
+        )
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _no_dropout_state(device: torch.device) -> Tensor:
+    """The random state that a backward asks for and, without dropout, never reads."""
+    return torch.zeros(2, dtype=torch.uint64, device=device)
+
+
+@attrs.frozen
+class CudaFlash:
+    """FlashAttention-2 as compiled into PyTorch: bfloat16 and float16, head_dim a multiple of 8 up to 256."""
+
+    name: str = "flash"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention.default(
+            *_bhsd(query, key, value), 0.0, piece.is_causal, False, scale=piece.scale
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> _Grads:
+        """See `DenseKernel`."""
+        state = _no_dropout_state(query.device)
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward.default(
+            *_bhsd(dout, query, key, value, out),
+            lse.contiguous(),
+            None,
+            None,
+            query.shape[1],
+            key.shape[1],
+            0.0,
+            piece.is_causal,
+            state,
+            state,
+            scale=piece.scale,
+        )
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@attrs.frozen
+class CudaCudnn:
+    """cuDNN's fused attention: bfloat16 and float16 on sm_80 and newer, head_dim a multiple of 8 up to 128."""
+
+    name: str = "cudnn"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
+            *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, False, scale=piece.scale
+        )
+        return out.transpose(1, 2), lse.squeeze(-1)
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> _Grads:
+        """See `DenseKernel`."""
+        state = torch.zeros((), dtype=torch.int64, device=query.device)
+        dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(
+            *_bhsd(dout, query, key, value, out),
+            lse.contiguous().unsqueeze(-1),
+            state,
+            state,
+            None,
+            None,
+            None,
+            query.shape[1],
+            key.shape[1],
+            0.0,
+            piece.is_causal,
+            scale=piece.scale,
+        )
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@attrs.frozen
+class CudaEfficient:
+    """The memory-efficient (CUTLASS) kernel: float32, bfloat16 and float16, head_dim a multiple of 4 (8 for halves)."""
+
+    name: str = "efficient"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+        out, lse, *_ = _aten._scaled_dot_product_efficient_attention.default(
+            *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, scale=piece.scale
+        )
+        return out.transpose(1, 2), lse[:, :, : query.shape[1]]
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> _Grads:
+        """See `DenseKernel`.
+
+        The kernel reads lse in aligned groups of 32 rows (those added here hold +inf, so that they weigh nothing) and,
+        in half precision, takes out to be compact whatever its strides say.
+        """
+        kv_heads = key.shape[2]
+        batch, heads, length = lse.shape
+        aligned = lse.new_full((batch, heads, -(-length // 32) * 32), math.inf)
+        aligned[:, :, :length] = lse
+        state = torch.zeros((), dtype=torch.int64, device=query.device)
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
+            *_bhsd(dout, query, _repeat_heads(key, query), _repeat_heads(value, query)),
+            None,
+            out.contiguous().transpose(1, 2),
+            aligned,
+            state,
+            state,
+            0.0,
+            [True, True, True, False],
+            piece.is_causal,
+            scale=piece.scale,
+        )
+        dq, dk, dv = _bhsd(dq, dk, dv)
+        if kv_heads != heads:
+            dk, dv = (torch.unflatten(x, 2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
+        return dq, dk, dv
+
+
+def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """One key-value head per query head, for the kernel that knows no groups."""
+    group = query.shape[2] // x.shape[2]
+    return x if group == 1 else x.repeat_interleave(group, dim=2)

@@ -1,0 +1,107 @@
+"""The `sdpa` backend: PyTorch's own kernels, one of which is pinned when the attention is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.checks import did_you_mean, require_choice
+from ..core.errors import ConfigError
+from ..core.kernel import DenseKernel
+from ..core.refusal import Refusal
+from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
+
+if TYPE_CHECKING:
+    from ..registry.specs import Request
+
+# From the fastest to the slowest, as measured on an H100 (docs/performance.md).
+_CUDA_KERNELS: dict[str, DenseKernel] = {k.name: k for k in (CudaCudnn(), CudaFlash(), CudaEfficient())}
+_HALVES = ("bfloat16", "float16")
+
+
+class SdpaBackend:
+    """Chooses among PyTorch's kernels; on CUDA `backend_options={"sdpa": {"kernel": "flash"}}` forces one."""
+
+    def refusals(self, request: Request) -> list[Refusal]:
+        """What device, dtype, head_dim and options rule out, beyond the capabilities of the manifest."""
+        forced = _forced_kernel(request)
+        if request.device.type == "cpu":
+            return []
+        served = torch.cuda.get_arch_list()
+        if not _is_served(request.device.arch, served):
+            remedy = "install a PyTorch that was built for this card"
+            return [Refusal("arch", request.device.arch, ", ".join(served) or "no CUDA kernels", remedy)]
+        config = request.config
+        if config.deterministic and config.requires_grad and not torch.are_deterministic_algorithms_enabled():
+            remedy = "call torch.use_deterministic_algorithms(True) before building"
+            return [Refusal("deterministic", "a deterministic backward", "PyTorch's switch for it is off", remedy)]
+        found = {name: list(_kernel_refusals(name, request)) for name in ([forced] if forced else _CUDA_KERNELS)}
+        if any(not reasons for reasons in found.values()):
+            return []
+        return [reason for reasons in found.values() for reason in reasons]
+
+    def pin(self, request: Request) -> str:
+        """The name of the kernel that `build` returns."""
+        return self.build(request).name
+
+    def build(self, request: Request) -> DenseKernel:
+        """The fastest kernel that takes the request, or the forced one."""
+        forced = _forced_kernel(request)
+        if request.device.type == "cpu":
+            return CpuFlash()
+        for name in [forced] if forced else _CUDA_KERNELS:
+            if not any(_kernel_refusals(name, request)):
+                return _CUDA_KERNELS[name]
+        raise ConfigError("sdpa was asked to build what it refused")
+
+
+def _forced_kernel(request: Request) -> str | None:
+    """The CUDA kernel that the options name, checked."""
+    options = request.options("sdpa")
+    for option in options:
+        if option != "kernel":
+            hint = did_you_mean(option, ("kernel",))
+            raise ConfigError(f"backend_options['sdpa'] has no option {option!r}{hint}; it has: kernel")
+    if "kernel" not in options:
+        return None
+    if request.device.type == "cpu":
+        raise ConfigError("backend_options['sdpa']['kernel'] chooses among CUDA kernels; there is one kernel on cpu")
+    return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """(9, 0) of "sm_90", whatever letter follows."""
+    digits = "".join(c for c in arch.removeprefix("sm_") if c.isdigit())
+    return int(digits[:-1]), int(digits[-1])
+
+
+def _is_served(arch: str, served: list[str]) -> bool:
+    """True where PyTorch carries machine code that runs on `arch`: the same major version, no newer minor one."""
+    major, minor = _capability(arch)
+    return any(
+        (major, minor) >= known and known[0] == major
+        for known in (_capability(name) for name in served if name.startswith("sm_"))
+    )
+
+
+def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
+    """Why one of the CUDA kernels cannot take the request."""
+    config = request.config
+    major, _ = _capability(request.device.arch)
+    half = config.dtype in _HALVES
+    oldest, widest, multiple = {"cudnn": (9, 128, 8), "flash": (8, 256, 8), "efficient": (5, None, 8 if half else 4)}[name]
+    if not half and name != "efficient":
+        yield Refusal("dtypes", config.dtype, f"{', '.join(_HALVES)} ({name})")
+    if major < oldest:
+        yield Refusal("arch", request.device.arch, f"sm_{oldest}0 or newer ({name})")
+    if config.head_dim % multiple or (widest is not None and config.head_dim > widest):
+        bound = "" if widest is None else f" up to {widest}"
+        yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple}{bound} ({name})", "pad with zeros")
+    if name == "efficient" and config.dtype == "bfloat16" and major < 8:
+        yield Refusal("dtypes", "bfloat16", f"float16, float32 on {request.device.arch} (efficient)", "use float16")
+    if name == "cudnn" and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        yield Refusal("not_installed", "cuDNN", "a PyTorch without it (cudnn)")
+    if name != "flash" and config.deterministic and config.requires_grad:
+        yield Refusal("deterministic", "a deterministic backward", f"atomic additions ({name})")

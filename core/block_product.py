@@ -1,0 +1,233 @@
+"""Attention over a table of blocks with batched matrix products: core's own way where a backend has only dense kernels.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim, b block size, I items. An
+item is one block row of one head; items with equally many partial and full blocks form one class and are computed
+together, in chunks whose temporaries stay within `Limits.workspace_bytes`. Each row's softmax runs over all of its blocks at
+once, so nothing is merged. Scores are formed in the accumulator's dtype (float32; float64 for float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .composer import accumulator_dtype
+from .layout import BlockLayout
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product with float32 sums and, for half-precision operands, a float32 result."""
+    if a.dtype in _HALF:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
+
+
+@attrs.frozen(eq=False)
+class _Class:
+    """Items with the same numbers of partial and full blocks; indices count over (head, block) of one batch row.
+
+    Attributes:
+        queries: (I,) int64, the block row of each item.
+        keys: (I, partial + full) int64, the key blocks, partial ones first.
+        masks: (I, partial) int64, rows of the bias table.
+        log_weights: (I, full) accumulator dtype, or None where all weights are 1.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    masks: Tensor
+    log_weights: Tensor | None
+
+    def chunks(self, block_bytes: int, workspace_bytes: int) -> Iterator[_Class]:
+        """Consecutive items whose temporaries, block_bytes per key block, fit the workspace (at least one item)."""
+        size = max(1, workspace_bytes // (block_bytes * self.keys.shape[1]))
+        for i in range(0, self.queries.shape[0], size):
+            log_weights = None if self.log_weights is None else self.log_weights[i : i + size]
+            yield _Class(self.queries[i : i + size], self.keys[i : i + size], self.masks[i : i + size], log_weights)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.queries, self.keys, self.masks, self.log_weights)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+@attrs.frozen(eq=False)
+class BlockProduct:
+    """A `BlockLayout` made ready for one device and dtype.
+
+    Attributes:
+        layout: what is computed.
+        classes: its rows, sorted into classes.
+        bias: (M, b, b), the logarithm of the masks' multiplicities, -inf where a pair does not count.
+        scale: factor on q·k.
+        workspace_bytes: bound on the temporaries of one step.
+    """
+
+    layout: BlockLayout
+    classes: tuple[_Class, ...]
+    bias: Tensor
+    scale: float
+    workspace_bytes: int
+
+    @classmethod
+    def prepare(
+        cls, layout: BlockLayout, *, scale: float, device: torch.device, dtype: torch.dtype, workspace_bytes: int
+    ) -> BlockProduct:
+        """Sort the layout's rows into classes and move its tables to `device`."""
+        accumulate = accumulator_dtype(dtype)
+        bias = torch.tensor(layout.masks, dtype=accumulate, device=device).log_()
+        return cls(layout, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tables occupy, the layout included."""
+        return self.layout.nbytes + self.bias.nbytes + sum(c.nbytes for c in self.classes)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out (B, S, H, D) and lse (B, H, S) in the accumulator's dtype; rows without keys give 0 and -inf."""
+        dtype = accumulator_dtype(query.dtype)
+        q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (query, key, value))
+        out = torch.zeros(q_blocks.shape, dtype=dtype, device=query.device)
+        lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
+        for row in range(query.shape[0]):
+            for part in self._chunks(query):
+                q, k, v = _take(q_blocks[row], part.queries), _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
+                scores = self._scores(q, k, part)
+                top = scores.amax(dim=-1, keepdim=True)
+                top.masked_fill_(top == -math.inf, 0.0)
+                weights = scores.sub_(top).exp_()
+                total = weights.sum(dim=-1, keepdim=True)
+                part_out = _bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
+                out[row].index_copy_(0, part.queries, part_out)
+                lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
+        return self._rows(out, query), self._row_values(lse, query)
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, delta: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients in the accumulator's dtype.
+
+        Args:
+            dout: (B, S, H, D).
+            query: (B, S, H, D).
+            key: (B, T, K, D).
+            value: (B, T, K, D).
+            delta: (B, H, S), sum(dout * out) - dlse of the whole row.
+            lse: (B, H, S), of the whole row; +inf where it has no keys.
+        """
+        dtype = accumulator_dtype(query.dtype)
+        do_blocks, q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (dout, query, key, value))
+        lse_blocks, delta_blocks = self._row_blocks(lse, math.inf), self._row_blocks(delta, 0.0)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q_blocks, k_blocks, v_blocks))
+        for row in range(query.shape[0]):
+            for part in self._chunks(query):
+                do, q = _take(do_blocks[row], part.queries), _take(q_blocks[row], part.queries)
+                k, v = _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
+                lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                p = self._scores(q, k, part).sub_(lse_part).exp_()
+                _put_add(dv[row], part.keys, _bmm(p.to(do.dtype).mT, do))
+                ds = _bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
+                del p
+                dq[row].index_copy_(0, part.queries, _bmm(ds, k))
+                _put_add(dk[row], part.keys, _bmm(ds.mT, q))
+        return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
+
+    def _scores(self, q: Tensor, k: Tensor, part: _Class) -> Tensor:
+        """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
+        size, partial = self.layout.block_size, part.masks.shape[1]
+        scores = _bmm(q, k.mT).mul_(self.scale)
+        blocks = torch.unflatten(scores, -1, (-1, size))
+        if partial:
+            bias = torch.unflatten(self.bias.index_select(0, part.masks.flatten()), 0, part.masks.shape)
+            blocks[:, :, :partial] += bias.transpose(1, 2)
+        if part.log_weights is not None:
+            blocks[:, :, partial:] += part.log_weights[:, None, :, None]
+        return scores
+
+    def _chunks(self, query: Tensor) -> Iterator[_Class]:
+        size, head_dim = self.layout.block_size, query.shape[3]
+        # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element.
+        block_bytes = 2 * size * (size + head_dim) * accumulator_dtype(query.dtype).itemsize
+        for group in self.classes:
+            yield from group.chunks(block_bytes, self.workspace_bytes)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """x (B, S, H, D) as contiguous blocks (B, H * blocks, b, D), zeros past the end; float32 for halves on CPU."""
+        size = self.layout.block_size
+        x = functional.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
+        x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
+        return x.float() if x.dtype in _HALF and not x.is_cuda else x
+
+    def _row_blocks(self, x: Tensor, fill: float) -> Tensor:
+        """x (B, H, S) as (B, H * blocks, b), `fill` past the end."""
+        size = self.layout.block_size
+        padded = functional.pad(x, (0, -x.shape[2] % size), value=fill)
+        return torch.unflatten(padded, 2, (-1, size)).flatten(1, 2)
+
+    @staticmethod
+    def _row_values(blocks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `_row_blocks`: (B, H, S) as a view."""
+        return torch.unflatten(blocks, 1, (like.shape[2], -1)).flatten(2)[:, :, : like.shape[1]]
+
+    @staticmethod
+    def _rows(blocks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `_blocks`: (B, S, H, D) as a view."""
+        _, length, heads, _ = like.shape
+        return torch.unflatten(blocks, 1, (heads, -1)).flatten(2, 3)[:, :, :length].transpose(1, 2)
+
+
+def _take(blocks: Tensor, index: Tensor) -> Tensor:
+    """Blocks (N, b, D) at index (I,) or (I, c) as (I, b, D) or (I, c * b, D)."""
+    taken = blocks.index_select(0, index.flatten())
+    return taken if index.dim() == 1 else taken.reshape(index.shape[0], -1, blocks.shape[-1])
+
+
+def _put_add(blocks: Tensor, index: Tensor, x: Tensor) -> None:
+    """Add x (I, c * b, D) to blocks (N, b, D) at index (I, c)."""
+    blocks.index_add_(0, index.flatten(), x.reshape(-1, *blocks.shape[1:]).to(blocks.dtype))
+
+
+def _classes(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> Iterator[_Class]:
+    geometry, size = layout.geometry, layout.block_size
+    q_rows, k_rows = -(-geometry.q_len // size), -(-geometry.kv_len // size)
+    tables = layout.row_ptr.shape[0]
+    entry_row = np.repeat(np.arange(tables * q_rows), np.diff(layout.row_ptr, axis=1).ravel())
+    is_partial = layout.mask_ids >= 0
+    partial = np.bincount(entry_row[is_partial], minlength=tables * q_rows)
+    full = np.bincount(entry_row[~is_partial], minlength=tables * q_rows)
+    # Entries of a row, partial ones first; a stable sort keeps the columns ascending.
+    order = np.lexsort((~is_partial, entry_row))
+    start = layout.row_ptr[:, :-1].ravel()
+    heads_of = [np.flatnonzero(layout.head_table == table) for table in range(tables)]
+
+    def move(x: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device)
+
+    kinds = np.stack([partial, full], axis=-1)
+    for n_partial, n_full in np.unique(kinds[kinds.sum(axis=-1) > 0], axis=0):
+        queries, keys, masks, weights = [], [], [], []
+        for table in range(tables):
+            mine = slice(table * q_rows, (table + 1) * q_rows)
+            rows = np.flatnonzero((kinds[mine] == (n_partial, n_full)).all(axis=-1))
+            entries = order[start[mine][rows][:, None] + np.arange(n_partial + n_full)]
+            for head in heads_of[table]:
+                queries.append(head * q_rows + rows)
+                keys.append(head // geometry.group_size * k_rows + layout.cols[entries].astype(np.int64))
+                masks.append(layout.mask_ids[entries[:, :n_partial]])
+                weights.append(layout.weights[entries[:, n_partial:]])
+        weight = np.concatenate(weights)
+        yield _Class(
+            move(np.concatenate(queries)),
+            move(np.concatenate(keys)),
+            move(np.concatenate(masks)),
+            None if (weight == 1).all() else torch.from_numpy(weight).to(device, dtype).log(),
+        )

@@ -1,0 +1,223 @@
+"""Computes a schedule of dense pieces with any dense kernel, forward and backward, on strided views.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim. Tensors are (B, S, H, D) or
+(B, T, K, D); lse is (B, H, S).
+
+Forward merges the pieces of a row by log-sum-exp: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
+Backward hands each piece the *merged* out and lse, which makes the kernel's own formula the exact gradient of the joint
+softmax: p = exp(s - lse), ds = p * (dout·v - sum(dout * out)). Low-precision results are accumulated in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import attrs
+import torch
+from torch import Tensor
+
+from .kernel import DenseKernel, DensePiece
+from .schedule import Call, Rows, Schedule
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: the dtype of lse and of sums over pieces."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> None:
+    """Merge a piece into `out` (B, S, H, D) and `lse` (B, H, S) in place; both may be strided views.
+
+    `lse` may be -inf (nothing merged yet, `out` is 0 there); so may `lse_piece` (a row without keys).
+    """
+    share = torch.sigmoid(lse_piece - lse)
+    share.nan_to_num_(nan=0.0)  # -inf against -inf: the piece has no share
+    out.lerp_(out_piece.to(out.dtype), share.transpose(1, 2).unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, lse_piece))
+
+
+@attrs.frozen
+class _Slab:
+    """The part of a call that one kernel launch takes: a stack of segments, or one segment of every batch row."""
+
+    batch: int
+    segment: int
+    size: int
+    along_batch: bool
+
+    def view(self, x: Tensor, rows: Rows) -> Tensor:
+        """`rows` of x (B, S, H, D) as (size, count, num_heads, D)."""
+        s_batch, s_row, s_head, _ = x.stride()
+        step = s_batch if self.along_batch else rows.segment_step * s_row
+        start = self._start(rows, s_batch, s_row, s_head)
+        return x.as_strided(
+            (self.size, rows.count, rows.num_heads, x.shape[3]),
+            (step, rows.step * s_row, rows.head_step * s_head + rows.head_shift * s_row, 1),
+            x.storage_offset() + start,
+        )
+
+    def view_lse(self, lse: Tensor, rows: Rows) -> Tensor:
+        """`rows` of lse (B, H, S) as (size, num_heads, count)."""
+        s_batch, s_head, s_row = lse.stride()
+        step = s_batch if self.along_batch else rows.segment_step * s_row
+        start = self._start(rows, s_batch, s_row, s_head)
+        return lse.as_strided(
+            (self.size, rows.num_heads, rows.count),
+            (step, rows.head_step * s_head + rows.head_shift * s_row, rows.step * s_row),
+            lse.storage_offset() + start,
+        )
+
+    def _start(self, rows: Rows, s_batch: int, s_row: int, s_head: int) -> int:
+        row = rows.start + self.segment * rows.segment_step
+        return self.batch * s_batch + row * s_row + rows.head * s_head
+
+
+def _slabs(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
+    """Cover a call with as few launches as the tensors' strides allow."""
+    batch = queries[0].shape[0]
+    if call.segments == 1:
+        return [_Slab(0, 0, batch, along_batch=True)]
+    if batch == 1 or all(
+        call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
+        for xs, rows in ((queries, call.query), (keys, call.key))
+        for x in xs
+    ):
+        return [_Slab(0, 0, batch * call.segments, along_batch=False)]
+    if call.segments < batch:
+        return [_Slab(0, segment, batch, along_batch=True) for segment in range(call.segments)]
+    return [_Slab(row, 0, call.segments, along_batch=False) for row in range(batch)]
+
+
+def _is_stack(rows: Rows, segments: int, x: Tensor) -> bool:
+    """True where the stacked segments are exactly the rows and heads of x, in their order."""
+    return (
+        rows.step == 1
+        and rows.head_step == 1
+        and rows.head_shift == 0
+        and segments * rows.count == x.shape[1]
+        and rows.num_heads == x.shape[2]
+    )
+
+
+def _is_whole(call: Call, query: Tensor, key: Tensor) -> bool:
+    """True where the call is the attention of all queries to all keys: no view is needed then."""
+    return call.segments == 1 and _is_stack(call.query, 1, query) and _is_stack(call.key, 1, key)
+
+
+def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab]) -> bool:
+    """True where the first call covers everything in one launch: its results, reshaped, are then the first sums."""
+    if schedule.cover != 1 or len(slabs) != 1:
+        return False
+    call = schedule.calls[0]
+    return _is_stack(call.query, call.segments, query) and _is_stack(call.key, call.segments, key)
+
+
+@attrs.frozen(eq=False)
+class Composer:
+    """A dense kernel made to compute schedules.
+
+    Attributes:
+        kernel: computes one dense piece.
+        scale: factor on q·k.
+        deterministic: passed on to the kernel.
+    """
+
+    kernel: DenseKernel
+    scale: float
+    deterministic: bool
+    _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
+
+    @_pieces.default
+    def _make_pieces(self) -> tuple[DensePiece, DensePiece]:
+        full = DensePiece(is_causal=False, scale=self.scale, deterministic=self.deterministic)
+        return full, attrs.evolve(full, is_causal=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """Return out (B, S, H, D), in the accumulator's dtype where pieces were merged, and lse (B, H, S).
+
+        Rows that no call touches have out 0 and lse -inf.
+        """
+        calls = schedule.calls
+        if len(calls) == 1 and _is_whole(calls[0], query, key):
+            return self._weigh(calls[0], *self.kernel.forward(query, key, value, self._piece(calls[0])))
+        batch, length, heads, _ = query.shape
+        dtype = accumulator_dtype(query.dtype)
+        slabs = [_slabs(call, (query,), (key, value)) for call in calls]
+        start = 0
+        if calls and _adoptable(schedule, query, key, slabs[0]):
+            start = 1
+            first, first_lse = self._forward(calls[0], slabs[0][0], query, key, value)
+            out = first.reshape(query.shape)
+            lse = first_lse.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
+            if len(calls) == 1:
+                return out, lse
+            out = out.to(dtype)
+        else:
+            out = (torch.empty if schedule.cover else torch.zeros)(query.shape, dtype=dtype, device=query.device)
+            lse = torch.full((batch, heads, length), -math.inf, dtype=dtype, device=query.device)
+        for index in range(start, len(calls)):
+            rows = calls[index].query
+            for slab in slabs[index]:
+                part, part_lse = self._forward(calls[index], slab, query, key, value)
+                if index < schedule.cover:
+                    slab.view(out, rows).copy_(part)
+                    slab.view_lse(lse, rows).copy_(part_lse)
+                else:
+                    merge_(slab.view(out, rows), slab.view_lse(lse, rows), part, part_lse)
+        return out, lse
+
+    def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
+        return self._weigh(call, *self.kernel.forward(*views, self._piece(call)))
+
+    @staticmethod
+    def _weigh(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Count each pair of the call `weight` times: that only raises its share."""
+        return out, lse + math.log(call.weight) if call.weight > 1 else lse
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, schedule: Schedule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
+        calls = schedule.calls
+        if len(calls) == 1 and calls[0].weight == 1 and _is_whole(calls[0], query, key):
+            return self.kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
+        inputs = (query, key, value)
+        dtype = accumulator_dtype(query.dtype)
+        slabs = [_slabs(call, (query, dout, out), (key, value)) for call in calls]
+        start = 0
+        if calls and _adoptable(schedule, query, key, slabs[0]):
+            start = 1
+            grads = self._backward(calls[0], slabs[0][0], dout, query, key, value, out, lse)
+            totals = [grad.reshape(x.shape) for grad, x in zip(grads, inputs, strict=True)]
+            if len(calls) > 1:
+                totals = [total.to(dtype) for total in totals]
+        else:
+            fill = torch.empty if schedule.cover else torch.zeros
+            totals = [fill(x.shape, dtype=dtype, device=x.device) for x in inputs]
+        for index in range(start, len(calls)):
+            call = calls[index]
+            for slab in slabs[index]:
+                grads = self._backward(call, slab, dout, query, key, value, out, lse)
+                for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
+                    if index < schedule.cover:
+                        slab.view(total, rows).copy_(grad)
+                    else:
+                        slab.view(total, rows).add_(grad)
+        return totals[0], totals[1], totals[2]
+
+    def _backward(
+        self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse_view = slab.view_lse(lse, call.query)
+        return self.kernel.backward(
+            slab.view(dout, call.query),
+            slab.view(query, call.query),
+            slab.view(key, call.key),
+            slab.view(value, call.key),
+            slab.view(out, call.query),
+            lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
+            self._piece(call),
+        )
+
+    def _piece(self, call: Call) -> DensePiece:
+        return self._pieces[call.is_causal]

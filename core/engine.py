@@ -1,0 +1,236 @@
+"""What runs behind an `Attention`: lowered programs by length, and one kernel that computes them."""
+
+from __future__ import annotations
+
+import math
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .block_product import BlockProduct
+from .cache import ByteLRU
+from .composer import Composer, accumulator_dtype, merge_
+from .config import AttentionConfig
+from .errors import ConfigError
+from .geometry import Geometry
+from .kernel import DenseKernel, LayoutKernel, LayoutPiece
+from .layout import Layout
+from .lowering import lower
+from .pattern import Pattern
+from .schedule import Schedule, schedule
+
+if TYPE_CHECKING:
+    from typing import Any
+
+_WIDENING = 8  # columns that carry the gradient of lse; kernels want head_dim in multiples of 8
+
+
+@attrs.frozen(eq=False)
+class _Program:
+    """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device."""
+
+    layout: Layout
+    schedule: Schedule
+    blocks: BlockProduct | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes + self.schedule.nbytes + (self.blocks.nbytes if self.blocks else 0)
+
+
+class Engine:
+    """Computes one configuration's attention, forward and backward, for any length.
+
+    Shapes: query (B, S, H, D), key and value (B, T, K, D), out like query, lse (B, H, S). An engine holds no parameters and is
+    shared by copies of the module that owns it.
+
+    Args:
+        config: the configuration; its dtype is that of all inputs.
+        pattern: its pattern, resolved.
+        kernel: computes dense pieces, or whole layouts where `takes_layout`.
+        takes_layout: which of the two kernel protocols `kernel` follows.
+        has_dlse: the kernel can bring the gradient through lse home (dense kernels: by 8 more columns of head_dim).
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        pattern: Pattern,
+        kernel: DenseKernel | LayoutKernel,
+        *,
+        takes_layout: bool,
+        has_dlse: bool,
+    ) -> None:
+        self.config = config
+        self.pattern = pattern
+        self.kernel = kernel
+        self.scale = config.scale if config.scale is not None else 1.0 / math.sqrt(config.head_dim)
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self._layout_kernel: LayoutKernel | None = kernel if takes_layout else None  # type: ignore[assignment]
+        self._composer: Composer | None = None
+        if not takes_layout:
+            self._composer = Composer(kernel, self.scale, config.deterministic)  # type: ignore[arg-type]
+        self.has_dlse = has_dlse
+        self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
+        # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
+        self.key = sha256(repr((config, pattern, kernel.name, takes_layout, has_dlse)).encode()).hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Engine:
+        return self
+
+    def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
+        """Lower the pattern for these lengths, or find it lowered; returns the layout.
+
+        Raises:
+            ConfigError: during the capture of a CUDA graph, which must find the length already lowered.
+        """
+        return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
+
+    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
+        key = (q_len, kv_len, q_offset, kv_offset, device)
+        found = self.programs.get(key)
+        if found is not None:
+            return found
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a "
+                f"CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
+            )
+        return self.programs.get_or_make(key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device))
+
+    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
+        config = self.config
+        geometry = Geometry(
+            q_len=q_len,
+            kv_len=kv_len,
+            num_heads=config.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            is_causal=config.is_causal,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+        )
+        layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        if self._layout_kernel is not None:
+            return _Program(layout, Schedule((), 0), None)
+        blocks = None
+        if layout.blocks is not None:
+            blocks = BlockProduct.prepare(
+                layout.blocks,
+                scale=self.scale,
+                device=device,
+                dtype=getattr(torch, config.dtype),
+                workspace_bytes=config.limits.workspace_bytes,
+            )
+        return _Program(layout, schedule(layout.branches, geometry), blocks)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, q_offset: int, kv_offset: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return out, in the inputs' dtype, and lse; rows without keys give 0 and -inf."""
+        query, key, value = _last_contiguous(query, key, value)
+        program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+        if self._layout_kernel is not None:
+            return self._layout_kernel.forward(query, key, value, self._piece(program, seed))
+        assert self._composer is not None
+        if query.numel() == 0 or key.numel() == 0:
+            lse_shape = (query.shape[0], query.shape[2], query.shape[1])
+            lse = torch.full(lse_shape, -math.inf, dtype=accumulator_dtype(query.dtype), device=query.device)
+            return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
+        if program.blocks is None:
+            out, lse = self._composer.forward(query, key, value, program.schedule)
+        else:
+            out, lse = program.blocks.forward(query, key, value)
+            if program.schedule.calls:
+                dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
+                merge_(out, lse, dense, dense_lse)
+        return out.to(query.dtype), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        q_offset: int,
+        kv_offset: int,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk, dv in the inputs' dtype, the exact gradients of `forward` (through lse too)."""
+        if dlse is not None and not self.has_dlse:
+            raise ConfigError(
+                f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
+                f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
+            )
+        query, key, value, dout, out = _last_contiguous(query, key, value, dout, out)
+        program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+        if self._layout_kernel is not None:
+            piece = self._piece(program, seed)
+            return self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
+        if query.numel() == 0 or key.numel() == 0:
+            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        dq, dk, dv = self._backward(program, dout, dlse, query, key, value, out, lse)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+    def _backward(
+        self,
+        program: _Program,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._composer is not None
+        if program.blocks is not None or program.schedule.cover == 0:
+            lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
+        grads = None
+        if program.schedule.calls:
+            inputs = (dout, query, key, value, out)
+            if dlse is not None:
+                inputs = _widen(dout, dlse, query, key, value, out)
+            grads = self._composer.backward(*inputs, lse, program.schedule)
+            if dlse is not None:
+                grads = tuple(grad[..., : query.shape[3]] for grad in grads)  # type: ignore[assignment]
+        if program.blocks is not None:
+            delta = (dout * out).sum(dim=-1, dtype=lse.dtype).transpose(1, 2)
+            if dlse is not None:
+                delta = delta - dlse
+            more = program.blocks.backward(dout, query, key, value, delta, lse)
+            return more if grads is None else (more[0] + grads[0], more[1] + grads[1], more[2] + grads[2])
+        if grads is None:
+            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        return grads
+
+    def _piece(self, program: _Program, seed: Tensor | None) -> LayoutPiece:
+        return LayoutPiece(
+            layout=program.layout,
+            scale=self.scale,
+            deterministic=self.config.deterministic,
+            dropout_p=self.config.dropout_p if seed is not None else 0.0,
+            seed=seed,
+        )
+
+
+def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where their last dimension is not contiguous: all that kernels ask of strides."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _widen(
+    dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Eight more columns that make a kernel's delta, sum(dout * out), into delta - dlse: the gradient through lse."""
+    dout, query, key, value, out = (functional.pad(x, (0, _WIDENING)) for x in (dout, query, key, value, out))
+    column = -_WIDENING
+    dout[..., column] = dlse.transpose(1, 2)
+    out[..., column] = -1.0
+    return dout, query, key, value, out

@@ -1,0 +1,131 @@
+"""The two opaque operators through which every attention runs, and their autograd.
+
+`torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key. Shapes as
+in `engine`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .composer import accumulator_dtype
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Engines alive in this process. Equal keys compute equal things, so the first of them serves all.
+_ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()
+
+
+def intern(engine: Engine) -> Engine:
+    """The engine that serves `engine.key`: the given one, or an equal one made before and still alive."""
+    return _ENGINES.setdefault(engine.key, engine)
+
+
+_LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "attend_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor? lse,"
+    " Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the operators every product runs in the dtype that the engine chose."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, engine: str, q_offset: int, kv_offset: int
+) -> tuple[Tensor, Tensor]:
+    with _without_autocast(query.device):
+        out, lse = _ENGINES[engine].forward(query, key, value, q_offset, kv_offset, seed)
+    return out.contiguous(), lse.contiguous()
+
+
+def _attend_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    seed: Tensor | None,
+    engine: str,
+    q_offset: int,
+    kv_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    runner = _ENGINES[engine]
+    with _without_autocast(query.device):
+        if out is None or lse is None:  # activation checkpointing
+            out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed)
+        dq, dk, dv = runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _attend_fake(
+    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, engine: str, q_offset: int, kv_offset: int
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=accumulator_dtype(query.dtype))
+
+
+def _attend_backward_fake(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dilated_attention::attend", _attend_fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend_backward", _attend_backward_fake, lib=_LIBRARY)
+
+
+class Attend(torch.autograd.Function):
+    """`attend` with its gradient. `apply(query, key, value, seed, engine, q_offset, kv_offset, recompute)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seed: Tensor | None,
+        engine: str,
+        q_offset: int,
+        kv_offset: int,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse); keeps the inputs, and the outputs unless they are to be recomputed."""
+        # Eager calls go straight to the engine: an operator's dispatch would cost more than a small attention.
+        attend = torch.ops.dilated_attention.attend.default if torch.compiler.is_compiling() else _attend
+        out, lse = attend(query, key, value, seed, engine, q_offset, kv_offset)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else (out, lse)))
+        ctx.rest = (engine, q_offset, kv_offset)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value; lse costs only where its gradient is used."""
+        query, key, value, seed, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(query)
+        is_compiling = torch.compiler.is_compiling()
+        attend_backward = torch.ops.dilated_attention.attend_backward.default if is_compiling else _attend_backward
+        grads = attend_backward(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
+        return (*grads, None, None, None, None, None)

@@ -1,0 +1,276 @@
+"""From strided branches to calls of a dense kernel: which rows of which heads meet which keys, as plain strides.
+
+Within one segment the kept positions of a head are j * stride + offset, so a branch of LongNet (arXiv 2307.02486) is
+dense attention over a strided view. Segments of equal shape stack along the batch; heads whose offsets form an
+arithmetic progression stack along the head dimension, because moving by one head then moves by a constant number of
+elements. Nothing is gathered, padded or indexed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from .geometry import Geometry
+from .pattern import Branch
+
+_IntArray = NDArray[np.int64]
+
+
+@attrs.frozen
+class Rows:
+    """A stack of strided row ranges of a (batch, seq, heads, head_dim) tensor.
+
+    Element (segment s, row i, head t) is row start + s * segment_step + i * step + t * head_shift of head
+    head + t * head_step.
+    """
+
+    start: int
+    step: int
+    count: int
+    segment_step: int
+    head: int
+    head_step: int
+    head_shift: int
+    num_heads: int
+
+
+@attrs.frozen
+class Call:
+    """One call of a dense kernel: `segments` stacked pairs of query rows and key rows, each pair counted `weight` times."""
+
+    query: Rows
+    key: Rows
+    segments: int
+    is_causal: bool
+    weight: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that the call counts, over its segments and query heads, `weight` included."""
+        rows, cols = self.query.count, self.key.count
+        each = rows * (rows + 1) // 2 if self.is_causal else rows * cols
+        return each * self.segments * self.query.num_heads * self.weight
+
+
+@attrs.frozen
+class Schedule:
+    """All calls of a layout's branches.
+
+    Attributes:
+        calls: in the order in which they run.
+        cover: how many leading calls together touch every query row of every head exactly once and every key row of
+            every key-value head exactly once; their results can be written instead of merged. 0 where none do.
+    """
+
+    calls: tuple[Call, ...]
+    cover: int
+
+    @property
+    def nbytes(self) -> int:
+        """A generous estimate of the memory that the calls occupy, for the cache."""
+        return 1024 + 1024 * len(self.calls)
+
+
+@attrs.frozen
+class _Run:
+    """Equal rectangles in consecutive segments, for the offset that is subtracted from both starts."""
+
+    query_start: int
+    queries: int
+    query_step: int
+    key_start: int
+    keys: int
+    key_step: int
+    segments: int
+    is_causal: bool
+
+
+@attrs.frozen
+class _Heads:
+    """Query heads in arithmetic progression, `group` of which in a row share a key-value head."""
+
+    head: int
+    head_step: int
+    offset: int
+    offset_step: int
+    kv_head: int
+    kv_step: int
+    count: int
+    group: int
+
+
+def schedule(branches: Iterable[Branch], geometry: Geometry) -> Schedule:
+    """The kernel calls that together compute `branches` for `geometry`, those of a covering branch first."""
+    parts = [_branch_calls(branch, geometry) for branch in branches]
+    covering = next((i for i, calls in enumerate(parts) if _covers(calls, geometry)), None)
+    if covering is None:
+        return Schedule(tuple(call for calls in parts for call in calls), 0)
+    first = parts.pop(covering)
+    return Schedule((*first, *(call for calls in parts for call in calls)), len(first))
+
+
+def _covers(calls: Sequence[Call], geometry: Geometry) -> bool:
+    """True where every query row and every key row of every head is in exactly one of the calls of one branch."""
+    aligned = geometry.q_offset == geometry.kv_offset and geometry.q_len == geometry.kv_len
+    if geometry.is_causal and geometry.q_len > 1 and not aligned:
+        return False  # a segment may then be cut into rectangles that share rows
+    queries = sum(call.segments * call.query.count * call.query.num_heads for call in calls)
+    keys = sum(call.segments * call.key.count * call.key.num_heads for call in calls)
+    return queries == geometry.q_len * geometry.num_heads and keys == geometry.kv_len * geometry.num_kv_heads
+
+
+def _branch_calls(branch: Branch, geometry: Geometry) -> list[Call]:
+    by_profile: dict[tuple[_Run, ...], list[tuple[int, int]]] = {}
+    profiles: dict[int, tuple[_Run, ...]] = {}
+    for head, offset in enumerate(branch.offsets):
+        if offset is None:
+            continue
+        if offset not in profiles:
+            profiles[offset] = tuple(_runs(branch, offset, geometry))
+        by_profile.setdefault(profiles[offset], []).append((head, offset))
+    calls: list[Call] = []
+    for runs, heads in by_profile.items():
+        for bundle in _bundles(heads, geometry.group_size):
+            calls.extend(_call(branch, run, bundle) for run in runs)
+    return calls
+
+
+def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
+    kv_count = heads.count // heads.group
+    query = Rows(
+        start=run.query_start + heads.offset,
+        step=branch.stride,
+        count=run.queries,
+        segment_step=run.query_step,
+        head=heads.head,
+        head_step=heads.head_step,
+        head_shift=heads.offset_step,
+        num_heads=heads.count,
+    )
+    key = Rows(
+        start=run.key_start + heads.offset,
+        step=branch.stride,
+        count=run.keys,
+        segment_step=run.key_step,
+        head=heads.kv_head,
+        head_step=heads.kv_step,
+        head_shift=heads.offset_step,
+        num_heads=kv_count,
+    )
+    return Call(query, key, run.segments, run.is_causal, branch.weight)
+
+
+def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:
+    """Rectangles of kept queries and keys of one offset, equal neighbours stacked; starts are less the offset."""
+    if geometry.q_len == 0 or geometry.kv_len == 0:
+        return
+    width, stride = branch.segment_length, branch.stride
+    q_end, kv_end = geometry.q_offset + geometry.q_len, geometry.kv_offset + geometry.kv_len
+    if width is None:
+        base = np.zeros(1, dtype=np.int64)
+    else:
+        first = max(geometry.q_offset // width, geometry.kv_offset // width)
+        last = min((q_end - 1) // width, (kv_end - 1) // width)
+        base = np.arange(first, last + 1, dtype=np.int64) * width
+
+    def kept(low: int, high: int) -> tuple[_IntArray, _IntArray]:
+        """Range of j whose positions base + offset + j * stride lie in low:high and in their segment."""
+        start = -((base + offset - low) // stride)
+        stop = -((base + offset - high) // stride)
+        if width is None:
+            return start, stop
+        inside = -((offset - width) // stride)
+        return np.maximum(start, 0), np.minimum(stop, inside)
+
+    a, b = kept(geometry.q_offset, q_end)
+    c, d = kept(geometry.kv_offset, kv_end)
+    for low_q, high_q, low_k, high_k, is_causal in _rectangles(a, b, c, d, geometry.is_causal):
+        keep = (high_q > low_q) & (high_k > low_k)
+        query_start = (base + low_q * stride - geometry.q_offset)[keep]
+        key_start = (base + low_k * stride - geometry.kv_offset)[keep]
+        yield from _stack(query_start, (high_q - low_q)[keep], key_start, (high_k - low_k)[keep], is_causal)
+
+
+def _rectangles(
+    a: _IntArray, b: _IntArray, c: _IntArray, d: _IntArray, is_causal: bool
+) -> Iterator[tuple[_IntArray, _IntArray, _IntArray, _IntArray, bool]]:
+    """Rows a:b against columns c:d, or under causality (column <= row) the rectangles and the square it consists of."""
+    if not is_causal:
+        yield a, b, c, d, False
+        return
+    if bool((b - a <= 1).all()):  # single rows, as in decoding: one rectangle each
+        yield a, b, c, np.minimum(d, a + 1), False
+        return
+    low, high = np.maximum(a, c), np.minimum(b, d)
+    yield low, high, low, high, True  # the square on the diagonal
+    yield a, b, c, np.minimum(a, d), False  # keys before the first query: every query sees them
+    after = np.maximum(a, d)  # queries at or past the last key see the keys that were not yet counted
+    yield after, b, np.maximum(a, c), d, False
+
+
+def _stack(
+    query_start: _IntArray, queries: _IntArray, key_start: _IntArray, keys: _IntArray, is_causal: bool
+) -> Iterator[_Run]:
+    """Join neighbouring segments of equal shape at equal distances."""
+    count = query_start.size
+    i = 0
+    shape = np.stack([queries, keys], axis=-1)
+    step = np.stack([np.diff(query_start), np.diff(key_start)], axis=-1)
+    # A run goes on while the shape stays and the distance is that of its first pair.
+    same_shape = (shape[1:] == shape[:-1]).all(axis=-1)
+    same_step = (step[1:] == step[:-1]).all(axis=-1)
+    while i < count:
+        j = i + 1
+        if j < count and same_shape[i]:
+            stops = np.flatnonzero(~(same_shape[j:] & same_step[i:]))
+            j = count if stops.size == 0 else j + int(stops[0]) + 1
+        q_step, k_step = (int(step[i, 0]), int(step[i, 1])) if j > i + 1 else (0, 0)
+        yield _Run(
+            int(query_start[i]), int(queries[i]), q_step, int(key_start[i]), int(keys[i]), k_step, j - i, is_causal
+        )
+        i = j
+
+
+def _bundles(heads: Sequence[tuple[int, int]], group_size: int) -> Iterator[_Heads]:
+    """Split (head, offset) pairs into few arithmetic progressions, the longest found first."""
+    left = dict(heads)
+    while left:
+        first = min(left)
+        best = _Heads(first, 1, left[first], 0, first // group_size, 1, 1, 1)
+        for second in left:
+            if second > first:
+                best = max(best, _grow(left, first, second - first, group_size), key=lambda heads: heads.count)
+        yield best
+        for t in range(best.count):
+            del left[best.head + t * best.head_step]
+
+
+def _grow(left: dict[int, int], first: int, step: int, group_size: int) -> _Heads:
+    """The longest progression from `first` by `step`: each head its own key-value head, or equal groups of them.
+
+    Heads that share a key-value head must also share the offset (they then read the same keys); a stride of 0 over
+    shared keys is never used, since a backward could not add into it.
+    """
+    chain = [first]
+    while chain[-1] + step in left:
+        chain.append(chain[-1] + step)
+    kv = [head // group_size for head in chain]
+    offsets = [left[head] for head in chain]
+    group = 1
+    while group < len(chain) and kv[group] == kv[0]:
+        group += 1
+    kv_step = kv[group] - kv[0] if group < len(chain) else 1
+    offset_step = offsets[1] - offsets[0] if group == 1 and len(chain) > 1 else 0
+    count = 0
+    while count < len(chain) and kv[count] == kv[0] + count // group * kv_step:
+        if offsets[count] != offsets[0] + count * offset_step:
+            break
+        count += 1
+    if count < group:
+        group, count, kv_step = count, count, 1
+    count -= count % group
+    return _Heads(first, step, offsets[0], offset_step, kv[0], kv_step, count, group)

@@ -1,0 +1,208 @@
+"""From a configuration to a plan, and from a plan to an attention: the one place where a backend is chosen."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from ..core.config import AttentionConfig, check_fields
+from ..core.errors import ConfigError, NoBackendError, PluginError
+from ..core.pattern import Pattern
+from ..core.plan import AttentionPlan, LayoutSummary
+from ..core.version import VERSION
+from .capabilities import make_request
+from .device import describe_device
+from .discovery import Registry, default_registry
+from .patterns import resolve_pattern
+from .plugins import PLUGIN_FAULTS, describe
+from .selection import Selection, Verdict, judge, select
+from .specs import Request
+
+# Columns of head_dim in which dense kernels carry the gradient of lse (core.engine).
+WIDENING: Final = 8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.attention import Attention
+    from ..core.kernel import DenseKernel, LayoutKernel
+
+
+def build_attention(
+    config: AttentionConfig | Mapping[str, Any] | None = None,
+    /,
+    *,
+    like: Tensor | None = None,
+    mesh: object = None,
+    **fields: Any,
+) -> Attention:
+    """Choose a backend and build the attention. Nothing is chosen later: forward is one bound call.
+
+    Args:
+        config: the configuration, or a mapping of it.
+        like: queries to build for, (batch, seq_len, num_heads, head_dim) or as `tensor_layout` says; gives num_heads,
+            head_dim, dtype and device to those of `fields` that do not.
+        mesh: a device mesh for context parallelism; None, as this release has no backend for it.
+        fields: fields of `AttentionConfig`; beside `config` they replace its own.
+
+    Returns:
+        An `nn.Module` called with query, key and value; its `plan` says what was chosen and why.
+
+    Raises:
+        ConfigError: for an input that no backend could honour.
+        NoBackendError: when no backend, or not the one asked for by name, takes the request; the message is the table.
+        PluginError: when the chosen backend breaks its contract while building.
+    """
+    from ..core.attention import Attention
+    from ..core.engine import Engine
+
+    if mesh is not None:
+        raise ConfigError(f"mesh must be None: this release has no context-parallel backend, got {mesh!r}")
+    if like is not None:
+        fields = _fields_of(like, config, fields) | fields
+    config, request, selection = _select(_config(config, fields), default_registry())
+    plan = _plan(config, request, selection)
+    if selection.chosen is None:
+        raise NoBackendError(plan.explain())
+    capabilities = selection.chosen.registered.spec.capabilities
+    engine = Engine(
+        config=config,
+        pattern=request.pattern,
+        kernel=_kernel(selection.chosen, request),
+        takes_layout="dense" not in capabilities["layouts"],
+        has_dlse=_has_dlse(selection.chosen, request),
+    )
+    return Attention(config, plan, engine)
+
+
+def explain(
+    config: AttentionConfig | Mapping[str, Any] | None = None,
+    /,
+    *,
+    registry: Registry | None = None,
+    **fields: Any,
+) -> AttentionPlan:
+    """The plan that `build_attention` would freeze, without building a kernel or allocating a tensor.
+
+    Where no backend fits, the plan's `backend` is None and its rows say why; nothing is raised for that.
+
+    Args:
+        config: the configuration, or a mapping of it.
+        registry: where backends are looked up; by default the process's own.
+        fields: fields of `AttentionConfig`; beside `config` they replace its own.
+
+    Raises:
+        ConfigError: for an input that no backend could honour.
+    """
+    return _plan(*_select(_config(config, fields), registry or default_registry()))
+
+
+def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str, Any]) -> AttentionConfig:
+    if config is None:
+        return AttentionConfig.from_dict(fields)
+    if isinstance(config, Mapping):
+        return AttentionConfig.from_dict({**config, **fields})
+    if not isinstance(config, AttentionConfig):
+        raise ConfigError(f"config must be an AttentionConfig or a mapping, got {config!r} ({type(config).__name__})")
+    check_fields(fields)
+    return attrs.evolve(config, **fields) if fields else config
+
+
+def _fields_of(like: Tensor, config: object, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tensor says about a configuration."""
+    if config is not None:
+        raise ConfigError("give either a config or like=: both say num_heads, head_dim, dtype and device")
+    layout = fields.get("tensor_layout", "bshd")
+    shape = getattr(like, "shape", None)
+    if shape is None or len(shape) != 4:
+        found = f"shape {tuple(shape)}" if shape is not None else f"{like!r}"
+        raise ConfigError(f"like must be a tensor with the four dimensions {layout!r}, got {found}")
+    heads = like.shape[1] if layout == "bhsd" else like.shape[2]
+    return {"num_heads": heads, "head_dim": like.shape[3], "dtype": like.dtype, "device": like.device}
+
+
+def _select(config: AttentionConfig, registry: Registry) -> tuple[AttentionConfig, Request, Selection]:
+    pattern = resolve_pattern(config.pattern, registry)
+    config = attrs.evolve(config, pattern=pattern)  # validates the pattern against the heads
+    request = make_request(config, pattern, describe_device(config.device))
+    return config, request, select(request, registry)
+
+
+def _plan(config: AttentionConfig, request: Request, selection: Selection) -> AttentionPlan:
+    import torch
+
+    chosen = selection.chosen
+    compiles = str(chosen.registered.spec.capabilities.get("compile", "none")) if chosen else "none"
+    return AttentionPlan(
+        config=config.to_dict(),
+        device=attrs.asdict(request.device),
+        backend=chosen.registered.spec.name if chosen else None,
+        kernel=chosen.kernel if chosen else "",
+        rows=selection.rows,
+        layout=_layout_summary(config, request.pattern, request.needs["layouts"]),
+        compile_class=compiles,
+        versions={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "dilated_attention": VERSION,
+        },
+    )
+
+
+def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str, ...]) -> LayoutSummary:
+    if config.seq_len is None:
+        return LayoutSummary(kinds=kinds)
+    from ..core.geometry import Geometry
+    from ..core.lowering import lower
+
+    geometry = Geometry(
+        q_len=config.seq_len,
+        kv_len=config.seq_len,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        is_causal=config.is_causal,
+    )
+    layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
+    pairs, distinct = int(layout.pairs), int(layout.distinct_pairs)
+    return LayoutSummary(
+        kinds=kinds,
+        seq_len=config.seq_len,
+        digest=layout.digest,
+        nbytes=layout.nbytes,
+        density=layout.density,
+        pairs=pairs,
+        distinct_pairs=distinct,
+        flops=4 * config.head_dim * pairs,
+        distinct_flops=4 * config.head_dim * distinct,
+    )
+
+
+def _has_dlse(chosen: Verdict, request: Request) -> bool:
+    """Whether a gradient through the returned lse reaches the inputs.
+
+    A kernel for layouts says so itself. Dense pieces carry it in `WIDENING` more columns, so the backend must take
+    that head_dim with the very kernel that was pinned.
+    """
+    capabilities = chosen.registered.spec.capabilities
+    if "dense" not in capabilities["layouts"]:
+        return bool(capabilities.get("dlse", False))
+    wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
+    verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))
+    return verdict.accepts and verdict.kernel == chosen.kernel
+
+
+def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
+    """The chosen backend's kernel."""
+    registered = chosen.registered
+    assert chosen.backend is not None
+    try:
+        kernel = chosen.backend.build(request)
+    except ConfigError:
+        raise
+    except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
+        name, origin = registered.spec.name, registered.source.origin
+        raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
+    return kernel

@@ -1,0 +1,146 @@
+"""Near misses: the smallest change of a request that would admit a backend, found by trying.
+
+Each candidate changes one config field, or installs what is missing. Single changes are tried first, then two and
+three together, and each trial goes through the same judgement as the request itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import combinations
+from typing import Any, Final
+
+import attrs
+
+from ..core.errors import ConfigError
+from ..core.plan import NearMiss
+from .capabilities import capability_refusals, device_refusals, make_request, requirement_refusals, unmet_requirements
+from .device import describe_device, device_type_of_torch, local_device_types
+from .specs import BackendSpec, Device, Range, Request
+
+_MOST_CHANGES: Final = 3
+_TORCH_TYPE: Final = {"hip": "cuda"}
+# From the most to the least precise; the nearest to what was asked for is tried first.
+_DTYPE_ORDER: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Change:
+    """One step: config fields with their new values, or an installation; `device` describes a changed device."""
+
+    axis: str
+    fields: dict[str, Any] = attrs.field(factory=dict)
+    install: tuple[str, ...] = ()
+    device: Device | None = None
+
+
+def near_miss(spec: BackendSpec, request: Request, accepts: Callable[[Request], bool]) -> NearMiss | None:
+    """The smallest set of changes with which `spec` takes the request, or None where none of those tried do.
+
+    Args:
+        spec: the backend's manifest.
+        request: what it refused.
+        accepts: the full judgement of a changed request, the backend itself included.
+    """
+    changes = list(_changes(spec, request))
+    missing = tuple(text for text, _ in unmet_requirements(spec.requires))
+    # What the manifest, the machine or the installation refuses can only be mended on its own axis, so combinations
+    # that leave it alone need no trial. A backend's finer refusals may be mended anywhere.
+    gross = (*capability_refusals(request, spec), *device_refusals(request), *requirement_refusals(spec))
+    required = {refusal.code for refusal in gross}
+    if not required <= {change.axis for change in changes}:
+        return None
+    for size in range(1, _MOST_CHANGES + 1):
+        for chosen in combinations(changes, size):
+            axes = [change.axis for change in chosen]
+            if len(set(axes)) < size or not required <= set(axes):
+                continue
+            found = _try(spec, request, chosen, missing, accepts)
+            if found is not None:
+                return found
+    return None
+
+
+def _try(
+    spec: BackendSpec,
+    request: Request,
+    chosen: Sequence[_Change],
+    missing: Sequence[str],
+    accepts: Callable[[Request], bool],
+) -> NearMiss | None:
+    fields = {name: value for change in chosen for name, value in change.fields.items()}
+    install = tuple(text for change in chosen for text in change.install)
+    device = next((change.device for change in chosen if change.device), request.device)
+    try:
+        changed = make_request(attrs.evolve(request.config, **fields), request.pattern, device)
+    except ConfigError:  # such as a pattern that the changed number of heads does not fit
+        return None
+    if capability_refusals(changed, spec) or set(missing) - set(install):
+        return None
+    verified = device.available and not install
+    if verified and not accepts(changed):
+        return None
+    return NearMiss(changes=fields, install=install, verified=verified)
+
+
+def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
+    """Every single change worth trying, the least intrusive first."""
+    config, declared = request.config, spec.capabilities
+    missing = tuple(text for text, _ in unmet_requirements(spec.requires))
+    if missing:
+        yield _Change(axis="not_installed", install=missing)
+    if config.deterministic:
+        yield _Change(axis="deterministic", fields={"deterministic": False})
+    if config.dropout_p > 0:
+        yield _Change(axis="dropout", fields={"dropout_p": 0.0})
+    if config.requires_grad:
+        yield _Change(axis="backward", fields={"requires_grad": False})
+    for dtype in _other_dtypes(config.dtype, declared.get("dtypes", ())):
+        yield _Change(axis="dtypes", fields={"dtype": dtype})
+    if config.kv_heads != config.num_heads:
+        yield _Change(axis="gqa", fields={"num_kv_heads": config.num_heads})
+    for head_dim in _nearest(config.head_dim, declared.get("head_dims", ())):
+        yield _Change(axis="head_dims", fields={"head_dim": head_dim})
+    yield from _device_changes(request, declared.get("device_types", ()))
+
+
+def _device_changes(request: Request, declared: object) -> Iterator[_Change]:
+    if not isinstance(declared, Collection):
+        return
+    local = local_device_types()
+    here = [name for name in local if device_type_of_torch(name) in declared]
+    for name in here:
+        if device_type_of_torch(name) != request.device.type or not request.device.available:
+            axis = "device_types" if request.device.available else "device_available"
+            yield _Change(axis=axis, fields={"device": name}, device=describe_device(name))
+    if not here and request.device.available:
+        for kind in sorted(map(str, declared)):
+            name = _TORCH_TYPE.get(kind, kind)
+            yield _Change(
+                axis="device_types",
+                fields={"device": name},
+                device=Device(type=kind, torch_name=name, available=False),
+            )
+
+
+def _other_dtypes(dtype: str, declared: object) -> list[str]:
+    if not isinstance(declared, Collection):
+        return []
+    place = _DTYPE_ORDER.index(dtype)
+    others = [name for name in _DTYPE_ORDER if name in declared and name != dtype]
+    return sorted(others, key=lambda name: abs(_DTYPE_ORDER.index(name) - place))
+
+
+def _nearest(value: int, declared: object) -> list[int]:
+    """The nearest allowed values, the one above first: padding keeps the result, cutting does not."""
+    if isinstance(declared, Range):
+        step = declared.multiple_of
+        above = max(-(-value // step) * step, -(-declared.min // step) * step)
+        below = min(value // step * step, declared.max // step * step)
+        candidates = [above, below]
+    elif isinstance(declared, Collection):
+        numbers = sorted(number for number in declared if isinstance(number, int))
+        candidates = [n for n in numbers if n > value][:1] + [n for n in numbers if n < value][-1:]
+    else:
+        return []
+    return [n for n in dict.fromkeys(candidates) if n != value and n > 0 and n in declared]

@@ -1,0 +1,63 @@
+"""Pattern mappings of config files, `{kind = "dilated", ...}`, turned into patterns by what plugins brought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeGuard
+
+import attrs
+
+from ..core.checks import did_you_mean
+from ..core.errors import ConfigError, PluginError
+from ..core.pattern import Pattern, Sum, Union
+from ..core.structure import check_keys, from_mapping
+from .discovery import Registry
+from .plugins import PLUGIN_FAULTS, describe, import_target
+
+_COMPOSITES: Final[Mapping[str, type[Union] | type[Sum]]] = {"union": Union, "sum": Sum}
+
+
+def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry) -> Pattern:
+    """The pattern that a mapping describes; a pattern is returned as it is.
+
+    Raises:
+        ConfigError: for an unknown kind or parameter, naming the nearest right one, or a value not allowed.
+        PluginError: when the plugin that brings the kind is at fault.
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    if not isinstance(pattern, Mapping) or not isinstance(pattern.get("kind"), str):
+        raise ConfigError(f"a pattern is a mapping with 'kind', its name, got {pattern!r}")
+    kind: str = pattern["kind"]
+    parameters = {name: value for name, value in pattern.items() if name != "kind"}
+    if kind in _COMPOSITES:
+        return _composite(kind, parameters, registry)
+    if kind not in registry.patterns:
+        kinds = (*registry.patterns, *_COMPOSITES)
+        raise ConfigError(f"unknown pattern {kind!r}{did_you_mean(kind, kinds)}; known are {', '.join(sorted(kinds))}")
+    registered = registry.patterns[kind]
+    cls = import_target(registered.spec.target)
+    if not _is_pattern_class(cls):
+        raise PluginError(
+            f"pattern {kind!r} of {registered.source.origin}: {registered.spec.target} is no attrs class derived "
+            f"from Pattern but {cls!r}"
+        )
+    try:
+        return from_mapping(cls, parameters, name=f"pattern {kind!r}")
+    except ConfigError:
+        raise
+    except PLUGIN_FAULTS as error:  # its class failed in a way that is not about the user's values
+        raise PluginError(f"pattern {kind!r} of {registered.source.origin} raised {describe(error)}") from error
+
+
+def _is_pattern_class(found: object) -> TypeGuard[type[Pattern]]:
+    return isinstance(found, type) and issubclass(found, Pattern) and attrs.has(found)
+
+
+def _composite(kind: str, parameters: Mapping[str, Any], registry: Registry) -> Pattern:
+    check_keys(parameters, ("of",), name=f"pattern {kind!r}")
+    members = parameters.get("of")
+    if not isinstance(members, list | tuple):
+        raise ConfigError(f"pattern {kind!r} needs 'of', a list of patterns, got {members!r}")
+    resolved: tuple[Pattern, ...] = tuple(resolve_pattern(member, registry) for member in members)
+    return _COMPOSITES[kind](resolved)

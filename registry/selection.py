@@ -1,0 +1,158 @@
+"""Asking every backend about a request, keeping every refusal, and choosing among those that accept it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, cast
+
+import attrs
+
+from ..core.checks import did_you_mean
+from ..core.errors import ConfigError, PluginError
+from ..core.plan import BackendRow
+from ..core.refusal import Refusal
+from .capabilities import capability_refusals, device_refusals, requirement_refusals
+from .discovery import RegisteredBackend, Registry
+from .near import near_miss
+from .plugins import PLUGIN_FAULTS, PluginRow, describe, import_target
+from .specs import Backend, Request
+
+AUTO: Final = "auto"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Verdict:
+    """What one backend says about one request: it accepts it (no refusals, no fault), refuses it, or is broken."""
+
+    registered: RegisteredBackend
+    backend: Backend | None = None
+    kernel: str = ""
+    refusals: tuple[Refusal, ...] = ()
+    fault: str = ""
+
+    @property
+    def accepts(self) -> bool:
+        """No refusal and no fault."""
+        return not self.refusals and not self.fault
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Selection:
+    """The outcome: the chosen backend's verdict, or None, and a row for each backend and broken plugin."""
+
+    chosen: Verdict | None
+    rows: tuple[BackendRow, ...]
+
+
+def select(request: Request, registry: Registry) -> Selection:
+    """Ask every backend and choose: the one asked for by name, or the best ranked that accepts.
+
+    Raises:
+        ConfigError: for the name of an unknown backend, in `backend` or in `backend_options`.
+        PluginError: for a broken plugin, where the registry is strict.
+    """
+    _check_names(request, registry)
+    verdicts = {name: judge(registered, request) for name, registered in registry.backends.items()}
+    usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
+    faults: list[PluginRow] = []
+    if request.config.backend == AUTO:
+        order, faults = registry.rank(request, usable)
+        chosen = verdicts[order[0]] if order else None
+    else:
+        order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
+        chosen = verdicts[request.config.backend]
+        chosen = chosen if chosen.accepts else None
+    rest = tuple(name for name in verdicts if name not in order)
+    rows = [_row(verdicts[name], request, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
+    broken = [row for row in rows if row.status == "broken"] + list(plugin_rows((*registry.plugins, *faults)))
+    if registry.strict and broken:
+        raise PluginError("; ".join(f"{row.name} of {row.distribution} {row.version}: {row.detail}" for row in broken))
+    rows = [row for row in rows if row.status != "broken"] + broken
+    return Selection(chosen=chosen, rows=tuple(rows))
+
+
+def judge(registered: RegisteredBackend, request: Request) -> Verdict:
+    """What a backend says about `request`; it is imported and asked only if its manifest admits the request."""
+    spec = registered.spec
+    refusals = [*device_refusals(request), *capability_refusals(request, spec), *requirement_refusals(spec)]
+    if refusals:
+        return Verdict(registered=registered, refusals=tuple(refusals))
+    try:
+        target = import_target(spec.target)
+        backend = cast(Backend, target() if isinstance(target, type) else target)
+        own = _checked(spec.name, backend.refusals(request))
+        kernel = "" if own else _kernel_name(backend.pin(request))
+    except ConfigError as error:
+        if request.options(spec.name):
+            raise  # the backend's judgement of the options that the user gave it
+        return Verdict(registered=registered, fault=f"raised {describe(error)}")
+    except PluginError as error:
+        return Verdict(registered=registered, fault=str(error))
+    except PLUGIN_FAULTS as error:  # a broken backend becomes a row with its cause; the others stay usable
+        return Verdict(registered=registered, fault=f"raised {describe(error)}")
+    return Verdict(registered=registered, backend=backend, kernel=kernel, refusals=own)
+
+
+def plugin_rows(plugins: Iterable[PluginRow]) -> Iterator[BackendRow]:
+    """The broken and the slow among plugins, as rows of a plan."""
+    for plugin in plugins:
+        if plugin.status == "broken":
+            yield BackendRow(
+                name=plugin.name,
+                status="broken",
+                distribution=plugin.distribution,
+                version=plugin.version,
+                detail="; ".join(plugin.causes),
+            )
+
+
+def _row(verdict: Verdict, request: Request, *, is_chosen: bool) -> BackendRow:
+    source = verdict.registered.source
+    status: Any = "chosen" if is_chosen else "broken" if verdict.fault else "refused" if verdict.refusals else "usable"
+
+    def accepts(changed: Request) -> bool:
+        try:
+            return judge(verdict.registered, changed).accepts
+        except ConfigError:
+            return False
+
+    return BackendRow(
+        name=verdict.registered.spec.name,
+        status=status,
+        kernel=verdict.kernel,
+        refusals=verdict.refusals,
+        near_miss=near_miss(verdict.registered.spec, request, accepts) if verdict.refusals else None,
+        distribution=source.distribution,
+        version=source.version,
+        detail=verdict.fault,
+    )
+
+
+def _checked(name: str, answer: object) -> tuple[Refusal, ...]:
+    if isinstance(answer, str) or not isinstance(answer, Iterable):
+        raise TypeError(f"{name}.refusals() returned {answer!r}, not an iterable of Refusal")
+    refusals = tuple(answer)
+    for refusal in refusals:
+        if not isinstance(refusal, Refusal):
+            raise TypeError(f"{name}.refusals() returned {refusal!r} among its items, not a Refusal")
+    return refusals
+
+
+def _kernel_name(answer: object) -> str:
+    if not isinstance(answer, str):
+        raise TypeError(f"pin() returned {answer!r}, not the name of a kernel")
+    return answer
+
+
+def _check_names(request: Request, registry: Registry) -> None:
+    known = tuple(registry.backends)
+    named = [("backend", request.config.backend)] if request.config.backend != AUTO else []
+    named += [("backend_options", name) for name in request.config.backend_options]
+    for where, name in named:
+        if name not in known:
+            broken = [f"{row.name} ({row.distribution})" for row in registry.plugins if row.status == "broken"]
+            hint = f"; broken plugins: {', '.join(broken)} (see `dilated-attention plugins`)" if broken else ""
+            raise ConfigError(
+                f"{where}: unknown backend {name!r}{did_you_mean(name, (AUTO, *known))}; "
+                f"registered are {', '.join(known) or 'none'}{hint}"
+            )

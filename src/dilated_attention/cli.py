@@ -1,0 +1,200 @@
+"""The command `dilated-attention`.
+
+Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 a broken plugin, 2 usage, 3 no backend fits, 4 a bad
+or unsafe pattern file. torch is imported only by the commands that need a device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeAlias
+
+import typer
+
+from .core.config import read_mapping
+from .core.errors import (
+    ConfigError,
+    DilatedAttentionError,
+    NoBackendError,
+    PatternFileError,
+    UnsafePathError,
+)
+from .core.version import VERSION
+from .registry.discovery import Registry, default_registry
+from .report import backends_data, backends_text, doctor_data, doctor_text, paint, plugins_data, plugins_text
+
+_EXIT: Final[dict[type[DilatedAttentionError], int]] = {
+    ConfigError: 2,
+    NoBackendError: 3,
+    PatternFileError: 4,
+    UnsafePathError: 4,
+}
+
+app = typer.Typer(
+    name="dilated-attention",
+    help="Exact attention for long sequences: what this machine can run, and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: boxes cut the names of options on a narrow terminal
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> None:
+    """Run the command line and exit with its status; errors that users can mend are one message, no traceback."""
+    try:
+        app(prog_name="dilated-attention")
+    except DilatedAttentionError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
+
+
+def registry() -> Registry:
+    """The registry of this process; what is odd about the environment is said on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = default_registry()
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+    return found
+
+
+def show(text: str, data: object, *, as_json: bool) -> None:
+    """Print `data` as JSON, or `text`, coloured on a terminal."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else paint(text))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.command()
+def backends(as_json: AsJson = False) -> None:
+    """List the backends and what each supports."""
+    found = registry()
+    show(backends_text(found), backends_data(found), as_json=as_json)
+
+
+@app.command()
+def plugins(as_json: AsJson = False) -> None:
+    """List the plugins, and what is wrong with any.
+
+    A plugin is a module or object behind an entry point of the group `dilated_attention`. One that is broken is named
+    with its distribution, version and cause, and hurts nothing else.
+    """
+    found = registry()
+    show(plugins_text(found), plugins_data(found), as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Examine the installation: versions, devices, libraries."""
+    data = doctor_data(registry())
+    show(doctor_text(data), data, as_json=as_json)
+
+
+@app.command()
+def explain(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
+    segment_lengths: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
+    dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
+    pattern_option: Annotated[
+        list[str] | None,
+        typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
+    num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Length to plan for.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    grad: Annotated[bool | None, typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="A backend's name, or auto.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which backend a configuration gets, and why.
+
+    Prints a row a backend: chosen, usable, refused with every reason and the smallest change that would admit it, or
+    broken. Nothing is built and no tensor allocated. Exit status 3 when no backend fits.
+    """
+    from .registry.build import explain as explain_plan
+
+    fields = read_mapping(config) if config else {}
+    fields |= _given(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        seq_len=seq_len,
+        dtype=dtype,
+        device=device,
+        is_causal=causal,
+        dropout_p=dropout,
+        requires_grad=grad,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    parameters = dict(_option(text) for text in pattern_option or ())
+    for name, text in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        if text is not None:
+            parameters[name] = _integers(name, text)
+    if pattern or parameters:
+        fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
+    if not config and not {"num_heads", "head_dim"} <= fields.keys():
+        raise ConfigError("give a config file, or at least --heads and --head-dim")
+    plan = explain_plan(fields, registry=registry())
+    show(plan.explain(), json.loads(plan.to_json()), as_json=as_json)
+    if plan.backend is None:
+        raise typer.Exit(_EXIT[NoBackendError])
+
+
+def _given(**fields: object) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _pattern(kind: str | None, parameters: dict[str, Any], of_file: object) -> dict[str, Any]:
+    """The pattern of the flags: a new one where they name a kind, else the file's with other parameters."""
+    if kind is not None:
+        return {"kind": kind, **parameters}
+    if isinstance(of_file, dict):
+        return {**of_file, **parameters}
+    if {"segment_lengths", "dilation_rates"} & parameters.keys():
+        return {"kind": "dilated", **parameters}
+    raise ConfigError(f"--pattern must name the pattern that takes {', '.join(parameters)}")
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`, the value in TOML's notation; what is none is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--pattern-option must be name=value, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
