@@ -99,9 +99,7 @@ class CudaCudnn:
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
-        """See `DenseKernel`. FlashAttention-2 takes heads wider than 128, as a gradient of lse widens them by 8."""
-        if query.shape[3] > 128:
-            return CudaFlash().backward(dout, query, key, value, out, lse, piece)
+        """See `DenseKernel`."""
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(
             *_bhsd(dout, query, key, value, out),
@@ -161,7 +159,7 @@ class CudaEfficient:
         )
         dq, dk, dv = _bhsd(dq, dk, dv)
         if kv_heads != heads:
-            dk, dv = (x.unflatten(2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
+            dk, dv = (torch.unflatten(x, 2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
         return dq, dk, dv
 
 

@@ -101,7 +101,7 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
         yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple}{bound} ({name})", "pad with zeros")
     if name == "efficient" and config.dtype == "bfloat16" and major < 8:
         yield Refusal("dtypes", "bfloat16", f"float16, float32 on {request.device.arch} (efficient)", "use float16")
-    if name == "cudnn" and not torch.backends.cudnn.is_available():
+    if name == "cudnn" and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         yield Refusal("not_installed", "cuDNN", "a PyTorch without it (cudnn)")
     if name != "flash" and config.deterministic and config.requires_grad:
         yield Refusal("deterministic", "a deterministic backward", f"atomic additions ({name})")

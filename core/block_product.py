@@ -83,7 +83,7 @@ class BlockProduct:
     ) -> BlockProduct:
         """Sort the layout's rows into classes and move its tables to `device`."""
         accumulate = accumulator_dtype(dtype)
-        bias = torch.from_numpy(layout.masks).to(device, accumulate).log_()
+        bias = torch.tensor(layout.masks, dtype=accumulate, device=device).log_()
         return cls(layout, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
 
     @property
@@ -108,7 +108,7 @@ class BlockProduct:
                 part_out = _bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
                 out[row].index_copy_(0, part.queries, part_out)
                 lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
-        return self._rows(out, query), lse.unflatten(1, (query.shape[2], -1)).flatten(2)[:, :, : query.shape[1]]
+        return self._rows(out, query), self._row_values(lse, query)
 
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, delta: Tensor, lse: Tensor
@@ -145,9 +145,9 @@ class BlockProduct:
         """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
         size, partial = self.layout.block_size, part.masks.shape[1]
         scores = _bmm(q, k.mT).mul_(self.scale)
-        blocks = scores.unflatten(-1, (-1, size))
+        blocks = torch.unflatten(scores, -1, (-1, size))
         if partial:
-            bias = self.bias.index_select(0, part.masks.flatten()).unflatten(0, part.masks.shape)
+            bias = torch.unflatten(self.bias.index_select(0, part.masks.flatten()), 0, part.masks.shape)
             blocks[:, :, :partial] += bias.transpose(1, 2)
         if part.log_weights is not None:
             blocks[:, :, partial:] += part.log_weights[:, None, :, None]
@@ -164,19 +164,25 @@ class BlockProduct:
         """x (B, S, H, D) as contiguous blocks (B, H * blocks, b, D), zeros past the end; float32 for halves on CPU."""
         size = self.layout.block_size
         x = functional.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
-        x = x.unflatten(2, (-1, size)).flatten(1, 2)
+        x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
         return x.float() if x.dtype in _HALF and not x.is_cuda else x
 
     def _row_blocks(self, x: Tensor, fill: float) -> Tensor:
         """x (B, H, S) as (B, H * blocks, b), `fill` past the end."""
         size = self.layout.block_size
-        return functional.pad(x, (0, -x.shape[2] % size), value=fill).unflatten(2, (-1, size)).flatten(1, 2)
+        padded = functional.pad(x, (0, -x.shape[2] % size), value=fill)
+        return torch.unflatten(padded, 2, (-1, size)).flatten(1, 2)
+
+    @staticmethod
+    def _row_values(blocks: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `_row_blocks`: (B, H, S) as a view."""
+        return torch.unflatten(blocks, 1, (like.shape[2], -1)).flatten(2)[:, :, : like.shape[1]]
 
     @staticmethod
     def _rows(blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of `_blocks`: (B, S, H, D) as a view."""
         _, length, heads, _ = like.shape
-        return blocks.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, :length].transpose(1, 2)
+        return torch.unflatten(blocks, 1, (heads, -1)).flatten(2, 3)[:, :, :length].transpose(1, 2)
 
 
 def _take(blocks: Tensor, index: Tensor) -> Tensor:

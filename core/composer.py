@@ -98,6 +98,11 @@ def _is_stack(rows: Rows, segments: int, x: Tensor) -> bool:
     )
 
 
+def _is_whole(call: Call, query: Tensor, key: Tensor) -> bool:
+    """True where the call is the attention of all queries to all keys: no view is needed then."""
+    return call.segments == 1 and _is_stack(call.query, 1, query) and _is_stack(call.key, 1, key)
+
+
 def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab]) -> bool:
     """True where the first call covers everything in one launch: its results, reshaped, are then the first sums."""
     if schedule.cover != 1 or len(slabs) != 1:
@@ -119,6 +124,12 @@ class Composer:
     kernel: DenseKernel
     scale: float
     deterministic: bool
+    _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
+
+    @_pieces.default
+    def _make_pieces(self) -> tuple[DensePiece, DensePiece]:
+        full = DensePiece(is_causal=False, scale=self.scale, deterministic=self.deterministic)
+        return full, attrs.evolve(full, is_causal=True)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """Return out (B, S, H, D), in the accumulator's dtype where pieces were merged, and lse (B, H, S).
@@ -126,6 +137,8 @@ class Composer:
         Rows that no call touches have out 0 and lse -inf.
         """
         calls = schedule.calls
+        if len(calls) == 1 and _is_whole(calls[0], query, key):
+            return self._weigh(calls[0], *self.kernel.forward(query, key, value, self._piece(calls[0])))
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
         slabs = [_slabs(call, (query,), (key, value)) for call in calls]
@@ -154,7 +167,11 @@ class Composer:
 
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
-        out, lse = self.kernel.forward(*views, self._piece(call))
+        return self._weigh(call, *self.kernel.forward(*views, self._piece(call)))
+
+    @staticmethod
+    def _weigh(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Count each pair of the call `weight` times: that only raises its share."""
         return out, lse + math.log(call.weight) if call.weight > 1 else lse
 
     def backward(
@@ -162,6 +179,8 @@ class Composer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
         calls = schedule.calls
+        if len(calls) == 1 and calls[0].weight == 1 and _is_whole(calls[0], query, key):
+            return self.kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         slabs = [_slabs(call, (query, dout, out), (key, value)) for call in calls]
@@ -201,4 +220,4 @@ class Composer:
         )
 
     def _piece(self, call: Call) -> DensePiece:
-        return DensePiece(is_causal=call.is_causal, scale=self.scale, deterministic=self.deterministic)
+        return self._pieces[call.is_causal]

@@ -116,13 +116,15 @@ class Engine:
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
         if self._layout_kernel is not None:
             return _Program(layout, Schedule((), 0), None)
-        blocks = layout.blocks and BlockProduct.prepare(
-            layout.blocks,
-            scale=self.scale,
-            device=device,
-            dtype=getattr(torch, config.dtype),
-            workspace_bytes=config.limits.workspace_bytes,
-        )
+        blocks = None
+        if layout.blocks is not None:
+            blocks = BlockProduct.prepare(
+                layout.blocks,
+                scale=self.scale,
+                device=device,
+                dtype=getattr(torch, config.dtype),
+                workspace_bytes=config.limits.workspace_bytes,
+            )
         return _Program(layout, schedule(layout.branches, geometry), blocks)
 
     def forward(
@@ -220,7 +222,7 @@ class Engine:
 
 def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The tensors, copied where their last dimension is not contiguous: all that kernels ask of strides."""
-    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _widen(

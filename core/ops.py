@@ -6,6 +6,7 @@ in `engine`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -27,7 +28,7 @@ def intern(engine: Engine) -> Engine:
     return _ENGINES.setdefault(engine.key, engine)
 
 
-_LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # untyped in torch
+_LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset)"
     " -> (Tensor, Tensor)"
@@ -38,9 +39,11 @@ _LIBRARY.define(
 )
 
 
-def _without_autocast(device: torch.device) -> Any:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the operators every product runs in the dtype that the engine chose."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _attend(
@@ -107,20 +110,22 @@ class Attend(torch.autograd.Function):
         recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         """Return (out, lse); keeps the inputs, and the outputs unless they are to be recomputed."""
-        out, lse = torch.ops.dilated_attention.attend.default(query, key, value, seed, engine, q_offset, kv_offset)
+        # Eager calls go straight to the engine: an operator's dispatch would cost more than a small attention.
+        attend = torch.ops.dilated_attention.attend.default if torch.compiler.is_compiling() else _attend
+        out, lse = attend(query, key, value, seed, engine, q_offset, kv_offset)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else (out, lse)))
         ctx.rest = (engine, q_offset, kv_offset)
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value; lse costs only where its gradient is used."""
         query, key, value, seed, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(query)
-        grads = torch.ops.dilated_attention.attend_backward.default(
-            dout, dlse, query, key, value, out, lse, seed, *ctx.rest
-        )
+        is_compiling = torch.compiler.is_compiling()
+        attend_backward = torch.ops.dilated_attention.attend_backward.default if is_compiling else _attend_backward
+        grads = attend_backward(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
         return (*grads, None, None, None, None, None)

@@ -132,7 +132,7 @@ def _branch_calls(branch: Branch, geometry: Geometry) -> list[Call]:
         if offset not in profiles:
             profiles[offset] = tuple(_runs(branch, offset, geometry))
         by_profile.setdefault(profiles[offset], []).append((head, offset))
-    calls = []
+    calls: list[Call] = []
     for runs, heads in by_profile.items():
         for bundle in _bundles(heads, geometry.group_size):
             calls.extend(_call(branch, run, bundle) for run in runs)

@@ -1,4 +1,4 @@
-"""The patterns of this package, as manifests: nothing here imports them."""
+"""The patterns of this package, as manifests: nothing here imports one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from ..registry.hooks import hookimpl
 from ..registry.specs import PatternSpec
 
+FULL = PatternSpec(kind="full", target="dilated_attention.core.pattern:Full")
+DILATED = PatternSpec(kind="dilated", target="dilated_attention.patterns.dilated:Dilated")
+LOCAL = PatternSpec(kind="local", target="dilated_attention.patterns.local:Local")
+GLOBAL = PatternSpec(kind="global", target="dilated_attention.patterns.global_tokens:Global")
+STRIDED = PatternSpec(kind="strided", target="dilated_attention.patterns.strided:Strided")
+
 
 @hookimpl
 def dilated_attention_patterns() -> Iterable[PatternSpec]:
-    """`Full` lives in core, whose default it is; unions and sums need no manifest."""
-    return (
-        PatternSpec(kind="full", target="dilated_attention.core.pattern:Full"),
-        PatternSpec(kind="dilated", target="dilated_attention.patterns.dilated:Dilated"),
-        PatternSpec(kind="local", target="dilated_attention.patterns.local:Local"),
-        PatternSpec(kind="global", target="dilated_attention.patterns.global_tokens:Global"),
-        PatternSpec(kind="strided", target="dilated_attention.patterns.strided:Strided"),
-    )
+    """The generators; unions and sums of them belong to core's algebra."""
+    return (FULL, DILATED, LOCAL, GLOBAL, STRIDED)

@@ -1,0 +1,243 @@
+"""The oracle against loops that follow the definition pair by pair, and against what it must equal in special cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.nn import functional
+
+from dilated_attention.backends.reference import ReferenceBackend, ReferenceKernel
+from dilated_attention.core.config import AttentionConfig
+from dilated_attention.core.errors import ConfigError
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import LayoutPiece
+from dilated_attention.core.limits import Limits
+from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Full, Pattern
+from dilated_attention.core.reference import attention, mask_bytes, multiplicity
+from dilated_attention.patterns.dilated import Dilated
+from dilated_attention.patterns.global_tokens import Global
+from dilated_attention.patterns.local import Local
+from dilated_attention.registry.specs import Device, Request
+
+from . import strategies
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def inputs(geometry: Geometry, *, batch: int = 2, dim: int = 5, seed: int = 0, requires_grad: bool = False) -> Tensors:
+    """Random query, key and value of float64; values are narrower by one than keys."""
+    generator = torch.Generator().manual_seed(seed)
+    s, t, h, k = geometry.q_len, geometry.kv_len, geometry.num_heads, geometry.num_kv_heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
+
+    return normal(batch, s, h, dim), normal(batch, t, k, dim), normal(batch, t, k, dim - 1)
+
+
+def looped(tensors: Tensors, pattern: Pattern, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Every row on its own: the list of its keys, each as often as it counts, then a plain softmax."""
+    query, key, value = tensors
+    b, s, h, d = query.shape
+    counts = multiplicity(pattern, geometry)
+    out = query.new_zeros(b, s, h, value.shape[-1])
+    lse = query.new_full((b, h, s), -torch.inf)
+    for head in range(h):
+        shared = head // geometry.group_size
+        for row in range(s):
+            keys = [j for j in range(geometry.kv_len) for _ in range(int(counts[head, row, j]))]
+            if not keys:
+                continue
+            for batch in range(b):
+                scores = key[batch, keys, shared] @ query[batch, row, head] / math.sqrt(d)
+                out[batch, row, head] = torch.softmax(scores, 0) @ value[batch, keys, shared]
+                lse[batch, head, row] = scores.exp().sum().log()
+    return out, lse
+
+
+def run(tensors: Tensors, pattern: Pattern, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    return attention(
+        *tensors,
+        pattern=pattern,
+        is_causal=geometry.is_causal,
+        q_offset=geometry.q_offset,
+        kv_offset=geometry.kv_offset,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=14))
+def test_it_is_a_softmax_over_the_listed_keys(pattern: Pattern, geometry: Geometry) -> None:
+    tensors = inputs(geometry)
+    expected, actual = looped(tensors, pattern, geometry), run(tensors, pattern, geometry)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=30))
+def test_ones_stay_ones_and_empty_rows_are_zero(pattern: Pattern, geometry: Geometry) -> None:
+    query, key, value = inputs(geometry, requires_grad=True)
+    out, lse = run((query, key, torch.ones_like(value)), pattern, geometry)
+    filled = multiplicity(pattern, geometry).sum(-1) > 0
+    expected = filled.T[None, :, :, None].expand_as(out).double()
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert bool((torch.isneginf(lse) == ~filled).all())
+    out, lse = run((query, key, value), pattern, geometry)
+    loss = out.sum() + lse.masked_fill(torch.isneginf(lse), 0.0).sum() + lse.exp().sum()
+    grads = torch.autograd.grad(loss, (query, key, value))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    empty_rows = (~filled).T[None, :, :, None].expand_as(query)
+    assert not grads[0][empty_rows].any()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("s", "t", "h", "k"), [(17, 17, 4, 4), (9, 17, 4, 2), (1, 12, 3, 1)])
+def test_full_is_scaled_dot_product_attention(s: int, t: int, h: int, k: int, is_causal: bool) -> None:
+    geometry = Geometry(q_len=s, kv_len=t, num_heads=h, num_kv_heads=k, is_causal=is_causal)
+    mine, theirs = inputs(geometry, requires_grad=True), inputs(geometry, requires_grad=True)
+    out, _ = run(mine, Full(), geometry)
+    mask = torch.ones(s, t, dtype=torch.bool).tril(t - s) if is_causal else None
+    q_bhsd, k_bhtd, v_bhtd = (x.transpose(1, 2) for x in theirs)
+    expected = functional.scaled_dot_product_attention(
+        q_bhsd, k_bhtd, v_bhtd, attn_mask=mask, enable_gqa=h != k
+    ).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    grads = torch.autograd.grad(out, mine, weight), torch.autograd.grad(expected, theirs, weight)
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_mixing_branches_by_their_denominators_is_the_joint_multiset(is_causal: bool) -> None:
+    """LongNet, eq. 10: the branches' outputs weighted by their shares of the summed softmax denominators."""
+    geometry = Geometry.self_attention(50, 4, is_causal=is_causal)
+    lengths, rates = (8, 16, 32), (1, 2, 4)
+    tensors = inputs(geometry)
+    joint, joint_lse = run(tensors, Dilated(lengths, rates), geometry)
+    parts = [run(tensors, Dilated((w,), (r,)), geometry) for w, r in zip(lengths, rates, strict=True)]
+    lse = torch.stack([part[1] for part in parts])
+    shares = torch.softmax(lse, 0).transpose(2, 3)[..., None]
+    mixed = (shares * torch.stack([part[0] for part in parts])).sum(0)
+    torch.testing.assert_close(mixed, joint, rtol=0, atol=2e-15)
+    torch.testing.assert_close(torch.logsumexp(lse, 0), joint_lse, rtol=0, atol=2e-15)
+
+
+def test_a_sum_counts_twice_and_a_union_once() -> None:
+    geometry = Geometry.self_attention(20, 2)
+    once = run(inputs(geometry), Local(2) | Local(2), geometry)
+    torch.testing.assert_close(once, run(inputs(geometry), Local(2), geometry), rtol=0, atol=0)
+    twice = run(inputs(geometry), Local(2) + Local(2), geometry)
+    torch.testing.assert_close(twice[0], once[0], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(twice[1], once[1] + math.log(2), rtol=1e-14, atol=1e-14)
+    counts = [multiplicity(p, geometry) for p in (Local(4), Global(3), Local(4) | Global(3), Local(4) + Global(3))]
+    assert torch.equal(counts[2], torch.maximum(counts[0], counts[1]))
+    assert torch.equal(counts[3], counts[0] + counts[1])
+
+
+def test_its_gradients_are_those_of_finite_differences() -> None:
+    geometry = Geometry(q_len=5, kv_len=7, num_heads=2, num_kv_heads=1, is_causal=True)
+    tensors = inputs(geometry, batch=1, dim=3, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: run((q, k, v), Dilated((4, 8), (1, 2)), geometry), tensors)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    geometry = Geometry.self_attention(12, 1)
+    query, key, value = inputs(geometry)
+    out, lse = attention(1e4 * query, key, value)
+    assert bool(out.isfinite().all())
+    assert float(lse.max()) > 1e4
+
+
+def test_dropout_drops_each_occurrence_on_its_own() -> None:
+    geometry = Geometry.self_attention(6, 1)
+    query, key, _ = inputs(geometry, batch=4000)
+    query, value = torch.zeros_like(query), torch.eye(6, dtype=torch.float64)[None, :, None].expand(4000, 6, 1, 6)
+    shares, lse = attention(
+        query, key, value, pattern=Full() + Full(), dropout_p=0.25, generator=torch.Generator().manual_seed(1)
+    )
+    steps = shares * 12 * 0.75  # 0, 1 or 2 of the two occurrences of each key
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-12)
+    frequency = torch.bincount(steps.round().long().flatten(), minlength=3) / steps.numel()
+    torch.testing.assert_close(frequency, torch.tensor([0.0625, 0.375, 0.5625]), rtol=0, atol=5e-3)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(12)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)), "do not fit together"),
+        (((1, 4, 2, 8), (1, 4, 2, 6), (1, 4, 2, 8)), "do not fit together"),
+        (((4, 2, 8), (4, 2, 8), (4, 2, 8)), "must have 4 dimensions"),
+        (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), "multiple of num_kv_heads, got 3 and 2"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attention(*(torch.zeros(shape) for shape in shapes))
+
+
+def request(seq_len: int | None, limit: int) -> Request:
+    limits = Limits(reference_mask_bytes=limit)
+    config = AttentionConfig(num_heads=4, head_dim=8, num_kv_heads=2, seq_len=seq_len, limits=limits)
+    return Request(config=config, pattern=Full(), device=Device(type="cpu"), needs={})
+
+
+def test_the_backend_refuses_masks_beyond_its_limit() -> None:
+    backend = ReferenceBackend()
+    assert not list(backend.refusals(request(None, 1)))
+    assert not list(backend.refusals(request(100, 8 * 4 * 100 * 100)))
+    (refusal,) = backend.refusals(request(100, 8 * 4 * 100 * 100 - 1))
+    assert refusal.code == "reference_mask_bytes"
+    assert "320,000 bytes" in refusal.required
+    kernel = backend.build(request(None, 1000))
+    assert kernel.name == backend.pin(request(None, 1000))
+    geometry = Geometry.self_attention(16, 4)
+    assert mask_bytes(geometry) == 8 * 4 * 16 * 16
+    piece = LayoutPiece(layout=lower(Full(), geometry), scale=1.0)
+    with pytest.raises(ConfigError, match="needs 8,192 bytes for the dense mask of 16 queries and 16 keys, allowed"):
+        kernel.forward(*inputs(geometry), piece)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_the_kernel_is_the_oracle_and_its_gradient(dtype: torch.dtype, dropout_p: float, with_dlse: bool) -> None:
+    geometry = Geometry(q_len=9, kv_len=13, num_heads=4, num_kv_heads=2, is_causal=True, q_offset=2)
+    pattern = Dilated((4, 8), (1, 2)) + Local(1)
+    seed = torch.tensor(7) if dropout_p else None
+    piece = LayoutPiece(layout=lower(pattern, geometry), scale=0.3, dropout_p=dropout_p, seed=seed)
+    query, key, value = (x.to(dtype) for x in inputs(geometry))
+    kernel = ReferenceKernel(1 << 20)
+    out, lse = kernel.forward(query, key, value, piece)
+    leaves = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, expected_lse = attention(
+        *leaves,
+        pattern=pattern,
+        is_causal=True,
+        scale=0.3,
+        q_offset=2,
+        dropout_p=dropout_p,
+        generator=torch.Generator().manual_seed(7),
+    )
+    assert out.dtype == dtype
+    assert torch.equal(out, expected.to(dtype))
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(lse, expected_lse.to(lse.dtype))
+    generator = torch.Generator().manual_seed(2)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+    dlse = torch.randn(lse.shape, generator=generator, dtype=torch.float64) if with_dlse else None
+    finite = expected_lse.masked_fill(torch.isneginf(expected_lse), 0.0)
+    loss = (expected * dout).sum() + (0.0 if dlse is None else (finite * dlse).sum())
+    expected_grads = torch.autograd.grad(loss, leaves)
+    grads = kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=torch.finfo(dtype).eps, atol=1e-14)
+    if dropout_p:
+        other = LayoutPiece(layout=piece.layout, scale=0.3, dropout_p=dropout_p, seed=torch.tensor(8))
+        assert not torch.equal(kernel.forward(query, key, value, other)[0], out)
