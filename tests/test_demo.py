@@ -99,7 +99,7 @@ def test_training_learns_repeats_itself_and_leaves_the_generator_alone(library: 
     assert first.bytes_read == 25 * SMALL.seq_len
     assert [mark.step for mark in first.marks][0::2] == [0, 25]
     assert first.marks[0].held_out == pytest.approx(8, abs=0.3)
-    assert first.marks[-1].held_out < 6
+    assert first.marks[-1].held_out < first.marks[0].held_out - 1
 
 
 def test_a_budget_of_time_ends() -> None:
