@@ -135,6 +135,10 @@ def test_the_compared_attention_is_exact() -> None:
     assert compare.relative_error(attention, compare.pattern(16)) < 1e-6
 
 
+def test_the_explanation_holds_a_near_miss() -> None:
+    assert "reference with seq_len=4096" in compare.longnet(compare.SEQ_LEN).plan.explain()
+
+
 def test_the_table_is_aligned() -> None:
     rows = [compare.Result("short", 1.5, 1 << 20, 1e-7), compare.Result("much longer", 10.25, 1 << 30, 2e-7)]
     lines = compare.table(rows).splitlines()

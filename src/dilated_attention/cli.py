@@ -81,7 +81,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("demo-output"),
-    steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into 65 seconds.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Explain this machine, measure against dense attention, train a small model, draw.

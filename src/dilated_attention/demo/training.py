@@ -50,7 +50,7 @@ class Budget:
     """When training ends: after `steps`, or where that is None after `seconds`; `marks` held-out results on the way."""
 
     steps: int | None
-    seconds: float = 65.0
+    seconds: float = 60.0
     marks: int = 8
 
     def spent(self, step: int, seconds: float) -> float:
