@@ -70,8 +70,8 @@ def longnet(seq_len: int, *, shrink: int = 1) -> Attention:
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """PyTorch's own causal attention on (B, S, H, D)."""
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def inputs(seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
