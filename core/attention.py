@@ -42,7 +42,8 @@ class Attention(nn.Module):
         config = self.config
         return (
             f"backend={self.plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
-            f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, dtype={config.dtype}"
+            f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
+            f"dtype={config.dtype}"
         )
 
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:

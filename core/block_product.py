@@ -2,8 +2,8 @@
 
 Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim, b block size, I items. An
 item is one block row of one head; items with equally many partial and full blocks form one class and are computed
-together, in chunks whose temporaries stay within `Limits.workspace_bytes`. Each row's softmax runs over all of its blocks at
-once, so nothing is merged. Scores are formed in the accumulator's dtype (float32; float64 for float64).
+together, in chunks whose temporaries stay within `Limits.workspace_bytes`. Each row's softmax runs over all of its
+blocks at once, so nothing is merged. Scores are formed in the accumulator's dtype (float32; float64 for float64).
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class _Program:
 class Engine:
     """Computes one configuration's attention, forward and backward, for any length.
 
-    Shapes: query (B, S, H, D), key and value (B, T, K, D), out like query, lse (B, H, S). An engine holds no parameters and is
-    shared by copies of the module that owns it.
+    Shapes: query (B, S, H, D), key and value (B, T, K, D), out like query, lse (B, H, S). An engine holds no parameters
+    and is shared by copies of the module that owns it.
 
     Args:
         config: the configuration; its dtype is that of all inputs.
@@ -95,8 +95,8 @@ class Engine:
             return found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
-                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a "
-                f"CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
+                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
+                f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
             )
         return self.programs.get_or_make(key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device))
 

@@ -1,7 +1,7 @@
 """The two opaque operators through which every attention runs, and their autograd.
 
-`torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key. Shapes as
-in `engine`.
+`torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key.
+Shapes as in `engine`.
 """
 
 from __future__ import annotations
