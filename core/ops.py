@@ -38,6 +38,13 @@ _LIBRARY.define(
 )
 
 
+def _engine(key: str) -> Engine:
+    engine = _ENGINES.get(key)
+    if engine is None:
+        raise RuntimeError("the attention of this graph was deleted; keep the module as long as graphs that use it")
+    return engine
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the operators every product runs in the dtype that the engine chose."""
     if torch.is_autocast_enabled(device.type):
@@ -57,7 +64,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse); `recompute` only says what the backward may keep."""
     with _without_autocast(query.device):
-        out, lse = _ENGINES[engine].forward(query, key, value, q_offset, kv_offset, seed)
+        out, lse = _engine(engine).forward(query, key, value, q_offset, kv_offset, seed)
     return out.contiguous(), lse.contiguous()
 
 
@@ -74,7 +81,7 @@ def _attend_backward(
     q_offset: int,
     kv_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    runner = _ENGINES[engine]
+    runner = _engine(engine)
     with _without_autocast(query.device):
         if out is None or lse is None:  # activation checkpointing
             out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed)
@@ -99,6 +106,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else output))
     ctx.rest = (engine, q_offset, kv_offset)
+    ctx.owner = _ENGINES.get(engine)  # the graph may outlive the module
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:

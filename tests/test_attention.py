@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ LONGNET = Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
 GEOMETRY = Geometry.self_attention(90, 4, is_causal=True)
 
 
-def build(**fields: object) -> Attention:
-    return build_attention(**({"pattern": LONGNET, "num_heads": 4, "head_dim": 8, "is_causal": True} | fields))
+def build(**fields: Any) -> Attention:
+    defaults: dict[str, Any] = {"pattern": LONGNET, "num_heads": 4, "head_dim": 8, "is_causal": True}
+    return build_attention(defaults | fields)
 
 
 def test_bhsd_is_the_same_attention_transposed() -> None:
@@ -123,7 +125,7 @@ def train(dtype: torch.dtype, steps: int) -> list[float]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = (model(x) - target).float().square().mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -146,7 +148,8 @@ def test_compiles_without_a_graph_break_and_without_recompiling_for_lengths() ->
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = attention(q, k, v, return_lse=True)
-        return out.sin().sum() + lse.cos().sum()
+        total: Tensor = out.sin().sum() + lse.cos().sum()
+        return total
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for length in (90, 77, 128, 65):
@@ -208,6 +211,16 @@ def test_lengths_zero_and_one_and_an_empty_batch() -> None:
             assert error(a, e) < 1e-5
 
 
+def test_a_graph_outlives_the_module() -> None:
+    tensors = inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float32)
+    attention = build(scale=0.123)
+    loss = attention(*tensors).sum()
+    expected = torch.autograd.grad(attention(*tensors).sum(), tensors)
+    del attention
+    for a, b in zip(torch.autograd.grad(loss, tensors), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_second_derivative_is_an_error_not_a_wrong_number() -> None:
     tensors = inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float32)
     (grad,) = torch.autograd.grad(build()(*tensors).square().sum(), tensors[0], create_graph=True)
@@ -217,7 +230,8 @@ def test_no_second_derivative_is_an_error_not_a_wrong_number() -> None:
 
 def test_dropout_is_exact_on_the_reference_backend_and_off_in_eval() -> None:
     attention = build(backend="reference", dropout_p=0.5, dtype="float64")
-    query, key, value = (x.detach() for x in inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float64))
+    short = Geometry.self_attention(24, 4)
+    query, key, value = (x.detach() for x in inputs(short, batch=1, head_dim=8, dtype=torch.float64))
     plain = build(backend="reference", dtype="float64")(query, key, value)
     assert torch.equal(attention.eval()(query, key, value), plain)
     attention.train()
@@ -262,12 +276,13 @@ def test_a_gradient_that_was_built_away_is_an_error() -> None:
 
 
 def test_importing_core_attention_changes_no_global_state() -> None:
+    state = "torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ)"
     code = (
-        "import os, torch; before = (torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ));"
+        f"import os, torch; before = ({state});"
         "from dilated_attention import Dilated, build_attention;"
         "a = build_attention(pattern=Dilated(segment_lengths=(4,), dilation_rates=(2,)), num_heads=2, head_dim=8);"
         "a(*torch.zeros(3, 1, 9, 2, 8));"
-        "after = (torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ));"
+        f"after = ({state});"
         "assert before == after"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

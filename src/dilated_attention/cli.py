@@ -119,20 +119,6 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the pictures, created where it is missing.")] = Path(
-        "demo-output"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Training steps; by default it trains for about a minute.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """See it work: explain, measure, train, draw."""
-    from .demo import run
-
-    run(output, steps=steps, json_output=as_json)
-
-
-@app.command()
 def explain(
     config: Annotated[
         Path | None,
