@@ -30,7 +30,8 @@ from dilated_attention import (
 from dilated_attention.core.plan import BackendRow
 from dilated_attention.registry import BackendSpec, Range, hookimpl
 from dilated_attention.registry.capabilities import covers, plain, unmet_requirements, words_of
-from dilated_attention.registry.discovery import Registry, Source
+from dilated_attention.registry.discovery import Registry
+from dilated_attention.registry.plugins import Source
 
 from .distributions import CAPABILITIES, install_backend
 
