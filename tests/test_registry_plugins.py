@@ -135,6 +135,9 @@ def test_a_slow_import_is_recorded_and_usable(tmp_path: Path) -> None:
     assert "import took" in row_of(rows, "sleepy")["causes"][0]
     assert "imports torch" in row_of(rows, "heavy")["causes"][0]
     assert row_of(rows, "sleepy")["backends"] == ["sleepy"]
+    explained = command(tmp_path, "explain", *PLAIN).stdout
+    assert explained.startswith("heavy (toy kernel) chosen")
+    assert "    its import took" in explained
 
 
 def test_strict_raises_and_names_the_plugin(tmp_path: Path) -> None:

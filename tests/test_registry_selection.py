@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,15 @@ def test_like_gives_heads_head_dim_dtype_and_device() -> None:
         build_attention(AttentionConfig(num_heads=4, head_dim=16), like=query)
     with pytest.raises(ConfigError, match="mesh must be None"):
         build_attention(like=query, mesh=object())
+
+
+def test_building_takes_less_than_50_ms() -> None:
+    def once() -> float:
+        start = time.perf_counter()
+        build_attention(num_heads=8, head_dim=64, pattern=Dilated((1024, 2048), (1, 2)), is_causal=True, device="cpu")
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(4)) < 0.05
 
 
 def test_fields_replace_those_of_a_config() -> None:
