@@ -19,6 +19,7 @@ from .device import describe_device, device_type_of_torch, local_device_types
 from .specs import BackendSpec, Device, Range, Request
 
 _MOST_CHANGES: Final = 3
+_MOST_HALVINGS: Final = 6
 _DEVICE_AXES: Final = ("device_types", "device_available", "arch")
 _TORCH_TYPE: Final = {"hip": "cuda"}
 # From the most to the least precise; the nearest to what was asked for is tried first.
@@ -106,6 +107,9 @@ def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
     for head_dim in _nearest(config.head_dim, declared.get("head_dims", ())):
         yield _Change(mends=("head_dims",), fields={"head_dim": head_dim})
     yield from _device_changes(request, declared.get("device_types", ()))
+    for halvings in range(1, _MOST_HALVINGS + 1):
+        if config.seq_len is not None and config.seq_len >> halvings:
+            yield _Change(mends=("seq_len",), fields={"seq_len": config.seq_len >> halvings})
 
 
 def _device_changes(request: Request, declared: object) -> Iterator[_Change]:

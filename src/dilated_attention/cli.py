@@ -79,6 +79,21 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
+def demo(
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("demo-output"),
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain this machine, measure against dense attention, train a small model, draw.
+
+    It takes about two minutes on two CPU cores and needs no network.
+    """
+    from .demo import run
+
+    run(output, steps=steps, json_output=as_json)
+
+
+@app.command()
 def backends(as_json: AsJson = False) -> None:
     """List the backends and what each supports."""
     found = registry()

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,13 +24,18 @@ from .training import Budget, Mark, Training, train
 
 Say = Callable[[str], None]
 
+# Two minutes, less what starting Python and drawing take; a slow machine spends more of them on the comparison.
+SECONDS = 105.0
+LONGEST_TRAINING = 65.0
+SHORTEST_TRAINING = 20.0
+
 
 def run(output: Path, *, steps: int | None = None, json_output: bool = False) -> dict[str, object]:
     """Explain, measure, train, draw.
 
     Args:
         output: folder for the pictures, created where it is missing.
-        steps: training steps; None trains for a fixed time instead.
+        steps: training steps; None trains for about a minute, less where the machine is slow.
         json_output: one JSON object on stdout; what is said on the way goes to stderr.
 
     Returns:
@@ -45,12 +51,15 @@ def run(output: Path, *, steps: int | None = None, json_output: bool = False) ->
 
     if steps is not None:
         require_int("steps", steps, minimum=1)
+    start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"machine": machine()}
     say("1. This machine: " + ", ".join(f"{key} {value}" for key, value in machine().items()) + "\n")
     report["plan"] = explain(say)
     report["comparison"] = measure(say)
-    report["training"], files = learn(say, output, steps)
+    left = SECONDS - (time.perf_counter() - start)
+    budget = Budget(steps=steps, seconds=max(SHORTEST_TRAINING, min(left, LONGEST_TRAINING)))
+    report["training"], files = learn(say, output, budget)
     report["files"] = [str(path) for path in files]
     finish(say, files)
     if json_output:
@@ -93,14 +102,14 @@ def measure(say: Say) -> object:
     return [attrs.asdict(result) for result in results]
 
 
-def learn(say: Say, output: Path, steps: int | None) -> tuple[object, list[Path]]:
+def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
     """Train the byte model and draw what came of it."""
     corpus, config = text.standard_library(), ModelConfig()
     say(
         f"3. A byte model ({config.layers} layers, {config.num_heads} heads, {config.seq_len:,} bytes at a time) reads "
         f"{corpus.files} files of\n   {corpus.root}; {corpus.held_out.numel():,} bytes in other files are held out\n"
     )
-    training = train_with_progress(say, corpus, config, Budget(steps=steps))
+    training = train_with_progress(say, corpus, config, budget)
     xz_bits = corpus.compressed_bits_per_byte()
     last = training.marks[-1]
     say(

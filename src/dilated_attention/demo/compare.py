@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
-import tempfile
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
 
 from .. import Attention, Dilated, build_attention, reference
 from ..core.errors import DilatedAttentionError
 from ..core.pattern import Full, Pattern
+from .memory import peak_bytes
 
 SEQ_LEN = 16_384
 NUM_HEADS = 8
@@ -28,6 +29,7 @@ DILATION_RATES = (1, 2, 4, 8)
 ORACLE_LEN = SEQ_LEN // 16
 ERROR_LIMIT = 1e-5
 REPEATS = 3
+NAMES = ("LongNet, dilated-attention", "dense, PyTorch SDPA")
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -68,8 +70,8 @@ def longnet(seq_len: int, *, shrink: int = 1) -> Attention:
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """PyTorch's own causal attention on (B, S, H, D)."""
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def inputs(seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,26 +93,6 @@ def relative_error(call: Call, expected: Pattern) -> float:
     return error
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that PyTorch's CPU allocator held at once during `call`, above what it held before.
-
-    Read off the profiler's record of every allocation and release, so it is exact and does not depend on what the
-    allocator or the operating system keep.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    moves = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    held = peak = 0
-    for _, moved in moves:
-        held += moved
-        peak = max(peak, held)
-    return peak
-
-
 @torch.no_grad()
 def compare() -> list[Result]:
     """Measure both, taking turns, after checking that both are right."""
@@ -118,7 +100,7 @@ def compare() -> list[Result]:
     shrink = SEQ_LEN // ORACLE_LEN
     small = longnet(ORACLE_LEN, shrink=shrink)
     errors = [relative_error(small, pattern(shrink)), relative_error(dense, Full())]
-    calls: list[Call] = [attention, dense]
+    calls: Sequence[Call] = (attention, dense)
     query, key, value = inputs(SEQ_LEN)
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
@@ -128,11 +110,28 @@ def compare() -> list[Result]:
             start = time.perf_counter()
             call(query, key, value)
             taken.append(time.perf_counter() - start)
-    names = ("LongNet, dilated-attention", "dense, PyTorch SDPA")
-    return [
-        Result(name, statistics.median(taken), peak_bytes(lambda call=call: call(query, key, value)), error)
-        for name, call, taken, error in zip(names, calls, times, errors, strict=True)
-    ]
+    columns = zip(NAMES, times, peaks_in_a_child(), errors, strict=True)
+    return [Result(name, statistics.median(taken), peak, error) for name, taken, peak, error in columns]
+
+
+@torch.no_grad()
+def peaks() -> list[int]:
+    """Peak bytes of one forward pass of each, in the order of NAMES."""
+    calls: Sequence[Call] = (longnet(SEQ_LEN), dense)
+    query, key, value = inputs(SEQ_LEN)
+    for call in calls:
+        call(*inputs(ORACLE_LEN))
+    return [peak_bytes(functools.partial(call, query, key, value)) for call in calls]
+
+
+def peaks_in_a_child() -> list[int]:
+    """`peaks` in a process of its own: the profiler writes lines of its own to the terminal, which nobody asked for."""
+    code = "import json; from dilated_attention.demo.compare import peaks; print(json.dumps(peaks()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DilatedAttentionError(f"the memory could not be measured: {done.stderr.strip()}")
+    result: list[int] = json.loads(done.stdout)
+    return result
 
 
 def table(results: list[Result]) -> str:
