@@ -84,9 +84,10 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain this machine, measure against dense attention, train a small model, draw.
+    """See it work: explain, measure, train, draw.
 
-    It takes about two minutes on two CPU cores and needs no network.
+    Explains this machine, measures against dense attention, trains a small model and draws what it did. Takes about
+    two minutes on two CPU cores and needs no network.
     """
     from .demo import run
 
@@ -116,20 +117,6 @@ def doctor(as_json: AsJson = False) -> None:
     """Examine the installation: versions, devices, libraries."""
     data = doctor_data(registry())
     show(doctor_text(data), data, as_json=as_json)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the pictures, created where it is missing.")] = Path(
-        "demo-output"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Training steps; by default it trains for about a minute.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """See it work: explain, measure, train, draw."""
-    from .demo import run
-
-    run(output, steps=steps, json_output=as_json)
 
 
 @app.command()
