@@ -9,6 +9,7 @@ from dilated_attention.core.pattern import Full, Pattern, Sum, Union
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.strided import Strided
 
 
@@ -28,6 +29,8 @@ def generators() -> st.SearchStrategy[Pattern]:
     return st.one_of(
         st.just(Full()), dilated(), st.builds(Local, sides), st.builds(Global, st.integers(1, 20)),
         st.builds(Strided, st.integers(1, 20)),
+        st.builds(Random, st.integers(1, 6), st.integers(1, 20), st.integers(0, 3)),
+        st.builds(Random, block_size=st.integers(1, 20), density=st.sampled_from((0.01, 0.1, 0.5, 1.0))),
     )  # fmt: skip
 
 

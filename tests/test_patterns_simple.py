@@ -73,8 +73,8 @@ def clipped(low: np.int64, high: np.int64, geometry: Geometry) -> tuple[int, int
     return begin, min(max(int(high) - geometry.kv_offset, begin), geometry.kv_len)
 
 
-@settings(max_examples=150, deadline=None)
-@given(strategies.generators(), strategies.geometries(max_len=70), st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+@given(strategies.generators(), strategies.geometries(max_len=40), st.integers(1, 20))
 def test_spans_hold_every_key_and_signatures_tell_the_truth(
     pattern: Pattern, geometry: Geometry, block_size: int
 ) -> None:

@@ -1,0 +1,180 @@
+"""Random attention: per head and row of blocks, a few key blocks drawn uniformly."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from ..core.checks import positive_int, require_int
+from ..core.errors import ConfigError
+from ..core.geometry import Geometry
+from ..core.pattern import Pattern, parameters
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..core.layout import BlockGrid, BlockSupport
+    from ..core.pattern import IntArray
+
+
+def _density(instance: Random, attribute: attrs.Attribute[float | None], value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ConfigError(f"Random.density must be a number above 0 and at most 1, got {value!r}")
+
+
+def _seed(instance: Random, attribute: attrs.Attribute[int], value: object) -> None:
+    if require_int("Random.seed", value, minimum=0) >= 1 << 64:
+        raise ConfigError(f"Random.seed must be below 2**64, got {value}")
+
+
+@attrs.frozen
+class Random(Pattern):
+    """Each head and row of query blocks sees its own block and others drawn uniformly (BigBird, arXiv 2007.14062).
+
+    Blocks are those of absolute positions: position p lies in block p // block_size. A row draws from the blocks of the
+    sequence, or up to its own where attention is causal; a causal row's draw depends on (seed, head, row) alone, so it
+    stays what it is while the sequence grows. The same on every machine.
+
+    Attributes:
+        blocks_per_row: distinct key blocks a row sees, its own included; all that exist where those are fewer.
+        block_size: positions in a block.
+        seed: at least 0 and below 2**64; another seed, another draw.
+        density: instead of blocks_per_row, the fraction of the blocks to choose from that a row sees, rounded up; read
+            as the decimal number that it is written as.
+
+    Raises:
+        ConfigError: not exactly one of blocks_per_row and density, or a value out of its range.
+    """
+
+    kind: ClassVar[str] = "random"
+
+    blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    block_size: int = attrs.field(default=128, validator=positive_int)
+    seed: int = attrs.field(default=0, validator=_seed)
+    density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.blocks_per_row is None) == (self.density is None):
+            raise ConfigError(
+                f"Random takes either blocks_per_row or density, got blocks_per_row={self.blocks_per_row} and "
+                f"density={self.density}"
+            )
+
+    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+        """Every head draws for itself."""
+        return tuple(range(num_heads))
+
+    def _allowed(self, rows: IntArray, geometry: Geometry) -> tuple[IntArray, IntArray]:
+        """Blocks that each row may choose from, and how many of them it takes; 1 of 1 for rows before position 0."""
+        import numpy as np
+
+        total = 0 if geometry.is_causal else -(-geometry.seq_len // self.block_size)
+        allowed = np.where(rows < 0, 1, np.maximum(rows + 1, total))
+        if self.blocks_per_row is not None:
+            return allowed, np.minimum(allowed, self.blocks_per_row)
+        share = Fraction(str(self.density))
+        distinct, inverse = np.unique(allowed, return_inverse=True)
+        take = [-(-share.numerator * int(n) // share.denominator) for n in distinct]
+        return allowed, np.array(take, dtype=np.int64)[inverse]
+
+    def _draw(self, heads: IntArray, rows: IntArray, geometry: Geometry) -> tuple[IntArray, NDArray[np.int32]]:
+        """The drawn columns of each (head, row): row_ptr (n + 1,) and cols, ascending in each row."""
+        import numpy as np
+
+        from ._reservoir import draw_rows
+
+        allowed, take = self._allowed(rows, geometry)
+        row_ptr = np.zeros(rows.size + 1, dtype=np.int64)
+        np.cumsum(take, out=row_ptr[1:])
+        cols = np.empty(int(row_ptr[-1]), dtype=np.int32)
+        before = rows < 0
+        if rows.size:
+            draw_rows(np.uint64(self.seed), heads, np.where(before, 0, rows), allowed, row_ptr, cols)
+        cols[row_ptr[:-1][before]] = rows[before]
+        return row_ptr, cols
+
+    def _holds(self, rows: IntArray, cols: IntArray, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """Whether each row's draw contains each column, (n,)."""
+        import numpy as np
+
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        row_ptr, drawn = self._draw(np.full_like(distinct, head), distinct, geometry)
+        least = min(int(cols.min()), int(drawn.min()))
+        width = max(int(cols.max()), int(drawn.max())) - least + 1
+        listed = np.repeat(np.arange(distinct.size), np.diff(row_ptr)) * width + (drawn - least)
+        wanted = inverse * width + (cols - least)
+        place = np.minimum(np.searchsorted(listed, wanted), listed.size - 1)
+        found: NDArray[np.bool_] = listed[place] == wanted
+        return found
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """1 where the key's block is among those drawn for the query's."""
+        import numpy as np
+
+        rows, heads = np.broadcast_arrays(query // self.block_size, head)
+        cols = key // self.block_size
+        pairs, inverse = np.unique(np.stack([heads.ravel(), rows.ravel()]), axis=1, return_inverse=True)
+        if not pairs.size or not cols.size:
+            return np.zeros(np.broadcast_shapes(rows.shape, cols.shape), dtype=np.int64)
+        row_ptr, drawn = self._draw(pairs[0].copy(), pairs[1].copy(), geometry)
+        least = int(cols.min())
+        table = np.zeros((pairs.shape[1], int(cols.max()) - least + 1), dtype=np.int64)
+        inside = (drawn >= least) & (drawn < least + table.shape[1])
+        table[np.repeat(np.arange(pairs.shape[1]), np.diff(row_ptr))[inside], drawn[inside] - least] = 1
+        return table[inverse.reshape(rows.shape), cols - least]
+
+    def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
+        """The drawn blocks, constant; on another grid every block that overlaps one, constant where it lies inside."""
+        import numpy as np
+
+        from ..core.layout import BlockSupport
+        from ..core.supports import ranges
+
+        b, size, width = self.block_size, grid.block_size, grid.key_low.size
+        if not grid.query_low.size or not width:
+            none = np.zeros(0, dtype=np.int64)
+            return BlockSupport(none, none, none)
+        high = np.minimum(grid.query_low + size, geometry.q_offset + geometry.q_len) - 1
+        first, last = grid.query_low // b, high // b
+        rows_of = np.repeat(np.arange(first.size), last - first + 1)  # the grid row of each (grid row, own row)
+        own = ranges(first, last - first + 1)
+        distinct, inverse = np.unique(own, return_inverse=True)
+        if size <= b:
+            grid.check_blocks(int(self._allowed(distinct, geometry)[1].sum()))
+        row_ptr, drawn = self._draw(np.full_like(distinct, head), distinct, geometry)
+        counts = np.diff(row_ptr)[inverse]
+        rows = np.repeat(rows_of, counts)
+        low = drawn[ranges(row_ptr[inverse], counts)].astype(np.int64) * b - geometry.kv_offset
+        begin, end = np.maximum(low // size, 0), np.minimum(-(-(low + b) // size), width)
+        spread = np.maximum(end - begin, 0)
+        cols = ranges(begin, spread)
+        rows, low = np.repeat(rows, spread), np.repeat(low, spread)
+        inside = (low <= cols * size) & (cols * size + size <= low + b) & (first == last)[rows]
+        keys, place = np.unique(rows * width + cols, return_index=True)
+        grid.check_blocks(keys.size)
+        return BlockSupport(*np.divmod(keys, width), inside[place].astype(np.int64))
+
+    def block_signature(
+        self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
+    ) -> IntArray:
+        """Which of the at most four own blocks that a block touches are drawn, and where their edges cut it."""
+        import numpy as np
+
+        if block_size > self.block_size or not query_low.size:
+            return np.stack([query_low, key_low], axis=-1)
+        (rows, row_place), (cols, col_place) = (np.divmod(low, self.block_size) for low in (query_low, key_low))
+        second_row = (query_low + block_size - 1) // self.block_size
+        second_col = (key_low + block_size - 1) // self.block_size
+        corners = [(r, c) for r in (rows, second_row) for c in (cols, second_col)]
+        drawn = [self._holds(r, c, head, geometry).astype(np.int64) for r, c in corners]
+        edges = np.where(second_row > rows, row_place, -1), np.where(second_col > cols, col_place, -1)
+        return np.stack([*drawn, *edges]).T
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields that are given, with `kind`."""
+        return {name: value for name, value in parameters(self).items() if value is not None}
