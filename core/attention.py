@@ -35,7 +35,9 @@ class Attention(nn.Module):
         self.plan = plan
         self._engine = intern(engine)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._heads = (config.num_heads, config.num_kv_heads or config.num_heads)
+        self._device_type = torch.device(plan.device["torch_name"]).type
+        self._query_tail = (config.num_heads, config.head_dim)
+        self._key_tail = (config.kv_heads, config.head_dim)
 
     def extra_repr(self) -> str:
         """Backend, kernel and the main fields of the configuration."""
@@ -88,62 +90,83 @@ class Attention(nn.Module):
         Raises:
             ConfigError: for shapes, dtypes or devices other than those it was built for.
         """
-        if torch.is_autocast_enabled(query.device.type):
-            query, key, value = query.to(self._dtype), key.to(self._dtype), value.to(self._dtype)
-        if self.config.tensor_layout == "bhsd":
+        device_type = query.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                cast = [x.to(self._dtype) for x in (query, key, value)]
+                return self.forward(*cast, return_lse=return_lse, q_offset=q_offset, kv_offset=kv_offset)
+        config = self.config
+        swap = config.tensor_layout == "bhsd"
+        if swap and query.dim() == key.dim() == value.dim() == 4:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        self._check(query, key, value)
+        q_shape, k_shape, dtype = query.shape, key.shape, self._dtype
+        if not (
+            q_shape[2:] == self._query_tail
+            and k_shape[2:] == self._key_tail
+            and k_shape == value.shape
+            and q_shape[0] == k_shape[0]
+            and query.dtype == key.dtype == value.dtype == dtype
+            and query.device == key.device == value.device
+            and device_type == self._device_type
+        ):
+            raise ConfigError(self._what_is_wrong(query, key, value))
+        if not config.requires_grad and torch.is_grad_enabled():
+            self._check_gradients(query, key, value)
         if q_offset is None:
-            q_offset = kv_offset + key.shape[1] - query.shape[1]
+            q_offset = kv_offset + k_shape[1] - q_shape[1]
         out, lse = attend(
-            query, key, value, self._seed(), self._engine.key, q_offset, kv_offset, self.config.activation_checkpointing
+            query,
+            key,
+            value,
+            self._engine,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            seed=self._seed() if config.dropout_p else None,
+            recompute=config.activation_checkpointing,
         )
-        if self.config.tensor_layout == "bhsd":
+        if swap:
             out = out.transpose(1, 2)
         return (out, lse) if return_lse else out
 
     def _seed(self) -> Tensor | None:
-        """A fresh seed from torch's generator for this call's dropout, or None without dropout."""
-        if self.config.dropout_p == 0.0 or not self.training:
-            return None
-        return torch.randint(1 << 62, (), dtype=torch.int64)
+        """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
+        return torch.randint(1 << 62, (), dtype=torch.int64) if self.training else None
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        config = self.config
-        heads, kv_heads = self._heads
-        for name, x, count in (("query", query, heads), ("key", key, kv_heads), ("value", value, kv_heads)):
-            if x.dim() != 4 or x.shape[2] != count or x.shape[3] != config.head_dim:
-                raise ConfigError(self._shape_message(name, x, count))
-            if x.dtype != self._dtype:
-                raise ConfigError(
-                    f"{name} is {x.dtype}, but the attention was built for {self._dtype}; cast it, or rebuild"
-                )
-            if x.device != query.device:
-                raise ConfigError(f"{name} is on {x.device}, query on {query.device}; move them to one device")
-        if key.shape != value.shape or key.shape[0] != query.shape[0]:
-            raise ConfigError(
-                f"query, key and value need equal batch sizes, key and value equal lengths; got "
-                f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} as (batch, seq_len, heads, head_dim)"
-            )
-        if (
-            not config.requires_grad
-            and torch.is_grad_enabled()
-            and (query.requires_grad or key.requires_grad or value.requires_grad)
-        ):
+    def _check_gradients(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.requires_grad or key.requires_grad or value.requires_grad:
             raise ConfigError(
                 "an input requires a gradient, but the attention was built with requires_grad=False; rebuild"
             )
 
+    def _what_is_wrong(self, query: Tensor, key: Tensor, value: Tensor) -> str:
+        """The first thing that differs from what the attention was built for, in words."""
+        tails = (self._query_tail, self._key_tail, self._key_tail)
+        for name, x, tail in zip(("query", "key", "value"), (query, key, value), tails, strict=True):
+            if x.dim() != 4 or x.shape[2:] != tail:
+                return self._shape_message(name, x, tail[0])
+            if x.dtype != self._dtype:
+                return f"{name} is {x.dtype}, but the attention was built for {self._dtype}; cast it, or rebuild"
+            if x.device.type != self._device_type:
+                return (
+                    f"{name} is on {x.device}, but the attention was built for {self._device_type}; move it, or rebuild"
+                )
+            if x.device != query.device:
+                return f"{name} is on {x.device}, query on {query.device}; move them to one device"
+        return (
+            f"query, key and value need equal batch sizes, key and value equal lengths; got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} as (batch, seq_len, heads, head_dim)"
+        )
+
     def _shape_message(self, name: str, x: Tensor, heads: int) -> str:
-        bhsd = self.config.tensor_layout == "bhsd"
+        layout, head_dim = self.config.tensor_layout, self.config.head_dim
         shape = list(x.shape)
-        expected = f"(batch, seq_len, {heads}, {self.config.head_dim})"
-        if bhsd:
-            expected = f"(batch, {heads}, seq_len, {self.config.head_dim})"
-            if x.dim() > 2:
+        expected = f"(batch, seq_len, {heads}, {head_dim})"
+        if layout == "bhsd":
+            expected = f"(batch, {heads}, seq_len, {head_dim})"
+            if x.dim() == 4:
                 shape[1], shape[2] = shape[2], shape[1]
-        message = f"{name} must be {expected} under tensor_layout={self.config.tensor_layout!r}, got {tuple(shape)}"
-        if x.dim() == 4 and x.shape[1] == heads and x.shape[3] == self.config.head_dim:
-            other = "bshd" if bhsd else "bhsd"
+        message = f"{name} must be {expected} under tensor_layout={layout!r}, got {tuple(shape)}"
+        if x.dim() == 4 and x.shape[1] == heads and x.shape[3] == head_dim:
+            other = "bshd" if layout == "bhsd" else "bhsd"
             message += f"; it looks like a {other} tensor: transpose it, or build with tensor_layout={other!r}"
         return message

@@ -128,11 +128,13 @@ class Engine:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, q_offset: int, kv_offset: int, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return out, in the inputs' dtype, and lse; rows without keys give 0 and -inf."""
-        query, key, value = _last_contiguous(query, key, value)
+        """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf."""
+        if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
         if self._layout_kernel is not None:
-            return self._layout_kernel.forward(query, key, value, self._piece(program, seed))
+            out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed))
+            return out.contiguous(), lse.contiguous()
         assert self._composer is not None
         if query.numel() == 0 or key.numel() == 0:
             lse_shape = (query.shape[0], query.shape[2], query.shape[1])
@@ -145,7 +147,7 @@ class Engine:
             if program.schedule.calls:
                 dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
                 merge_(out, lse, dense, dense_lse)
-        return out.to(query.dtype), lse
+        return out.to(query.dtype).contiguous(), lse.contiguous()
 
     def backward(
         self,
@@ -160,21 +162,23 @@ class Engine:
         kv_offset: int,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv in the inputs' dtype, the exact gradients of `forward` (through lse too)."""
+        """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         if dlse is not None and not self.has_dlse:
             raise ConfigError(
                 f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
                 f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
             )
-        query, key, value, dout, out = _last_contiguous(query, key, value, dout, out)
+        if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
+            dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
         program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
         if self._layout_kernel is not None:
             piece = self._piece(program, seed)
-            return self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
-        if query.numel() == 0 or key.numel() == 0:
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        dq, dk, dv = self._backward(program, dout, dlse, query, key, value, out, lse)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+            dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
+        elif query.numel() == 0 or key.numel() == 0:
+            dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        else:
+            dq, dk, dv = self._backward(program, dout, dlse, query, key, value, out, lse)
+        return dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
 
     def _backward(
         self,
@@ -216,11 +220,6 @@ class Engine:
             dropout_p=self.config.dropout_p if seed is not None else 0.0,
             seed=seed,
         )
-
-
-def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied where their last dimension is not contiguous: all that kernels ask of strides."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _widen(

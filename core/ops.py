@@ -47,9 +47,7 @@ def _engine(key: str) -> Engine:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the operators every product runs in the dtype that the engine chose."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _attend(
@@ -62,10 +60,9 @@ def _attend(
     kv_offset: int,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, lse); `recompute` only says what the backward may keep."""
+    """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
     with _without_autocast(query.device):
-        out, lse = _engine(engine).forward(query, key, value, q_offset, kv_offset, seed)
-    return out.contiguous(), lse.contiguous()
+        return _engine(engine).forward(query, key, value, q_offset, kv_offset, seed)
 
 
 def _attend_backward(
@@ -85,8 +82,7 @@ def _attend_backward(
     with _without_autocast(query.device):
         if out is None or lse is None:  # activation checkpointing
             out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed)
-        dq, dk, dv = runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+        return runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed)
 
 
 def _attend_fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -134,38 +130,58 @@ torch.library.register_autograd("dilated_attention::attend_backward", _no_second
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` without the dispatcher, whose autograd would cost eager calls more than a small attention does."""
+    """`attend` without the dispatcher, whose autograd would cost eager calls more than a small attention does.
 
-    forward = staticmethod(_attend)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+    Not with a separate setup_context: torch then inspects the signature at every call. What is no tensor to be
+    differentiated travels as one argument, since torch looks at each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        engine, q_offset, kv_offset, seed, recompute = rest
+        output: tuple[Tensor, Tensor] = engine.forward(query, key, value, q_offset, kv_offset, seed)
+        _setup(ctx, (query, key, value, seed, engine.key, q_offset, kv_offset, recompute), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dout, dlse)[:4]
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seed: Tensor | None,
-    engine: str,
+    engine: Engine,
+    *,
     q_offset: int,
     kv_offset: int,
+    seed: Tensor | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable attention by the engine of that key.
+    """Differentiable attention. Autocast must be off.
 
     Args:
         query: (B, S, H, D).
         key: (B, T, K, D).
         value: (B, T, K, D).
-        seed: int64 scalar that determines the dropout, or None.
-        engine: the key of a living engine.
+        engine: computes it.
         q_offset: absolute position of the first query.
         kv_offset: absolute position of the first key.
+        seed: int64 scalar that determines the dropout, or None.
         recompute: keep only the inputs for the backward.
 
     Returns:
         out (B, S, H, D) and lse (B, H, S), contiguous.
     """
-    run = torch.ops.dilated_attention.attend.default if torch.compiler.is_compiling() else _Attend.apply
-    out, lse = run(query, key, value, seed, engine, q_offset, kv_offset, recompute)  # type: ignore[no-untyped-call]
-    return out, lse
+    if torch.compiler.is_compiling():
+        out, lse = torch.ops.dilated_attention.attend.default(
+            query, key, value, seed, engine.key, q_offset, kv_offset, recompute
+        )
+        return out, lse
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, lse = _Attend.apply(  # type: ignore[no-untyped-call]
+            query, key, value, (engine, q_offset, kv_offset, seed, recompute)
+        )
+        return out, lse
+    return engine.forward(query, key, value, q_offset, kv_offset, seed)
