@@ -7,6 +7,7 @@ FlashAttention-2, cuDNN and memory-efficient kernels. All take strided views.
 from __future__ import annotations
 
 import math
+
 import attrs
 import torch
 from torch import Tensor

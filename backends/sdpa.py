@@ -91,7 +91,9 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     config = request.config
     major, _ = _capability(request.device.arch)
     half = config.dtype in _HALVES
-    oldest, widest, multiple = {"cudnn": (9, 128, 8), "flash": (8, 256, 8), "efficient": (5, None, 8 if half else 4)}[name]
+    oldest, widest, multiple = {"cudnn": (9, 128, 8), "flash": (8, 256, 8), "efficient": (5, None, 8 if half else 4)}[
+        name
+    ]
     if not half and name != "efficient":
         yield Refusal("dtypes", config.dtype, f"{', '.join(_HALVES)} ({name})")
     if major < oldest:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checks import require_int
 from .errors import ConfigError
-from .ops import Attend, intern
+from .ops import attend, intern
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -42,7 +42,8 @@ class Attention(nn.Module):
         config = self.config
         return (
             f"backend={self.plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
-            f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, dtype={config.dtype}"
+            f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
+            f"dtype={config.dtype}"
         )
 
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         self._check(query, key, value)
         if q_offset is None:
             q_offset = kv_offset + key.shape[1] - query.shape[1]
-        out, lse = Attend.apply(  # type: ignore[no-untyped-call]
+        out, lse = attend(
             query, key, value, self._seed(), self._engine.key, q_offset, kv_offset, self.config.activation_checkpointing
         )
         if self.config.tensor_layout == "bhsd":
@@ -114,7 +115,9 @@ class Attention(nn.Module):
             if x.dim() != 4 or x.shape[2] != count or x.shape[3] != config.head_dim:
                 raise ConfigError(self._shape_message(name, x, count))
             if x.dtype != self._dtype:
-                raise ConfigError(f"{name} is {x.dtype}, but the attention was built for {self._dtype}; cast it, or rebuild")
+                raise ConfigError(
+                    f"{name} is {x.dtype}, but the attention was built for {self._dtype}; cast it, or rebuild"
+                )
             if x.device != query.device:
                 raise ConfigError(f"{name} is on {x.device}, query on {query.device}; move them to one device")
         if key.shape != value.shape or key.shape[0] != query.shape[0]:
@@ -122,8 +125,14 @@ class Attention(nn.Module):
                 f"query, key and value need equal batch sizes, key and value equal lengths; got "
                 f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} as (batch, seq_len, heads, head_dim)"
             )
-        if not config.requires_grad and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raise ConfigError("an input requires a gradient, but the attention was built with requires_grad=False; rebuild")
+        if (
+            not config.requires_grad
+            and torch.is_grad_enabled()
+            and (query.requires_grad or key.requires_grad or value.requires_grad)
+        ):
+            raise ConfigError(
+                "an input requires a gradient, but the attention was built with requires_grad=False; rebuild"
+            )
 
     def _shape_message(self, name: str, x: Tensor, heads: int) -> str:
         bhsd = self.config.tensor_layout == "bhsd"

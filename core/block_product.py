@@ -2,8 +2,8 @@
 
 Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim, b block size, I items. An
 item is one block row of one head; items with equally many partial and full blocks form one class and are computed
-together, in chunks whose temporaries stay within `Limits.workspace_bytes`. Each row's softmax runs over all of its blocks at
-once, so nothing is merged. Scores are formed in the accumulator's dtype (float32; float64 for float64).
+together, in chunks whose temporaries stay within `Limits.workspace_bytes`. Each row's softmax runs over all of its
+blocks at once, so nothing is merged. Scores are formed in the accumulator's dtype (float32; float64 for float64).
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ class BlockProduct:
         lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
         for row in range(query.shape[0]):
             for part in self._chunks(query):
-                q, k, v = _take(q_blocks[row], part.queries), _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
+                q, k, v = (
+                    _take(q_blocks[row], part.queries),
+                    _take(k_blocks[row], part.keys),
+                    _take(v_blocks[row], part.keys),
+                )
                 scores = self._scores(q, k, part)
                 top = scores.amax(dim=-1, keepdim=True)
                 top.masked_fill_(top == -math.inf, 0.0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BLOCK_SIZE = 128  # what block-sparse GPU kernels tile by; masks are token-exact, so results do not depend on it
 _PAIRS_AT_ONCE = 1 << 20  # pairs evaluated in one step: some tens of megabytes of temporaries
+_BLOCKS_AT_ONCE = 1 << 15  # blocks described in one step: their columns stay in the processor's cache
 _MAX_WEIGHT = 255  # masks are uint8
 
 
@@ -102,7 +103,7 @@ def _lower_head(pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry
     partial = np.flatnonzero(weights == 0)
     if partial.size:
         low = grid.query_low[support.rows[partial]], grid.key_low[support.cols[partial]]
-        first, inverse = group_rows(_signature(pattern, *low, grid.block_size, head, geometry))
+        first, inverse = _kinds(pattern, *low, grid.block_size, head, geometry)
         found = _evaluate(pattern, low[0][first], low[1][first], head, geometry, masks)
         weights[partial], mask_ids[partial] = found[0][inverse], found[1][inverse]
     _check_weight(int(weights.max(initial=0)))
@@ -132,6 +133,27 @@ def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> Bloc
         seen = key_low <= query_high
         rows, cols, multiplicity = rows[seen], cols[seen], multiplicity[seen]
     return BlockSupport(rows, cols, multiplicity)
+
+
+def _kinds(
+    pattern: Pattern, query_low: IntArray, key_low: IntArray, size: int, head: int, geometry: Geometry
+) -> tuple[IntArray, IntArray]:
+    """The index of one block of each kind, and the kind of each block; blocks of a kind have the same entries."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    inverse = np.empty(query_low.size, dtype=np.int64)
+    for begin in range(0, query_low.size, _BLOCKS_AT_ONCE):
+        chunk = slice(begin, begin + _BLOCKS_AT_ONCE)
+        signature = _signature(pattern, query_low[chunk], key_low[chunk], size, head, geometry)
+        firsts, kind = group_rows(signature)
+        numbers = []
+        for index in firsts:
+            number = known.setdefault(signature[index].tobytes(), len(first))
+            if number == len(first):
+                first.append(begin + int(index))
+            numbers.append(number)
+        inverse[chunk] = np.array(numbers, dtype=np.int64)[kind]
+    return np.array(first, dtype=np.int64), inverse
 
 
 def _signature(

@@ -6,11 +6,14 @@ Shapes: B batch, S query length, T key length, H query heads, K key-value heads,
 Forward merges the pieces of a row by log-sum-exp: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
 Backward hands each piece the *merged* out and lse, which makes the kernel's own formula the exact gradient of the joint
 softmax: p = exp(s - lse), ds = p * (dout·v - sum(dout * out)). Low-precision results are accumulated in float32.
+
+In memory lse is (B, S, H), so that segments of lse stack over the batch exactly where those of the other tensors do.
 """
 
 from __future__ import annotations
 
 import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -153,7 +156,7 @@ class Composer:
             out = out.to(dtype)
         else:
             out = (torch.empty if schedule.cover else torch.zeros)(query.shape, dtype=dtype, device=query.device)
-            lse = torch.full((batch, heads, length), -math.inf, dtype=dtype, device=query.device)
+            lse = torch.full((batch, length, heads), -math.inf, dtype=dtype, device=query.device).transpose(1, 2)
         for index in range(start, len(calls)):
             rows = calls[index].query
             for slab in slabs[index]:
@@ -183,6 +186,7 @@ class Composer:
             return self.kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         slabs = [_slabs(call, (query, dout, out), (key, value)) for call in calls]
         start = 0
         if calls and _adoptable(schedule, query, key, slabs[0]):

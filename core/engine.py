@@ -17,7 +17,7 @@ from .composer import Composer, accumulator_dtype, merge_
 from .config import AttentionConfig
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import DenseKernel, LayoutKernel, LayoutPiece
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece
 from .layout import Layout
 from .lowering import lower
 from .pattern import Pattern
@@ -25,8 +25,6 @@ from .schedule import Schedule, schedule
 
 if TYPE_CHECKING:
     from typing import Any
-
-_WIDENING = 8  # columns that carry the gradient of lse; kernels want head_dim in multiples of 8
 
 
 @attrs.frozen(eq=False)
@@ -45,8 +43,8 @@ class _Program:
 class Engine:
     """Computes one configuration's attention, forward and backward, for any length.
 
-    Shapes: query (B, S, H, D), key and value (B, T, K, D), out like query, lse (B, H, S). An engine holds no parameters and is
-    shared by copies of the module that owns it.
+    Shapes: query (B, S, H, D), key and value (B, T, K, D), out like query, lse (B, H, S). An engine holds no parameters
+    and is shared by copies of the module that owns it.
 
     Args:
         config: the configuration; its dtype is that of all inputs.
@@ -97,8 +95,8 @@ class Engine:
             return found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
-                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a "
-                f"CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
+                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
+                f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
             )
         return self.programs.get_or_make(key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device))
 
@@ -229,8 +227,8 @@ def _widen(
     dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Eight more columns that make a kernel's delta, sum(dout * out), into delta - dlse: the gradient through lse."""
-    dout, query, key, value, out = (functional.pad(x, (0, _WIDENING)) for x in (dout, query, key, value, out))
-    column = -_WIDENING
+    dout, query, key, value, out = (functional.pad(x, (0, WIDENING)) for x in (dout, query, key, value, out))
+    column = -WIDENING
     dout[..., column] = dlse.transpose(1, 2)
     out[..., column] = -1.0
     return dout, query, key, value, out

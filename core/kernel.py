@@ -6,7 +6,7 @@ views; only their last dimension is contiguous.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .layout import Layout
+
+# Columns of head_dim that carry the gradient of lse through a dense kernel; kernels want multiples of 8.
+WIDENING: Final = 8
 
 
 @attrs.frozen(kw_only=True)

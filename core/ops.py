@@ -1,7 +1,7 @@
 """The two opaque operators through which every attention runs, and their autograd.
 
-`torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key. Shapes as
-in `engine`.
+`torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key.
+Shapes as in `engine`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .composer import accumulator_dtype
 
@@ -30,13 +29,20 @@ def intern(engine: Engine) -> Engine:
 
 _LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset)"
-    " -> (Tensor, Tensor)"
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset,"
+    " bool recompute) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attend_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor? lse,"
     " Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def _engine(key: str) -> Engine:
+    engine = _ENGINES.get(key)
+    if engine is None:
+        raise RuntimeError("the attention of this graph was deleted; keep the module as long as graphs that use it")
+    return engine
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -47,10 +53,18 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, engine: str, q_offset: int, kv_offset: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    engine: str,
+    q_offset: int,
+    kv_offset: int,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return (out, lse); `recompute` only says what the backward may keep."""
     with _without_autocast(query.device):
-        out, lse = _ENGINES[engine].forward(query, key, value, q_offset, kv_offset, seed)
+        out, lse = _engine(engine).forward(query, key, value, q_offset, kv_offset, seed)
     return out.contiguous(), lse.contiguous()
 
 
@@ -67,7 +81,7 @@ def _attend_backward(
     q_offset: int,
     kv_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    runner = _ENGINES[engine]
+    runner = _engine(engine)
     with _without_autocast(query.device):
         if out is None or lse is None:  # activation checkpointing
             out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed)
@@ -75,9 +89,7 @@ def _attend_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _attend_fake(
-    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, engine: str, q_offset: int, kv_offset: int
-) -> tuple[Tensor, Tensor]:
+def _attend_fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=accumulator_dtype(query.dtype))
 
@@ -88,44 +100,72 @@ def _attend_backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs, and the outputs unless they are to be recomputed."""
+    query, key, value, seed, engine, q_offset, kv_offset, recompute = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else output))
+    ctx.rest = (engine, q_offset, kv_offset)
+    ctx.owner = _ENGINES.get(engine)  # the graph may outlive the module
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value; lse costs only where its gradient is used."""
+    query, key, value, seed, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(query)
+    # Where a graph of this backward is wanted, the operator stands in it and says that it has no derivative.
+    as_operator = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    attend_backward = torch.ops.dilated_attention.attend_backward.default if as_operator else _attend_backward
+    grads = attend_backward(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
+    return (*grads, None, None, None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("dilated_attention has no second derivative: its backward cannot be differentiated again")
+
+
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("dilated_attention::attend", _attend_fake, lib=_LIBRARY)
 torch.library.register_fake("dilated_attention::attend_backward", _attend_backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend", _backward, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend_backward", _no_second_derivative, lib=_LIBRARY)
 
 
-class Attend(torch.autograd.Function):
-    """`attend` with its gradient. `apply(query, key, value, seed, engine, q_offset, kv_offset, recompute)`."""
+class _Attend(torch.autograd.Function):
+    """`attend` without the dispatcher, whose autograd would cost eager calls more than a small attention does."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seed: Tensor | None,
-        engine: str,
-        q_offset: int,
-        kv_offset: int,
-        recompute: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (out, lse); keeps the inputs, and the outputs unless they are to be recomputed."""
-        # Eager calls go straight to the engine: an operator's dispatch would cost more than a small attention.
-        attend = torch.ops.dilated_attention.attend.default if torch.compiler.is_compiling() else _attend
-        out, lse = attend(query, key, value, seed, engine, q_offset, kv_offset)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else (out, lse)))
-        ctx.rest = (engine, q_offset, kv_offset)
-        return out, lse
+    forward = staticmethod(_attend)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of query, key and value; lse costs only where its gradient is used."""
-        query, key, value, seed, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(query)
-        is_compiling = torch.compiler.is_compiling()
-        attend_backward = torch.ops.dilated_attention.attend_backward.default if is_compiling else _attend_backward
-        grads = attend_backward(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
-        return (*grads, None, None, None, None, None)
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    engine: str,
+    q_offset: int,
+    kv_offset: int,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable attention by the engine of that key.
+
+    Args:
+        query: (B, S, H, D).
+        key: (B, T, K, D).
+        value: (B, T, K, D).
+        seed: int64 scalar that determines the dropout, or None.
+        engine: the key of a living engine.
+        q_offset: absolute position of the first query.
+        kv_offset: absolute position of the first key.
+        recompute: keep only the inputs for the backward.
+
+    Returns:
+        out (B, S, H, D) and lse (B, H, S), contiguous.
+    """
+    run = torch.ops.dilated_attention.attend.default if torch.compiler.is_compiling() else _Attend.apply
+    out, lse = run(query, key, value, seed, engine, q_offset, kv_offset, recompute)  # type: ignore[no-untyped-call]
+    return out, lse

@@ -40,7 +40,7 @@ class Rows:
 
 @attrs.frozen
 class Call:
-    """One call of a dense kernel: `segments` stacked pairs of query rows and key rows, each pair counted `weight` times."""
+    """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times."""
 
     query: Rows
     key: Rows

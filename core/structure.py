@@ -86,6 +86,8 @@ def _converter() -> Converter:
     converter = Converter(
         detailed_validation=False, prefer_attrib_converters=True, structure_fallback_factory=lambda _: _as_it_is
     )
+    for plain in (bool, int, float, str):  # cattrs would coerce "8" to 8
+        converter.register_structure_hook(plain, _as_it_is)
     converter.register_structure_hook_func(_is_left_to_validators, _as_it_is)
     converter.register_structure_hook_func(attrs.has, _nested)
     return converter
@@ -100,8 +102,8 @@ def _nested(value: object, cls: type[Any]) -> Any:
 
 
 def _is_left_to_validators(kind: Any) -> bool:
-    """Plain values, mappings, literals, and unions other than `X | None`."""
-    if kind in (bool, int, float, str, object, Any):
+    """Anything, mappings, literals, and unions other than `X | None`."""
+    if kind in (object, Any):
         return True
     origin, parts = get_origin(kind), get_args(kind)
     is_union = origin in (typing.Union, types.UnionType)

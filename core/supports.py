@@ -164,4 +164,4 @@ def branch_signature(
         apart = ~branch_overlap((branch,), query_low, key_low, block_size, head)
         columns += [np.where(apart, -1, code) for code in codes]
         columns.append(np.where(apart, 0, segments[1] - segments[0]))
-    return np.stack(columns, axis=-1) if columns else np.zeros((query_low.size, 0), dtype=np.int64)
+    return np.stack(columns).T if columns else np.zeros((query_low.size, 0), dtype=np.int64)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
+from ..core.kernel import WIDENING
 from ..core.pattern import Pattern
 from ..core.plan import AttentionPlan, LayoutSummary
 from ..core.version import VERSION
@@ -20,9 +21,6 @@ from .patterns import resolve_pattern
 from .plugins import PLUGIN_FAULTS, describe
 from .selection import Selection, Verdict, judge, select
 from .specs import Request
-
-# Columns of head_dim in which dense kernels carry the gradient of lse (core.engine).
-WIDENING: Final = 8
 
 if TYPE_CHECKING:
     from torch import Tensor

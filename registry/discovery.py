@@ -125,7 +125,7 @@ class Registry:
             else:
                 if answer is None:
                     continue
-                if isinstance(answer, list | tuple) and set(answer) <= set(by_priority):
+                if isinstance(answer, list | tuple) and all(name in by_priority for name in answer):
                     return tuple(dict.fromkeys([*answer, *by_priority])), faults
                 fault = f"dilated_attention_rank_backends returned {answer!r}, not a list of names among {by_priority}"
             faults.append(_row(ranker.source, status="broken", causes=(fault,)))

@@ -20,6 +20,7 @@ from .specs import BackendSpec, Device, Range, Request
 
 _MOST_CHANGES: Final = 3
 _MOST_HALVINGS: Final = 6
+_DEVICE_AXES: Final = ("device_types", "device_available", "arch")
 _TORCH_TYPE: Final = {"hip": "cuda"}
 # From the most to the least precise; the nearest to what was asked for is tried first.
 _DTYPE_ORDER: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -27,9 +28,12 @@ _DTYPE_ORDER: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Change:
-    """One step: config fields with their new values, or an installation; `device` describes a changed device."""
+    """One step: config fields with their new values, or an installation; `device` describes a changed device.
 
-    axis: str
+    `mends` are the codes of the refusals that it may do away with; two steps that share one exclude each other.
+    """
+
+    mends: tuple[str, ...]
     fields: dict[str, Any] = attrs.field(factory=dict)
     install: tuple[str, ...] = ()
     device: Device | None = None
@@ -49,12 +53,12 @@ def near_miss(spec: BackendSpec, request: Request, accepts: Callable[[Request], 
     # that leave it alone need no trial. A backend's finer refusals may be mended anywhere.
     gross = (*capability_refusals(request, spec), *device_refusals(request), *requirement_refusals(spec))
     required = {refusal.code for refusal in gross}
-    if not required <= {change.axis for change in changes}:
+    if not required <= {axis for change in changes for axis in change.mends}:
         return None
     for size in range(1, _MOST_CHANGES + 1):
         for chosen in combinations(changes, size):
-            axes = [change.axis for change in chosen]
-            if len(set(axes)) < size or not required <= set(axes):
+            mended = [axis for change in chosen for axis in change.mends]
+            if len(set(mended)) < len(mended) or not required <= set(mended):
                 continue
             found = _try(spec, request, chosen, missing, accepts)
             if found is not None:
@@ -89,23 +93,23 @@ def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
     config, declared = request.config, spec.capabilities
     missing = tuple(text for text, _ in unmet_requirements(spec.requires))
     if missing:
-        yield _Change(axis="not_installed", install=missing)
+        yield _Change(mends=("not_installed",), install=missing)
     if config.deterministic:
-        yield _Change(axis="deterministic", fields={"deterministic": False})
+        yield _Change(mends=("deterministic",), fields={"deterministic": False})
     if config.dropout_p > 0:
-        yield _Change(axis="dropout", fields={"dropout_p": 0.0})
+        yield _Change(mends=("dropout",), fields={"dropout_p": 0.0})
     if config.requires_grad:
-        yield _Change(axis="backward", fields={"requires_grad": False})
+        yield _Change(mends=("backward",), fields={"requires_grad": False})
     for dtype in _other_dtypes(config.dtype, declared.get("dtypes", ())):
-        yield _Change(axis="dtypes", fields={"dtype": dtype})
+        yield _Change(mends=("dtypes",), fields={"dtype": dtype})
     if config.kv_heads != config.num_heads:
-        yield _Change(axis="gqa", fields={"num_kv_heads": config.num_heads})
+        yield _Change(mends=("gqa",), fields={"num_kv_heads": config.num_heads})
     for head_dim in _nearest(config.head_dim, declared.get("head_dims", ())):
-        yield _Change(axis="head_dims", fields={"head_dim": head_dim})
+        yield _Change(mends=("head_dims",), fields={"head_dim": head_dim})
     yield from _device_changes(request, declared.get("device_types", ()))
     for halvings in range(1, _MOST_HALVINGS + 1):
         if config.seq_len is not None and config.seq_len >> halvings:
-            yield _Change(axis="seq_len", fields={"seq_len": config.seq_len >> halvings})
+            yield _Change(mends=("seq_len",), fields={"seq_len": config.seq_len >> halvings})
 
 
 def _device_changes(request: Request, declared: object) -> Iterator[_Change]:
@@ -115,13 +119,12 @@ def _device_changes(request: Request, declared: object) -> Iterator[_Change]:
     here = [name for name in local if device_type_of_torch(name) in declared]
     for name in here:
         if device_type_of_torch(name) != request.device.type or not request.device.available:
-            axis = "device_types" if request.device.available else "device_available"
-            yield _Change(axis=axis, fields={"device": name}, device=describe_device(name))
+            yield _Change(mends=_DEVICE_AXES, fields={"device": name}, device=describe_device(name))
     if not here and request.device.available:
         for kind in sorted(map(str, declared)):
             name = _TORCH_TYPE.get(kind, kind)
             yield _Change(
-                axis="device_types",
+                mends=_DEVICE_AXES,
                 fields={"device": name},
                 device=Device(type=kind, torch_name=name, available=False),
             )

@@ -1,0 +1,164 @@
+"""The command line as a user meets it: text, JSON, exit status, one clear message for an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dilated_attention import AttentionPlan
+from dilated_attention.cli import main
+
+from .distributions import ROOT, as_json, command, install_backend, run
+
+LONGNET = ("--heads", "8", "--head-dim", "64", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2")
+
+
+def test_explain_prints_the_plan_of_the_flags() -> None:
+    done = command(None, "explain", *LONGNET, "--causal", "--seq-len", "16384", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("sdpa (aten flash for CPU) chosen")
+    assert "causal dilated attention over 16,384 tokens: 8 heads, head_dim 64, float32 on cpu" in lines[1]
+    assert "\x1b" not in done.stdout
+    plan = AttentionPlan.from_json(command(None, "explain", *LONGNET, "--causal", "--no-grad", "--json").stdout)
+    assert plan.config["pattern"]["segment_lengths"] == [1024, 2048]
+    assert plan.config["is_causal"]
+    assert not plan.config["requires_grad"]
+
+
+def test_flags_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('num_heads = 4\nhead_dim = 32\nis_causal = true\npattern = {kind = "local", window_size = 8}\n')
+    plan = as_json(command(None, "explain", str(path), "--dtype", "bfloat16", "-P", "window_size=[4, 0]", "--json"))
+    assert plan["config"]["pattern"] == {"kind": "local", "window_size": [4, 0]}
+    assert (plan["config"]["dtype"], plan["config"]["is_causal"]) == ("bfloat16", True)
+    plan = as_json(command(None, "explain", str(path), "--no-causal", "--pattern", "full", "--json"))
+    assert (plan["config"]["pattern"], plan["config"]["is_causal"]) == ({"kind": "full"}, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["explain"], 2, "error: give a config file, or at least --heads and --head-dim"),
+        (["explain", "no.toml"], 2, "error: cannot read the config file 'no.toml'"),
+        (["explain", "--heads", "8"], 2, "at least --heads and --head-dim"),
+        (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads'"),
+        (["explain", *LONGNET, "--dtype", "bf16"], 2, "error: dtype must be one of"),
+        (["explain", *LONGNET, "--pattern", "dilatd"], 2, "did you mean 'dilated'"),
+        (["explain", *LONGNET, "-P", "offset=blocked"], 2, "did you mean 'offsets'"),
+        (["explain", *LONGNET, "-P", "offsets"], 2, "must be name=value, got 'offsets'"),
+        (["explain", *LONGNET[:5], "10,x"], 2, "--segment-lengths must be integers with commas between them"),
+        (["explain", *LONGNET[:4], "-P", "window_size=3"], 2, "--pattern must name the pattern"),
+        (["explian"], 2, "No such command 'explian'"),
+        (["backends", "--jsn"], 2, "No such option"),
+    ],
+)
+def test_bad_usage_is_one_message_on_stderr(
+    arguments: list[str],
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dilated-attention", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert (stopped.value.code, printed.out) == (status, "")
+    assert said in printed.err
+
+
+def test_an_error_shows_no_traceback() -> None:
+    done = command(None, "explain", *LONGNET, "--dtype", "bf16")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: dtype must be one of float64,")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_backend_that_fits_is_status_3_with_the_table() -> None:
+    done = command(None, "explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa")
+    assert done.returncode == 3
+    assert "dropout: needs dropout_p=0.1" in done.stdout
+    assert "-> would be usable with dropout_p=0.0" in done.stdout
+    assert (
+        as_json(command(None, "explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa", "--json"))["backend"]
+        is None
+    )
+
+
+def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path) -> None:
+    manifest = """
+    from dilated_attention.registry import BackendSpec, hookimpl
+    @hookimpl
+    def dilated_attention_backends():
+        return [BackendSpec(name="fa9", target="a:b", capabilities={}, requires=["flash-attn-9>=1", "attrs"])]
+    """
+    install_backend(tmp_path, "needy", backend="needy", extra="")
+    (tmp_path / "needy.py").write_text("\n".join(line[4:] for line in manifest.splitlines()))
+    data = as_json(command(tmp_path, "doctor", "--json"))
+    assert data["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert data["versions"]["torch"]
+    assert data["devices"][-1]["type"] == "cpu"
+    missing, met = data["libraries"]
+    assert (missing["requirement"], missing["met"], missing["install"]) == (
+        "flash-attn-9>=1",
+        False,
+        "pip install 'flash-attn-9>=1'",
+    )
+    assert (met["requirement"], met["met"]) == ("attrs", True)
+    text = command(tmp_path, "doctor").stdout
+    assert "flash-attn-9>=1 for fa9: missing (no flash-attn-9 installed): pip install 'flash-attn-9>=1'" in text
+
+
+def test_doctor_survives_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[1:] = ['doctor']\n"
+        "from dilated_attention.cli import main\nmain()"
+    )
+    done = run(None, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot be used: OSError: libcudart.so.99" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["backends"], ["plugins"], ["doctor"], ["explain", *LONGNET]])
+def test_json_and_text_go_to_stdout_and_nothing_to_stderr(arguments: list[str]) -> None:
+    done = command(None, *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)
+
+
+def test_help_and_version() -> None:
+    done = command(None, "--help")
+    assert done.returncode == 0
+    for name in ("backends", "plugins", "doctor", "explain", "demo"):
+        assert f"\n  {name} " in done.stdout
+    assert "..." not in done.stdout.partition("Commands:")[2]
+    assert command(None, "--version").stdout.strip() == "0.1.0"
+
+
+def test_a_terminal_gets_colour_and_whole_lines() -> None:
+    here, sub = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dilated_attention", "explain", *LONGNET, "--dropout", "0.1"],
+        stdout=sub,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "TERM": "xterm-256color", "COLUMNS": "40"},
+    )
+    os.close(sub)
+    printed = b""
+    try:
+        while chunk := os.read(here, 4096):
+            printed += chunk
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(here)
+    assert process.wait(timeout=60) == 0
+    lines = printed.decode().splitlines()
+    assert any(line.startswith("reference\x1b") or "\x1b[32m" in line for line in lines)
+    assert "    dropout: needs dropout_p=0.1, has none declared" in lines

@@ -1,0 +1,197 @@
+"""The configuration: what it takes, what it refuses, and how it travels through files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+from dilated_attention.core.config import AttentionConfig
+from dilated_attention.core.errors import ConfigError
+from dilated_attention.core.limits import Limits
+from dilated_attention.core.pattern import Full
+from dilated_attention.patterns.dilated import Dilated
+
+FILE = """
+num_heads = 8
+head_dim = 64
+num_kv_heads = 2
+is_causal = true
+dtype = "bfloat16"
+seq_len = 4096
+
+[pattern]
+kind = "dilated"
+segment_lengths = [1024, 2048]
+dilation_rates = [1, 2]
+
+[limits]
+pattern_cache_bytes = 1000
+
+[backend_options.sdpa]
+kernel = "flash"
+"""
+
+
+def config(**fields: Any) -> AttentionConfig:
+    return AttentionConfig(**{"num_heads": 8, "head_dim": 64} | fields)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    fields = attrs.asdict(config(), recurse=False)
+    assert fields == {
+        "num_heads": 8,
+        "head_dim": 64,
+        "num_kv_heads": None,
+        "pattern": Full(),
+        "is_causal": False,
+        "scale": None,
+        "dropout_p": 0.0,
+        "dtype": "float32",
+        "device": None,
+        "tensor_layout": "bshd",
+        "seq_len": None,
+        "requires_grad": True,
+        "deterministic": False,
+        "activation_checkpointing": False,
+        "token_order": "natural",
+        "backend": "auto",
+        "backend_options": {},
+        "context_parallel": None,
+        "limits": Limits(),
+    }
+    assert config().kv_heads == 8
+    assert config().softmax_scale == 0.125
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_heads": 0}, ["num_heads", "at least 1", "0"]),
+        ({"num_heads": 2.0}, ["num_heads", "integer", "2.0"]),
+        ({"num_heads": True}, ["num_heads", "integer", "True"]),
+        ({"head_dim": -64}, ["head_dim", "at least 1", "-64"]),
+        ({"num_kv_heads": 3}, ["num_kv_heads", "8 and 3", "1, 2, 4, 8"]),
+        ({"num_kv_heads": 0}, ["num_kv_heads", "at least 1"]),
+        ({"seq_len": 0}, ["seq_len", "at least 1", "0"]),
+        ({"scale": float("nan")}, ["scale", "finite", "nan"]),
+        ({"scale": float("inf")}, ["scale", "finite", "inf"]),
+        ({"scale": 0}, ["scale", "not 0"]),
+        ({"scale": "0.1"}, ["scale", "number", "'0.1'"]),
+        ({"dropout_p": 1.0}, ["dropout_p", "below 1", "1.0"]),
+        ({"dropout_p": -0.1}, ["dropout_p", "at least 0", "-0.1"]),
+        ({"dropout_p": float("nan")}, ["dropout_p", "nan"]),
+        ({"dtype": "bfloat"}, ["dtype", "'bfloat'", "did you mean 'bfloat16'"]),
+        ({"dtype": torch.int64}, ["dtype", "'int64'", "float16"]),
+        ({"dtype": 16}, ["dtype", "16"]),
+        ({"device": "cuda:x"}, ["device", "cuda:x", "cuda:0"]),
+        ({"device": 0}, ["device", "0"]),
+        ({"tensor_layout": "bsdh"}, ["tensor_layout", "'bsdh'", "bshd, bhsd"]),
+        ({"token_order": "keep"}, ["token_order", "did you mean 'kept'"]),
+        ({"is_causal": "false"}, ["is_causal", "True or False", "'false'"]),
+        ({"requires_grad": 1}, ["requires_grad", "True or False"]),
+        ({"backend": None}, ["backend", "None"]),
+        ({"backend_options": ["sdpa"]}, ["backend_options", "sdpa"]),
+        ({"backend_options": {"sdpa": 3}}, ["backend_options['sdpa']", "3"]),
+        ({"backend_options": {"sdpa": {"hook": print}}}, ["backend_options", "plain values"]),
+        ({"pattern": "dilated"}, ["pattern", "'dilated'"]),
+        ({"pattern": {"segment_lengths": [4]}}, ["kind", "segment_lengths"]),
+        ({"context_parallel": 2}, ["context_parallel", "None", "2"]),
+        ({"limits": 5}, ["limits", "5"]),
+        ({"pattern": Dilated((64, 64, 64), (1, 2, 4), heads="split"), "num_heads": 2}, ["heads"]),
+    ],
+)
+def test_bad_values_name_the_actual_and_the_allowed(fields: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**fields)
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_torch_objects_stand_for_their_names() -> None:
+    built = config(dtype=torch.bfloat16, device=torch.device("cuda", 1))
+    assert (built.dtype, built.device) == ("bfloat16", "cuda:1")
+    assert config(dtype="torch.float16").dtype == "float16"
+
+
+def test_a_toml_and_a_json_file_say_the_same(tmp_path: Path) -> None:
+    toml, as_json = tmp_path / "a.toml", tmp_path / "a.json"
+    toml.write_text(FILE)
+    built = AttentionConfig.from_file(toml)
+    assert (built.num_heads, built.kv_heads, built.limits.pattern_cache_bytes) == (8, 2, 1000)
+    assert built.pattern == {"kind": "dilated", "segment_lengths": [1024, 2048], "dilation_rates": [1, 2]}
+    assert built.backend_options == {"sdpa": {"kernel": "flash"}}
+    as_json.write_text(json.dumps(built.to_dict()))
+    assert AttentionConfig.from_file(str(as_json)) == built
+
+
+def test_a_pattern_object_is_written_as_its_mapping() -> None:
+    built = config(pattern=Dilated((8, 16), (1, 2)) | Full())
+    again = AttentionConfig.from_dict(json.loads(json.dumps(built.to_dict())))
+    assert again.pattern == built.to_dict()["pattern"]
+    assert [member["kind"] for member in built.to_dict()["pattern"]["of"]] == ["dilated", "full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("missing.toml", None, ["cannot read", "missing.toml", "No such file"]),
+        ("bad.toml", "num_heads = \nhead_dim = 8", ["malformed", "bad.toml", "line 1"]),
+        ("bad.json", "{", ["malformed", "bad.json", "line 1"]),
+        ("list.json", "[1]", ["table", "list"]),
+        ("conf.yaml", "num_heads: 8", [".toml or .json", "conf.yaml"]),
+        ("typo.toml", "num_heads = 8\nhead_dim = 8\nis_casual = true", ["is_casual", "did you mean 'is_causal'"]),
+        ("few.toml", "num_heads = 8", ["needs head_dim", "got num_heads"]),
+        ("limits.toml", "num_heads = 8\nhead_dim = 8\nlimits.layout_byte = 1", ["layout_byte", "'layout_bytes'"]),
+        ("text.toml", 'num_heads = "8"\nhead_dim = 8', ["num_heads", "integer", "'8'"]),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path: Path, name: str, text: str | None, said: list[str]) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        AttentionConfig.from_file(path)
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        AttentionConfig.from_file(path)
+
+
+@pytest.mark.parametrize(("key", "meant"), [("segment_length", "segment_lengths"), ("dilated_ratio", "dilation_rates")])
+def test_arguments_of_torchscale_are_told_their_names(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"did you mean '{meant}' of the pattern"):
+        AttentionConfig.from_dict({"num_heads": 8, "head_dim": 64, key: [1024]})
+
+
+def test_a_config_is_a_value() -> None:
+    options = {"sdpa": {"kernel": "flash"}}
+    built = config(backend_options=options)
+    options["sdpa"]["kernel"] = "other"
+    assert built.backend_options["sdpa"]["kernel"] == "flash"
+    assert built == config(backend_options={"sdpa": {"kernel": "flash"}})
+    assert hash(built) == hash(config(backend_options={"sdpa": {"kernel": "flash"}}))
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        built.num_heads = 4  # type: ignore[misc]
+
+
+def test_a_config_needs_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(FILE)
+    code = (
+        "import sys; from dilated_attention import AttentionConfig; "
+        f"AttentionConfig.from_file({str(path)!r}).to_dict(); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,162 @@
+"""build_attention against the float64 oracle: out, lse, dq, dk, dv, and gradients through lse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dilated_attention import Dilated, Full, Global, Local, Strided, build_attention
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.pattern import Pattern
+
+from . import strategies
+from .support import NAMES, error, inputs, oracle, ours
+
+LONGNET = Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
+PATTERNS: list[Pattern] = [
+    Full(),
+    LONGNET,
+    Dilated(segment_lengths=(10, 23, 50, 23), dilation_rates=(3, 5, 7, 5)),
+    Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4), offsets="blocked"),
+    Dilated(segment_lengths=(16, 32), dilation_rates=(2, 4), heads="split"),
+    Local(window_size=9),
+    Local(window_size=(70, 3)),
+    Strided(stride=3),
+    Local(window_size=5) | Global(tokens=3),
+    Local(window_size=5) + LONGNET,
+    LONGNET | Local(window_size=6),
+    Strided(stride=4) + Strided(stride=4) + Full(),
+]
+
+
+def check(
+    pattern: Pattern, geometry: Geometry, dtype: torch.dtype, bound: float, *, batch: int = 2, through_lse: bool = True
+) -> None:
+    attention = build_attention(
+        pattern=pattern,
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=8,
+        is_causal=geometry.is_causal,
+        dtype=dtype,
+        backend="sdpa",
+    )
+    tensors = inputs(geometry, batch=batch, head_dim=8, dtype=dtype)
+    actual = ours(attention, tensors, geometry, through_lse=through_lse)
+    expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert error(a, e) < bound, (name, pattern, geometry)
+
+
+@given(strategies.patterns(), strategies.geometries(), st.sampled_from([1, 2, 3]), st.booleans())
+@example(Full(), Geometry(q_len=1, kv_len=40, num_heads=4, num_kv_heads=2, is_causal=True), 2, True)
+@example(LONGNET, Geometry(q_len=12, kv_len=11, num_heads=4, num_kv_heads=4, is_causal=True, kv_offset=1), 3, True)
+@settings(max_examples=250, deadline=None)
+def test_random_configurations_agree_in_float32(
+    pattern: Pattern, geometry: Geometry, batch: int, through_lse: bool
+) -> None:
+    check(pattern, geometry, torch.float32, 1e-5, batch=batch, through_lse=through_lse)
+
+
+@given(strategies.patterns(), strategies.geometries(max_len=40))
+@settings(max_examples=60, deadline=None)
+def test_random_configurations_agree_in_float64(pattern: Pattern, geometry: Geometry) -> None:
+    check(pattern, geometry, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_pattern_over_several_blocks(pattern: Pattern, is_causal: bool) -> None:
+    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check(pattern, geometry, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_half_precision_is_at_most_twice_as_far_off_as_dense_sdpa(
+    pattern: Pattern, dtype: torch.dtype, is_causal: bool
+) -> None:
+    geometry = Geometry.self_attention(389, 4, is_causal=is_causal)
+    tensors = inputs(geometry, batch=1, head_dim=64, dtype=dtype)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), is_causal=is_causal)  # type: ignore[misc,arg-type]
+    exact = oracle(Full(), tensors, geometry, through_lse=False)
+    dout = torch.randn(dense.transpose(1, 2).shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(dense.transpose(1, 2), tensors, dout.to(dtype))
+    bounds = [
+        error(dense.transpose(1, 2), exact[0]),
+        1e-5,
+        *(error(a, e) for a, e in zip(grads, exact[2:], strict=True)),
+    ]
+
+    attention = build_attention(pattern=pattern, num_heads=4, head_dim=64, is_causal=is_causal, dtype=dtype)
+    actual = ours(attention, tensors, geometry, through_lse=False)
+    expected = oracle(pattern, tensors, geometry, through_lse=False)
+    for name, a, e, bound in zip(NAMES, actual, expected, bounds, strict=True):
+        assert error(a, e) <= 2 * bound, (name, error(a, e), bound)
+
+
+def test_rows_without_keys_give_zero_and_minus_infinity_and_no_gradient() -> None:
+    geometry = Geometry(q_len=9, kv_len=4, num_heads=4, num_kv_heads=4, is_causal=True)
+    for pattern in (Full(), LONGNET, Local(window_size=2)):
+        attention = build_attention(pattern=pattern, num_heads=4, head_dim=8, is_causal=True)
+        tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
+        out, lse, dq, dk, dv = ours(attention, tensors, geometry, through_lse=True)
+        assert (out[:, :5] == 0).all()
+        assert (lse[:, :, :5] == -torch.inf).all()
+        assert (dq[:, :5] == 0).all()
+        assert torch.isfinite(torch.stack([dk, dv])).all()
+        assert torch.isfinite(lse[:, :, 5:]).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_values_of_one_give_one(pattern: Pattern) -> None:
+    attention = build_attention(pattern=pattern, num_heads=4, head_dim=8, is_causal=True)
+    query, key, _ = inputs(Geometry.self_attention(77, 4), batch=1, head_dim=8, dtype=torch.float32)
+    out, lse = attention(query, key, torch.ones_like(key), return_lse=True)
+    seen = torch.isfinite(lse).transpose(1, 2).unsqueeze(-1)
+    torch.testing.assert_close(out, seen.float().expand_as(out), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_one_changed_token_moves_exactly_the_rows_that_see_it(pattern: Pattern) -> None:
+    from dilated_attention.core import reference
+
+    geometry = Geometry.self_attention(77, 4, is_causal=True)
+    sees = reference.multiplicity(pattern, geometry) > 0
+    attention = build_attention(pattern=pattern, num_heads=4, head_dim=8, is_causal=True)
+    query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
+    before = attention(query, key, value)
+    for token in (0, 5, 31, 76):
+        changed = value.clone()
+        changed[:, token] += 1.0
+        moved = (attention(query, key, changed) != before).any(dim=-1)[0].T
+        assert torch.equal(moved, sees[:, :, token])
+
+
+def test_strided_and_sliced_inputs_are_read_in_place() -> None:
+    geometry = Geometry.self_attention(64, 4, is_causal=True)
+    attention = build_attention(pattern=LONGNET, num_heads=4, head_dim=8, is_causal=True)
+    fused = torch.randn(3, 70, 12, 8, generator=torch.Generator().manual_seed(2))
+    views = [x.requires_grad_() for x in fused[:, 3:67].detach().split(4, dim=2)]  # type: ignore[no-untyped-call]
+    assert not views[0].is_contiguous()
+    for swap in (False, True):
+        tensors = [x.detach().mT.contiguous().mT.requires_grad_() for x in views] if swap else views
+        actual = ours(attention, tensors, geometry, through_lse=True)
+        for a, e in zip(actual, oracle(LONGNET, tensors, geometry, through_lse=True), strict=True):
+            assert error(a, e) < 1e-5
+
+
+def test_a_weighted_repetition_is_the_branch_counted_twice() -> None:
+    once = Dilated(segment_lengths=(16, 32), dilation_rates=(1, 2))
+    twice = Dilated(segment_lengths=(16, 32, 16), dilation_rates=(1, 2, 1))
+    geometry = Geometry.self_attention(64, 2)
+    tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
+    results = [
+        build_attention(pattern=pattern, num_heads=2, head_dim=8)(*tensors)
+        for pattern in (twice, once + Dilated(segment_lengths=(16,), dilation_rates=(1,)), once)
+    ]
+    assert error(results[0], results[1]) < 1e-6
+    assert error(results[0], results[2]) > 1e-2

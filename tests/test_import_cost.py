@@ -1,0 +1,58 @@
+"""Importing the package is cheap, and every public name is there when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+
+import pytest
+
+import dilated_attention
+
+from .distributions import ROOT, run
+
+
+def test_every_public_name_resolves() -> None:
+    assert sorted(dilated_attention.__all__) == dilated_attention.__all__
+    for name in dilated_attention.__all__:
+        assert getattr(dilated_attention, name) is not None
+        assert name in dir(dilated_attention)
+    with pytest.raises(AttributeError, match="no attribute 'build_atention'"):
+        dilated_attention.build_atention  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_names_are_those_of_the_lazy_table() -> None:
+    homes = dilated_attention._HOMES
+    assert {*homes, "__version__"} == set(dilated_attention.__all__)
+    for name, home in homes.items():
+        module = importlib.import_module(f"dilated_attention.{home or name}")
+        assert home is None or getattr(module, name) is getattr(dilated_attention, name)
+
+
+def test_import_brings_neither_torch_nor_numpy_nor_attrs() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import dilated_attention; "
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    assert run(None, "-c", code).stdout.strip() == "['dilated_attention']"
+
+
+def test_import_takes_less_than_150_ms() -> None:
+    code = "import time; start = time.perf_counter(); import dilated_attention; print(time.perf_counter() - start)"
+    assert min(float(run(None, "-c", code).stdout) for _ in range(3)) < 0.15
+
+
+def test_errors_and_reference_can_be_imported_by_their_path() -> None:
+    code = (
+        "from dilated_attention.errors import ConfigError, DilatedAttentionError\n"
+        "from dilated_attention.registry import BackendSpec, PatternSpec, Refusal, hookimpl\n"
+        "import sys; print('torch' in sys.modules, issubclass(ConfigError, ValueError))\n"
+        "from dilated_attention.reference import attention"
+    )
+    done = run(None, "-c", code)
+    assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert dilated_attention.__version__ == project["version"]
