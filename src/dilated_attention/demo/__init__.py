@@ -106,7 +106,7 @@ def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
     """Train the byte model and draw what came of it."""
     corpus, config = text.standard_library(), ModelConfig()
     say(
-        f"3. A byte model ({config.layers} layers, {config.num_heads} heads, {config.seq_len:,} bytes at a time) learns the "
+        f"3. A byte model ({config.layers} layers, {config.num_heads} heads, {config.seq_len:,} bytes at a time) reads "
         f"{corpus.files} files of\n   {corpus.root}, every twentieth held out ({corpus.held_out.numel():,} bytes)\n"
     )
     training = train_with_progress(say, corpus, config, budget)
