@@ -54,7 +54,7 @@ class BackendRow:
         near_miss: the smallest change that would admit it, where one was found.
         distribution: the installed package that it comes from.
         version: of that package.
-        detail: the cause, where it is broken.
+        detail: the cause, where it is broken; else what was noted about its plugin, such as a slow import.
     """
 
     name: str

@@ -60,8 +60,8 @@ def _accelerator(device: torch.device) -> Device:
     kind = device_type_of_torch(device.type)
     try:
         module = torch.get_device_module(device)
-    except RuntimeError:  # "meta" and backends without a module of their own
-        return Device(type=kind, index=device.index, torch_name=str(device))
+    except RuntimeError:  # a device type that this build of torch has nothing for, or "meta", which needs nothing
+        return Device(type=kind, index=device.index, available=device.type == "meta", torch_name=str(device))
     if not module.is_available():
         return Device(type=kind, index=device.index, available=False, torch_name=str(device))
     count: int = module.device_count()

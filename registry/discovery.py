@@ -33,10 +33,11 @@ _DISABLE: Final = "DILATED_ATTENTION_DISABLE_PLUGINS"
 
 @attrs.frozen(eq=False)
 class RegisteredBackend:
-    """A backend's manifest and where it comes from."""
+    """A backend's manifest, where it comes from, and what was noted about its plugin (a slow import)."""
 
     spec: BackendSpec
     source: Source
+    notes: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -166,7 +167,7 @@ def _admit(loaded: Loaded, backends: dict[str, RegisteredBackend], patterns: dic
         if taken := backends.get(backend.name):
             causes.append(_duplicate("backend", backend.name, source, taken.source))
             continue
-        backends[backend.name] = RegisteredBackend(backend, source)
+        backends[backend.name] = RegisteredBackend(backend, source, loaded.warnings)
         own_backends.append(backend.name)
     for pattern in loaded.patterns:
         if holder := patterns.get(pattern.kind):

@@ -94,7 +94,7 @@ def judge(registered: RegisteredBackend, request: Request) -> Verdict:
 
 
 def plugin_rows(plugins: Iterable[PluginRow]) -> Iterator[BackendRow]:
-    """The broken and the slow among plugins, as rows of a plan."""
+    """The broken among plugins, as rows of a plan."""
     for plugin in plugins:
         if plugin.status == "broken":
             yield BackendRow(
@@ -124,7 +124,7 @@ def _row(verdict: Verdict, request: Request, *, is_chosen: bool) -> BackendRow:
         near_miss=near_miss(verdict.registered.spec, request, accepts) if verdict.refusals else None,
         distribution=source.distribution,
         version=source.version,
-        detail=verdict.fault,
+        detail=verdict.fault or "; ".join(verdict.registered.notes),
     )
 
 

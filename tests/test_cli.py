@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,29 +17,46 @@ from dilated_attention.cli import main
 
 from .distributions import ROOT, as_json, command, install_backend, run
 
+Invoke = Callable[..., subprocess.CompletedProcess[str]]
 LONGNET = ("--heads", "8", "--head-dim", "64", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2")
 
 
-def test_explain_prints_the_plan_of_the_flags() -> None:
-    done = command(None, "explain", *LONGNET, "--causal", "--seq-len", "16384", "--device", "cpu")
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Run the command in this process, which has torch already; what only a process shows is run in one."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["dilated-attention", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
+
+    return call
+
+
+def test_explain_prints_the_plan_of_the_flags(invoke: Invoke) -> None:
+    done = invoke("explain", *LONGNET, "--causal", "--seq-len", "16384", "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("sdpa (aten flash for CPU) chosen")
     assert "causal dilated attention over 16,384 tokens: 8 heads, head_dim 64, float32 on cpu" in lines[1]
     assert "\x1b" not in done.stdout
-    plan = AttentionPlan.from_json(command(None, "explain", *LONGNET, "--causal", "--no-grad", "--json").stdout)
+    plan = AttentionPlan.from_json(invoke("explain", *LONGNET, "--causal", "--no-grad", "--json").stdout)
     assert plan.config["pattern"]["segment_lengths"] == [1024, 2048]
     assert plan.config["is_causal"]
     assert not plan.config["requires_grad"]
 
 
-def test_flags_replace_what_the_file_says(tmp_path: Path) -> None:
+def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text('num_heads = 4\nhead_dim = 32\nis_causal = true\npattern = {kind = "local", window_size = 8}\n')
-    plan = as_json(command(None, "explain", str(path), "--dtype", "bfloat16", "-P", "window_size=[4, 0]", "--json"))
+    plan = as_json(invoke("explain", str(path), "--dtype", "bfloat16", "-P", "window_size=[4, 0]", "--json"))
     assert plan["config"]["pattern"] == {"kind": "local", "window_size": [4, 0]}
     assert (plan["config"]["dtype"], plan["config"]["is_causal"]) == ("bfloat16", True)
-    plan = as_json(command(None, "explain", str(path), "--no-causal", "--pattern", "full", "--json"))
+    plan = as_json(invoke("explain", str(path), "--no-causal", "--pattern", "full", "--json"))
     assert (plan["config"]["pattern"], plan["config"]["is_causal"]) == ({"kind": "full"}, False)
 
 
@@ -59,19 +77,10 @@ def test_flags_replace_what_the_file_says(tmp_path: Path) -> None:
         (["backends", "--jsn"], 2, "No such option"),
     ],
 )
-def test_bad_usage_is_one_message_on_stderr(
-    arguments: list[str],
-    status: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["dilated-attention", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    printed = capsys.readouterr()
-    assert (stopped.value.code, printed.out) == (status, "")
-    assert said in printed.err
+def test_bad_usage_is_one_message_on_stderr(invoke: Invoke, arguments: list[str], status: int, said: str) -> None:
+    done = invoke(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr
 
 
 def test_an_error_shows_no_traceback() -> None:
@@ -81,15 +90,12 @@ def test_an_error_shows_no_traceback() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_no_backend_that_fits_is_status_3_with_the_table() -> None:
-    done = command(None, "explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa")
+def test_no_backend_that_fits_is_status_3_with_the_table(invoke: Invoke) -> None:
+    done = invoke("explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa")
     assert done.returncode == 3
     assert "dropout: needs dropout_p=0.1" in done.stdout
     assert "-> would be usable with dropout_p=0.0" in done.stdout
-    assert (
-        as_json(command(None, "explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa", "--json"))["backend"]
-        is None
-    )
+    assert as_json(invoke("explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa", "--json"))["backend"] is None
 
 
 def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path) -> None:
@@ -128,8 +134,8 @@ def test_doctor_survives_a_torch_that_cannot_be_imported(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("arguments", [["backends"], ["plugins"], ["doctor"], ["explain", *LONGNET]])
-def test_json_and_text_go_to_stdout_and_nothing_to_stderr(arguments: list[str]) -> None:
-    done = command(None, *arguments, "--json")
+def test_json_and_text_go_to_stdout_and_nothing_to_stderr(invoke: Invoke, arguments: list[str]) -> None:
+    done = invoke(*arguments, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)
 

@@ -18,7 +18,7 @@ def test_every_public_name_resolves() -> None:
         assert getattr(dilated_attention, name) is not None
         assert name in dir(dilated_attention)
     with pytest.raises(AttributeError, match="no attribute 'build_atention'"):
-        dilated_attention.build_atention  # type: ignore[attr-defined]  # noqa: B018
+        dilated_attention.build_atention  # noqa: B018
 
 
 def test_the_names_are_those_of_the_lazy_table() -> None:

@@ -84,9 +84,10 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain this machine, measure against dense attention, train a small model, draw.
+    """See it work: explain, measure, train, draw.
 
-    It takes about two minutes on two CPU cores and needs no network.
+    Explains this machine, measures against dense attention, trains a small model and draws what it did. Takes about
+    two minutes on two CPU cores and needs no network.
     """
     from .demo import run
 

@@ -1,0 +1,106 @@
+"""Building: arguments in their several forms, patterns from mappings, and what is said about wrong names."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import (
+    AttentionConfig,
+    ConfigError,
+    Dilated,
+    Full,
+    Global,
+    Local,
+    Pattern,
+    Strided,
+    build_attention,
+    explain,
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"backend": "sdap"}, ["unknown backend 'sdap'", "did you mean 'sdpa'", "sdpa, reference"]),
+        ({"backend_options": {"spda": {}}}, ["backend_options", "did you mean 'sdpa'"]),
+        ({"backend_options": {"sdpa": {"kernle": 1}}}, ["kernle", "did you mean 'kernel'"]),
+        ({"device": "cdua"}, ["no device 'cdua'", "did you mean 'cuda'"]),
+        ({"head_dims": 3}, ["'head_dims'", "did you mean 'head_dim'"]),
+        ({"segment_length": [3]}, ["did you mean 'segment_lengths' of the pattern"]),
+        ({"pattern": {"kind": "dialted"}}, ["unknown pattern 'dialted'", "did you mean 'dilated'", "local"]),
+        ({"pattern": {"kind": "dilated", "segment_length": [4]}}, ["did you mean 'segment_lengths'"]),
+        ({"pattern": {"kind": "dilated", "dilated_ratio": [4]}}, ["did you mean 'dilation_rates'"]),
+        ({"pattern": {"kind": "dilated", "segment_lengths": [4]}}, ["needs dilation_rates"]),
+        ({"pattern": {"kind": "dilated", "segment_lengths": 4, "dilation_rates": 1}}, ["sequences of integers", "4"]),
+        ({"pattern": {"kind": "dilated", "segment_lengths": [], "dilation_rates": []}}, ["empty"]),
+        ({"pattern": {"kind": "local", "window_size": -1}}, ["window_size", "-1"]),
+        ({"pattern": {"kind": "local", "window_size": "8"}}, ["window_size", "'8'"]),
+        ({"pattern": {"kind": "sum", "off": []}}, ["did you mean 'of'"]),
+        ({"pattern": {"kind": "sum"}}, ["needs 'of'"]),
+        ({"pattern": {"kind": "union", "of": []}}, ["at least one pattern"]),
+        ({"pattern": {"kind": "union", "of": ["full"]}}, ["mapping with 'kind'", "'full'"]),
+        ({"pattern": {"kind": "full", "x": 1}}, ["has no 'x'", "takes nothing"]),
+    ],
+)
+def test_names_that_do_not_exist_are_told_the_nearest(fields: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_attention(**{"num_heads": 8, "head_dim": 64} | fields)
+    for words in said:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Full(),
+        Dilated((8, 16), (1, 2), offsets="blocked"),
+        Local((3, 0)),
+        Global(4) | Local(2),
+        (Strided(3) + Full()) | Dilated((4,), (2,)),
+    ],
+)
+def test_a_pattern_survives_its_mapping(pattern: Pattern) -> None:
+    config = AttentionConfig(num_heads=2, head_dim=16, pattern=pattern)
+    mapping = json.loads(json.dumps(config.to_dict()))
+    built = build_attention(mapping)
+    assert built.config.pattern == pattern
+    assert built.plan.config["pattern"] == mapping["pattern"]
+
+
+def test_like_gives_heads_head_dim_dtype_and_device() -> None:
+    query = torch.zeros(2, 10, 4, 16, dtype=torch.bfloat16)
+    built = build_attention(like=query, is_causal=True).config
+    assert (built.num_heads, built.head_dim, built.dtype, built.device) == (4, 16, "bfloat16", "cpu")
+    turned = build_attention(like=query.transpose(1, 2), tensor_layout="bhsd", num_kv_heads=2).config
+    assert (turned.num_heads, turned.kv_heads, turned.head_dim) == (4, 2, 16)
+    assert build_attention(like=query, dtype="float32").config.dtype == "float32"
+    with pytest.raises(ConfigError, match=r"four dimensions 'bshd', got shape \(4, 16\)"):
+        build_attention(like=query[0, 0])
+    with pytest.raises(ConfigError, match="either a config or like"):
+        build_attention(AttentionConfig(num_heads=4, head_dim=16), like=query)
+    with pytest.raises(ConfigError, match="mesh must be None"):
+        build_attention(like=query, mesh=object())
+
+
+def test_building_takes_less_than_50_ms() -> None:
+    def once() -> float:
+        start = time.perf_counter()
+        build_attention(num_heads=8, head_dim=64, pattern=Dilated((1024, 2048), (1, 2)), is_causal=True, device="cpu")
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(4)) < 0.05
+
+
+def test_fields_replace_those_of_a_config() -> None:
+    base = AttentionConfig(num_heads=4, head_dim=16)
+    assert explain(base, is_causal=True).config["is_causal"]
+    assert explain(base.to_dict(), head_dim=32).config["head_dim"] == 32
+    with pytest.raises(ConfigError, match="did you mean 'is_causal'"):
+        explain(base, causal=True)
+    with pytest.raises(ConfigError, match="must be an AttentionConfig or a mapping"):
+        explain(8)  # type: ignore[arg-type]
