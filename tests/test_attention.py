@@ -258,7 +258,10 @@ def bad(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Te
         (bad((2, 9, 4, 8), (2, 9, 4, 8), (2, 8, 4, 8)), r"key and value equal lengths"),
         (bad((2, 9, 4, 8), (3, 9, 4, 8), (3, 9, 4, 8)), r"equal batch sizes"),
         (bad((2, 9, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8), dtype=torch.float16), r"built for torch.float32; cast it"),
-        ([*bad((2, 9, 4, 8), (2, 9, 4, 8)), torch.zeros(2, 9, 4, 8, device="meta")], r"value is on meta, but the attention was built for cpu"),
+        (
+            [*bad((2, 9, 4, 8), (2, 9, 4, 8)), torch.zeros(2, 9, 4, 8, device="meta")],
+            r"value is on meta, but the attention was built for cpu",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_inputs_are_told_apart(tensors: list[Tensor], message: str) -> None:

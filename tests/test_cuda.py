@@ -115,7 +115,7 @@ def test_fp16_training_with_a_grad_scaler_tracks_float32() -> None:
         model = Block(attention).cuda()
         x, target = torch.randn(2, 390, 32).cuda(), (torch.randn(2, 390, 32).cumsum(dim=1) / 10).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
         losses[dtype] = []
         for _ in range(50):
             with torch.autocast("cuda", dtype=torch.float16, enabled=dtype == "float16"):
@@ -143,7 +143,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(pattern: Pattern) -> None:
         out = attention(*tensors)
         return (out, *torch.autograd.grad(out, tensors, dout))
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
