@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from dilated_attention import Attention, ConfigError, Dilated, Full, Local, build_attention
 from dilated_attention.core.geometry import Geometry
