@@ -1,7 +1,8 @@
 """The official LongNet's way of computing dilated attention, written again as a baseline (arXiv 2307.02486).
 
-Each branch pads, reshapes into segments, gathers the kept rows into compact tensors, runs one dense kernel, scatters its
-output and lse into dense tensors, and the branches are mixed with weights through which no gradient flows (as there).
+Each branch pads, reshapes into segments, gathers the kept rows into compact tensors, runs one dense kernel, scatters
+its output and lse into dense tensors, and the branches are mixed with weights through which no gradient flows (as
+there).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _branch(
 
 def _gather(x: Tensor, width: int, rate: int) -> Tensor:
     """The kept rows of each head, compact: (batch * segments, heads, width / rate, head_dim)."""
-    batch, length, heads, head_dim = x.shape
+    _, length, heads, head_dim = x.shape
     x = functional.pad(x, (0, 0, 0, 0, 0, -length % width))
     x = x.reshape(-1, width // rate, rate, rate, heads // rate, head_dim)
     kept = torch.diagonal(x, dim1=2, dim2=3)  # (segments, rows, per_offset, head_dim, rate)

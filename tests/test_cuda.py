@@ -115,7 +115,7 @@ def test_fp16_training_with_a_grad_scaler_tracks_float32() -> None:
         model = Block(attention).cuda()
         x, target = torch.randn(2, 390, 32).cuda(), (torch.randn(2, 390, 32).cumsum(dim=1) / 10).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")  # type: ignore[attr-defined]
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
         losses[dtype] = []
         for _ in range(50):
             with torch.autocast("cuda", dtype=torch.float16, enabled=dtype == "float16"):
@@ -130,6 +130,7 @@ def test_fp16_training_with_a_grad_scaler_tracks_float32() -> None:
     assert max(abs(a - b) / a for a, b in zip(exact, mixed, strict=True)) < 0.03
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_forward_and_backward_replay_in_a_cuda_graph(pattern: Pattern) -> None:
     attention = build_attention(
@@ -143,7 +144,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(pattern: Pattern) -> None:
         out = attention(*tensors)
         return (out, *torch.autograd.grad(out, tensors, dout))
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -159,6 +160,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(pattern: Pattern) -> None:
         assert error(a, e) < 5e-3  # cuDNN's and FlashAttention's backward add up in any order
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # the capture that is meant to fail
 def test_capturing_an_unprepared_length_is_an_error_that_names_it() -> None:
     attention = build_attention(pattern=LONGNET, num_heads=4, head_dim=64, dtype="bfloat16", device="cuda")
     query = torch.randn(1, 333, 4, 64, device="cuda", dtype=torch.bfloat16)
