@@ -311,9 +311,9 @@ class Stored(Pattern):
         """See `multiplicity`."""
         return self._pattern.branches(geometry)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """See `multiplicity`."""
-        return self._pattern.head_groups(num_heads)
+        return self._pattern.head_groups(num_heads, num_kv_heads)
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """See `multiplicity`."""
