@@ -82,7 +82,8 @@ class PatternStore:
         """Store `pattern` and return its file.
 
         `Full, Dilated, Local, Global, Strided` and their algebra keep their parameters and fit every length; all others
-        are lowered to blocks and fit this seq_len, num_heads and is_causal only. The file appears in one step.
+        are lowered to blocks and fit this seq_len, num_heads and is_causal only. The file appears in one step; what
+        killed writers of this name left behind goes.
 
         Raises:
             FileExistsError: the name is taken and `overwrite` is false.
