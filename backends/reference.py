@@ -28,6 +28,8 @@ class ReferenceBackend:
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """The mask of the length that the request names, where it is too large."""
+        for option in request.options("reference"):
+            raise ConfigError(f"backend_options['reference'] has no option {option!r}; it takes none")
         config = request.config
         if config.seq_len is None:
             return
