@@ -86,12 +86,17 @@ class CudaFlash:
 
 @attrs.frozen
 class CudaCudnn:
-    """cuDNN's fused attention: bfloat16 and float16 on sm_80 and newer, head_dim a multiple of 8 up to 128."""
+    """cuDNN's fused attention: bfloat16 and float16 on sm_90 and newer, head_dim a multiple of 8 up to 128.
+
+    It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2.
+    """
 
     name: str = "cudnn"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
+        if query.shape[1] == key.shape[1] == 1:
+            return CudaFlash().forward(query, key, value, piece)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
             *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, False, scale=piece.scale
         )
@@ -101,6 +106,8 @@ class CudaCudnn:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
+        if query.shape[1] == key.shape[1] == 1:
+            return CudaFlash().backward(dout, query, key, value, out, lse, piece)
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(
             *_bhsd(dout, query, key, value, out),

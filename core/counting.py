@@ -186,7 +186,7 @@ def _entries(blocks: BlockLayout) -> tuple[IntArray, IntArray, IntArray]:
     return np.flatnonzero(blocks.mask_ids < 0), np.flatnonzero(blocks.mask_ids >= 0), shared
 
 
-def _rows(blocks: BlockLayout) -> IntArray:
+def entry_rows(blocks: BlockLayout) -> IntArray:
     """The block row of each entry, int64."""
     tables, pointers = blocks.row_ptr.shape
     return np.repeat(np.tile(np.arange(pointers - 1, dtype=np.int64), tables), np.diff(blocks.row_ptr, axis=1).ravel())
@@ -194,7 +194,7 @@ def _rows(blocks: BlockLayout) -> IntArray:
 
 def _queries(blocks: BlockLayout) -> IntArray:
     """The number of queries in the block row of each entry, int64."""
-    return np.minimum(blocks.geometry.q_len - _rows(blocks) * blocks.block_size, blocks.block_size)
+    return np.minimum(blocks.geometry.q_len - entry_rows(blocks) * blocks.block_size, blocks.block_size)
 
 
 def _pairs_beyond(blocks: BlockLayout, branches: Sequence[Branch]) -> int:
@@ -202,7 +202,7 @@ def _pairs_beyond(blocks: BlockLayout, branches: Sequence[Branch]) -> int:
     if not branches:
         return blocks.distinct_pairs
     geometry, total = blocks.geometry, 0
-    rows, queries = _rows(blocks), _queries(blocks)
+    rows, queries = entry_rows(blocks), _queries(blocks)
     kinds: dict[tuple[int | None, ...], list[int]] = {}
     for head in range(geometry.num_heads):
         key = (int(blocks.head_table[head]), *(branch.offsets[head] for branch in branches))

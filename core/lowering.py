@@ -65,6 +65,7 @@ def lower(
 
 def _terms(pattern: Pattern, geometry: Geometry) -> Iterator[tuple[Branch, ...] | Pattern]:
     """Addends of `pattern`: branches where it has that form, else a pattern to be lowered to blocks."""
+    pattern = pattern.unwrap()
     if isinstance(pattern, Sum):
         for member in pattern.of:
             yield from _terms(member, geometry)
@@ -94,7 +95,7 @@ def _union_terms(union: Union, geometry: Geometry) -> Iterator[tuple[Branch, ...
 def _distinct_members(union: Union) -> tuple[Pattern, ...]:
     """The members that can matter: nested unions opened, none twice, and beside `Full` only what may exceed 1."""
     flat: list[Pattern] = []
-    for member in union.of:
+    for member in (named.unwrap() for named in union.of):
         opened = _distinct_members(member) if isinstance(member, Union) else (member,)
         flat += [m for m in opened if not any(type(m) is type(other) and m == other for other in flat)]
     if any(isinstance(member, Full) for member in flat):

@@ -6,6 +6,7 @@ Shapes as in `engine`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -105,15 +106,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.owner = _ENGINES.get(engine)  # the graph may outlive the module
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of query, key and value; lse costs only where its gradient is used."""
     query, key, value, seed, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(query)
-    # Where a graph of this backward is wanted, the operator stands in it and says that it has no derivative.
-    as_operator = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    attend_backward = torch.ops.dilated_attention.attend_backward.default if as_operator else _attend_backward
-    grads = attend_backward(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
+    grads: tuple[Tensor, ...] = run(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
+    return grads
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operator's backward: the other operator, so that tracing sees nothing of what is inside."""
+    grads = _gradients(torch.ops.dilated_attention.attend_backward.default, ctx, dout, dlse)
     return (*grads, None, None, None, None, None)
 
 
@@ -145,7 +149,9 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dout, dlse)[:4]
+        # Where a graph of this backward is wanted, the operator stands in it and says that it has no derivative.
+        operator = torch.ops.dilated_attention.attend_backward.default
+        return (*_gradients(operator if torch.is_grad_enabled() else _attend_backward, ctx, dout, dlse), None)
 
 
 def attend(

@@ -89,6 +89,10 @@ class Pattern(ABC):
     def validate(self, num_heads: int, num_kv_heads: int) -> None:
         """Raise `ConfigError` when the pattern cannot be used with these numbers of heads."""
 
+    def unwrap(self) -> Pattern:
+        """The pattern that this one stands for; itself unless it only names another one."""
+        return self
+
     def branches(self, geometry: Geometry) -> tuple[Branch, ...] | None:
         """The pattern as a sum of strided branches, or None where it has no such form."""
         return None

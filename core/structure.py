@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import attrs
 
 from .checks import did_you_mean
-from .errors import ConfigError
+from .errors import ConfigError, DilatedAttentionError
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -37,7 +37,7 @@ def from_mapping(cls: type[T], mapping: object, *, name: str) -> T:
         raise ConfigError(f"{name} needs {', '.join(missing)}; got {', '.join(map(str, mapping)) or 'nothing'}")
     try:
         structured: T = _structure_function(cls)(mapping, cls)
-    except ConfigError:
+    except DilatedAttentionError:
         raise
     except (TypeError, ValueError) as error:  # a value of another shape than the field's type, such as 3 for a list
         raise ConfigError(f"{name}: {error}, in {dict(mapping)!r}") from error

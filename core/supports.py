@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,78 @@ def combine_supports(parts: Sequence[BlockSupport], *, is_sum: bool) -> BlockSup
     combined[np.minimum.reduceat(values, starts) == 0] = 0
     rows, cols = np.divmod(keys[starts], width)
     return BlockSupport(rows, cols, combined)
+
+
+def support_from_table(
+    grid: BlockGrid,
+    geometry: Geometry,
+    table_size: int,
+    table_rows: IntArray,
+    row_ptr: IntArray,
+    table_cols: IntArray,
+    weights: IntArray,
+) -> BlockSupport:
+    """The blocks of `grid` that touch a listed block of a pattern that is itself defined on blocks.
+
+    Args:
+        grid: the blocks asked for, of any size and at any positions.
+        geometry: the call.
+        table_size: positions in a block of the pattern; its row and column n hold positions n * table_size onwards.
+        table_rows: the pattern's rows, ascending; row_ptr (rows + 1,) delimits their columns.
+        row_ptr: see table_rows.
+        table_cols: listed columns, ascending in each row.
+        weights: multiplicity of each listed block where it is constant, else 0.
+
+    Raises:
+        ConfigError: when the grid allows fewer blocks.
+    """
+    size, width = grid.block_size, grid.key_low.size
+    if not grid.query_low.size or not width or not table_cols.size:
+        none = np.zeros(0, dtype=np.int64)
+        return BlockSupport(none, none, none)
+    high = np.minimum(grid.query_low + size, geometry.q_offset + geometry.q_len) - 1
+    first, last = grid.query_low // table_size, high // table_size
+    begin, end = np.searchsorted(table_rows, first), np.searchsorted(table_rows, last, side="right")
+    place = ranges(begin, end - begin)  # the table rows that each grid row touches, one after another
+    counts = np.diff(row_ptr)[place]
+    entry = ranges(row_ptr[place], counts)
+    low = table_cols[entry] * table_size - geometry.kv_offset
+    col_begin, col_end = np.maximum(low // size, 0), np.minimum(-(-(low + table_size) // size), width)
+    spread = np.maximum(col_end - col_begin, 0)
+    cols = ranges(col_begin, spread)
+    rows = np.repeat(np.repeat(np.repeat(np.arange(first.size), end - begin), counts), spread)
+    low, entry = np.repeat(low, spread), np.repeat(entry, spread)
+    inside = (low <= cols * size) & (cols * size + size <= low + table_size) & (first == last)[rows]
+    keys, where = np.unique(rows * width + cols, return_index=True)
+    grid.check_blocks(keys.size)
+    grid_rows, grid_cols = np.divmod(keys, width)
+    return BlockSupport(grid_rows, grid_cols, np.where(inside, weights[entry], 0)[where])
+
+
+def corner_signature(
+    query_low: IntArray,
+    key_low: IntArray,
+    block_size: int,
+    table_size: int,
+    codes: Callable[[IntArray, IntArray], IntArray],
+) -> IntArray:
+    """`Pattern.block_signature` of a pattern defined on blocks of `table_size` positions.
+
+    `codes(rows, cols)` tells the pattern's blocks apart, (n,) int64; a negative one is not constant inside. Blocks that
+    are larger than the pattern's are all told apart.
+    """
+    if block_size > table_size or not query_low.size:
+        return np.stack([query_low, key_low], axis=-1)
+    (rows, row_place), (cols, col_place) = (np.divmod(low, table_size) for low in (query_low, key_low))
+    second_row = (query_low + block_size - 1) // table_size
+    second_col = (key_low + block_size - 1) // table_size
+    corners = [codes(r, c) for r in (rows, second_row) for c in (cols, second_col)]
+    varies = np.minimum.reduce(corners) < 0
+    edges = (
+        np.where(varies | (second_row > rows), row_place, -1),
+        np.where(varies | (second_col > cols), col_place, -1),
+    )
+    return np.stack([*corners, *edges]).T
 
 
 def segment_and_place(position: IntArray, segment_length: int | None) -> tuple[IntArray, IntArray]:

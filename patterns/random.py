@@ -132,48 +132,29 @@ class Random(Pattern):
         """The drawn blocks, constant; on another grid every block that overlaps one, constant where it lies inside."""
         import numpy as np
 
-        from ..core.layout import BlockSupport
-        from ..core.supports import ranges
+        from ..core.supports import support_from_table
 
-        b, size, width = self.block_size, grid.block_size, grid.key_low.size
-        if not grid.query_low.size or not width:
-            none = np.zeros(0, dtype=np.int64)
-            return BlockSupport(none, none, none)
-        high = np.minimum(grid.query_low + size, geometry.q_offset + geometry.q_len) - 1
-        first, last = grid.query_low // b, high // b
-        rows_of = np.repeat(np.arange(first.size), last - first + 1)  # the grid row of each (grid row, own row)
-        own = ranges(first, last - first + 1)
-        distinct, inverse = np.unique(own, return_inverse=True)
-        if size <= b:
-            grid.check_blocks(int(self._allowed(distinct, geometry)[1].sum()))
-        row_ptr, drawn = self._draw(np.full_like(distinct, head), distinct, geometry)
-        counts = np.diff(row_ptr)[inverse]
-        rows = np.repeat(rows_of, counts)
-        low = drawn[ranges(row_ptr[inverse], counts)].astype(np.int64) * b - geometry.kv_offset
-        begin, end = np.maximum(low // size, 0), np.minimum(-(-(low + b) // size), width)
-        spread = np.maximum(end - begin, 0)
-        cols = ranges(begin, spread)
-        rows, low = np.repeat(rows, spread), np.repeat(low, spread)
-        inside = (low <= cols * size) & (cols * size + size <= low + b) & (first == last)[rows]
-        keys, place = np.unique(rows * width + cols, return_index=True)
-        grid.check_blocks(keys.size)
-        return BlockSupport(*np.divmod(keys, width), inside[place].astype(np.int64))
+        low, high = grid.query_low, np.minimum(grid.query_low + grid.block_size, geometry.q_offset + geometry.q_len) - 1
+        if low.size:
+            rows = np.arange(low[0] // self.block_size, high[-1] // self.block_size + 1, dtype=np.int64)
+        else:
+            rows = low
+        if grid.block_size <= self.block_size:
+            grid.check_blocks(int(self._allowed(rows, geometry)[1].sum()))
+        row_ptr, drawn = self._draw(np.full_like(rows, head), rows, geometry)
+        cols = drawn.astype(np.int64)
+        return support_from_table(grid, geometry, self.block_size, rows, row_ptr, cols, np.ones_like(cols))
 
     def block_signature(
         self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry
     ) -> IntArray:
         """Which of the at most four own blocks that a block touches are drawn, and where their edges cut it."""
-        import numpy as np
+        from ..core.supports import corner_signature
 
-        if block_size > self.block_size or not query_low.size:
-            return np.stack([query_low, key_low], axis=-1)
-        (rows, row_place), (cols, col_place) = (np.divmod(low, self.block_size) for low in (query_low, key_low))
-        second_row = (query_low + block_size - 1) // self.block_size
-        second_col = (key_low + block_size - 1) // self.block_size
-        corners = [(r, c) for r in (rows, second_row) for c in (cols, second_col)]
-        drawn = [self._holds(r, c, head, geometry).astype(np.int64) for r, c in corners]
-        edges = np.where(second_row > rows, row_place, -1), np.where(second_col > cols, col_place, -1)
-        return np.stack([*drawn, *edges]).T
+        def drawn(rows: IntArray, cols: IntArray) -> IntArray:
+            return self._holds(rows, cols, head, geometry).astype(rows.dtype)
+
+        return corner_signature(query_low, key_low, block_size, self.block_size, drawn)
 
     def to_dict(self) -> dict[str, object]:
         """The fields that are given, with `kind`."""

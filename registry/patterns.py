@@ -8,7 +8,7 @@ from typing import Any, Final, TypeGuard
 import attrs
 
 from ..core.checks import did_you_mean
-from ..core.errors import ConfigError, PluginError
+from ..core.errors import ConfigError, DilatedAttentionError, PluginError
 from ..core.pattern import Pattern, Sum, Union
 from ..core.structure import check_keys, from_mapping
 from .discovery import Registry
@@ -44,7 +44,7 @@ def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry) ->
         )
     try:
         return from_mapping(cls, parameters, name=f"pattern {kind!r}")
-    except ConfigError:
+    except DilatedAttentionError:
         raise
     except PLUGIN_FAULTS as error:  # its class failed in a way that is not about the user's values
         raise PluginError(f"pattern {kind!r} of {registered.source.origin} raised {describe(error)}") from error

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from dilated_attention import Attention, ConfigError, Dilated, Full, Local, build_attention
 from dilated_attention.core.geometry import Geometry
@@ -140,11 +142,13 @@ def test_fifty_steps_under_autocast_track_float32() -> None:
 def test_compiles_without_a_graph_break_and_without_recompiling_for_lengths() -> None:
     torch.compiler.reset()
     attention = build(pattern=LONGNET + Local(window_size=7))
-    frames: list[int] = []
+    frames: list[set[str]] = []
 
-    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
-        frames.append(1)
-        return graph.forward
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
+        frames.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = attention(q, k, v, return_lse=True)
@@ -157,7 +161,10 @@ def test_compiles_without_a_graph_break_and_without_recompiling_for_lengths() ->
         expected = torch.autograd.grad(loss(*tensors), tensors)
         for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
             assert error(a, b) < 1e-6
-    assert len(frames) <= 2  # the second length makes it dynamic, later ones are free
+    assert len(frames) <= 4  # forward and backward; the second length makes them dynamic, later ones are free
+    names = set().union(*frames)
+    assert {"dilated_attention.attend.default", "dilated_attention.attend_backward.default"} <= names
+    assert not any("scaled_dot_product" in name or "as_strided" in name for name in names)  # nothing was traced through
 
 
 @pytest.mark.slow
@@ -258,7 +265,10 @@ def bad(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Te
         (bad((2, 9, 4, 8), (2, 9, 4, 8), (2, 8, 4, 8)), r"key and value equal lengths"),
         (bad((2, 9, 4, 8), (3, 9, 4, 8), (3, 9, 4, 8)), r"equal batch sizes"),
         (bad((2, 9, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8), dtype=torch.float16), r"built for torch.float32; cast it"),
-        ([*bad((2, 9, 4, 8), (2, 9, 4, 8)), torch.zeros(2, 9, 4, 8, device="meta")], r"value is on meta, but the attention was built for cpu"),
+        (
+            [*bad((2, 9, 4, 8), (2, 9, 4, 8)), torch.zeros(2, 9, 4, 8, device="meta")],
+            r"value is on meta, but the attention was built for cpu",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_inputs_are_told_apart(tensors: list[Tensor], message: str) -> None:

@@ -90,10 +90,11 @@ def run_training(library: Path, steps: int) -> Training:
     )
 
 
-def test_training_learns_repeats_itself_and_leaves_the_generator_alone(library: Path) -> None:
-    state = torch.get_rng_state()
+def test_training_learns_repeats_itself_and_leaves_no_trace(library: Path) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = run_training(library, 25), run_training(library, 25)
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
     assert first.bits == second.bits
     assert len(first.bits) == 25
     assert first.bytes_read == 25 * SMALL.seq_len

@@ -26,7 +26,8 @@ MAX_LINES = 400
 LOWER_FLOORS = {
     "core": (),
     "registry": ("core",),
-    "patterns": ("core", "registry.specs", "registry.hooks"),
+    # The store reads patterns back from their mapping form, as config files do.
+    "patterns": ("core", "registry.specs", "registry.hooks", "registry.discovery", "registry.patterns"),
     "backends": ("core", "registry.specs", "registry.hooks"),
 }
 PLUGIN_NAME = re.compile(r"(?:dilated_attention)?\.?((?:patterns|backends)\.\w+)")

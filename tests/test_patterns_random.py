@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from dilated_attention import presets
 from dilated_attention.core import reference
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
@@ -240,3 +241,13 @@ def test_drawing_is_fast() -> None:
     print(f"drawing 131,072 rows: {ours * 1e3:.1f} ms; torch.randperm a row: {theirs * 1e3:.0f} ms")  # noqa: T201
     assert ours < 1
     assert theirs / ours > 20
+
+
+def test_presets_are_the_algebra() -> None:
+    assert presets.longformer(window_size=6, global_tokens=2) == Local(3) | Global(2)
+    bigbird = presets.bigbird(block_size=4, window_blocks=3, global_blocks=1, random_blocks=2, seed=5)
+    assert bigbird == Local(4) | Global(4) | Random(3, 4, 5)
+    with pytest.raises(ConfigError, match="window_blocks must be odd"):
+        presets.bigbird(window_blocks=2)
+    with pytest.raises(ConfigError, match="window_size must be even"):
+        presets.longformer(window_size=5)

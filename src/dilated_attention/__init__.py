@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .core.version import VERSION
 
 if TYPE_CHECKING:
-    from . import errors, reference, registry
+    from . import errors, presets, reference, registry
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.errors import (
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .patterns.dilated import Dilated
     from .patterns.global_tokens import Global
     from .patterns.local import Local
+    from .patterns.random import Random
+    from .patterns.store import PatternStore, load_pattern, save_pattern
     from .patterns.strided import Strided
     from .registry.build import build_attention, explain
 
@@ -49,7 +51,9 @@ _HOMES: dict[str, str | None] = {
     "NoBackendError": "core.errors",
     "Pattern": "core.pattern",
     "PatternFileError": "core.errors",
+    "PatternStore": "patterns.store",
     "PluginError": "core.errors",
+    "Random": "patterns.random",
     "RingBroken": "core.errors",
     "Strided": "patterns.strided",
     "Sum": "core.pattern",
@@ -58,8 +62,11 @@ _HOMES: dict[str, str | None] = {
     "build_attention": "registry.build",
     "errors": None,
     "explain": "registry.build",
+    "load_pattern": "patterns.store",
+    "presets": None,
     "reference": None,
     "registry": None,
+    "save_pattern": "patterns.store",
 }
 
 __all__ = [
@@ -76,7 +83,9 @@ __all__ = [
     "NoBackendError",
     "Pattern",
     "PatternFileError",
+    "PatternStore",
     "PluginError",
+    "Random",
     "RingBroken",
     "Strided",
     "Sum",
@@ -86,8 +95,11 @@ __all__ = [
     "build_attention",
     "errors",
     "explain",
+    "load_pattern",
+    "presets",
     "reference",
     "registry",
+    "save_pattern",
 ]
 
 

@@ -107,7 +107,7 @@ def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
     corpus, config = text.standard_library(), ModelConfig()
     say(
         f"3. A byte model ({config.layers} layers, {config.num_heads} heads, {config.seq_len:,} bytes at a time) reads "
-        f"{corpus.files} files of\n   {corpus.root}; {corpus.held_out.numel():,} bytes in other files are held out\n"
+        f"{corpus.files} files of\n   {corpus.root}, every twentieth held out ({corpus.held_out.numel():,} bytes)\n"
     )
     training = train_with_progress(say, corpus, config, budget)
     xz_bits = corpus.compressed_bits_per_byte()

@@ -86,6 +86,7 @@ def draw_loss(training: Training, xz_bits: float, path: Path) -> None:
         [mark.step for mark in training.marks],
         [mark.held_out for mark in training.marks],
         color=ORANGE, marker="o", markersize=5, linewidth=1.2, linestyle="--", label="held-out files",
+        clip_on=False, zorder=3,
     )  # fmt: skip
     axis.axhline(xz_bits, color=GREY, linewidth=1, linestyle=":")
     axis.annotate(

@@ -1,0 +1,1 @@
+"""Measurements beside the package: what it is compared with lives here, not in the wheel."""

@@ -1,0 +1,107 @@
+"""Names and files of a store: what a name may be, where it leads, and writing that is whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+from typing import Final
+
+from ..core.errors import PatternFileError, UnsafePathError
+
+SUFFIX: Final = ".safetensors"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_DEVICES: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+# Where a file system has no hard links.
+_NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def checked_name(name: object) -> str:
+    """`name` as it is, or `UnsafePathError`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise UnsafePathError(
+            f"a pattern's name is 1 to 120 letters, digits, '.', '_' or '-', begins with a letter or digit and has no "
+            f"'..'; got {name!r}"
+        )
+    if _DEVICES.fullmatch(name):
+        raise UnsafePathError(f"{name!r} is the name of a device on some systems; choose another")
+    return name
+
+
+def path_of(root: Path, name: object) -> Path:
+    """The file of `name` directly inside `root`; `UnsafePathError` where a link there leads out of the root."""
+    path = root / (checked_name(name) + SUFFIX)
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(os.path.realpath(root)):
+            raise UnsafePathError(f"{str(path)!r} is a link to {str(target)!r}, outside the store")
+    return path
+
+
+def read(path: Path, limit_bytes: int) -> bytes:
+    """The content of a regular file of at most `limit_bytes`."""
+    # Non-blocking, so that a pipe with the right name cannot hang us; the checks look at what was opened.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(os.path.realpath(path), flags)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UnsafePathError(f"{str(path)!r} is a link that leads nowhere") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PatternFileError(f"{str(path)!r} is no regular file")
+        if status.st_size > limit_bytes:
+            raise PatternFileError(f"{str(path)!r} has {status.st_size:,} bytes, allowed are {limit_bytes:,}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(limit_bytes + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > limit_bytes:
+        raise PatternFileError(f"{str(path)!r} grew beyond {limit_bytes:,} bytes while it was read")
+    return content
+
+
+def write(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Put `content` at `path` in one step; a crash or a second writer leaves one whole file or the other.
+
+    Raises:
+        FileExistsError: the file is there already and `overwrite` is false.
+    """
+    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _place_new(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _place_new(temporary: Path, path: Path) -> None:
+    """Give the file its name unless that is taken, in one step where the file system has hard links."""
+    taken = f"{str(path)!r} exists already; pass overwrite=True to replace it"
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError as error:
+        raise FileExistsError(taken) from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(taken) from error
+        temporary.replace(path)
