@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -48,6 +49,18 @@ class ReferenceBackend:
         return ReferenceKernel(request.config.limits.reference_mask_bytes)
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd records, inside an operator too: there the dispatcher has left autograd's keys behind."""
+    keys = torch._C.DispatchKey
+    with (
+        torch.enable_grad(),
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+    ):
+        yield
+
+
 @attrs.frozen
 class ReferenceKernel:
     """Computes a `LayoutPiece` from its pattern alone; raises `ConfigError` where the mask is too large."""
@@ -78,7 +91,7 @@ class ReferenceKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again, with the same dropout draw, and differentiates it."""
-        with torch.enable_grad():
+        with _recording():
             q, k, v = (x.detach().to(torch.float64).requires_grad_() for x in (query, key, value))
             results = self._attention(q, k, v, piece)
         used = results[:1] if dlse is None else results

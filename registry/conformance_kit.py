@@ -175,9 +175,14 @@ class Kit:
         yield Trial(self, check, check.change(self, case))
 
     def _few(self) -> set[Case]:
-        """For each device, dtype, causality and one of a few patterns the first case."""
+        """For each device, dtype (float32 and one other, if quick), causality and one of a few patterns the first case."""
+        dtypes = {case.dtype for case in self.cases}
+        if self.quick:
+            dtypes = {*sorted(dtypes, key=("float32", "bfloat16", "float16", "float64").index)[:2]}
         first: dict[tuple[object, ...], Case] = {}
         for case in self.cases:
+            if case.dtype not in dtypes:
+                continue
             if case.pattern_name in FEW or case.pattern_name in self._added:
                 first.setdefault((case.device, case.dtype, case.is_causal, case.pattern_name), case)
         return set(first.values()) or set(self.cases[:1])
