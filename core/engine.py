@@ -78,7 +78,9 @@ class Engine:
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
-        self.key = sha256(repr((config, pattern, kernel.name, takes_layout, has_dlse, sorted(call_axes))).encode()).hexdigest()
+        self.key = sha256(
+            repr((config, pattern, kernel.name, takes_layout, has_dlse, sorted(call_axes))).encode()
+        ).hexdigest()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Engine:
         return self

@@ -1,9 +1,10 @@
 """The conformance kit: one table, or one pytest class, that says whether a backend does all that it declares.
 
 Held against float64 (`dilated_attention.reference`) on the grid that the backend's capabilities declare: out, lse, dq,
-dk, dv and gradients through lse; what must hold without an oracle (weights add up to 1, no future leaks, one token moves
-exactly the rows that see it); lengths, offsets, strides, memory, determinism; PyTorch's operators, compilation, CUDA
-graphs, streams and devices; and the contract (what is declared is accepted, what is not is refused, never a crash).
+dk, dv and gradients through lse; what must hold without an oracle (weights add up to 1, no future leaks, one token
+moves exactly the rows that see it); lengths, offsets, strides, memory, determinism; PyTorch's operators, compilation,
+CUDA graphs, streams and devices; and the contract (what is declared is accepted, what is not is refused, never a
+crash).
 
 With pytest:
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .conformance_case import Case
     from .conformance_kit import Kit
 
-Where = Literal["backend", "every case", "few cases", "one case"]
+Where = Literal["backend", "every case", "every causal case", "few cases", "one case"]
 
 
 def _always(kit: Kit, case: Case | None) -> str:
@@ -39,8 +39,8 @@ class Check:
 
     Attributes:
         name: as the table shows it.
-        where: what it is made on: the backend as such, every case of the grid, the cases of a few patterns, or one
-            case a device.
+        where: what it is made on: the backend as such, every (causal) case of the grid, the cases of a few patterns,
+            or one case a device.
         run: yields findings about a subject, or about the kit's backend.
         why_not: why it does not apply to a case, or an empty string.
         change: the case that it is made on instead, given the kit and the case.
@@ -60,12 +60,6 @@ class Check:
 
 def _needs_backward(kit: Kit, case: Case | None) -> str:
     return "" if kit.declares("backward") else "backward is not declared"
-
-
-def _needs_causal(kit: Kit, case: Case | None) -> str:
-    if not kit.declares("causal"):
-        return "causal is not declared"
-    return "" if case is not None and case.is_causal else "the case is not causal"
 
 
 def _needs(axis: str, needed: object = True) -> Callable[[Kit, Case | None], str]:
@@ -159,7 +153,7 @@ CHECKS: Final = (
     Check("dv", "every case", values.dv, _needs_backward),
     Check("through-lse", "every case", values.through_lse, _needs_lse_gradient),
     Check("ones", "every case", values.ones),
-    Check("future", "every case", values.future, _needs_causal),
+    Check("future", "every causal case", values.future),
     Check("one-token", "every case", values.one_token),
     Check("lse-base", "few cases", values.lse_base),
     Check("ragged", "few cases", geometry.ragged),

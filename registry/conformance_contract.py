@@ -154,8 +154,12 @@ def _undeclared_requests(kit: Kit) -> Iterator[tuple[str, AttentionConfig, Devic
     ]
     widths = (1, 7, 24, 48, 100, 257, 1024, (1 << 16) + 1)
     changes += [{"head_dim": d} for d in widths if not covers(capabilities.get("head_dims", ()), d)]
-    flags = {"gqa": {"num_heads": 4, "num_kv_heads": 2}, "causal": {"is_causal": True}, "dropout": {"dropout_p": 0.1}}
-    flags["backward"] = {"requires_grad": True}
+    flags: dict[str, dict[str, Any]] = {
+        "gqa": {"num_heads": 4, "num_kv_heads": 2},
+        "causal": {"is_causal": True},
+        "dropout": {"dropout_p": 0.1},
+    }
+    flags |= {"backward": {"requires_grad": True}}
     changes += [change for axis, change in flags.items() if not covers(capabilities.get(axis, False), True)]
     for directions, grad in ((("forward",), False), (("forward", "backward"), True)):
         if not covers(capabilities.get("deterministic", ()), directions):

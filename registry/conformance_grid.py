@@ -22,7 +22,7 @@ DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 HEAD_DIMS: Final = (24, 48, 64, 8, 16, 32, 80, 96, 128, 192, 256)
 QUICK_HEAD_DIMS: Final = (24, 48, 64)
 HEADS: Final = ((4, 4), (4, 2), (6, 2), (4, 1))
-LENGTH: Final = 157
+LENGTH: Final = 131
 LONGER: Final = 389
 
 # Branches that tile and branches that do not, repetitions that become weights, blocks and rows of both.
@@ -59,7 +59,9 @@ def devices_of(spec: BackendSpec, device: str | None) -> tuple[str, ...]:
         found = describe_device(device)
         if not found.available or not covers(declared, found.type):
             here = "" if found.available else ", which this machine does not have"
-            raise ConfigError(f"backend {spec.name!r} declares {', '.join(declared) or 'no device'}, not {device!r}{here}")
+            raise ConfigError(
+                f"backend {spec.name!r} declares {', '.join(declared) or 'no device'}, not {device!r}{here}"
+            )
         return (found.torch_name,)
     local = tuple(name for name in local_device_types() if covers(declared, device_type_of_torch(name)))
     if not local:

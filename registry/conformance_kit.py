@@ -120,7 +120,9 @@ class Kit:
         self.registry = default_registry() if registry is None else registry
         if backend not in self.registry.backends:
             known = tuple(self.registry.backends)
-            raise ConfigError(f"unknown backend {backend!r}{did_you_mean(backend, known)}; known are {', '.join(known)}")
+            raise ConfigError(
+                f"unknown backend {backend!r}{did_you_mean(backend, known)}; known are {', '.join(known)}"
+            )
         self.registered = self.registry.backends[backend]
         self.quick, self.large = quick, large
         self.devices = devices_of(self.registered.spec, device)
@@ -165,8 +167,9 @@ class Kit:
                 yield Trial(self, check)
         few, ones = self._few(), self._ones()
         for case in self.cases:
+            wheres = ("every case", "every causal case") if case.is_causal else ("every case",)
             for check in CHECKS:
-                if check.where == "every case" or (check.where == "few cases" and case in few):
+                if check.where in wheres or (check.where == "few cases" and case in few):
                     yield from self._trial(check, case)
         for case in ones:
             yield from (trial for check in CHECKS if check.where == "one case" for trial in self._trial(check, case))
@@ -175,7 +178,7 @@ class Kit:
         yield Trial(self, check, check.change(self, case))
 
     def _few(self) -> set[Case]:
-        """For each device, dtype (float32 and one other, if quick), causality and one of a few patterns the first case."""
+        """For each device, dtype (two, if quick), causality and one of a few patterns the first case."""
         dtypes = {case.dtype for case in self.cases}
         if self.quick:
             dtypes = {*sorted(dtypes, key=("float32", "bfloat16", "float16", "float64").index)[:2]}
@@ -189,7 +192,7 @@ class Kit:
 
     def _ones(self) -> tuple[Case, ...]:
         """For each device one case: dilated, causal, in float32, as far as these are there."""
-        chosen = {}
+        chosen: dict[str, tuple[tuple[bool, ...], Case]] = {}
         for case in self.cases:
             rank = (case.pattern_name == "dilated", case.is_causal, case.dtype == "float32")
             if case.device not in chosen or rank > chosen[case.device][0]:

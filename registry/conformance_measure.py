@@ -139,5 +139,7 @@ def half_bounds(inputs: Sequence[Tensor], *, is_causal: bool) -> dict[str, float
     expected, lse = reference.attention(exact[0], exact[1], exact[2], is_causal=causal)
     actual = {"out": out, **gradients(out, lse, leaves, dtype, through_lse=False)}
     right = {"out": expected, **gradients(expected, lse, exact, dtype, through_lse=False)}
-    errors = {name: _relative(x.detach().double().flatten(), right[name].detach().flatten()) for name, x in actual.items()}
+    errors = {
+        name: _relative(x.detach().double().flatten(), right[name].detach().flatten()) for name, x in actual.items()
+    }
     return {"lse": HALF_LSE_BOUND, **{name: HALF_FACTOR * error for name, error in errors.items()}}

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -64,8 +64,11 @@ def fresh_memory(subject: Subject) -> Iterator[Finding]:
 @contextlib.contextmanager
 def _poisoned_allocations() -> Iterator[None]:
     """PyTorch fills what it allocates with NaN; the three switches are put back as they were."""
-    settings = torch.utils.deterministic
-    was_on, was_warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    was_on, was_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     was_filling = settings.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -80,9 +83,9 @@ def _poisoned_allocations() -> Iterator[None]:
 
 def own_results(subject: Subject) -> Iterator[Finding]:
     """A call's results stay as they are when the next call is made, and its inputs are left alone."""
+    inputs = [x.clone() for x in subject.inputs]
     first = subject.run(subject.inputs)
     kept = {name: x.clone() for name, x in first.items()}
-    inputs = [x.clone() for x in subject.inputs]
     subject.run([random_like(x.shape, x.dtype, x.device, seed=77) for x in inputs])
     for name, x in first.items():
         problem = "" if _same(x, kept[name]) else "was overwritten by the next call"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import torch
 
 from .conformance_case import Subject
 from .conformance_measure import Finding, compare
+
+_DRAWS: Final = 32
+# The mean of so many draws, projected on what it should be, is a mean over some ten thousand numbers as well: chance
+# moves it by a thousandth, and a forgotten factor 1 / (1 - p) by p.
+_BIAS: Final = 0.02
 
 
 def operator(subject: Subject) -> Iterator[Finding]:
@@ -51,7 +57,7 @@ def cuda_graph(subject: Subject) -> Iterator[Finding]:
     attention, held = subject.attention, [x.clone() for x in subject.inputs]
     case = subject.case
     attention.prepare(case.q_len, kv_len=case.kv_len)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad():
         with torch.cuda.stream(side):
@@ -73,11 +79,11 @@ def cuda_graph(subject: Subject) -> Iterator[Finding]:
 def side_stream(subject: Subject) -> Iterator[Finding]:
     """On a stream other than the default one, work is queued there and nowhere else."""
     device = torch.device(subject.case.device)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     late = [torch.empty_like(x) for x in subject.inputs]
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # the inputs arrive late, on this stream
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # the inputs arrive late, on this stream
         for x, y in zip(late, subject.inputs, strict=True):
             x.copy_(y)
         results = subject.run(late)
@@ -101,21 +107,14 @@ def dropout(subject: Subject) -> Iterator[Finding]:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         draws = [subject.call(query, key, value) for _ in range(_DRAWS)]
-        for name, x in (("lse", draws[0][1]),):
-            yield compare(f"{name} in training", x, expected[name], subject.bounds[name])
-        stack = torch.stack([draw[0].double() for draw in draws])
-        if torch.equal(stack[0], stack[1]):
-            yield Finding(what="draws", problem="two calls in training gave the same output: nothing is dropped")
-        # The mean of the draws, in standard errors; over thousands of numbers 7 of them are not met by chance.
-        deviation = stack.std(dim=0).clamp_min(1e-9) / _DRAWS**0.5
-        worst = float(((stack.mean(dim=0) - expected["out"]).abs() / deviation).nan_to_num(nan=torch.inf).amax())
-        yield Finding(what="mean of the draws, in standard errors", error=worst, bound=_ERRORS)
+        yield compare("lse in training", draws[0][1], expected["lse"], subject.bounds["lse"])
+        same = torch.equal(draws[0][0], draws[1][0])
+        yield Finding(what="draws", problem="two calls in training gave the same output" if same else "")
+        mean, exact = sum(draw[0].double() for draw in draws) / _DRAWS, expected["out"]
+        slope = float((mean * exact).sum() / (exact * exact).sum())
+        yield Finding(what="mean of the draws", error=abs(slope - 1), bound=_BIAS)
         if subject.case.requires_grad:
             yield _linear(subject)
-
-
-_DRAWS = 64
-_ERRORS = 9.0
 
 
 def _linear(subject: Subject) -> Finding:

@@ -112,21 +112,23 @@ def future(subject: Subject) -> Iterator[Finding]:
 
 
 def one_token(subject: Subject) -> Iterator[Finding]:
-    """Changing one token moves exactly the rows that see it."""
+    """Changing one key-value head of one token moves exactly the rows that see it, in the heads that read it."""
     query, key, value = (_gentle(subject.inputs[0]), *subject.inputs[1:])
     before, before_lse = subject.call(query, key, value)
+    group, readers = subject.case.geometry.group_size, torch.arange(subject.case.num_heads)
     for token in _some(subject.case.kv_len):
+        head = token % subject.case.num_kv_heads
         other_key, other_value = key.clone(), value.clone()
-        other_key[:, token] = -other_key[:, token]
-        other_value[:, token] += 64.0
+        other_key[:, token, head] = -other_key[:, token, head]
+        other_value[:, token, head] += 64.0
         after, after_lse = subject.call(query, other_key, other_value)
         moved = ~(after == before).all(dim=-1).transpose(1, 2)  # (B, H, S); a NaN has moved
         lse_moved = ~(after_lse == before_lse)
-        sees = subject.sees[:, :, token].to(moved.device)
+        sees = (subject.sees[:, :, token] & (readers // group == head)[:, None]).to(moved.device)
         extra = int(((moved | lse_moved) & ~sees).sum())
         missing = int((~moved & sees).sum())
         problem = f"{extra} rows moved that do not see it, {missing} that see it did not" if extra or missing else ""
-        yield Finding(what=f"key {token}", problem=problem)
+        yield Finding(what=f"key {token} of head {head}", problem=problem)
 
 
 def _gentle(query: Tensor) -> Tensor:
