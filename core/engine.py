@@ -147,7 +147,9 @@ class Engine:
             if program.schedule.calls:
                 dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
                 merge_(out, lse, dense, dense_lse)
-        return out.to(query.dtype).contiguous(), lse.contiguous()
+        if out.dtype != query.dtype:
+            out = out.to(query.dtype)
+        return out.contiguous(), lse.contiguous()
 
     def backward(
         self,

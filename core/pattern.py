@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import attrs
 
-from .checks import positive_int
+from .checks import did_you_mean, positive_int
 from .errors import ConfigError
 from .geometry import Geometry
 
@@ -61,6 +61,16 @@ class Pattern(ABC):
     """Who attends to whom. Subclasses are frozen attrs classes with a `kind` that names them in files."""
 
     kind: ClassVar[str]
+
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""
+        known = [field.alias for field in attrs.fields(cls)] if attrs.has(cls) else list(fields)
+        for name in fields:
+            if name not in known:
+                takes = ", ".join(known) or "none"
+                hint = did_you_mean(name, known)
+                raise ConfigError(f"{cls.__name__} has no parameter {name!r}{hint}; it takes {takes}")
+        return super().__new__(cls)
 
     @abstractmethod
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:

@@ -92,7 +92,7 @@ class StoredBlocks(Pattern):
         return np.where(listed[place] == wanted, codes[place], 0)
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
-        """What the table holds; 0 beyond its sequence. Raises `PatternFileError` where the table does not fit."""
+        """What the table holds. Raises `PatternFileError` where it does not fit the call."""
         import numpy as np
 
         self._check(geometry)
@@ -101,9 +101,7 @@ class StoredBlocks(Pattern):
         if not self.table.masks.size:
             return codes
         masked = self.table.masks[np.where(codes < 0, -1 - codes, 0), q_place, k_place]
-        end = self.table.geometry.kv_len
-        counts: IntArray = np.where(codes < 0, masked, codes) * ((query < end) & (key < end))
-        return counts
+        return np.where(codes < 0, masked, codes)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The listed blocks, those with one weight constant."""

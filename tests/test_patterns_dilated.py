@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,3 +135,12 @@ def test_its_mapping_makes_it_again(pattern: Dilated) -> None:
     fields = pattern.to_dict()
     assert fields.pop("kind") == "dilated"
     assert Dilated(**fields) == pattern  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("segment_length", "segment_lengths"), ("dilated_ratio", "dilation_rates")]
+)
+def test_torchscale_names_are_answered_with_ours(name: str, meant: str) -> None:
+    fields: dict[str, Any] = {"segment_lengths": (4,), "dilation_rates": (1,), name: (4,)}
+    with pytest.raises(ConfigError, match=f"no parameter '{name}' .did you mean '{meant}'"):
+        Dilated(**fields)
