@@ -27,6 +27,54 @@ SDPA = BackendSpec(
     },
 )
 
+FA3 = BackendSpec(
+    name="fa3",
+    target="dilated_attention.backends.fa3:Fa3Backend",
+    # LongNet's case at 128K tokens on an H100, bf16, D = 64, forward + backward: fa3 13.4 ms, fa4 13.3, sdpa with
+    # FlashAttention-2 20.6; at 32K, where launches count, 3.62, 6.23 and 6.12; at 512K 52.1, 52.7 and 79.1. Dense at
+    # 16K, D = 64: 484, 526 and (cuDNN) 433 TFLOP/s.
+    priority=30,
+    capabilities={
+        "device_types": ("cuda",),
+        "arch": ("sm_90",),
+        "dtypes": ("bfloat16", "float16"),
+        "head_dims": Range(8, 256, 8),
+        "layouts": ("dense",),
+        "gqa": True,
+        "causal": True,
+        "offsets": True,
+        "unequal_lengths": True,
+        "backward": True,
+        "lse": True,
+        # Not backward: its deterministic mode was reported not to be (Dao-AILab/flash-attention#2244).
+        "deterministic": ("forward",),
+        "compile": "opaque",
+        "cuda_graph": True,
+    },
+)
+
+XFORMERS = BackendSpec(
+    name="xformers",
+    target="dilated_attention.backends.xformers:XformersBackend",
+    priority=-10,  # FlashAttention-2 and cutlass are in sdpa too, with less work on the host for each call
+    capabilities={
+        "device_types": ("cuda",),
+        "dtypes": ("float32", "bfloat16", "float16"),
+        "head_dims": Range(4, 256, 4),
+        "layouts": ("dense",),
+        "gqa": True,
+        "causal": True,
+        "offsets": True,
+        "unequal_lengths": True,
+        "backward": True,
+        "lse": True,
+        "deterministic": ("forward",),
+        "compile": "opaque",
+        "cuda_graph": True,
+    },
+    requires=("xformers>=0.0.34",),
+)
+
 REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
@@ -54,5 +102,5 @@ REFERENCE = BackendSpec(
 
 @hookimpl
 def dilated_attention_backends() -> Iterable[BackendSpec]:
-    """The two backends that need torch alone."""
-    return (SDPA, REFERENCE)
+    """Those that need torch alone, and those over third-party kernels."""
+    return (FA3, SDPA, XFORMERS, REFERENCE)

@@ -274,9 +274,8 @@ def _grow(left: dict[int, int], first: int, step: int, group_size: int) -> _Head
     while group < len(chain) and kv[group] == kv[0]:
         group += 1
     kv_step = kv[group] - kv[0] if group < len(chain) else 1
-    offset_step = offsets[1] - offsets[0] if group == 1 and len(chain) > 1 else 0
-    if offset_step < 0:  # a stride would be negative, which torch has not
-        return _Heads(first, 1, offsets[0], 0, kv[0], 1, 1, 1)
+    # A falling offset may need a negative stride, which PyTorch has not; those heads do not go together.
+    offset_step = max(0, offsets[1] - offsets[0]) if group == 1 and len(chain) > 1 else 0
     count = 0
     while count < len(chain) and kv[count] == kv[0] + count // group * kv_step:
         if offsets[count] != offsets[0] + count * offset_step:
