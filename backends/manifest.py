@@ -16,6 +16,7 @@ SDPA = BackendSpec(
         "dtypes": ("float64", "float32", "bfloat16", "float16"),
         "head_dims": Range(1, 256),
         "layouts": ("dense",),
+        "dynamic_tables": True,  # core's block product takes them
         "gqa": True,
         "causal": True,
         "offsets": True,

@@ -187,7 +187,7 @@ class PatternStore:
                 raise PatternFileError(
                     f"{str(path)!r} is no valid pattern: its parameters are {type(mapping).__name__}"
                 )
-            return StoredBlocks(name, str(self.root), table_of(document, arrays, repr(str(path))))
+            return StoredBlocks(name=name, root=str(self.root), table=table_of(document, arrays, repr(str(path))))
         if arrays or not _is_parametric(mapping):
             raise PatternFileError(f"{str(path)!r} is no valid pattern: it holds more than parameters of known kinds")
         try:

@@ -249,7 +249,7 @@ def test_the_patterns_walked_are_all_that_there_are() -> None:
 @needs_absence
 def test_unaligned_inputs_are_copied_and_aligned_ones_are_not(emulated: FlashAttention3) -> None:
     packed = torch.randn(2, 33, 3, 4 * 8 + 1)
-    query, key, value = (packed[:, :, i, 1:].unflatten(2, (4, 8)) for i in range(3))
+    query, key, value = (torch.unflatten(packed[:, :, i, 1:], 2, (4, 8)) for i in range(3))
     assert not is_aligned(query)
     piece = DensePiece(is_causal=True, scale=0.3)
     out, lse = emulated.forward(query, key, value, piece)
