@@ -11,6 +11,7 @@ from ..registry.specs import BackendSpec, Range
 # What every kernel for dense pieces of PyTorch's strided tensors brings, core's composer having done the rest.
 _DENSE: Final = {
     "layouts": ("dense",),
+    "dynamic_tables": True,  # core's block product takes them
     "gqa": True,
     "causal": True,
     "offsets": True,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Columns of head_dim that carry the gradient of lse through a dense kernel; kernels want multiples of 8.
 WIDENING: Final = 8
 
+# Capabilities that a call needs rather than a configuration: they are matched when a new length is met.
+CALL_AXES: Final = ("unequal_lengths", "offsets")
+
 
 @attrs.frozen(kw_only=True)
 class DensePiece:
@@ -44,6 +47,9 @@ class LayoutPiece:
         deterministic: the same bits on every run, forward and backward.
         dropout_p: probability with which each counted occurrence is dropped after normalisation.
         seed: int64 scalar tensor that determines the dropout draw; given exactly when dropout_p > 0.
+        tables: the key blocks of each row of blocks where a gate chooses them per call, (B, H, R, k) int64 as
+            `LearnedPattern.make_gate` describes them; the layout then has neither branches nor blocks. Given only to
+            backends that declare dynamic_tables.
     """
 
     layout: Layout
@@ -51,6 +57,7 @@ class LayoutPiece:
     deterministic: bool = False
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    tables: Tensor | None = None
 
 
 class DenseKernel(Protocol):

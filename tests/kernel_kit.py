@@ -23,7 +23,7 @@ from dilated_attention import (
 )
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import DenseKernel
+from dilated_attention.core.kernel import CALL_AXES, DenseKernel
 from dilated_attention.registry.capabilities import make_request
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.selection import Verdict, judge
@@ -49,9 +49,9 @@ PATTERNS: list[Pattern] = [
 
 def request(device: Device = H100, pattern: Pattern | None = None, **fields: Any) -> Request:
     """A request for that device; by default bfloat16, 8 heads of 64."""
-    given = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": pattern or Full()} | fields
-    config = AttentionConfig(**given)
-    return make_request(config, given["pattern"], device)
+    chosen = pattern or Full()
+    given: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": chosen} | fields
+    return make_request(AttentionConfig(**given), chosen, device)
 
 
 def verdict(backend: str, device: Device = H100, **fields: Any) -> Verdict:
@@ -83,7 +83,7 @@ def emulated_engine(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, h
         pattern=pattern,
         is_causal=geometry.is_causal,
     )
-    return Engine(config, pattern, kernel, takes_layout=False, has_dlse=True)
+    return Engine(config, pattern, kernel, takes_layout=False, has_dlse=True, call_axes=frozenset(CALL_AXES))
 
 
 def check_emulated(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, head_dim: int) -> None:
@@ -92,12 +92,12 @@ def check_emulated(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, he
     tensors = inputs(geometry, batch=2, head_dim=head_dim, dtype=torch.float32)
     query, key, value = (x.detach() for x in tensors)
     offsets = geometry.q_offset, geometry.kv_offset
-    out, lse = engine.forward(query, key, value, *offsets, None)
+    out, lse = engine.forward(query, key, value, *offsets, None, None)
     for through_lse in (False, True):
         expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
         generator = torch.Generator().manual_seed(1)
         dout, dlse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).float() for x in (out, lse))
-        grads = engine.backward(dout, dlse if through_lse else None, query, key, value, out, lse, *offsets, None)
+        grads = engine.backward(dout, dlse if through_lse else None, query, key, value, out, lse, *offsets, None, None)
         for name, a, e in zip(NAMES, (out, lse, *grads), expected, strict=True):
             assert error(a, e) < 1e-5, (name, error(a, e), through_lse)
 

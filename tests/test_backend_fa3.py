@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import ConfigError, Dilated, Full, Pattern, explain
+from dilated_attention import ConfigError, Dilated, Full, Learned, Pattern, explain
 from dilated_attention.backends.fa3 import Fa3Backend, FlashAttention3, find_operators
 from dilated_attention.backends.libraries import aligned
 from dilated_attention.core.geometry import Geometry
@@ -221,14 +221,19 @@ def test_every_pattern_is_computed_emulated(pattern: Pattern, is_causal: bool, e
 
 def test_the_patterns_walked_are_all_that_there_are() -> None:
     walked = str([pattern.to_dict() for pattern in PATTERNS])
-    kinds = set(default_registry().patterns) - {"stored"}  # which loads one of the others
+    kinds = set(default_registry().patterns) - {"stored", "learned"}  # one of the others; blocks that core computes
     assert [kind for kind in sorted(kinds) if f"'kind': '{kind}'" not in walked] == []
+
+
+@needs_absence
+def test_what_it_does_not_compute_itself_it_takes_for_core_to_compute(emulated: FlashAttention3) -> None:
+    assert verdict("fa3", pattern=Learned(block_size=32, blocks_per_row=2)).accepts
 
 
 @needs_absence
 def test_unaligned_inputs_are_copied_and_aligned_ones_are_not(emulated: FlashAttention3) -> None:
     packed = torch.randn(2, 33, 3, 4 * 8 + 1)
-    query, key, value = (packed[:, :, i, 1:].unflatten(2, (4, 8)) for i in range(3))
+    query, key, value = (torch.unflatten(packed[:, :, i, 1:], 2, (4, 8)) for i in range(3))
     assert not dense_math.is_aligned(query)
     piece = DensePiece(is_causal=True, scale=0.3)
     out, lse = emulated.forward(query, key, value, piece)
