@@ -69,7 +69,7 @@ class FlashAttention4:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`. The library launches on the current device, whatever its inputs are on."""
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             out, lse, *_ = self.run_forward(
                 *aligned(query, key, value), softmax_scale=piece.scale, causal=piece.is_causal, return_lse=True
             )
@@ -80,7 +80,7 @@ class FlashAttention4:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `DenseKernel`."""
         query, key, value, out, dout = aligned(query, key, value, out, dout)
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             dq, dk, dv = self.run_backward(
                 query,
                 key,

@@ -15,6 +15,7 @@ import ctypes
 import json
 import statistics
 import sys
+from collections.abc import Callable
 
 import attrs
 import torch
@@ -91,7 +92,7 @@ def runners(case: Case, names: list[str]) -> list[Runner]:
 def measure(case: Case, names: list[str], rounds: int) -> list[dict[str, object]]:
     """Interleaved medians in milliseconds, TFLOP/s of the pairs that the pattern counts, and peak memory."""
     found = runners(case, names)
-    calls = {}
+    calls: dict[tuple[int, str], Callable[[], object]] = {}
     for i, runner in enumerate(found):
         calls[i, "forward"] = runner.forward
         calls[i, "training"] = trained(runner.attention, runner.inputs)
