@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import require_int
 from .errors import ConfigError
 from .ops import attend, intern
+from .pattern import LearnedPattern
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -22,11 +23,13 @@ class Attention(nn.Module):
 
     Inputs are (batch, seq_len, num_heads, head_dim), or (batch, num_heads, seq_len, head_dim) with
     `tensor_layout="bhsd"`; keys and values have num_kv_heads heads. Under autocast they are cast to the dtype that the
-    attention was built for; otherwise they must have it. No parameters, so nothing in the state_dict.
+    attention was built for; otherwise they must have it. No parameters, so nothing in the state_dict,
+    unless its pattern is learned: then `attention.gate` has them.
 
     Attributes:
         config: what it was built from.
         plan: which backend and kernel, and why; `plan.explain()` prints it.
+        gate: chooses the blocks of a learned pattern and is trained by itself; other attentions have none.
     """
 
     def __init__(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
@@ -36,6 +39,10 @@ class Attention(nn.Module):
         self._engine = intern(engine)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._device_type = torch.device(plan.device["torch_name"]).type
+        learned = engine.pattern.unwrap()
+        self._has_gate = isinstance(learned, LearnedPattern)
+        if isinstance(learned, LearnedPattern):
+            self.gate = learned.make_gate(config)
         self._query_tail = (config.num_heads, config.head_dim)
         self._key_tail = (config.kv_heads, config.head_dim)
 
@@ -90,7 +97,8 @@ class Attention(nn.Module):
         Raises:
             ConfigError: for shapes, dtypes or devices other than those it was built for.
         """
-        device_type = query.device.type
+        device = query.device
+        device_type = device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
@@ -106,7 +114,8 @@ class Attention(nn.Module):
             and k_shape == value.shape
             and q_shape[0] == k_shape[0]
             and query.dtype == key.dtype == value.dtype == dtype
-            and query.device == key.device == value.device
+            and key.device == device
+            and value.device == device
             and device_type == self._device_type
         ):
             raise ConfigError(self._what_is_wrong(query, key, value))
@@ -122,6 +131,7 @@ class Attention(nn.Module):
             q_offset=q_offset,
             kv_offset=kv_offset,
             seed=self._seed() if config.dropout_p else None,
+            tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
             recompute=config.activation_checkpointing,
         )
         if swap:

@@ -31,8 +31,10 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @attrs.frozen(eq=False)
-class _Class:
+class ItemClass:
     """Items with the same numbers of partial and full blocks; indices count over (head, block) of one batch row.
+
+    Over (batch, head, block) where the product has one index.
 
     Attributes:
         queries: (I,) int64, the block row of each item.
@@ -46,36 +48,40 @@ class _Class:
     masks: Tensor
     log_weights: Tensor | None
 
-    def chunks(self, block_bytes: int, workspace_bytes: int) -> Iterator[_Class]:
+    def chunks(self, block_bytes: int, workspace_bytes: int) -> Iterator[ItemClass]:
         """Consecutive items whose temporaries, block_bytes per key block, fit the workspace (at least one item)."""
         size = max(1, workspace_bytes // (block_bytes * self.keys.shape[1]))
         for i in range(0, self.queries.shape[0], size):
             log_weights = None if self.log_weights is None else self.log_weights[i : i + size]
-            yield _Class(self.queries[i : i + size], self.keys[i : i + size], self.masks[i : i + size], log_weights)
+            yield ItemClass(self.queries[i : i + size], self.keys[i : i + size], self.masks[i : i + size], log_weights)
 
     @property
     def nbytes(self) -> int:
+        """Memory that the indices occupy."""
         tensors = (self.queries, self.keys, self.masks, self.log_weights)
         return sum(x.nbytes for x in tensors if x is not None)
 
 
 @attrs.frozen(eq=False)
 class BlockProduct:
-    """A `BlockLayout` made ready for one device and dtype.
+    """Rows of blocks made ready for one device and dtype.
 
     Attributes:
-        layout: what is computed.
-        classes: its rows, sorted into classes.
+        block_size: b.
+        classes: the rows, sorted into classes.
         bias: (M, b, b), the logarithm of the masks' multiplicities, -inf where a pair does not count.
         scale: factor on q·k.
         workspace_bytes: bound on the temporaries of one step.
+        one_index: the classes count through all batch rows, which may see different blocks; else each batch row is
+            computed with the same classes.
     """
 
-    layout: BlockLayout
-    classes: tuple[_Class, ...]
+    block_size: int
+    classes: tuple[ItemClass, ...]
     bias: Tensor
     scale: float
     workspace_bytes: int
+    one_index: bool = False
 
     @classmethod
     def prepare(
@@ -84,12 +90,12 @@ class BlockProduct:
         """Sort the layout's rows into classes and move its tables to `device`."""
         accumulate = accumulator_dtype(dtype)
         bias = torch.tensor(layout.masks, dtype=accumulate, device=device).log_()
-        return cls(layout, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
+        return cls(layout.block_size, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
 
     @property
     def nbytes(self) -> int:
-        """Memory that the tables occupy, the layout included."""
-        return self.layout.nbytes + self.bias.nbytes + sum(c.nbytes for c in self.classes)
+        """Memory that classes and masks occupy."""
+        return self.bias.nbytes + sum(c.nbytes for c in self.classes)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return out (B, S, H, D) and lse (B, H, S) in the accumulator's dtype; rows without keys give 0 and -inf."""
@@ -97,7 +103,7 @@ class BlockProduct:
         q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (query, key, value))
         out = torch.zeros(q_blocks.shape, dtype=dtype, device=query.device)
         lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
-        for row in range(query.shape[0]):
+        for row in range(q_blocks.shape[0]):
             for part in self._chunks(query):
                 q, k, v = (
                     _take(q_blocks[row], part.queries),
@@ -131,7 +137,7 @@ class BlockProduct:
         do_blocks, q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (dout, query, key, value))
         lse_blocks, delta_blocks = self._row_blocks(lse, math.inf), self._row_blocks(delta, 0.0)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q_blocks, k_blocks, v_blocks))
-        for row in range(query.shape[0]):
+        for row in range(q_blocks.shape[0]):
             for part in self._chunks(query):
                 do, q = _take(do_blocks[row], part.queries), _take(q_blocks[row], part.queries)
                 k, v = _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
@@ -145,9 +151,9 @@ class BlockProduct:
                 _put_add(dk[row], part.keys, _bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
 
-    def _scores(self, q: Tensor, k: Tensor, part: _Class) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor, part: ItemClass) -> Tensor:
         """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
-        size, partial = self.layout.block_size, part.masks.shape[1]
+        size, partial = self.block_size, part.masks.shape[1]
         scores = _bmm(q, k.mT).mul_(self.scale)
         blocks = torch.unflatten(scores, -1, (-1, size))
         if partial:
@@ -157,36 +163,42 @@ class BlockProduct:
             blocks[:, :, partial:] += part.log_weights[:, None, :, None]
         return scores
 
-    def _chunks(self, query: Tensor) -> Iterator[_Class]:
-        size, head_dim = self.layout.block_size, query.shape[3]
+    def _chunks(self, query: Tensor) -> Iterator[ItemClass]:
+        size, head_dim = self.block_size, query.shape[3]
         # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element.
         block_bytes = 2 * size * (size + head_dim) * accumulator_dtype(query.dtype).itemsize
         for group in self.classes:
             yield from group.chunks(block_bytes, self.workspace_bytes)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """x (B, S, H, D) as contiguous blocks (B, H * blocks, b, D), zeros past the end; float32 for halves on CPU."""
-        size = self.layout.block_size
+        """x (B, S, H, D) as contiguous blocks (B, H * blocks, b, D), zeros past the end; float32 for halves on CPU.
+
+        With one index (1, B * H * blocks, b, D).
+        """
+        size = self.block_size
         x = functional.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
         x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
+        x = x.flatten(0, 1).unsqueeze(0) if self.one_index else x
         return x.float() if x.dtype in _HALF and not x.is_cuda else x
 
     def _row_blocks(self, x: Tensor, fill: float) -> Tensor:
-        """x (B, H, S) as (B, H * blocks, b), `fill` past the end."""
-        size = self.layout.block_size
+        """x (B, H, S) as (B, H * blocks, b), `fill` past the end; with one index (1, B * H * blocks, b)."""
+        size = self.block_size
         padded = functional.pad(x, (0, -x.shape[2] % size), value=fill)
-        return torch.unflatten(padded, 2, (-1, size)).flatten(1, 2)
+        rows = torch.unflatten(padded, 2, (-1, size)).flatten(1, 2)
+        return rows.flatten(0, 1).unsqueeze(0) if self.one_index else rows
 
     @staticmethod
     def _row_values(blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of `_row_blocks`: (B, H, S) as a view."""
-        return torch.unflatten(blocks, 1, (like.shape[2], -1)).flatten(2)[:, :, : like.shape[1]]
+        batch, length, heads, _ = like.shape
+        return blocks.view(batch, heads, -1)[:, :, :length]
 
     @staticmethod
     def _rows(blocks: Tensor, like: Tensor) -> Tensor:
         """The inverse of `_blocks`: (B, S, H, D) as a view."""
-        _, length, heads, _ = like.shape
-        return torch.unflatten(blocks, 1, (heads, -1)).flatten(2, 3)[:, :, :length].transpose(1, 2)
+        batch, length, heads, head_dim = like.shape
+        return blocks.view(batch, heads, -1, head_dim)[:, :, :length].transpose(1, 2)
 
 
 def _take(blocks: Tensor, index: Tensor) -> Tensor:
@@ -200,7 +212,7 @@ def _put_add(blocks: Tensor, index: Tensor, x: Tensor) -> None:
     blocks.index_add_(0, index.flatten(), x.reshape(-1, *blocks.shape[1:]).to(blocks.dtype))
 
 
-def _classes(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> Iterator[_Class]:
+def _classes(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> Iterator[ItemClass]:
     geometry, size = layout.geometry, layout.block_size
     q_rows, k_rows = -(-geometry.q_len // size), -(-geometry.kv_len // size)
     tables = layout.row_ptr.shape[0]
@@ -229,7 +241,7 @@ def _classes(layout: BlockLayout, device: torch.device, dtype: torch.dtype) -> I
                 masks.append(layout.mask_ids[entries[:, :n_partial]])
                 weights.append(layout.weights[entries[:, n_partial:]])
         weight = np.concatenate(weights)
-        yield _Class(
+        yield ItemClass(
             move(np.concatenate(queries)),
             move(np.concatenate(keys)),
             move(np.concatenate(masks)),

@@ -15,12 +15,13 @@ from .block_product import BlockProduct
 from .cache import ByteLRU
 from .composer import Composer, accumulator_dtype, merge_
 from .config import AttentionConfig
+from .dynamic_tables import DynamicTables
 from .errors import ConfigError
 from .geometry import Geometry
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece
 from .layout import Layout
 from .lowering import lower
-from .pattern import Pattern
+from .pattern import LearnedPattern, Pattern
 from .schedule import Schedule, schedule
 
 if TYPE_CHECKING:
@@ -29,15 +30,24 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class _Program:
-    """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device."""
+    """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
+
+    Where the blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them.
+    """
 
     layout: Layout
     schedule: Schedule
-    blocks: BlockProduct | None
+    blocks: BlockProduct | None = None
+    dynamic: DynamicTables | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.layout.nbytes + self.schedule.nbytes + (self.blocks.nbytes if self.blocks else 0)
+        parts = (self.layout, self.schedule, self.blocks, self.dynamic)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def bound(self, tables: Tensor) -> _Program:
+        """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""
+        return self if self.dynamic is None else attrs.evolve(self, blocks=self.dynamic.bind(tables))
 
 
 class Engine:
@@ -67,6 +77,8 @@ class Engine:
     ) -> None:
         self.config = config
         self.pattern = pattern
+        named = pattern.unwrap()
+        self._learned = named if isinstance(named, LearnedPattern) else None
         self.kernel = kernel
         self.scale = config.scale if config.scale is not None else 1.0 / math.sqrt(config.head_dim)
         self.num_kv_heads = config.num_kv_heads or config.num_heads
@@ -78,9 +90,9 @@ class Engine:
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
-        self.key = sha256(
-            repr((config, pattern, kernel.name, takes_layout, has_dlse, sorted(call_axes))).encode()
-        ).hexdigest()
+        origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
+        identity = repr((config, pattern, origin, takes_layout, has_dlse, sorted(call_axes)))
+        self.key = sha256(identity.encode()).hexdigest()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Engine:
         return self
@@ -117,9 +129,11 @@ class Engine:
             q_offset=q_offset,
             kv_offset=kv_offset,
         )
+        if self._learned is not None:
+            return self._make_dynamic(self._learned, geometry, device)
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
         if self._layout_kernel is not None:
-            return _Program(layout, Schedule((), 0), None)
+            return _Program(layout, Schedule((), 0))
         blocks = None
         if layout.blocks is not None:
             blocks = BlockProduct.prepare(
@@ -145,15 +159,43 @@ class Engine:
                 "backend"
             )
 
+    def _make_dynamic(self, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> _Program:
+        """What is known of blocks that are chosen per call; nothing where there are no queries or no keys."""
+        program = _Program(Layout(pattern, geometry, (), None), Schedule((), 0))
+        if self._layout_kernel is not None or not (geometry.q_len and geometry.kv_len):
+            return program
+        dynamic = DynamicTables.prepare(
+            pattern,
+            geometry,
+            scale=self.scale,
+            device=device,
+            dtype=getattr(torch, self.config.dtype),
+            workspace_bytes=self.config.limits.workspace_bytes,
+        )
+        return attrs.evolve(program, dynamic=dynamic)
+
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, q_offset: int, kv_offset: int, seed: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_offset: int,
+        kv_offset: int,
+        seed: Tensor | None,
+        tables: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf."""
+        """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
+
+        `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`LearnedPattern.make_gate`), and is None for
+        every other.
+        """
         if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+        if tables is not None:
+            program = program.bound(tables)
         if self._layout_kernel is not None:
-            out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed))
+            out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
         assert self._composer is not None
         if query.numel() == 0 or key.numel() == 0:
@@ -167,7 +209,9 @@ class Engine:
             if program.schedule.calls:
                 dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
                 merge_(out, lse, dense, dense_lse)
-        return out.to(query.dtype).contiguous(), lse.contiguous()
+        if out.dtype != query.dtype:
+            out = out.to(query.dtype)
+        return out.contiguous(), lse.contiguous()
 
     def backward(
         self,
@@ -181,6 +225,7 @@ class Engine:
         q_offset: int,
         kv_offset: int,
         seed: Tensor | None,
+        tables: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         if dlse is not None and not self.has_dlse:
@@ -191,8 +236,10 @@ class Engine:
         if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
             dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
         program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+        if tables is not None:
+            program = program.bound(tables)
         if self._layout_kernel is not None:
-            piece = self._piece(program, seed)
+            piece = self._piece(program, seed, tables)
             dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
         elif query.numel() == 0 or key.numel() == 0:
             dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -232,13 +279,14 @@ class Engine:
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         return grads
 
-    def _piece(self, program: _Program, seed: Tensor | None) -> LayoutPiece:
+    def _piece(self, program: _Program, seed: Tensor | None, tables: Tensor | None) -> LayoutPiece:
         return LayoutPiece(
             layout=program.layout,
             scale=self.scale,
             deterministic=self.config.deterministic,
             dropout_p=self.config.dropout_p if seed is not None else 0.0,
             seed=seed,
+            tables=tables,
         )
 
 

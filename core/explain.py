@@ -83,6 +83,9 @@ def _headline(plan: AttentionPlan) -> str:
 
 
 def _layout_words(layout: LayoutSummary) -> Iterator[str]:
+    if layout.kinds == ("dynamic",):
+        yield "blocks, chosen at every call"
+        return
     kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
     if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
         yield f"{kinds}; lowered when the length is known (seq_len)"

@@ -24,18 +24,23 @@ _ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()
 
 
 def intern(engine: Engine) -> Engine:
-    """The engine that serves `engine.key`: the given one, or an equal one made before and still alive."""
-    return _ENGINES.setdefault(engine.key, engine)
+    """The engine that serves `engine.key`: the given one, or an equal one made before and still alive.
+
+    A pattern read from a file says in its repr where it stood, not what it was: what differs gets a key of its own.
+    """
+    while (known := _ENGINES.setdefault(engine.key, engine)).pattern != engine.pattern:
+        engine.key += "'"
+    return known
 
 
 _LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset,"
-    " bool recompute) -> (Tensor, Tensor)"
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? tables, str engine, SymInt q_offset,"
+    " SymInt kv_offset, bool recompute) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attend_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor? lse,"
-    " Tensor? seed, str engine, SymInt q_offset, SymInt kv_offset) -> (Tensor, Tensor, Tensor)"
+    " Tensor? seed, Tensor? tables, str engine, SymInt q_offset, SymInt kv_offset) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -56,6 +61,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     seed: Tensor | None,
+    tables: Tensor | None,
     engine: str,
     q_offset: int,
     kv_offset: int,
@@ -63,7 +69,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
     with _without_autocast(query.device):
-        return _engine(engine).forward(query, key, value, q_offset, kv_offset, seed)
+        return _engine(engine).forward(query, key, value, q_offset, kv_offset, seed, tables)
 
 
 def _attend_backward(
@@ -75,6 +81,7 @@ def _attend_backward(
     out: Tensor | None,
     lse: Tensor | None,
     seed: Tensor | None,
+    tables: Tensor | None,
     engine: str,
     q_offset: int,
     kv_offset: int,
@@ -82,8 +89,8 @@ def _attend_backward(
     runner = _engine(engine)
     with _without_autocast(query.device):
         if out is None or lse is None:  # activation checkpointing
-            out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed)
-        return runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed)
+            out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed, tables)
+        return runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed, tables)
 
 
 def _attend_fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -99,26 +106,26 @@ def _attend_backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, and the outputs unless they are to be recomputed."""
-    query, key, value, seed, engine, q_offset, kv_offset, recompute = inputs
+    query, key, value, seed, tables, engine, q_offset, kv_offset, recompute = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, seed, *((None, None) if recompute else output))
+    ctx.save_for_backward(query, key, value, seed, tables, *((None, None) if recompute else output))
     ctx.rest = (engine, q_offset, kv_offset)
-    ctx.owner = _ENGINES.get(engine)  # the graph may outlive the module
+    ctx.owner = _ENGINES.get(engine)
 
 
 def _gradients(run: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of query, key and value; lse costs only where its gradient is used."""
-    query, key, value, seed, out, lse = ctx.saved_tensors
+    query, key, value, seed, tables, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(query)
-    grads: tuple[Tensor, ...] = run(dout, dlse, query, key, value, out, lse, seed, *ctx.rest)
+    grads: tuple[Tensor, ...] = run(dout, dlse, query, key, value, out, lse, seed, tables, *ctx.rest)
     return grads
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operator's backward: the other operator, so that tracing sees nothing of what is inside."""
     grads = _gradients(torch.ops.dilated_attention.attend_backward.default, ctx, dout, dlse)
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,10 +149,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        engine, q_offset, kv_offset, seed, recompute = rest
-        output: tuple[Tensor, Tensor] = engine.forward(query, key, value, q_offset, kv_offset, seed)
-        _setup(ctx, (query, key, value, seed, engine.key, q_offset, kv_offset, recompute), output)
-        return output
+        engine, q_offset, kv_offset, seed, tables, recompute = rest
+        out, lse = engine.forward(query, key, value, q_offset, kv_offset, seed, tables)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, seed, tables, *((None, None) if recompute else (out, lse)))
+        ctx.rest = (engine.key, q_offset, kv_offset)
+        ctx.owner = engine  # the graph may outlive the module
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -163,6 +173,7 @@ def attend(
     q_offset: int,
     kv_offset: int,
     seed: Tensor | None,
+    tables: Tensor | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable attention. Autocast must be off.
@@ -175,6 +186,7 @@ def attend(
         q_offset: absolute position of the first query.
         kv_offset: absolute position of the first key.
         seed: int64 scalar that determines the dropout, or None.
+        tables: the blocks that a gate chose, (B, H, R, k) int64, or None.
         recompute: keep only the inputs for the backward.
 
     Returns:
@@ -182,12 +194,12 @@ def attend(
     """
     if torch.compiler.is_compiling():
         out, lse = torch.ops.dilated_attention.attend.default(
-            query, key, value, seed, engine.key, q_offset, kv_offset, recompute
+            query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute
         )
         return out, lse
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = _Attend.apply(  # type: ignore[no-untyped-call]
-            query, key, value, (engine, q_offset, kv_offset, seed, recompute)
+            query, key, value, (engine, q_offset, kv_offset, seed, tables, recompute)
         )
         return out, lse
-    return engine.forward(query, key, value, q_offset, kv_offset, seed)
+    return engine.forward(query, key, value, q_offset, kv_offset, seed, tables)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import attrs
 
-from .checks import positive_int
+from .checks import did_you_mean, positive_int
 from .errors import ConfigError
 from .geometry import Geometry
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
+    from .config import AttentionConfig
     from .layout import BlockGrid, BlockSupport
 
     IntArray = NDArray[np.int64]
@@ -62,6 +64,16 @@ class Pattern(ABC):
 
     kind: ClassVar[str]
 
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""
+        known = [field.alias for field in attrs.fields(cls)] if attrs.has(cls) else list(fields)
+        for name in fields:
+            if name not in known:
+                takes = ", ".join(known) or "none"
+                hint = did_you_mean(name, known)
+                raise ConfigError(f"{cls.__name__} has no parameter {name!r}{hint}; it takes {takes}")
+        return super().__new__(cls)
+
     @abstractmethod
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """How often each query counts each key, before causality.
@@ -97,7 +109,7 @@ class Pattern(ABC):
         """The pattern as a sum of strided branches, or None where it has no such form."""
         return None
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head, counted from 0; heads of one group have the same multiplicity."""
         return (0,) * num_heads
 
@@ -143,6 +155,49 @@ class Pattern(ABC):
         if not isinstance(other, Pattern):
             return NotImplemented
         return Sum(tuple(_members(Sum, self)) + tuple(_members(Sum, other)))
+
+
+class LearnedPattern(Pattern):
+    """A pattern whose key blocks are chosen from the input at every call, by a module with parameters: its gate.
+
+    It is defined on blocks of `block_size` queries and keys, counted from the first of each in the call. What the core
+    computes is settled by the number of blocks each row keeps (`take`); which ones they are, the gate says per call.
+    """
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Queries and keys in a block."""
+
+    @abstractmethod
+    def take(self, visible: Tensor) -> Tensor:
+        """How many of the key blocks that a row of blocks may see it keeps, int64 for int64; at most all of them.
+
+        Blocks that the causal diagonal cuts are kept in any case.
+        """
+
+    @abstractmethod
+    def make_gate(self, config: AttentionConfig) -> nn.Module:
+        """A new gate on the configuration's device, which becomes `attention.gate`.
+
+        Called with query (B, S, H, D) and key (B, T, K, D) and the keywords q_offset and kv_offset, the positions of
+        their first tokens, it returns tables (B, H, R, k) int64 for R block rows: in each row the blocks that the
+        diagonal cuts (or, where it cuts none, none), then the chosen ones, no block twice, as many as
+        `core.dynamic_tables.TableRows` counts, and after them -1. Nothing is differentiated through it.
+        """
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """Raises `ConfigError`: it depends on the input."""
+        raise ConfigError(
+            f"a {self.kind} pattern chooses its blocks at every call; attention.gate.freeze(query, key) gives a fixed "
+            f"pattern, which can be lowered, drawn and stored"
+        )
+
+    def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
+        """Raises `ConfigError`, as `multiplicity`."""
+        raise ConfigError(
+            f"a {self.kind} pattern has no blocks of its own; use what attention.gate.freeze(query, key) returns"
+        )
 
 
 def _members(cls: type[_Composite], pattern: Pattern) -> Iterator[Pattern]:
@@ -206,6 +261,11 @@ def _check_members(instance: object, attribute: attrs.Attribute[tuple[Pattern, .
     for member in value:
         if not isinstance(member, Pattern):
             raise ConfigError(f"{name} is made of patterns, got {member!r} ({type(member).__name__})")
+        if isinstance(member, LearnedPattern):
+            raise ConfigError(
+                f"a {member.kind} pattern cannot be part of a {name.lower()}: its blocks are chosen at every call; "
+                f"combine what attention.gate.freeze(query, key) returns"
+            )
 
 
 @attrs.frozen
@@ -224,9 +284,9 @@ class _Composite(Pattern):
         for member in self.of:
             member.validate(num_heads, num_kv_heads)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where every member says so."""
-        keys = list(zip(*(member.head_groups(num_heads) for member in self.of), strict=True))
+        keys = list(zip(*(member.head_groups(num_heads, num_kv_heads) for member in self.of), strict=True))
         seen: dict[tuple[int, ...], int] = {}
         return tuple(seen.setdefault(key, len(seen)) for key in keys)
 

@@ -72,8 +72,8 @@ class LayoutSummary:
     """What a pattern was lowered to at the length it was planned for.
 
     Attributes:
-        kinds: the layouts it needs at any length, "branch" and "block".
-        seq_len: the length of the rest; without one the rest is None.
+        kinds: the layouts it needs at any length, "branch" and "block"; "dynamic" where blocks are chosen per call.
+        seq_len: the length of the rest; without one, and of a dynamic layout, the rest is None.
         digest: identifies the lowered layout.
         nbytes: memory of its tables.
         density: distinct pairs over all pairs (the causal ones, if causal).

@@ -136,7 +136,10 @@ def corner_signature(
     (rows, row_place), (cols, col_place) = (np.divmod(low, table_size) for low in (query_low, key_low))
     second_row = (query_low + block_size - 1) // table_size
     second_col = (key_low + block_size - 1) // table_size
-    corners = [codes(r, c) for r in (rows, second_row) for c in (cols, second_col)]
+    if (second_row == rows).all() and (second_col == cols).all():
+        corners = [codes(rows, cols)] * 4
+    else:
+        corners = [codes(r, c) for r in (rows, second_row) for c in (cols, second_col)]
     varies = np.minimum.reduce(corners) < 0
     edges = (
         np.where(varies | (second_row > rows), row_place, -1),

@@ -1,12 +1,13 @@
-"""A pattern that was drawn or learned once, kept as its table of blocks."""
+"""Patterns that were drawn or learned once, kept as their table of blocks."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from ..core.errors import PatternFileError
+from ..core.errors import ConfigError, PatternFileError
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern
 
@@ -19,24 +20,18 @@ if TYPE_CHECKING:
 ARRAYS = ("cols", "head_table", "mask_ids", "masks", "row_ptr", "weights")
 
 
-@attrs.frozen(eq=False)
-class StoredBlocks(Pattern):
+@attrs.frozen(eq=False, kw_only=True)
+class BlockTable(Pattern):
     """Blocks with their multiplicities, for one sequence length, number of heads and causality only.
 
     Attributes:
-        name: the stored pattern's name.
-        root: the store it came from.
         table: the blocks; its geometry says what it fits.
     """
 
-    kind: ClassVar[str] = "stored"
-
-    name: str
-    root: str
     table: BlockLayout = attrs.field(repr=False)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StoredBlocks) and self.table.digest == other.table.digest
+        return isinstance(other, BlockTable) and self.table.digest == other.table.digest
 
     def __hash__(self) -> int:
         return hash(self.table.digest)
@@ -55,18 +50,19 @@ class StoredBlocks(Pattern):
         """Only the number of heads that it was stored for."""
         self._fits("num_heads", self.table.geometry.num_heads, num_heads)
 
-    def _fits(self, what: str, stored: object, actual: object) -> None:
-        if stored != actual:
-            raise PatternFileError(
-                f"the stored pattern {self.name!r} was drawn for {what}={stored} and fits nothing else, got "
-                f"{what}={actual}; store it again for that, or use the generator itself"
-            )
+    def _fits(self, what: str, own: object, actual: object) -> None:
+        if own != actual:
+            raise self._misfit(f"{what}={own}", f"{what}={actual}")
+
+    @abstractmethod
+    def _misfit(self, own: str, actual: str) -> ConfigError | PatternFileError:
+        """The error for a use with `actual` of a table made for `own`."""
 
     def branches(self, geometry: Geometry) -> None:
         """None; but causality can be judged before anything is lowered."""
         self._fits("is_causal", self.table.geometry.is_causal, geometry.is_causal)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads that share a table."""
         return tuple(int(table) for table in self.table.head_table)
 
@@ -92,7 +88,7 @@ class StoredBlocks(Pattern):
         return np.where(listed[place] == wanted, codes[place], 0)
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
-        """What the table holds; 0 beyond its sequence. Raises `PatternFileError` where the table does not fit."""
+        """What the table holds. Raises `PatternFileError` where it does not fit the call."""
         import numpy as np
 
         self._check(geometry)
@@ -101,9 +97,7 @@ class StoredBlocks(Pattern):
         if not self.table.masks.size:
             return codes
         masked = self.table.masks[np.where(codes < 0, -1 - codes, 0), q_place, k_place]
-        end = self.table.geometry.kv_len
-        counts: IntArray = np.where(codes < 0, masked, codes) * ((query < end) & (key < end))
-        return counts
+        return np.where(codes < 0, masked, codes)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The listed blocks, those with one weight constant."""
@@ -130,13 +124,57 @@ class StoredBlocks(Pattern):
 
         return corner_signature(query_low, key_low, block_size, self.block_size, codes)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The table's arrays by name."""
+        return {name: getattr(self.table, name) for name in ARRAYS}
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class StoredBlocks(BlockTable):
+    """A table from a store.
+
+    Attributes:
+        name: the stored pattern's name.
+        root: the store it came from.
+    """
+
+    kind: ClassVar[str] = "stored"
+
+    name: str
+    root: str
+
+    def _misfit(self, own: str, actual: str) -> PatternFileError:
+        return PatternFileError(
+            f"the stored pattern {self.name!r} was drawn for {own} and fits nothing else, got {actual}; store it again "
+            f"for that, or use the generator itself"
+        )
+
     def to_dict(self) -> dict[str, object]:
         """Where it is stored."""
         return {"kind": self.kind, "name": self.name, "root": self.root}
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The table's arrays by name."""
-        return {name: getattr(self.table, name) for name in ARRAYS}
+
+@attrs.frozen(eq=False, kw_only=True)
+class FrozenBlocks(BlockTable):
+    """What a gate chose for one input, as a pattern that no longer looks at any.
+
+    It has no parameters that a file could hold: `PatternStore.save` keeps its blocks, and what the store loads can
+    stand in a configuration file.
+
+    Attributes:
+        generator: the learned pattern that it was frozen from.
+    """
+
+    kind: ClassVar[str] = "frozen"
+
+    generator: Pattern
+
+    def _misfit(self, own: str, actual: str) -> ConfigError:
+        return ConfigError(f"this pattern was frozen for {own} and fits nothing else, got {actual}; freeze it for that")
+
+    def to_dict(self) -> dict[str, object]:
+        """What identifies it in a plan; it cannot be made again from that."""
+        return {"kind": self.kind, "digest": self.table.digest, "generator": self.generator.to_dict()}
 
 
 def table_of(document: dict[str, Any], arrays: dict[str, NDArray[Any]], source: str) -> BlockLayout:

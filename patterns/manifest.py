@@ -13,10 +13,11 @@ LOCAL = PatternSpec(kind="local", target="dilated_attention.patterns.local:Local
 GLOBAL = PatternSpec(kind="global", target="dilated_attention.patterns.global_tokens:Global")
 STRIDED = PatternSpec(kind="strided", target="dilated_attention.patterns.strided:Strided")
 RANDOM = PatternSpec(kind="random", target="dilated_attention.patterns.random:Random")
+LEARNED = PatternSpec(kind="learned", target="dilated_attention.patterns.learned:Learned")
 STORED = PatternSpec(kind="stored", target="dilated_attention.patterns.store:Stored")
 
 
 @hookimpl
 def dilated_attention_patterns() -> Iterable[PatternSpec]:
     """The generators and what was stored of them; unions and sums of them belong to core's algebra."""
-    return (FULL, DILATED, LOCAL, GLOBAL, STRIDED, RANDOM, STORED)
+    return (FULL, DILATED, LOCAL, GLOBAL, STRIDED, RANDOM, LEARNED, STORED)

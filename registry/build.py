@@ -11,7 +11,7 @@ import attrs
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING
-from ..core.pattern import Pattern
+from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, LayoutSummary
 from ..core.version import VERSION
 from .capabilities import make_request
@@ -157,6 +157,8 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
 
 
 def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str, ...]) -> LayoutSummary:
+    if isinstance(pattern.unwrap(), LearnedPattern):
+        return LayoutSummary(kinds=("dynamic",))
     if config.seq_len is None:
         return LayoutSummary(kinds=kinds)
     from ..core.geometry import Geometry

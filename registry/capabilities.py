@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from ..core.config import AttentionConfig
-from ..core.pattern import Pattern
+from ..core.pattern import LearnedPattern, Pattern
 from ..core.refusal import Refusal
 from .specs import BackendSpec, Device, Range, Request
 
@@ -30,6 +30,8 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         "head_dims": config.head_dim,
         "layouts": tuple(sorted(layout_kinds(pattern, config.num_heads, config.kv_heads, config.is_causal))),
     }
+    if isinstance(pattern.unwrap(), LearnedPattern):
+        needs["dynamic_tables"] = True
     if device.arch:
         needs["arch"] = device.arch
     if config.kv_heads != config.num_heads:
@@ -159,6 +161,8 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
         return f"{config.num_heads} query heads on {config.kv_heads} key-value heads"
     if axis == "causal":
         return "is_causal=True"
+    if axis == "dynamic_tables":
+        return f"blocks chosen at every call ({request.pattern.kind} pattern)"
     if axis == "dropout":
         return f"dropout_p={config.dropout_p:g}"
     if axis == "backward":

@@ -186,11 +186,11 @@ def test_the_operators_keep_torch_library_promises() -> None:
     key = attention._engine.key
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.dilated_attention.attend.default, (*tensors, None, key, 0, 0, False), test_utils=tests
+        torch.ops.dilated_attention.attend.default, (*tensors, None, None, key, 0, 0, False), test_utils=tests
     )
     torch.library.opcheck(
         torch.ops.dilated_attention.attend_backward.default,
-        (torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, None, key, 0, 0),
+        (torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, None, None, key, 0, 0),
         test_utils=tests,
     )
 

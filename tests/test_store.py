@@ -144,17 +144,20 @@ def test_names_are_taken_once(store: PatternStore) -> None:
     assert PatternStore(store.root / "nowhere").list() == ()
 
 
-def test_two_writers_at_once_leave_one_whole_file(store: PatternStore) -> None:
+@pytest.mark.parametrize("attempt", range(20))
+def test_writers_at_once_leave_one_whole_file(store: PatternStore, attempt: int) -> None:
     won: list[int] = []
+    start = threading.Barrier(8)
 
     def write(n: int) -> None:
+        start.wait()
         try:
             save(store, "new", Local(n))
         except FileExistsError:
             return
         won.append(n)
 
-    threads = [threading.Thread(target=write, args=(n,)) for n in range(16)]
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

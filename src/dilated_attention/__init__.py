@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .core.plan import AttentionPlan
     from .patterns.dilated import Dilated
     from .patterns.global_tokens import Global
+    from .patterns.learned import Learned
     from .patterns.local import Local
     from .patterns.random import Random
     from .patterns.store import PatternStore, load_pattern, save_pattern
@@ -46,6 +47,7 @@ _HOMES: dict[str, str | None] = {
     "DilatedAttentionError": "core.errors",
     "Full": "core.pattern",
     "Global": "patterns.global_tokens",
+    "Learned": "patterns.learned",
     "Limits": "core.limits",
     "Local": "patterns.local",
     "NoBackendError": "core.errors",
@@ -78,6 +80,7 @@ __all__ = [
     "DilatedAttentionError",
     "Full",
     "Global",
+    "Learned",
     "Limits",
     "Local",
     "NoBackendError",

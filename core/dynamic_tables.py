@@ -1,0 +1,169 @@
+"""Attention over blocks that a gate names anew at every call, run by the same block product as any table of blocks.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, R block rows, C block columns, b block
+size, k columns of the tables. How many blocks each row keeps, and how many of them the causal diagonal or the end of
+the keys cuts, follows from the geometry alone; so all but the block numbers is made once for a length, and a call costs
+no synchronisation with the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from .block_product import BlockProduct, ItemClass
+from .composer import accumulator_dtype
+
+if TYPE_CHECKING:
+    from .geometry import Geometry
+    from .pattern import LearnedPattern
+
+_KINDS = 4  # of a block against the diagonal: in the future, cut once or (offsets apart) twice, in the past
+
+
+@attrs.frozen(eq=False)
+class TableRows:
+    """What the geometry says about each block row; all (R,) int64.
+
+    Attributes:
+        before: key blocks that end before the row's first query, or all blocks where attention is not causal.
+        visible: key blocks that begin no later than the row's last query; those from `before` on are cut by the
+            diagonal.
+        kept: blocks that the row's table lists.
+    """
+
+    before: Tensor
+    visible: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(
+        cls, pattern: LearnedPattern, q_len: int, kv_len: int, shift: int, *, is_causal: bool, device: torch.device
+    ) -> TableRows:
+        """The rows of a call whose first query stands `shift` positions after its first key; kv_len at least 1.
+
+        Lengths and shift may be symbolic, as torch.compile has them.
+        """
+        size = pattern.block_size
+        rows, cols = -(-q_len // size), -(-kv_len // size)
+        if not is_causal:
+            every = torch.full((rows,), cols, dtype=torch.int64, device=device)
+            return cls(every, every, pattern.take(every))
+        first = torch.arange(rows, device=device) * size + shift
+        last = (first + size).clamp(max=q_len + shift) - 1
+        before = torch.where(first >= kv_len, cols, first.clamp(min=0) // size)
+        visible = torch.where(last < 0, 0, (last // size + 1).clamp(max=cols))
+        return cls(before, visible, torch.maximum(pattern.take(visible), visible - before))
+
+
+@attrs.frozen(eq=False)
+class DynamicTables:
+    """Everything about one geometry that does not depend on the tables.
+
+    Attributes:
+        geometry: of the calls.
+        block_size: b.
+        groups: block rows (n,) int64 that have equally many cut and uncut blocks, with both numbers.
+        bias: (8, b, b), 0 or -inf: the kinds of blocks against the diagonal, then the same for the last key block.
+        scale: factor on q·k.
+        workspace_bytes: bound on the temporaries of one step.
+    """
+
+    geometry: Geometry
+    block_size: int
+    groups: tuple[tuple[Tensor, int, int], ...]
+    bias: Tensor
+    scale: float
+    workspace_bytes: int
+
+    @classmethod
+    def prepare(
+        cls,
+        pattern: LearnedPattern,
+        geometry: Geometry,
+        *,
+        scale: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        workspace_bytes: int,
+    ) -> DynamicTables:
+        """Sort the block rows of `geometry` and draw its masks."""
+        bias = _bias(pattern.block_size, geometry).to(device, accumulator_dtype(dtype))
+        groups = tuple((rows.to(device), cut, whole) for rows, cut, whole in _groups(pattern, geometry))
+        return cls(geometry, pattern.block_size, groups, bias, scale, workspace_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that rows and masks occupy."""
+        return self.bias.nbytes + sum(256 + rows.nbytes for rows, _, _ in self.groups)
+
+    def bind(self, tables: Tensor) -> BlockProduct:
+        """The product over `tables` (B, H, R, k) int64, in whose rows the blocks that the diagonal cuts come first."""
+        return BlockProduct(
+            block_size=self.block_size,
+            classes=tuple(self._classes(tables)),
+            bias=self.bias,
+            scale=self.scale,
+            workspace_bytes=self.workspace_bytes,
+            one_index=True,
+        )
+
+    def _classes(self, tables: Tensor) -> Iterator[ItemClass]:
+        """Items counted over (batch, head, row), keys over (batch, key-value head, column)."""
+        batch, heads, q_rows, _ = tables.shape
+        geometry = self.geometry
+        k_rows = -(-geometry.kv_len // self.block_size)
+        device = tables.device
+        item = torch.arange(batch * heads, device=device).view(batch, heads, 1) * q_rows
+        kv_head = torch.arange(heads, device=device) // geometry.group_size
+        base = torch.arange(batch, device=device)[:, None] * geometry.num_kv_heads + kv_head
+        base = (base * k_rows).view(batch, heads, 1, 1)
+        for rows, cut, whole in self.groups:
+            blocks = tables[:, :, :, : cut + whole].index_select(2, rows)
+            masks = self._mask_kinds(rows[:, None], blocks[..., :cut])
+            yield ItemClass(
+                (item + rows).flatten(), (base + blocks).flatten(0, 2), masks.flatten(0, 2), log_weights=None
+            )
+
+    def _mask_kinds(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """Which bias belongs to each block, by its position against the row's and the end of the keys."""
+        size, geometry = self.block_size, self.geometry
+        kinds = torch.full_like(blocks, _KINDS - 1)
+        if geometry.is_causal:
+            apart = (geometry.q_offset - geometry.kv_offset) // size + rows - blocks
+            kinds = apart.clamp(-2, 1) + 2
+        return kinds + _KINDS * (blocks == (geometry.kv_len - 1) // size)
+
+
+def _groups(pattern: LearnedPattern, geometry: Geometry) -> Iterator[tuple[Tensor, int, int]]:
+    """Rows with equal numbers of cut and uncut blocks. All are cut where the short last block may be among them."""
+    size, shift = pattern.block_size, geometry.q_offset - geometry.kv_offset
+    of = TableRows.of(
+        pattern,
+        geometry.q_len,
+        geometry.kv_len,
+        shift,
+        is_causal=geometry.is_causal,
+        device=torch.device("cpu"),
+    )
+    reaches_end = (of.before == -(-geometry.kv_len // size)) & (geometry.kv_len % size != 0)
+    cut = torch.where(reaches_end, of.kept, of.visible - of.before)
+    kinds, kind = torch.unique(torch.stack([cut, of.kept - cut], dim=1), dim=0, return_inverse=True)
+    for number, (n_cut, n_whole) in enumerate(kinds.tolist()):
+        if n_cut + n_whole:
+            yield torch.nonzero(kind == number).squeeze(1), n_cut, n_whole
+
+
+def _bias(size: int, geometry: Geometry) -> Tensor:
+    """The (2 * kinds, b, b) masks as 0 and -inf; query i and key j are `distance` + i - j positions apart."""
+    shift = (geometry.q_offset - geometry.kv_offset) % size
+    place = torch.arange(size)
+    apart = place[:, None] - place
+    sees = torch.stack([apart + distance >= 0 for distance in (-size, shift - size, shift, size)])
+    ends = (geometry.kv_len - 1) % size + 1
+    return torch.where(torch.cat([sees, sees & (place < ends)]), 0.0, -math.inf)

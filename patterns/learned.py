@@ -1,0 +1,100 @@
+"""Learned attention: a trained gate chooses key blocks for each block of queries."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from ..core.checks import positive_int
+from ..core.errors import ConfigError
+from ..core.pattern import LearnedPattern, parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.config import AttentionConfig
+    from ._gate import Gate
+
+_FINEST = 10**9  # of densities, so that a block count times numerator or denominator stays an int64
+
+
+def _density(instance: Learned, attribute: attrs.Attribute[float | None], value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / _FINEST <= value <= 1:
+        raise ConfigError(f"Learned.density must be a number from {1 / _FINEST:g} to 1, got {value!r}")
+
+
+@attrs.frozen
+class Learned(LearnedPattern):
+    """Each head and block of queries keeps the key blocks that a gate scores highest, for each batch row anew.
+
+    `build_attention` makes the gate, an `nn.Module`, as `attention.gate`; it is trained by
+    `attention.gate.distillation_loss(query, key)` beside or after the model, and frozen to a fixed pattern by
+    `attention.gate.freeze(query, key)`. Attention over the kept blocks is exact, with gradients to queries, keys and
+    values; the choice is not differentiated.
+
+    Causal: a block of queries is judged by its first query and by the keys of blocks that end before it, so that no
+    later token moves the choice; blocks that the diagonal cuts are always kept. Not causal: by the mean of its queries
+    and all keys. Query heads that share a key-value head share its pooled keys and choose for themselves.
+
+    Blocks count from the first query and the first key of a call. Pieces of a sequence that begin at multiples of
+    block_size are therefore treated as the whole sequence is; a causal piece that begins elsewhere keeps the two blocks
+    that the diagonal cuts.
+
+    Attributes:
+        block_size: queries and keys in a block.
+        blocks_per_row: key blocks a row of queries keeps, those on the diagonal included; all that it may see where
+            those are fewer.
+        density: instead of blocks_per_row, the fraction of the blocks it may see, rounded up; read as the decimal
+            number that it is written as, to nine places.
+
+    Raises:
+        ConfigError: not exactly one of blocks_per_row and density, or a value out of its range.
+    """
+
+    kind: ClassVar[str] = "learned"
+
+    block_size: int = attrs.field(default=64, validator=positive_int)
+    blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.blocks_per_row is None) == (self.density is None):
+            raise ConfigError(
+                f"Learned takes either blocks_per_row or density, got blocks_per_row={self.blocks_per_row} and "
+                f"density={self.density}"
+            )
+
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Every head chooses for itself."""
+        return tuple(range(num_heads))
+
+    def take(self, visible: Tensor) -> Tensor:
+        """As `LearnedPattern.take`."""
+        if self.blocks_per_row is not None:
+            return visible.clamp(max=self.blocks_per_row)
+        share = self._share()
+        return -(-visible * share.numerator // share.denominator)
+
+    def _most(self, blocks: int) -> int:
+        """What a row that may see `blocks` key blocks takes of them."""
+        if self.blocks_per_row is not None:
+            return min(blocks, self.blocks_per_row)
+        share = self._share()
+        return -(-blocks * share.numerator // share.denominator)
+
+    def _share(self) -> Fraction:
+        return Fraction(str(self.density)).limit_denominator(_FINEST)
+
+    def make_gate(self, config: AttentionConfig) -> Gate:
+        """A gate that begins with the products of queries and mean keys."""
+        from ._gate import Gate
+
+        return Gate(self, config, self._most)
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields that are given, with `kind`."""
+        return {name: value for name, value in parameters(self).items() if value is not None}
