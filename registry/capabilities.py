@@ -87,6 +87,9 @@ def unmet_requirements(requires: Iterable[str]) -> Iterator[tuple[str, str]]:
 
     Only metadata is read; nothing is imported. Requirements whose marker excludes this environment count as met.
     """
+    requires = tuple(requires)
+    if not requires:
+        return  # without the import below, which takes longer than all the rest of a build
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import InvalidRequirement, Requirement
