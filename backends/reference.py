@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -28,6 +29,7 @@ class ReferenceBackend:
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """The mask of the length that the request names, where it is too large."""
+        request.options("reference", allowed=())
         config = request.config
         if config.seq_len is None:
             return
@@ -44,6 +46,18 @@ class ReferenceBackend:
     def build(self, request: Request) -> ReferenceKernel:
         """The kernel for `request`."""
         return ReferenceKernel(request.config.limits.reference_mask_bytes)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd records, inside an operator too: there the dispatcher has left autograd's keys behind."""
+    keys = torch._C.DispatchKey
+    with (
+        torch.enable_grad(),
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+    ):
+        yield
 
 
 @attrs.frozen
@@ -76,7 +90,7 @@ class ReferenceKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again, with the same dropout draw, and differentiates it."""
-        with torch.enable_grad():
+        with _recording():
             q, k, v = (x.detach().to(torch.float64).requires_grad_() for x in (query, key, value))
             results = self._attention(q, k, v, piece)
         used = results[:1] if dlse is None else results

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.checks import did_you_mean, require_choice
+from ..core.checks import require_choice
 from ..core.errors import ConfigError
 from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
@@ -59,11 +59,7 @@ class SdpaBackend:
 
 def _forced_kernel(request: Request) -> str | None:
     """The CUDA kernel that the options name, checked."""
-    options = request.options("sdpa")
-    for option in options:
-        if option != "kernel":
-            hint = did_you_mean(option, ("kernel",))
-            raise ConfigError(f"backend_options['sdpa'] has no option {option!r}{hint}; it has: kernel")
+    options = request.options("sdpa", allowed=("kernel",))
     if "kernel" not in options:
         return None
     if request.device.type == "cpu":

@@ -100,7 +100,8 @@ class Attention(nn.Module):
         Raises:
             ConfigError: for shapes, dtypes or devices other than those it was built for.
         """
-        device_type = query.device.type
+        device = query.device
+        device_type = device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
@@ -116,7 +117,8 @@ class Attention(nn.Module):
             and k_shape == value.shape
             and q_shape[0] == k_shape[0]
             and query.dtype == key.dtype == value.dtype == dtype
-            and query.device == key.device == value.device
+            and key.device == device
+            and value.device == device
             and device_type == self._device_type
         ):
             raise ConfigError(self._what_is_wrong(query, key, value))

@@ -31,7 +31,7 @@ def lower_blocks(
     size = pattern.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
     require_int("block_size", size, minimum=1)
     grid = BlockGrid.of(geometry, size, None if limit_bytes is None else limit_bytes // ENTRY_BYTES)
-    groups = pattern.head_groups(geometry.num_heads)
+    groups = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
     masks = _MaskPool(size, limit_bytes)
     tables = [_lower_head(pattern, grid, groups.index(g), geometry, masks) for g in range(max(groups) + 1)]
     row_ptr = np.zeros((len(tables), grid.query_low.size + 1), dtype=np.int64)

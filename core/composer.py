@@ -101,11 +101,6 @@ def _is_stack(rows: Rows, segments: int, x: Tensor) -> bool:
     )
 
 
-def _is_whole(call: Call, query: Tensor, key: Tensor) -> bool:
-    """True where the call is the attention of all queries to all keys: no view is needed then."""
-    return call.segments == 1 and _is_stack(call.query, 1, query) and _is_stack(call.key, 1, key)
-
-
 def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab]) -> bool:
     """True where the first call covers everything in one launch: its results, reshaped, are then the first sums."""
     if schedule.cover != 1 or len(slabs) != 1:
@@ -140,8 +135,8 @@ class Composer:
         Rows that no call touches have out 0 and lse -inf.
         """
         calls = schedule.calls
-        if len(calls) == 1 and _is_whole(calls[0], query, key):
-            return self._weigh(calls[0], *self.kernel.forward(query, key, value, self._piece(calls[0])))
+        if schedule.is_whole:
+            return self.kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
         slabs = [_slabs(call, (query,), (key, value)) for call in calls]
@@ -170,20 +165,16 @@ class Composer:
 
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
-        return self._weigh(call, *self.kernel.forward(*views, self._piece(call)))
-
-    @staticmethod
-    def _weigh(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Count each pair of the call `weight` times: that only raises its share."""
-        return out, lse + math.log(call.weight) if call.weight > 1 else lse
+        out, lse = self.kernel.forward(*views, self._pieces[call.is_causal])
+        return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
 
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, schedule: Schedule
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
         calls = schedule.calls
-        if len(calls) == 1 and calls[0].weight == 1 and _is_whole(calls[0], query, key):
-            return self.kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
+        if schedule.is_whole:
+            return self.kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -220,8 +211,5 @@ class Composer:
             slab.view(value, call.key),
             slab.view(out, call.query),
             lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
-            self._piece(call),
+            self._pieces[call.is_causal],
         )
-
-    def _piece(self, call: Call) -> DensePiece:
-        return self._pieces[call.is_causal]

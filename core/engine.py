@@ -62,6 +62,7 @@ class Engine:
         kernel: computes dense pieces, or whole layouts where `takes_layout`.
         takes_layout: which of the two kernel protocols `kernel` follows.
         has_dlse: the kernel can bring the gradient through lse home (dense kernels: by 8 more columns of head_dim).
+        call_axes: those of `CALL_AXES` that the backend declares; calls that need another one are refused.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         *,
         takes_layout: bool,
         has_dlse: bool,
+        call_axes: frozenset[str],
     ) -> None:
         self.config = config
         self.pattern = pattern
@@ -85,9 +87,12 @@ class Engine:
         if not takes_layout:
             self._composer = Composer(kernel, self.scale, config.deterministic)  # type: ignore[arg-type]
         self.has_dlse = has_dlse
+        self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
-        self.key = sha256(repr((config, pattern, kernel.name, takes_layout, has_dlse)).encode()).hexdigest()
+        origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
+        identity = repr((config, pattern, origin, takes_layout, has_dlse, sorted(call_axes)))
+        self.key = sha256(identity.encode()).hexdigest()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Engine:
         return self
@@ -114,6 +119,7 @@ class Engine:
 
     def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
         config = self.config
+        self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = Geometry(
             q_len=q_len,
             kv_len=kv_len,
@@ -138,6 +144,20 @@ class Engine:
                 workspace_bytes=config.limits.workspace_bytes,
             )
         return _Program(layout, schedule(layout.branches, geometry), blocks)
+
+    def _check_call(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
+        """Raise `ConfigError` for lengths or offsets that the backend does not declare."""
+        if q_len != kv_len and "unequal_lengths" not in self.call_axes:
+            raise ConfigError(
+                f"{q_len} queries against {kv_len} keys: the backend of kernel {self.kernel.name!r} takes equal "
+                "lengths only (it does not declare unequal_lengths); build with another backend"
+            )
+        if (q_offset, kv_offset) != (kv_len - q_len, 0) and "offsets" not in self.call_axes:
+            raise ConfigError(
+                f"q_offset={q_offset}, kv_offset={kv_offset}: the backend of kernel {self.kernel.name!r} takes the "
+                f"default offsets only ({kv_len - q_len} and 0; it does not declare offsets); build with another "
+                "backend"
+            )
 
     def _make_dynamic(self, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> _Program:
         """What is known of blocks that are chosen per call; nothing where there are no queries or no keys."""
@@ -189,7 +209,9 @@ class Engine:
             if program.schedule.calls:
                 dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
                 merge_(out, lse, dense, dense_lse)
-        return out.to(query.dtype).contiguous(), lse.contiguous()
+        if out.dtype != query.dtype:
+            out = out.to(query.dtype)
+        return out.contiguous(), lse.contiguous()
 
     def backward(
         self,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Columns of head_dim that carry the gradient of lse through a dense kernel; kernels want multiples of 8.
 WIDENING: Final = 8
 
+# Capabilities that a call needs rather than a configuration: they are matched when a new length is met.
+CALL_AXES: Final = ("unequal_lengths", "offsets")
+
 
 @attrs.frozen(kw_only=True)
 class DensePiece:

@@ -135,9 +135,9 @@ class Residual(Pattern):
         """That of the pattern."""
         return self.pattern.block_size
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where both sides say so."""
-        return Sum((self.pattern, self.member)).head_groups(num_heads)
+        return Sum((self.pattern, self.member)).head_groups(num_heads, num_kv_heads)
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """Those of the pattern, nothing constant."""

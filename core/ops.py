@@ -110,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, seed, tables, *((None, None) if recompute else output))
     ctx.rest = (engine, q_offset, kv_offset)
-    ctx.owner = _ENGINES.get(engine)  # the graph may outlive the module
+    ctx.owner = _ENGINES.get(engine)
 
 
 def _gradients(run: Callable[..., Any], ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
@@ -150,9 +150,12 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         engine, q_offset, kv_offset, seed, tables, recompute = rest
-        output: tuple[Tensor, Tensor] = engine.forward(query, key, value, q_offset, kv_offset, seed, tables)
-        _setup(ctx, (query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute), output)
-        return output
+        out, lse = engine.forward(query, key, value, q_offset, kv_offset, seed, tables)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, seed, tables, *((None, None) if recompute else (out, lse)))
+        ctx.rest = (engine.key, q_offset, kv_offset)
+        ctx.owner = engine  # the graph may outlive the module
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:

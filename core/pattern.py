@@ -110,7 +110,7 @@ class Pattern(ABC):
         """The pattern as a sum of strided branches, or None where it has no such form."""
         return None
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head, counted from 0; heads of one group have the same multiplicity."""
         return (0,) * num_heads
 
@@ -279,9 +279,9 @@ class _Composite(Pattern):
         for member in self.of:
             member.validate(num_heads, num_kv_heads)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where every member says so."""
-        keys = list(zip(*(member.head_groups(num_heads) for member in self.of), strict=True))
+        keys = list(zip(*(member.head_groups(num_heads, num_kv_heads) for member in self.of), strict=True))
         seen: dict[tuple[int, ...], int] = {}
         return tuple(seen.setdefault(key, len(seen)) for key in keys)
 

@@ -64,10 +64,12 @@ class Schedule:
         calls: in the order in which they run.
         cover: how many leading calls together touch every query row of every head exactly once and every key row of
             every key-value head exactly once; their results can be written instead of merged. 0 where none do.
+        is_whole: the only call is dense attention of all queries to all keys; no view is needed for it.
     """
 
     calls: tuple[Call, ...]
     cover: int
+    is_whole: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +112,15 @@ def schedule(branches: Iterable[Branch], geometry: Geometry) -> Schedule:
     if covering is None:
         return Schedule(tuple(call for calls in parts for call in calls), 0)
     first = parts.pop(covering)
-    return Schedule((*first, *(call for calls in parts for call in calls)), len(first))
+    calls = (*first, *(call for calls in parts for call in calls))
+    return Schedule(calls, len(first), len(calls) == 1 and _is_whole(calls[0], geometry))
+
+
+def _is_whole(call: Call, geometry: Geometry) -> bool:
+    """True where the call takes all rows of all heads in their order, once."""
+    query = Rows(0, 1, geometry.q_len, call.query.segment_step, 0, 1, 0, geometry.num_heads)
+    key = Rows(0, 1, geometry.kv_len, call.key.segment_step, 0, 1, 0, geometry.num_kv_heads)
+    return call.segments == 1 and call.weight == 1 and call.query == query and call.key == key
 
 
 def _covers(calls: Sequence[Call], geometry: Geometry) -> bool:
@@ -264,7 +274,8 @@ def _grow(left: dict[int, int], first: int, step: int, group_size: int) -> _Head
     while group < len(chain) and kv[group] == kv[0]:
         group += 1
     kv_step = kv[group] - kv[0] if group < len(chain) else 1
-    offset_step = offsets[1] - offsets[0] if group == 1 and len(chain) > 1 else 0
+    # A falling offset may need a negative stride, which PyTorch has not; those heads do not go together.
+    offset_step = max(0, offsets[1] - offsets[0]) if group == 1 and len(chain) > 1 else 0
     count = 0
     while count < len(chain) and kv[count] == kv[0] + count // group * kv_step:
         if offsets[count] != offsets[0] + count * offset_step:

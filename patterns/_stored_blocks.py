@@ -62,7 +62,7 @@ class BlockTable(Pattern):
         """None; but causality can be judged before anything is lowered."""
         self._fits("is_causal", self.table.geometry.is_causal, geometry.is_causal)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads that share a table."""
         return tuple(int(table) for table in self.table.head_table)
 

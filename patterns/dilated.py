@@ -139,11 +139,9 @@ class Dilated(Pattern):
         parts = zip(self.segment_lengths, self.dilation_rates, self._offsets(geometry), strict=True)
         return tuple(Branch(w, r, offsets) for w, r, offsets in parts)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads with the same offset in every branch are alike."""
-        if self.offsets_by == "kv_head":  # the number of key-value heads is not known here, so no two are claimed alike
-            return tuple(range(num_heads))
-        geometry = Geometry(q_len=0, kv_len=0, num_heads=num_heads, num_kv_heads=num_heads, is_causal=False)
+        geometry = Geometry(q_len=0, kv_len=0, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=False)
         seen: dict[tuple[int | None, ...], int] = {}
         return tuple(seen.setdefault(key, len(seen)) for key in zip(*self._offsets(geometry), strict=True))
 

@@ -75,7 +75,7 @@ class Learned(LearnedPattern):
                 f"density={self.density}"
             )
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Every head chooses for itself."""
         return tuple(range(num_heads))
 

@@ -65,7 +65,7 @@ class Random(Pattern):
                 f"density={self.density}"
             )
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Every head draws for itself."""
         return tuple(range(num_heads))
 

@@ -82,7 +82,8 @@ class PatternStore:
         """Store `pattern` and return its file.
 
         `Full, Dilated, Local, Global, Strided` and their algebra keep their parameters and fit every length; all others
-        are lowered to blocks and fit this seq_len, num_heads and is_causal only. The file appears in one step.
+        are lowered to blocks and fit this seq_len, num_heads and is_causal only. The file appears in one step; what
+        killed writers of this name left behind goes.
 
         Raises:
             FileExistsError: the name is taken and `overwrite` is false.
@@ -311,9 +312,9 @@ class Stored(Pattern):
         """See `multiplicity`."""
         return self._pattern.branches(geometry)
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """See `multiplicity`."""
-        return self._pattern.head_groups(num_heads)
+        return self._pattern.head_groups(num_heads, num_kv_heads)
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """See `multiplicity`."""

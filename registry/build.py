@@ -10,7 +10,7 @@ import attrs
 
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
-from ..core.kernel import WIDENING
+from ..core.kernel import CALL_AXES, WIDENING
 from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, LayoutSummary
 from ..core.version import VERSION
@@ -54,14 +54,19 @@ def build_attention(
         NoBackendError: when no backend, or not the one asked for by name, takes the request; the message is the table.
         PluginError: when the chosen backend breaks its contract while building.
     """
-    from ..core.attention import Attention
-    from ..core.engine import Engine
-
     if mesh is not None:
         raise ConfigError(f"mesh must be None: this release has no context-parallel backend, got {mesh!r}")
     if like is not None:
         fields = _fields_of(like, config, fields) | fields
-    config, request, selection = _select(_config(config, fields), default_registry())
+    return build_from(_config(config, fields), default_registry())
+
+
+def build_from(config: AttentionConfig, registry: Registry) -> Attention:
+    """`build_attention` with the backends and patterns of `registry`."""
+    from ..core.attention import Attention
+    from ..core.engine import Engine
+
+    config, request, selection = _select(config, registry)
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
@@ -72,6 +77,7 @@ def build_attention(
         kernel=_kernel(selection.chosen, request),
         takes_layout="dense" not in capabilities["layouts"],
         has_dlse=_has_dlse(selection.chosen, request),
+        call_axes=frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
     )
     return Attention(config, plan, engine)
 
@@ -205,4 +211,8 @@ def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
     except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
+    lacking = [part for part in ("name", "forward", "backward") if not hasattr(kernel, part)]
+    if lacking:
+        name, origin = registered.spec.name, registered.source.origin
+        raise PluginError(f"backend {name!r} of {origin} built {kernel!r}, a kernel without {', '.join(lacking)}")
     return kernel

@@ -53,6 +53,7 @@ def check(
 @given(strategies.patterns(), strategies.geometries(), st.sampled_from([1, 2, 3]), st.booleans())
 @example(Full(), Geometry(q_len=1, kv_len=40, num_heads=4, num_kv_heads=2, is_causal=True), 2, True)
 @example(LONGNET, Geometry(q_len=12, kv_len=11, num_heads=4, num_kv_heads=4, is_causal=True, kv_offset=1), 3, True)
+@example(Dilated((99,), (3,)), Geometry(q_len=99, kv_len=99, num_heads=4, num_kv_heads=2, is_causal=False), 2, True)
 @settings(max_examples=250, deadline=None)
 def test_random_configurations_agree_in_float32(
     pattern: Pattern, geometry: Geometry, batch: int, through_lse: bool

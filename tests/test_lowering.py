@@ -107,7 +107,7 @@ class Noisy(Pattern):
     def max_multiplicity(self) -> int:
         return 2
 
-    def head_groups(self, num_heads: int) -> tuple[int, ...]:
+    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         return tuple(range(num_heads))
 
 

@@ -82,15 +82,17 @@ def test_split_deals_every_head_out() -> None:
 @settings(max_examples=60, deadline=None)
 @given(strategies.dilated(), strategies.geometries(max_len=30))
 def test_heads_of_a_group_are_alike(pattern: Dilated, geometry: Geometry) -> None:
-    groups, counts = pattern.head_groups(geometry.num_heads), multiplicity(pattern, geometry)
+    groups, counts = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads), multiplicity(pattern, geometry)
     assert sorted(set(groups)) == list(range(max(groups) + 1))
     for h, group in enumerate(groups):
         assert counts[h].equal(counts[groups.index(group)])
 
 
 def test_heads_share_tables_where_offsets_repeat() -> None:
-    assert Dilated((8, 16), (2, 4)).head_groups(8) == (0, 1, 2, 3, 0, 1, 2, 3)
-    assert Dilated((8,), (1,)).head_groups(3) == (0, 0, 0)
+    assert Dilated((8, 16), (2, 4)).head_groups(8, 8) == (0, 1, 2, 3, 0, 1, 2, 3)
+    assert Dilated((8,), (1,)).head_groups(3, 1) == (0, 0, 0)
+    assert Dilated((8, 16), (2, 4), offsets_by="kv_head").head_groups(8, 4) == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert Dilated((8, 16), (2, 2), offsets_by="kv_head").head_groups(8, 4) == (0, 0, 1, 1, 0, 0, 1, 1)
 
 
 def test_a_length_beyond_the_sequence_is_one_segment() -> None:

@@ -61,6 +61,16 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["'sdpa'", "thief 1.0", "dilated-attention 0.1.0"],
     ),
 }
+# What the other commands stand on: building, calling, and the conformance kit.
+USE = """
+import torch
+from dilated_attention import build_attention
+from dilated_attention.registry.conformance import Kit
+attention = build_attention(num_heads=4, head_dim=32, backend="sdpa", device="cpu")
+attention(*torch.zeros(3, 1, 5, 4, 32))
+trials = [trial for trial in Kit("sdpa", device="cpu", quick=True).trials() if trial.check.name in ("declared", "out")]
+print(attention.plan.backend, all(trial.run().passed for trial in trials[:3]))
+"""
 PLAIN = ("--heads", "4", "--head-dim", "32")
 
 
@@ -91,6 +101,8 @@ def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path) -> None:
         for name in BROKEN:
             assert f"{name} 1.0" in done.stdout, (arguments, name)
     assert done.stdout.startswith("sound (toy kernel) chosen")
+    used = run(tmp_path, "-W", "error", "-c", USE)
+    assert (used.stdout.split(), used.stderr) == (["sdpa", "True"], "")
     rows = as_json(command(tmp_path, "plugins", "--json"))
     for name, (_, words) in BROKEN.items():
         row = row_of(rows, name)

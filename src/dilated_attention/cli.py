@@ -1,7 +1,7 @@
 """The command `dilated-attention`.
 
-Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 a broken plugin, 2 usage, 3 no backend fits, 4 a bad
-or unsafe pattern file. torch is imported only by the commands that need a device.
+Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 a broken plugin or a failed check, 2 usage, 3 no
+backend fits, 4 a bad or unsafe pattern file. torch is imported only by the commands that need a device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from .core.errors import (
 )
 from .core.version import VERSION
 from .registry.discovery import Registry, default_registry
-from .report import backends_data, backends_text, doctor_data, doctor_text, paint, plugins_data, plugins_text
+from .report import (
+    backends_data,
+    backends_text,
+    doctor_data,
+    doctor_text,
+    paint,
+    plugins_data,
+    plugins_text,
+    progress_bar,
+)
 
 _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     ConfigError: 2,
@@ -180,6 +189,55 @@ def explain(
     show(plan.explain(), json.loads(plan.to_json()), as_json=as_json)
     if plan.backend is None:
         raise typer.Exit(_EXIT[NoBackendError])
+
+
+@app.command()
+def conformance(
+    backend: Annotated[str, typer.Argument(help="The backend's name, as `backends` lists it.", metavar="NAME")],
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller grid, of seconds instead of minutes.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Device to test on. Default: one of each type that is declared and here.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option("--pattern", "-p", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."),
+    ] = None,
+    large: Annotated[
+        bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a backend against all that it declares.
+
+    Every result against float64 on the grid that its capabilities declare, what must hold without an oracle, and the
+    contract of plugins. Prints a row a check; exit status 1 when any fails.
+    """
+    from .registry.conformance import run
+
+    with progress_bar(f"conformance of {backend}") as advance:
+        report = run(
+            backend,
+            registry=registry(),
+            device=device,
+            quick=quick,
+            patterns=[_mapping(text) for text in pattern or ()],
+            large=large,
+            progress=advance,
+        )
+    show(str(report), report.to_dict(), as_json=as_json)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A pattern as a TOML table in one line."""
+    try:
+        found = tomllib.loads(f"pattern = {text}")["pattern"]
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f'--pattern must be a TOML table such as {{kind = "full"}}, got {text!r}: {error}') from error
+    if not isinstance(found, dict):
+        raise ConfigError(f'--pattern must be a TOML table such as {{kind = "full"}}, got {text!r}')
+    return found
 
 
 def _given(**fields: object) -> dict[str, object]:

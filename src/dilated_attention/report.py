@@ -1,10 +1,11 @@
-"""What the commands `backends`, `plugins` and `doctor` say: plain data, and the same as text."""
+"""What the commands say: plain data, and the same as text."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ _COLOURS: Final = {
     "refused": "yellow",
     "slow": "yellow",
     "disabled": "yellow",
+    "skipped": "bright_black",
+    "failed": "red",
     "broken": "red",
 }
 _LIBRARIES: Final = ("torch", "numpy", "numba", "attrs", "cattrs", "pluggy", "safetensors", "typer", "rich")
@@ -43,6 +46,19 @@ def paint(text: str) -> str:
     with console.capture() as capture:
         console.print(painted, end="")
     return capture.get()
+
+
+@contextmanager
+def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal; what it yields is told how many of how many steps are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def backends_data(registry: Registry) -> list[dict[str, Any]]:

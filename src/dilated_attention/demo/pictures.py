@@ -40,7 +40,7 @@ def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_
     from matplotlib.patches import Patch
 
     groups: dict[int, list[int]] = {}
-    for head, group in enumerate(pattern.head_groups(num_heads)):
+    for head, group in enumerate(pattern.head_groups(num_heads, num_heads)):
         groups.setdefault(group, []).append(head)
     top = pattern.max_multiplicity
     shades = [FUTURE, NOT_SEEN, *(to_hex(colormaps[COUNTS](depth)) for depth in np.linspace(0.35, 1.0, top))]

@@ -1,0 +1,176 @@
+"""The checks of the kit by name: where each is made, and when it does not apply."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import attrs
+import torch
+
+from . import conformance_contract as contract
+from . import conformance_geometry as geometry
+from . import conformance_memory as memory
+from . import conformance_torch as machinery
+from . import conformance_values as values
+from .conformance_grid import LONGER
+from .conformance_measure import Finding
+from .discovery import installed_sources
+
+if TYPE_CHECKING:
+    from .conformance_case import Case
+    from .conformance_kit import Kit
+
+Where = Literal["backend", "every case", "every causal case", "few cases", "one case"]
+
+
+def _always(kit: Kit, case: Case | None) -> str:
+    return ""
+
+
+def _as_it_is(kit: Kit, case: Case) -> Case:
+    return case
+
+
+@attrs.frozen(eq=False)
+class Check:
+    """One named check.
+
+    Attributes:
+        name: as the table shows it.
+        where: what it is made on: the backend as such, every (causal) case of the grid, the cases of a few patterns,
+            or one case a device.
+        run: yields findings about a subject, or about the kit's backend.
+        why_not: why it does not apply to a case, or an empty string.
+        change: the case that it is made on instead, given the kit and the case.
+    """
+
+    name: str
+    where: Where
+    run: Callable[[Any], Iterator[Finding]]
+    why_not: Callable[[Kit, Case | None], str] = _always
+    change: Callable[[Kit, Case], Case] = _as_it_is
+
+    @property
+    def title(self) -> str:
+        """What it asserts, in a sentence."""
+        return (self.run.__doc__ or "").strip().partition("\n")[0]
+
+
+def _needs_backward(kit: Kit, case: Case | None) -> str:
+    return "" if kit.declares("backward") else "backward is not declared"
+
+
+def _needs(axis: str, needed: object = True) -> Callable[[Kit, Case | None], str]:
+    def why_not(kit: Kit, case: Case | None) -> str:
+        return "" if kit.declares(axis, needed) else f"{axis} is not declared"
+
+    return why_not
+
+
+def _needs_lse_gradient(kit: Kit, case: Case | None) -> str:
+    if case is not None and kit.declares("backward") and not kit.subject(case).attention._engine.has_dlse:
+        return f"gradients through lse are refused at head_dim {case.head_dim}"
+    return _needs_backward(kit, case)
+
+
+def _needs_compile(kit: Kit, case: Case | None) -> str:
+    kind = kit.capabilities.get("compile", "none")
+    return "compile is not declared" if kind == "none" else ""
+
+
+def _needs_cuda(kit: Kit, case: Case | None) -> str:
+    return "" if case is not None and case.device.startswith("cuda") else "not on a CUDA device"
+
+
+def _needs_second_device(kit: Kit, case: Case | None) -> str:
+    if _needs_cuda(kit, case):
+        return "not on a CUDA device"
+    return "" if torch.cuda.device_count() > 1 else "there is no second device"
+
+
+def _needs_cuda_graph(kit: Kit, case: Case | None) -> str:
+    return _needs("cuda_graph")(kit, case) or _needs_cuda(kit, case)
+
+
+def _needs_installed(kit: Kit, case: Case | None) -> str:
+    source = kit.registered.source
+    known = {(found.name, found.distribution) for found in installed_sources()}
+    here = (source.name, source.distribution) in known
+    return "" if here else "its plugin is not an installed distribution"
+
+
+def _needs_request(kit: Kit, case: Case | None) -> str:
+    return "" if kit.large else "on request only (large)"
+
+
+def _needs_request_and_memory(kit: Kit, case: Case | None) -> str:
+    if not kit.large or case is None:
+        return _needs_request(kit, case)
+    needed = memory.large_bytes(kit.subject(case))
+    free = torch.cuda.mem_get_info(case.device)[0] if case.device.startswith("cuda") else _free_bytes()
+    return "" if needed < free else f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _needs_undeclared_call(kit: Kit, case: Case | None) -> str:
+    every = kit.declares("unequal_lengths") and kit.declares("offsets")
+    return "unequal_lengths and offsets are declared" if every else ""
+
+
+def _deterministic(kit: Kit, case: Case) -> Case:
+    """Built deterministic; with gradients only where the backend claims that its backward is."""
+    backward = case.requires_grad and kit.declares("deterministic", "backward")
+    length = case.q_len if kit.quick else LONGER  # longer rows are split into more parts
+    return attrs.evolve(case, deterministic=True, requires_grad=backward, q_len=length, kv_len=length)
+
+
+def _dropping(kit: Kit, case: Case) -> Case:
+    return attrs.evolve(case, dropout_p=0.25)
+
+
+def _on_the_second(kit: Kit, case: Case) -> Case:
+    return attrs.evolve(case, device="cuda:1")
+
+
+BUILDS: Final = "builds"
+
+CHECKS: Final = (
+    Check("manifest", "backend", contract.manifest, _needs_installed),
+    Check("declared", "backend", contract.declared),
+    Check("undeclared", "backend", contract.undeclared),
+    Check("options", "backend", contract.options),
+    Check(BUILDS, "every case", contract.builds),
+    Check("forms", "every case", values.forms),
+    Check("out", "every case", values.out),
+    Check("lse", "every case", values.lse),
+    Check("dq", "every case", values.dq, _needs_backward),
+    Check("dk", "every case", values.dk, _needs_backward),
+    Check("dv", "every case", values.dv, _needs_backward),
+    Check("through-lse", "every case", values.through_lse, _needs_lse_gradient),
+    Check("ones", "every case", values.ones),
+    Check("future", "every causal case", values.future),
+    Check("one-token", "every case", values.one_token),
+    Check("lse-base", "few cases", values.lse_base),
+    Check("ragged", "few cases", geometry.ragged),
+    Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),
+    Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
+    Check("empty-rows", "few cases", geometry.empty_rows),
+    Check("refused-calls", "one case", geometry.refused_calls, _needs_undeclared_call),
+    Check("strided", "few cases", memory.strided),
+    Check("fresh-memory", "few cases", memory.fresh_memory),
+    Check("own-results", "few cases", memory.own_results),
+    Check("same-bits", "few cases", memory.same_bits, _needs("deterministic", "forward"), _deterministic),
+    Check("dropout", "few cases", machinery.dropout, _needs("dropout"), _dropping),
+    Check("operator", "one case", machinery.operator),
+    Check("fullgraph", "one case", machinery.fullgraph, _needs_compile),
+    Check("cuda-graph", "one case", machinery.cuda_graph, _needs_cuda_graph),
+    Check("side-stream", "one case", machinery.side_stream, _needs_cuda),
+    Check("second-device", "one case", machinery.second_device, _needs_second_device, _on_the_second),
+    Check("large-strides", "one case", memory.large_strides, _needs_request),
+    Check("large-tensors", "one case", memory.large_tensors, _needs_request_and_memory),
+)

@@ -1,0 +1,85 @@
+"""Checks of lengths and positions: ragged, unequal, offset, empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from .conformance_case import Subject
+from .conformance_measure import GRADIENTS, Finding
+
+# Around the powers of two that kernels tile by, and far below them.
+RAGGED: Final = (1, 2, 3, 15, 17, 33, 63, 65, 127, 129)
+UNEQUAL: Final = ((1, 40), (33, 77), (70, 71), (12, 5))
+OFFSETS: Final = ((40, 40, 3, 3), (40, 40, 1000, 1000), (37, 64, 30, 0), (64, 37, 5, 17), (20, 50, -7, -4))
+
+
+def ragged(subject: Subject) -> Iterator[Finding]:
+    """Lengths that are a multiple of nothing."""
+    for length in RAGGED:
+        yield from _compared(subject.at(q_len=length, kv_len=length), f"at length {length}")
+
+
+def unequal_lengths(subject: Subject) -> Iterator[Finding]:
+    """Queries and keys of different lengths, the last query at the last key."""
+    for q_len, kv_len in UNEQUAL:
+        yield from _compared(subject.at(q_len=q_len, kv_len=kv_len), f"of {q_len} queries and {kv_len} keys")
+
+
+def offsets(subject: Subject) -> Iterator[Finding]:
+    """Positions are absolute, for the pattern and for causality alike."""
+    for q_len, kv_len, q_offset, kv_offset in OFFSETS:
+        if q_len == kv_len or subject.takes("unequal_lengths"):
+            placed = subject.at(q_len=q_len, kv_len=kv_len, q_offset=q_offset, kv_offset=kv_offset)
+            where = f"at offsets {q_offset} and {kv_offset} ({q_len} queries, {kv_len} keys)"
+            yield from _compared(placed, where)
+
+
+def empty_rows(subject: Subject) -> Iterator[Finding]:
+    """A row without keys gives 0 and -inf and has no gradient; a call without keys or queries is answered."""
+    if subject.takes("offsets"):
+        yield from _empty(subject.at(q_offset=0, kv_offset=30), "before all keys")
+    if subject.takes("unequal_lengths"):
+        yield from _empty(subject.at(q_len=40, kv_len=10), "of 40 queries and 10 keys")
+        yield from _empty(subject.at(q_len=5, kv_len=0), "without keys")
+    yield from _empty(subject.at(q_len=0, kv_len=0), "of no queries")
+    yield from _empty(subject.at(batch=0), "of no batch rows")
+
+
+def _empty(subject: Subject, where: str) -> Iterator[Finding]:
+    yield from _compared(subject, where)
+    results = subject.results
+    none = ~subject.sees.any(dim=-1).to(results["out"].device)  # (H, S)
+    rows = {"out": results["out"].transpose(1, 2), "lse": results["lse"]}
+    if "dq" in results:
+        rows["dq"] = results["dq"].transpose(1, 2)
+    for name, x in rows.items():
+        wanted = -torch.inf if name == "lse" else 0.0
+        wrong = int((x[:, none] != wanted).sum())
+        problem = f"{wrong} numbers of rows without keys are not {wanted}" if wrong else ""
+        yield Finding(what=f"{name} {where}", problem=problem)
+
+
+def refused_calls(subject: Subject) -> Iterator[Finding]:
+    """Lengths and offsets that the backend does not declare are an error, not a result."""
+    from ..core.errors import ConfigError
+
+    wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}}
+    for axis, changes in wanted.items():
+        if subject.takes(axis):
+            continue
+        other = subject.at(**changes)
+        try:
+            other.call(*other.inputs)
+        except ConfigError:
+            yield Finding(what=axis)
+        else:
+            yield Finding(what=axis, problem="is not declared, and a call that needs it is answered all the same")
+
+
+def _compared(subject: Subject, where: str) -> Iterator[Finding]:
+    results = subject.run(subject.inputs)
+    names = ("out", "lse", *(GRADIENTS if subject.case.requires_grad else ()))
+    yield from subject.compared({name: results[name] for name in names}, subject.expected, where)

@@ -1,0 +1,144 @@
+"""The cases of the kit: the grid over patterns, causality, dtypes, heads and head_dims that a backend declares."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from ..core.errors import ConfigError
+from ..core.pattern import Pattern
+from ..core.refusal import Refusal
+from .capabilities import capability_refusals, covers, make_request
+from .conformance_case import Case
+from .device import describe_device, device_type_of_torch, local_device_types
+from .discovery import RegisteredBackend, Registry
+from .patterns import resolve_pattern
+from .selection import judge
+from .specs import BackendSpec, Request
+
+DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
+# What people use; those that a backend does not declare fall away.
+HEAD_DIMS: Final = (24, 48, 64, 8, 16, 32, 80, 96, 128, 192, 256)
+QUICK_HEAD_DIMS: Final = (24, 48, 64)
+HEADS: Final = ((4, 4), (4, 2), (6, 2), (4, 1))
+LENGTH: Final = 131
+LONGER: Final = 389
+
+# Branches that tile and branches that do not, repetitions that become weights, blocks and rows of both.
+PATTERNS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "full": {"kind": "full"},
+    "dilated": {"kind": "dilated", "segment_lengths": [32, 64, 128], "dilation_rates": [1, 2, 4]},
+    "local|global": {"kind": "union", "of": [{"kind": "local", "window_size": 19}, {"kind": "global", "tokens": 5}]},
+    "repeated": {"kind": "dilated", "segment_lengths": [40, 80, 40], "dilation_rates": [1, 2, 1]},
+    "ragged": {"kind": "dilated", "segment_lengths": [45, 70, 100], "dilation_rates": [2, 3, 5], "offsets": "blocked"},
+    "local": {"kind": "local", "window_size": [30, 12]},
+    "local+dilated": {
+        "kind": "sum",
+        "of": [
+            {"kind": "local", "window_size": 16},
+            {"kind": "dilated", "segment_lengths": [32, 64], "dilation_rates": [1, 2]},
+        ],
+    },
+    "random": {"kind": "random", "blocks_per_row": 3, "block_size": 16, "seed": 1},
+    "strided": {"kind": "strided", "stride": 3},
+    "split": {"kind": "dilated", "segment_lengths": [32, 64], "dilation_rates": [1, 2], "heads": "split"},
+}
+# Left out of the quick grid: the first draw is compiled, which takes seconds.
+SLOW: Final = ("random",)
+# The patterns of the checks that take several lengths or forms of one case each.
+FEW: Final = ("full", "dilated", "local|global")
+
+
+def devices_of(spec: BackendSpec, device: str | None) -> tuple[str, ...]:
+    """The devices to test on: `device`, or one of each type that is declared and is here.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    declared = spec.capabilities.get("device_types", ())
+    if device is not None:
+        found = describe_device(device)
+        if not found.available or not covers(declared, found.type):
+            here = "" if found.available else ", which this machine does not have"
+            raise ConfigError(
+                f"backend {spec.name!r} declares {', '.join(declared) or 'no device'}, not {device!r}{here}"
+            )
+        return (found.torch_name,)
+    local = tuple(name for name in local_device_types() if covers(declared, device_type_of_torch(name)))
+    if not local:
+        raise ConfigError(
+            f"backend {spec.name!r} runs on {', '.join(declared) or 'no device'}, and this machine has "
+            f"{', '.join(local_device_types())}; run the kit where one of them is"
+        )
+    return tuple(describe_device(name).torch_name for name in local)
+
+
+def patterns_of(registry: Registry, more: Sequence[Mapping[str, Any]]) -> dict[str, Pattern]:
+    """The kit's patterns whose kinds are registered, and `more`, by name."""
+    found = {name: resolve_pattern(m, registry) for name, m in PATTERNS.items() if _kinds(m) <= {*registry.patterns}}
+    return found | {_name(m): resolve_pattern(m, registry) for m in more}
+
+
+def _kinds(mapping: Mapping[str, Any]) -> set[str]:
+    """The kinds that a mapping needs, those of its members included."""
+    return set().union(*map(_kinds, mapping["of"])) if "of" in mapping else {mapping["kind"]}
+
+
+def _name(mapping: Mapping[str, Any]) -> str:
+    parameters = ",".join(f"{name}={value}" for name, value in mapping.items() if name != "kind")
+    return f"{mapping['kind']}({parameters.replace(' ', '')})" if parameters else str(mapping["kind"])
+
+
+def request_of(case: Case, backend: str) -> Request:
+    """The request that the case's configuration makes."""
+    return make_request(case.config(backend), case.pattern, describe_device(case.device))
+
+
+def candidates(
+    spec: BackendSpec, devices: Sequence[str], patterns: Mapping[str, Pattern], *, quick: bool
+) -> Iterator[Case]:
+    """Every point of the grid, declared or not."""
+    declared = spec.capabilities.get("head_dims", ())
+    head_dims = [d for d in (QUICK_HEAD_DIMS if quick else HEAD_DIMS) if covers(declared, d)]
+    head_dims = head_dims or [d for d in HEAD_DIMS if covers(declared, d)][:1] or _some_of(declared)
+    heads = [pair for pair in HEADS if pair[0] == pair[1] or covers(spec.capabilities.get("gqa", False), True)]
+    backward = covers(spec.capabilities.get("backward", False), True)
+    widths, pairs = itertools.cycle(head_dims), itertools.cycle(heads)
+    combinations = itertools.product(devices, DTYPES, patterns.items(), (False, True))
+    for device, dtype, (name, pattern), is_causal in combinations:
+        if quick and (name in SLOW or (dtype != "float32" and name in PATTERNS and name not in FEW)):
+            continue
+        for head_dim in [next(widths)] if quick else head_dims:
+            num_heads, num_kv_heads = next(pairs)
+            length = LENGTH if quick or head_dim > 64 else LONGER
+            yield Case(
+                pattern_name=name,
+                pattern=pattern,
+                device=device,
+                dtype=dtype,
+                is_causal=is_causal,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                q_len=length,
+                kv_len=length,
+                requires_grad=backward,
+            )
+
+
+def _some_of(declared: Any) -> list[int]:
+    """A declared head_dim where none of the usual ones is."""
+    return next(([d] for d in range(1, 1025) if covers(declared, d)), [])
+
+
+def admitted(registered: RegisteredBackend, case: Case) -> tuple[bool, tuple[Refusal, ...]]:
+    """Whether the case belongs to the grid, and the backend's own refusals where it declares the case.
+
+    A fault of the backend is left for the checks to find: the case stays in.
+    """
+    request = request_of(case, registered.spec.name)
+    if capability_refusals(request, registered.spec):
+        return False, ()
+    verdict = judge(registered, request)
+    return not verdict.refusals, verdict.refusals

@@ -1,0 +1,68 @@
+"""The kit as a plugin of pytest, for those who ask: no file of tests is needed.
+
+    pytest -p dilated_attention.registry.conformance_pytest --conformance NAME [--conformance-quick]
+
+or `pytest_plugins = ["dilated_attention.registry.conformance_pytest"]` in a conftest.py. Each check on each case is an
+item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .conformance import Kit, Trial
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--conformance NAME` (repeatable), `--conformance-quick`, `--conformance-device`."""
+    group = parser.getgroup("dilated-attention")
+    group.addoption("--conformance", action="append", default=[], metavar="NAME", help="backend to put to the kit")
+    group.addoption("--conformance-quick", action="store_true", help="the smaller grid, of seconds")
+    group.addoption("--conformance-device", metavar="DEVICE", help="device to test on; by default all declared ones")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Add the kit's items to those that were collected, before -k and -m choose among them."""
+    for name in config.getoption("--conformance"):
+        items.extend(_items(session, config, name))
+
+
+def _items(session: pytest.Session, config: pytest.Config, name: str) -> Iterator[pytest.Item]:
+    kit = Kit(name, quick=config.getoption("--conformance-quick"), device=config.getoption("--conformance-device"))
+    for trial in kit.trials():
+        label = str(trial).replace(" ", "-")
+        yield ConformanceItem.from_parent(session, name=f"conformance[{name}-{label}]", trial=trial)
+
+
+class ConformanceItem(pytest.Item):
+    """One check on one case."""
+
+    def __init__(self, *, trial: Trial, **others: Any) -> None:
+        super().__init__(**others)
+        self.trial = trial
+
+    def runtest(self) -> None:
+        """Make the check."""
+        outcome = self.trial.run()
+        if outcome.skipped:
+            pytest.skip(outcome.skipped)
+        if not outcome.passed:
+            raise NonConforming(str(outcome))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """What was found, without the kit's own frames."""
+        if isinstance(excinfo.value, NonConforming):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        """Where it stands: in no file."""
+        return self.path, None, self.name
+
+
+class NonConforming(Exception):  # noqa: N818 - the outcome of a test, not an error of the program
+    """A check failed; the message is the outcome."""

@@ -1,0 +1,177 @@
+"""What the tests of backends over third-party kernels share: verdicts for a card that is not here, and the gate."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention import (
+    Attention,
+    AttentionConfig,
+    Dilated,
+    Full,
+    Global,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+    build_attention,
+)
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import CALL_AXES, DenseKernel
+from dilated_attention.registry.capabilities import make_request
+from dilated_attention.registry.discovery import default_registry
+from dilated_attention.registry.selection import Verdict, judge
+from dilated_attention.registry.specs import Device, Request
+
+from .support import NAMES, error, inputs, oracle, ours, with_gradients
+
+H100 = Device(type="cuda", index=0, name="NVIDIA H100", arch="sm_90", torch_name="cuda:0")
+
+# One of each kind and of each combination, small enough for the oracle.
+PATTERNS: list[Pattern] = [
+    Full(),
+    Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4)),
+    Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 7)),
+    Local(window_size=70),
+    Global(tokens=3),
+    Strided(stride=3),
+    Random(blocks_per_row=2, block_size=32, seed=7),
+    Local(window_size=70) | Global(tokens=3),
+    Strided(stride=3) + Local(window_size=9),
+]
+
+
+def request(device: Device = H100, pattern: Pattern | None = None, **fields: Any) -> Request:
+    """A request for that device; by default bfloat16, 8 heads of 64."""
+    chosen = pattern or Full()
+    given: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": chosen} | fields
+    return make_request(AttentionConfig(**given), chosen, device)
+
+
+def verdict(backend: str, device: Device = H100, **fields: Any) -> Verdict:
+    """What the backend says through the registry."""
+    return judge(default_registry().backends[backend], request(device, **fields))
+
+
+def codes(found: Verdict) -> set[str]:
+    """The codes of its refusals."""
+    assert not found.fault
+    return {refusal.code for refusal in found.refusals}
+
+
+def load_libraries() -> None:
+    """Load the libraries that FA3_LIBRARIES names, the CUDA runtime first: operators without a package."""
+    for path in os.environ.get("FA3_LIBRARIES", "").split(os.pathsep):
+        if "libcudart" in path:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        elif path:
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
+def emulated_engine(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, head_dim: int) -> Engine:
+    """The engine that a build would make, over a kernel that computes on CPU in float32."""
+    config = AttentionConfig(
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=head_dim,
+        pattern=pattern,
+        is_causal=geometry.is_causal,
+    )
+    return Engine(config, pattern, kernel, takes_layout=False, has_dlse=True, call_axes=frozenset(CALL_AXES))
+
+
+def check_emulated(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, head_dim: int) -> None:
+    """Out, lse and all gradients, through lse too, of `kernel` on CPU against the oracle."""
+    engine = emulated_engine(kernel, geometry, pattern, head_dim)
+    tensors = inputs(geometry, batch=2, head_dim=head_dim, dtype=torch.float32)
+    query, key, value = (x.detach() for x in tensors)
+    offsets = geometry.q_offset, geometry.kv_offset
+    out, lse = engine.forward(query, key, value, *offsets, None, None)
+    for through_lse in (False, True):
+        expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
+        generator = torch.Generator().manual_seed(1)
+        dout, dlse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).float() for x in (out, lse))
+        grads = engine.backward(dout, dlse if through_lse else None, query, key, value, out, lse, *offsets, None, None)
+        for name, a, e in zip(NAMES, (out, lse, *grads), expected, strict=True):
+            assert error(a, e) < 1e-5, (name, error(a, e), through_lse)
+
+
+def build(backend: str, pattern: Pattern, geometry: Geometry, dtype: str, head_dim: int, **fields: Any) -> Attention:
+    """The attention on the card that is here, by that backend or none."""
+    return build_attention(
+        pattern=pattern,
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=head_dim,
+        is_causal=geometry.is_causal,
+        dtype=dtype,
+        device="cuda",
+        backend=backend,
+        **fields,
+    )
+
+
+def on_card(geometry: Geometry, dtype: str, head_dim: int) -> list[Tensor]:
+    """Random inputs on the card that require gradients."""
+    found = inputs(geometry, batch=2, head_dim=head_dim, dtype=getattr(torch, dtype))
+    return [x.detach().cuda().requires_grad_() for x in found]
+
+
+def dense_error(tensors: list[Tensor], geometry: Geometry) -> list[float]:
+    """Twice the error of dense `scaled_dot_product_attention` in the same dtype; for lse that of float32."""
+    swapped = [x.transpose(1, 2) for x in tensors]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        swapped[0], swapped[1], swapped[2], is_causal=geometry.is_causal, enable_gqa=True
+    ).transpose(1, 2)
+    lse = torch.zeros(out.shape[0], out.shape[2], out.shape[1], device=out.device)
+    exact = oracle(Full(), tensors, geometry, through_lse=False)
+    found = with_gradients(out, lse, tensors, through_lse=False)
+    return [1e-5 if name == "lse" else 2 * error(a, e) for name, a, e in zip(NAMES, found, exact, strict=True)]
+
+
+def check(
+    attention: Attention, geometry: Geometry, bounds: list[float] | None = None, *, through_lse: bool = True
+) -> None:
+    """Out, lse and all gradients, through lse too, against the oracle; the bounds are dense attention's errors."""
+    config = attention.config
+    tensors = on_card(geometry, config.dtype, config.head_dim)
+    if bounds is None:
+        bounds = [1e-5] * 5 if config.dtype == "float32" else dense_error(tensors, geometry)
+    pattern = config.pattern
+    assert isinstance(pattern, Pattern)
+    for lse_counts in (False, True) if through_lse else (False,):
+        actual = ours(attention, tensors, geometry, through_lse=lse_counts)
+        expected = oracle(pattern, tensors, geometry, through_lse=lse_counts)
+        for name, a, e, bound in zip(NAMES, actual, expected, bounds, strict=True):
+            assert error(a, e) <= bound, (name, error(a, e), bound, lse_counts)
+
+
+def check_graph(attention: Attention, geometry: Geometry) -> None:
+    """Forward and backward replay in a CUDA graph with new inputs."""
+    tensors = on_card(geometry, attention.config.dtype, attention.config.head_dim)
+    dout = torch.randn_like(tensors[0])
+
+    def step() -> tuple[Tensor, ...]:
+        out = attention(*tensors)
+        return (out, *torch.autograd.grad(out, tensors, dout))
+
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (*tensors, dout):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for a, e in zip(captured, step(), strict=True):
+        assert error(a, e) < 5e-3  # a backward adds up in any order

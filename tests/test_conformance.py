@@ -1,0 +1,148 @@
+"""The conformance kit on our own backends, through the door that third parties use: a class, a command, a plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dilated_attention import ConfigError
+from dilated_attention.registry.conformance import Conformance, Kit, run
+from dilated_attention.registry.conformance_checks import CHECKS
+from dilated_attention.registry.conformance_grid import QUICK_HEAD_DIMS
+from dilated_attention.registry.conformance_measure import Finding, compare
+
+from .distributions import command, install_backend
+from .distributions import run as python
+
+WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(self, request): return 'toy'\n"
+
+
+class TestSdpa(Conformance):
+    backend = "sdpa"
+    device = "cpu"
+    quick = True
+
+
+class TestReference(Conformance):
+    backend = "reference"
+    device = "cpu"
+    quick = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_the_whole_grid(backend: str) -> None:
+    report = run(backend)
+    assert report.passed, str(report)
+
+
+@pytest.mark.slow
+def test_rows_more_than_two_to_the_31_elements_apart() -> None:
+    kit = Kit("sdpa", device="cpu", quick=True, large=True)
+    (trial,) = (trial for trial in kit.trials() if trial.check.name == "large-strides")
+    assert trial.run().passed, str(trial.run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_the_quick_grid_on_a_card(backend: str) -> None:
+    report = run(backend, device="cuda", quick=True)
+    assert report.passed, str(report)
+
+
+def test_nan_never_passes() -> None:
+    zeros, nans = torch.zeros(4), torch.full((4,), torch.nan)
+    for actual, expected in ((nans, zeros), (zeros, nans), (nans, nans), (zeros + torch.inf, zeros)):
+        assert not compare("x", actual, expected, 1e9).passed
+    assert not Finding(what="x", error=float("nan"), bound=1.0).passed
+    assert compare("x", torch.full((4,), -torch.inf), torch.full((4,), -torch.inf), 0.0).passed
+    assert not compare("x", torch.zeros(3), zeros, 1.0).passed
+
+
+def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = Kit("sdpa", device="cpu", quick=True).cases
+    assert {case.dtype for case in cases} == {"float64", "float32", "bfloat16", "float16"}
+    assert {case.head_dim for case in cases} == set(QUICK_HEAD_DIMS)
+    assert {case.is_causal for case in cases} == {True, False}
+    assert any(case.num_heads != case.num_kv_heads for case in cases)
+    capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [40], "layouts": ["branch"]}
+    install_backend(tmp_path, "narrow", backend="narrow", capabilities=capabilities, code=WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from dilated_attention.registry.discovery import Registry
+
+    narrow = Kit("narrow", registry=Registry.discover({}), quick=True)
+    assert {case.pattern_name for case in narrow.cases} == {"full", "dilated", "repeated", "ragged", "strided", "split"}
+    assert {(case.dtype, case.head_dim, case.is_causal) for case in narrow.cases} == {("float32", 40, False)}
+    assert {case.num_heads // case.num_kv_heads for case in narrow.cases} == {1}
+    assert not any(case.requires_grad for case in narrow.cases)
+
+
+def test_a_further_pattern_is_tested_too() -> None:
+    kit = Kit("sdpa", device="cpu", quick=True, patterns=[{"kind": "local", "window_size": 3}])
+    assert "local(window_size=3)" in {case.pattern_name for case in kit.cases}
+    with pytest.raises(ConfigError, match="unknown pattern 'lokal'"):
+        Kit("sdpa", patterns=[{"kind": "lokal"}])
+
+
+def test_names_that_do_not_exist_and_devices_that_are_not_here() -> None:
+    with pytest.raises(ConfigError, match=r"unknown backend 'sdap' \(did you mean 'sdpa'\?\)"):
+        Kit("sdap")
+    with pytest.raises(ConfigError, match="declares cpu, cuda, not 'meta'"):
+        Kit("sdpa", device="meta")
+
+
+def test_every_check_says_what_it_asserts() -> None:
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+    assert all(check.title.endswith(".") for check in CHECKS), [check.name for check in CHECKS]
+
+
+def test_the_command_prints_the_table_and_its_status(tmp_path: Path) -> None:
+    """A backend whose build fails: each of its cases is a failure, and nothing is measured."""
+    code = WRONG + "    def build(self, request): raise RuntimeError('not today')\n"
+    capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [24], "layouts": ["dense"]}
+    install_backend(tmp_path, "sick", backend="sick", capabilities=capabilities, code=code)
+    done = command(tmp_path, "conformance", "sick", "--quick")
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "sick of sick 1.0 on cpu: 9 cases (quick grid)"
+    assert any(line.startswith("builds") and " failed " in line for line in lines)
+    assert "RuntimeError: not today" in done.stdout
+    assert any(line.startswith("manifest") and " ok " in line for line in lines)
+    assert any(line.startswith("out ") and "skipped" in line for line in lines)
+    data = json.loads(command(tmp_path, "conformance", "sick", "--quick", "--json").stdout)
+    assert not data["passed"]
+    assert {row["check"] for row in data["checks"]} == {check.name for check in CHECKS}
+    assert {failure["check"] for failure in data["failures"]} >= {"builds", "options"}
+    unknown = command(tmp_path, "conformance", "sik")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "did you mean 'sick'" in unknown.stderr
+
+
+def test_a_manifest_that_imports_torch_is_caught(tmp_path: Path) -> None:
+    capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [24], "layouts": ["dense"]}
+    install_backend(
+        tmp_path, "heavy", backend="heavy", capabilities=capabilities, code=WRONG, extra="import torch  # noqa"
+    )
+    code = (
+        "from dilated_attention.registry.conformance import Kit\n"
+        "trial = next(t for t in Kit('heavy', quick=True).trials() if t.check.name == 'manifest')\n"
+        "print(trial.run())"
+    )
+    assert "its import brings torch" in python(tmp_path, "-c", code).stdout
+
+
+def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path) -> None:
+    arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance_pytest"]
+    arguments += ["--conformance", "sdpa", "--conformance-quick", "--conformance-device", "cpu"]
+    arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", "declared or undeclared or cuda-graph", "-rs"]
+    done = python(None, "-m", "pytest", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed, 1 skipped" in done.stdout
+    assert "cuda_graph is not declared" in done.stdout
+    plain = python(None, "-m", "pytest", "-p", "no:cacheprovider", "--conformance", "sdpa", str(tmp_path))
+    assert plain.returncode == os.EX_USAGE or "unrecognized arguments" in plain.stderr

@@ -1,0 +1,126 @@
+"""The conformance kit against backends that are wrong on purpose: each is caught, by the check that should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dilated_attention.registry import BackendSpec, hookimpl
+from dilated_attention.registry.conformance import Kit, Outcome, run
+from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
+from dilated_attention.registry.plugins import Source
+
+from . import wrong_backends
+
+DENSE: dict[str, Any] = {
+    "device_types": ("cpu",),
+    "dtypes": ("float32",),
+    "head_dims": (24, 48, 64, 72, 256),
+    "layouts": ("dense",),
+    "gqa": True,
+    "causal": True,
+    "offsets": True,
+    "unequal_lengths": True,
+    "backward": True,
+    "lse": True,
+    "deterministic": ("forward", "backward"),
+}
+WHOLE = {**DENSE, "layouts": ("branch", "block"), "dlse": True}
+DROPPING = {**WHOLE, "dropout": True}
+
+# The fault, and the checks that have to find it.
+FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
+    (wrong_backends.StrictlyCausal, DENSE, {"one-token", "out"}),
+    (wrong_backends.SeesOneAhead, DENSE, {"future", "one-token"}),
+    (wrong_backends.IgnoresScale, DENSE, {"out", "lse"}),
+    (wrong_backends.LseInBaseTwo, DENSE, {"lse", "lse-base"}),
+    (wrong_backends.LseNegated, DENSE, {"lse", "lse-base"}),
+    (wrong_backends.LseRounded, DENSE, {"lse"}),
+    (wrong_backends.LseWithoutWeights, WHOLE, {"lse"}),
+    (wrong_backends.CountsOnce, WHOLE, {"out", "lse"}),
+    (wrong_backends.DividesByAll, DENSE, {"ones", "out"}),
+    (wrong_backends.OwnLse, DENSE, {"dq", "dk", "dv"}),
+    (wrong_backends.SumForDk, DENSE, {"dk"}),
+    (wrong_backends.UnscaledDq, DENSE, {"dq"}),
+    (wrong_backends.HalvedDv, DENSE, {"dv"}),
+    (wrong_backends.HeadsTakeTurns, DENSE, {"out", "one-token"}),
+    (wrong_backends.ReadsInOrder, DENSE, {"strided"}),
+    (wrong_backends.DropsTheLastKey, DENSE, {"ragged", "one-token"}),
+    (wrong_backends.IgnoresOffsets, WHOLE, {"offsets"}),
+    (wrong_backends.AlignsAtTheStart, WHOLE, {"unequal-lengths"}),
+    (wrong_backends.IgnoresDlse, WHOLE, {"through-lse"}),
+    (wrong_backends.NanOnEmptyRows, WHOLE, {"empty-rows"}),
+    (wrong_backends.Restless, DENSE, {"same-bits"}),
+    (wrong_backends.ShortSums, {**DENSE, "dtypes": ("bfloat16",)}, {"out", "lse"}),
+    (wrong_backends.LeavesGaps, WHOLE, {"fresh-memory"}),
+    (wrong_backends.KeepsItsBuffer, DENSE, {"own-results"}),
+    (wrong_backends.WritesIntoInputs, DENSE, {"own-results"}),
+    (wrong_backends.CrashesAt48, DENSE, {"out"}),
+    (wrong_backends.CrashesWhenAsked, DENSE, {"declared"}),
+    (wrong_backends.NeverAccepts, DENSE, {"declared"}),
+    (wrong_backends.IgnoresOptions, DENSE, {"options"}),
+    (wrong_backends.PinsAnother, DENSE, {"builds"}),
+    (wrong_backends.CannotBuild, DENSE, {"builds"}),
+    (wrong_backends.DropsNothing, DROPPING, {"dropout"}),
+    (wrong_backends.DropsWithoutScaling, DROPPING, {"dropout"}),
+]
+# Faults that nothing but the named check can see: all others must pass.
+ALONE = {
+    "IgnoresOffsets", "AlignsAtTheStart", "IgnoresDlse", "NanOnEmptyRows", "Restless", "KeepsItsBuffer",
+    "CrashesWhenAsked", "NeverAccepts", "IgnoresOptions", "PinsAnother", "DropsNothing", "DropsWithoutScaling",
+    "LseWithoutWeights",
+}  # fmt: skip
+
+
+def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
+    """Our patterns and one backend, come through the hooks like anyone's."""
+    name = target.__name__.lower()
+    spec = BackendSpec(name=name, target=f"{target.__module__}:{target.__name__}", capabilities=capabilities)
+
+    class Plugin:
+        @hookimpl
+        def dilated_attention_backends(self) -> list[BackendSpec]:
+            return [spec]
+
+    sources = [source for source in installed_sources() if source.distribution == OUR_DISTRIBUTION]
+    return Registry.discover({}, [*sources, Source(name=name, distribution="wrongs", version="1", load=Plugin)])
+
+
+def kit_of(target: type, capabilities: dict[str, Any]) -> Kit:
+    return Kit(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
+
+
+def failing(kit: Kit, check: str) -> Outcome | None:
+    """The first case on which a check fails."""
+    outcomes = (trial.run() for trial in kit.trials() if trial.check.name == check)
+    return next((outcome for outcome in outcomes if not outcome.passed), None)
+
+
+@pytest.mark.parametrize(("target", "capabilities", "checks"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
+def test_each_fault_is_caught_by_the_checks_that_should(
+    target: type, capabilities: dict[str, Any], checks: set[str]
+) -> None:
+    kit = kit_of(target, capabilities)
+    for check in sorted(checks):
+        outcome = failing(kit, check)
+        assert outcome is not None, f"{check} passes"
+        assert str(outcome).startswith(check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "capabilities"), [(wrong_backends.Dense, DENSE), (wrong_backends.Whole, WHOLE)])
+def test_the_two_that_the_wrong_ones_are_made_of_are_right(target: type, capabilities: dict[str, Any]) -> None:
+    report = run(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
+    assert report.passed, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "capabilities", "checks"),
+    [fault for fault in FAULTS if fault[0].__name__ in ALONE],
+    ids=[fault[0].__name__ for fault in FAULTS if fault[0].__name__ in ALONE],
+)
+def test_a_fault_of_one_kind_fails_nothing_else(target: type, capabilities: dict[str, Any], checks: set[str]) -> None:
+    report = run(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
+    assert {row.check for row in report.rows if row.status == "failed"} == checks, str(report)

@@ -1,0 +1,384 @@
+"""Backends that are wrong on purpose, one fault each, on top of two that are right. The conformance kit has to tell.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from dilated_attention.core.kernel import DensePiece, LayoutPiece
+from dilated_attention.core.reference import multiplicity
+from dilated_attention.registry import Refusal, Request
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+class Dense:
+    """A dense kernel and its backend in one, right in everything; the steps are methods so that each can be spoilt."""
+
+    name = "plain"
+
+    def refusals(self, request: Request) -> Iterable[Refusal]:
+        request.options(request.config.backend, allowed=())
+        return []
+
+    def pin(self, request: Request) -> str:
+        return self.name
+
+    def build(self, request: Request) -> Any:
+        return self
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        """(B, H, S, T)"""
+        s = piece.scale * torch.einsum("bshd,bthd->bhst", query, self.grouped(key, query))
+        return s.masked_fill(~self.mask(s), -math.inf) if piece.is_causal else s
+
+    def mask(self, s: Tensor) -> Tensor:
+        return torch.ones_like(s, dtype=torch.bool).tril()
+
+    def grouped(self, x: Tensor, query: Tensor) -> Tensor:
+        return x.repeat_interleave(query.shape[2] // x.shape[2], dim=2)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        q, k, v = map(self.wide, (query, key, value))
+        s = self.scores(q, k, piece)
+        lse = torch.logsumexp(s, dim=-1)
+        out = torch.einsum("bhst,bthd->bshd", torch.exp(s - lse[..., None]), self.grouped(v, q))
+        return out.to(query.dtype), lse
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> Grads:
+        q, k, v, g, o = map(self.wide, (query, key, value, dout, out))
+        p = torch.exp(self.scores(q, k, piece) - lse[..., None])
+        delta = (g * o).sum(-1).transpose(1, 2)
+        ds = p * (torch.einsum("bshd,bthd->bhst", g, self.grouped(v, q)) - delta[..., None])
+        group = query.shape[2] // key.shape[2]
+        dq = piece.scale * torch.einsum("bhst,bthd->bshd", ds, self.grouped(k, q))
+        dk = self.collected(piece.scale * torch.einsum("bhst,bshd->bthd", ds, q), group)
+        dv = self.collected(torch.einsum("bhst,bshd->bthd", p, g), group)
+        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+
+    def collected(self, x: Tensor, group: int) -> Tensor:
+        return torch.unflatten(x, 2, (x.shape[2] // group, group)).sum(3)
+
+
+class Whole:
+    """A kernel for whole layouts and its backend in one, right in everything."""
+
+    name = "plain whole"
+
+    refusals = Dense.refusals
+    pin = Dense.pin
+    build = Dense.build
+
+    def counts(self, piece: LayoutPiece) -> Tensor:
+        return multiplicity(piece.layout.pattern, piece.layout.geometry).double()
+
+    def logits(self, query: Tensor, key: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        """Scores (B, H, S, T) in float64 and their weights."""
+        k = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+        s = piece.scale * torch.einsum("bshd,bthd->bhst", query.double(), k.double())
+        return s, self.counts(piece)
+
+    def summed(self, s: Tensor, counts: Tensor) -> Tensor:
+        return torch.logsumexp(s + counts.log(), dim=-1)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        s, counts = self.logits(query, key, piece)
+        lse = self.summed(s, counts)
+        p = counts * torch.exp(s - self.finite(lse)[..., None])
+        v = value.repeat_interleave(query.shape[2] // value.shape[2], dim=2).double()
+        out = torch.einsum("bhst,bthd->bshd", p, v)
+        return out.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
+
+    def finite(self, lse: Tensor) -> Tensor:
+        return lse.masked_fill(lse == -math.inf, 0.0)
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        piece: LayoutPiece,
+        *,
+        dlse: Tensor | None = None,
+    ) -> Grads:
+        s, counts = self.logits(query, key, piece)
+        p = counts * torch.exp(s - self.finite(self.summed(s, counts))[..., None])
+        group = query.shape[2] // key.shape[2]
+        k, v = (x.repeat_interleave(group, dim=2).double() for x in (key, value))
+        g = dout.double()
+        dp = torch.einsum("bshd,bthd->bhst", g, v)
+        delta = (p * dp).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse
+        ds = p * (dp - delta[..., None])
+        dq = piece.scale * torch.einsum("bhst,bthd->bshd", ds, k)
+        dk = piece.scale * torch.einsum("bhst,bshd->bthd", ds, query.double())
+        dv = torch.einsum("bhst,bshd->bthd", p, g)
+        dk, dv = (torch.unflatten(x, 2, (x.shape[2] // group, group)).sum(3) for x in (dk, dv))
+        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+
+
+class StrictlyCausal(Dense):
+    """Off by one: a row does not see its own key (the first row keeps it, so that nothing is empty)."""
+
+    def mask(self, s: Tensor) -> Tensor:
+        allowed = torch.ones_like(s, dtype=torch.bool).tril(-1)
+        allowed[..., 0, 0] = True
+        return allowed
+
+
+class SeesOneAhead(Dense):
+    def mask(self, s: Tensor) -> Tensor:
+        return torch.ones_like(s, dtype=torch.bool).tril(1)
+
+
+class IgnoresScale(Dense):
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        return super().scores(query, key, DensePiece(is_causal=piece.is_causal, scale=1.0))
+
+
+class LseInBaseTwo(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, lse / math.log(2)
+
+
+class LseNegated(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, -lse
+
+
+class LseRounded(Dense):
+    """lse in the dtype of the inputs, as some kernels give it in half precision."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, lse.to(torch.bfloat16).to(lse.dtype)
+
+
+class LseWithoutWeights(Whole):
+    """out counts a key as often as the pattern does; lse counts it once."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        s, counts = self.logits(query, key, piece)
+        return out, self.summed(s, counts.clamp(max=1)).to(lse.dtype)
+
+
+class CountsOnce(Whole):
+    def counts(self, piece: LayoutPiece) -> Tensor:
+        return super().counts(piece).clamp(max=1)
+
+
+class DividesByAll(Dense):
+    """Divides by a sum that counts the first key twice."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        first = self.scores(self.wide(query), self.wide(key), piece)[..., 0]
+        return out / (1 + torch.exp(first - lse)).transpose(1, 2).unsqueeze(-1).to(out.dtype), lse
+
+
+class OwnLse(Dense):
+    """The backward normalises each piece by itself instead of by the merged lse."""
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> Grads:
+        out, lse = self.forward(query, key, value, piece)
+        return super().backward(dout, query, key, value, out, lse, piece)
+
+
+class SumForDk(Dense):
+    def backward(self, *args: Any) -> Grads:
+        dq, dk, dv = super().backward(*args)
+        return dq, dk + dv, dv
+
+
+class UnscaledDq(Dense):
+    def backward(self, *args: Any) -> Grads:
+        dq, dk, dv = super().backward(*args)
+        return dq / args[-1].scale, dk, dv
+
+
+class HalvedDv(Dense):
+    def backward(self, *args: Any) -> Grads:
+        dq, dk, dv = super().backward(*args)
+        return dq, dk, dv / 2
+
+
+class HeadsTakeTurns(Dense):
+    """Query head h reads key-value head h mod K instead of h // group."""
+
+    def grouped(self, x: Tensor, query: Tensor) -> Tensor:
+        return x.repeat(1, 1, query.shape[2] // x.shape[2], 1)
+
+    def collected(self, x: Tensor, group: int) -> Tensor:
+        return torch.unflatten(x, 2, (group, x.shape[2] // group)).sum(2)
+
+
+class ReadsInOrder(Dense):
+    """Believes that what it is given lies in memory without gaps, where there is room to believe it."""
+
+    def wide(self, x: Tensor) -> Tensor:
+        dense = torch.empty(x.shape, device="meta").stride()
+        if x.storage_offset() + x.numel() <= x.untyped_storage().size() // x.element_size():
+            x = x.as_strided(x.shape, dense, x.storage_offset())
+        return super().wide(x)
+
+
+class DropsTheLastKey(Dense):
+    """Whole tiles of 16 keys, or the last key is lost."""
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        s = super().scores(query, key, piece)
+        if s.shape[-1] > 16 and s.shape[-1] % 16:
+            s[..., : max(1, s.shape[-2] - 1), -1] = -math.inf
+        return s
+
+
+class IgnoresOffsets(Whole):
+    def counts(self, piece: LayoutPiece) -> Tensor:
+        geometry = piece.layout.geometry
+        start = geometry.kv_len - geometry.q_len
+        return multiplicity(piece.layout.pattern, attrs.evolve(geometry, q_offset=start, kv_offset=0)).double()
+
+
+class AlignsAtTheStart(Whole):
+    """Unequal lengths begin together instead of ending together."""
+
+    def counts(self, piece: LayoutPiece) -> Tensor:
+        geometry = piece.layout.geometry
+        shift = geometry.kv_len - geometry.q_len
+        return multiplicity(piece.layout.pattern, attrs.evolve(geometry, q_offset=geometry.q_offset - shift)).double()
+
+
+class IgnoresDlse(Whole):
+    def backward(self, *args: Any, dlse: Tensor | None = None) -> Grads:
+        return super().backward(*args)
+
+
+class NanOnEmptyRows(Whole):
+    def finite(self, lse: Tensor) -> Tensor:
+        return lse
+
+
+class Restless(Dense):
+    """Sums in an order of its own on every run."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out * (1 + 1e-7 * torch.rand_like(out)), lse
+
+
+class ShortSums(Dense):
+    """Everything inside is bfloat16."""
+
+    def wide(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, lse.float()
+
+    def backward(self, *args: Any) -> Grads:
+        dout, query, key, value, out, lse, piece = args
+        return super().backward(dout, query, key, value, out, lse.to(torch.bfloat16), piece)
+
+
+class LeavesGaps(Whole):
+    """Takes memory without clearing it and writes only the rows that have keys."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        right, lse = super().forward(query, key, value, piece)
+        out = torch.empty_like(right)
+        out[:, :-1] = right[:, :-1]
+        return out, lse
+
+
+class KeepsItsBuffer(Dense):
+    """Gives out the same buffer again and again."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return self.buffers.setdefault(tuple(out.shape), torch.empty(out.shape)).copy_(out), lse
+
+
+class WritesIntoInputs(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        result = super().forward(query, key, value, piece)
+        query[:, 0] *= 1.001
+        return result
+
+
+class CrashesAt48(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        if query.shape[-1] == 48:
+            raise RuntimeError("head_dim must be a power of two")
+        return super().forward(query, key, value, piece)
+
+
+class CrashesWhenAsked(Dense):
+    def refusals(self, request: Request) -> Iterator[Refusal]:
+        if request.config.head_dim == 256:
+            raise KeyError(256)
+        yield from super().refusals(request)
+
+
+class NeverAccepts(Dense):
+    """Declares gradients in a deterministic backward and always refuses them."""
+
+    def refusals(self, request: Request) -> Iterator[Refusal]:
+        yield from super().refusals(request)
+        if request.config.deterministic and request.config.requires_grad:
+            yield Refusal("deterministic", "a deterministic backward", "atomic additions")
+
+
+class IgnoresOptions(Dense):
+    def refusals(self, request: Request) -> Iterable[Refusal]:
+        return []
+
+
+class PinsAnother(Dense):
+    def pin(self, request: Request) -> str:
+        return "fast"
+
+
+class CannotBuild(Dense):
+    def build(self, request: Request) -> Any:
+        if request.config.is_causal:
+            raise NotImplementedError("causal")
+        return self
+
+
+class DropsNothing(Whole):
+    """Declares dropout and leaves it out."""
+
+
+class DropsWithoutScaling(Whole):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        if piece.seed is None:
+            return out, lse
+        generator = torch.Generator().manual_seed(int(piece.seed))
+        return out * (torch.rand(out.shape, generator=generator) >= piece.dropout_p), lse

@@ -1,0 +1,3 @@
+"""The compiled part of xformers."""
+
+_built_with_cuda: bool

@@ -1,0 +1,4 @@
+"""Masks."""
+
+class LowerTriangularMask:
+    """Query i sees keys j <= i."""
