@@ -132,7 +132,7 @@ class Recall(nn.Module):
 
     def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and targets of the values in the questions, (N, tokens) and (N,)."""
-        logits = self(tokens).unflatten(1, (-1, BLOCK))[:, self.RECORDS :, :-1]
+        logits = torch.unflatten(self(tokens), 1, (-1, BLOCK))[:, self.RECORDS :, :-1]
         return logits.flatten(0, 2), tokens.unflatten(1, (-1, BLOCK))[:, self.RECORDS :, 1:].flatten()
 
 
