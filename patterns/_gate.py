@@ -17,7 +17,9 @@ from torch.nn import functional
 from ..core.composer import accumulator_dtype
 from ..core.dynamic_tables import TableRows
 from ..core.errors import ConfigError
+from ..core.gate import Gate
 from ..core.geometry import Geometry
+from ..core.ops import without_autocast
 
 if TYPE_CHECKING:
     from ..core.config import AttentionConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _POOLS = 3  # mean, largest and smallest of each component over the keys of a block
 
 
-class Gate(nn.Module):
+class BlockGate(Gate):
     """Scores key blocks for blocks of queries and keeps the best; `Learned` says what each may see.
 
     The score is bilinear in a summary u of the queries, mixed per head, and the pooled keys m of the block:
@@ -67,17 +69,7 @@ class Gate(nn.Module):
         return repr(self._pattern)
 
     def forward(self, query: Tensor, key: Tensor, *, q_offset: int = 0, kv_offset: int = 0) -> Tensor:
-        """The blocks to keep, as `LearnedPattern.make_gate` asks for them; what `Attention` calls.
-
-        Args:
-            query: (B, S, H, D), whatever the configuration's layout.
-            key: (B, T, K, D).
-            q_offset: absolute position of the first query.
-            kv_offset: absolute position of the first key.
-
-        Returns:
-            (B, H, R, k) int64, -1 past the last block of a row.
-        """
+        """As `Gate.forward`."""
         with torch.no_grad():
             shift = q_offset - kv_offset
             return self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
@@ -106,6 +98,11 @@ class Gate(nn.Module):
             A scalar in nats, float32 (float64 for float64); 0 where no block of queries has a choice.
         """
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
+        with without_autocast(query.device):
+            return self._divergence(query, key, shift)
+
+    def _divergence(self, query: Tensor, key: Tensor, shift: int) -> Tensor:
+        """`distillation_loss` of query (B, S, H, D) and key (B, T, K, D)."""
         scores = self._scores(query, key, shift)
         of = self._rows(query.shape[1], key.shape[1], shift, query.device)
         column = torch.arange(scores.shape[-1], device=query.device)
@@ -131,11 +128,12 @@ class Gate(nn.Module):
         keys count as 0.
         """
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
-        tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
-        parts = [
-            torch.where(tables[:, :, rows] >= 0, mass.gather(-1, tables[:, :, rows].clamp(min=0)), 0.0).sum(dim=-1)
-            for rows, mass in self._pooled_mass(query, key, shift)
-        ]
+        with without_autocast(query.device):
+            tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
+            parts = [
+                torch.where(tables[:, :, rows] >= 0, mass.gather(-1, tables[:, :, rows].clamp(min=0)), 0.0).sum(dim=-1)
+                for rows, mass in self._pooled_mass(query, key, shift)
+            ]
         length, size = query.shape[1], self._pattern.block_size
         counts = (length - torch.arange(0, length, size, device=query.device)).clamp(max=size)
         return torch.cat(parts, dim=-1) / counts
@@ -155,7 +153,9 @@ class Gate(nn.Module):
             raise ConfigError(
                 f"freeze takes queries and keys of one sequence, got lengths {query.shape[1]} and {key.shape[1]}"
             )
-        scores, length = self._scores(query, key, 0), query.shape[1]
+        length = query.shape[1]
+        with without_autocast(query.device):
+            scores = self._scores(query, key, 0)
         if scores.shape[0] > 1:
             before = self._rows(length, length, 0, query.device).before
             choices = torch.arange(scores.shape[-1], device=query.device) < before[:, None]
@@ -235,7 +235,8 @@ class Gate(nn.Module):
         """(B, R, H, D): causal, the first query of each block; else the mean of its queries."""
         size = self._pattern.block_size
         if self._config.is_causal:
-            return query[:, ::size]
+            rows = -(-query.shape[1] // size)  # not [::size]: its strides would tell torch.compile lengths apart
+            return query.index_select(1, torch.arange(rows, device=query.device) * size)
         return _block_means(query, size)
 
     def _nearness(self, rows: int, cols: int, shift: int) -> Tensor:

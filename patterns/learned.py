@@ -9,13 +9,13 @@ import attrs
 
 from ..core.checks import positive_int
 from ..core.errors import ConfigError
-from ..core.pattern import LearnedPattern, parameters
+from ..core.pattern import LearnedPattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.config import AttentionConfig
-    from ._gate import Gate
+    from ..core.gate import Gate
 
 _FINEST = 10**9  # of densities, so that a block count times numerator or denominator stays an int64
 
@@ -60,6 +60,13 @@ class Learned(LearnedPattern):
     block_size: int = attrs.field(default=64, validator=positive_int)
     blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
+    # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.
+    _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False)
+
+    @_ratio.default
+    def _as_ratio(self) -> tuple[int, int]:
+        share = Fraction(str(self.density or 1)).limit_denominator(_FINEST)
+        return share.numerator, share.denominator
 
     def __attrs_post_init__(self) -> None:
         if (self.blocks_per_row is None) == (self.density is None):
@@ -76,25 +83,23 @@ class Learned(LearnedPattern):
         """As `LearnedPattern.take`."""
         if self.blocks_per_row is not None:
             return visible.clamp(max=self.blocks_per_row)
-        share = self._share()
-        return -(-visible * share.numerator // share.denominator)
+        numerator, denominator = self._ratio
+        return -(-visible * numerator // denominator)
 
     def _most(self, blocks: int) -> int:
         """What a row that may see `blocks` key blocks takes of them."""
         if self.blocks_per_row is not None:
             return min(blocks, self.blocks_per_row)
-        share = self._share()
-        return -(-blocks * share.numerator // share.denominator)
-
-    def _share(self) -> Fraction:
-        return Fraction(str(self.density)).limit_denominator(_FINEST)
+        numerator, denominator = self._ratio
+        return -(-blocks * numerator // denominator)
 
     def make_gate(self, config: AttentionConfig) -> Gate:
         """A gate that begins with the products of queries and mean keys."""
-        from ._gate import Gate
+        from ._gate import BlockGate
 
-        return Gate(self, config, self._most)
+        return BlockGate(self, config, self._most)
 
     def to_dict(self) -> dict[str, object]:
         """The fields that are given, with `kind`."""
-        return {name: value for name, value in parameters(self).items() if value is not None}
+        fields = {"blocks_per_row": self.blocks_per_row, "density": self.density}
+        return {"kind": self.kind, "block_size": self.block_size} | {k: v for k, v in fields.items() if v is not None}
