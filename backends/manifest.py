@@ -32,6 +32,7 @@ SDPA = BackendSpec(
         "dtypes": ("float64", "float32", *_HALVES),
         "head_dims": Range(1, 256),
         "deterministic": ("forward", "backward"),
+        "cuda_graph": True,
     },
 )
 
