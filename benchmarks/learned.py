@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -31,18 +32,17 @@ from dilated_attention.demo.text import Corpus, standard_library
 from dilated_attention.demo.training import one_thread
 
 SEQ_LEN, BLOCK, KEPT = 1024, 8, 8  # 8 of at most 128 key blocks: 12.1 % of the causal blocks, 11.5 % of the pairs
-DISTILLATION_RATE = 3e-3
 
 
 @attrs.frozen(kw_only=True)
 class Budget:
     """Steps of each phase; the defaults are those of the published figures."""
 
-    recall_steps: int = 600
-    recall_gate_steps: int = 200
+    recall_steps: tuple[int, int, int] = (500, 300, 200)  # on an eighth, half and the whole of the length
+    recall_gate_steps: int = 350
     language_steps: int = 1500
     language_gate_steps: int = 150
-    language_more_steps: int = 300
+    language_more_steps: int = 200
     held_out_windows: int = 48
 
 
@@ -121,19 +121,29 @@ class Recall(nn.Module):
         return logits
 
     @classmethod
-    def batch(cls, size: int, generator: torch.Generator) -> Tensor:
-        """Sequences (B, S): records of a key and its values in a block each, then questions that repeat some."""
-        keys = torch.rand(size, cls.KEYS, generator=generator).argsort(dim=1)[:, : cls.RECORDS, None]
-        values = torch.randint(cls.KEYS, cls.KEYS + cls.VALUES, (size, cls.RECORDS, BLOCK - 1), generator=generator)
+    def batch(cls, size: int, generator: torch.Generator, shrink: int = 1) -> Tensor:
+        """Sequences (B, S): records of a key and its values in a block each, then questions that repeat some.
+
+        All numbers are `shrink` times smaller: short sequences teach the same faster.
+        """
+        n = cls.RECORDS // shrink
+        keys = torch.rand(size, cls.KEYS, generator=generator).argsort(dim=1)[:, :n, None]
+        values = torch.randint(cls.KEYS, cls.KEYS + cls.VALUES, (size, n, BLOCK - 1), generator=generator)
         records = torch.cat([keys, values], dim=2)
-        asked = torch.rand(size, cls.FAR, generator=generator).argsort(dim=1)[:, : cls.ASKED]
+        asked = torch.rand(size, cls.FAR // shrink, generator=generator).argsort(dim=1)[:, : cls.ASKED // shrink]
         questions = records.gather(1, asked[:, :, None].expand(-1, -1, BLOCK))
         return torch.cat([records, questions], dim=1).flatten(1)
 
     def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and targets of the values in the questions, (N, tokens) and (N,)."""
-        logits = self(tokens).unflatten(1, (-1, BLOCK))[:, self.RECORDS :, :-1]
-        return logits.flatten(0, 2), tokens.unflatten(1, (-1, BLOCK))[:, self.RECORDS :, 1:].flatten()
+        first = tokens.shape[1] // BLOCK * self.RECORDS // (self.RECORDS + self.ASKED)
+        logits = torch.unflatten(self(tokens), 1, (-1, BLOCK))[:, first:, :-1]
+        return logits.flatten(0, 2), torch.unflatten(tokens, 1, (-1, BLOCK))[:, first:, 1:].flatten()
+
+    @classmethod
+    def asking(cls, x: Tensor) -> Tensor:
+        """Of (B, H, S) the queries that are asked for a value."""
+        return torch.unflatten(x, 2, (-1, BLOCK))[:, :, cls.RECORDS :, :-1]
 
 
 def attention(pattern: Pattern, heads: int, head_dim: int) -> Attention:
@@ -176,7 +186,7 @@ def train(parameters: Iterator[nn.Parameter], loss: Callable[[], Tensor], steps:
         schedule.step()
 
 
-def distil(layers: list[Attention], gated: list[Attention], run: Callable[[], object], steps: int) -> None:
+def distil(layers: list[Attention], gated: list[Attention], run: Callable[[], object], steps: int, rate: float) -> None:
     """Train the gates of `gated` on what the frozen `layers` see while `run` runs them."""
 
     def loss() -> Tensor:
@@ -185,7 +195,11 @@ def distil(layers: list[Attention], gated: list[Attention], run: Callable[[], ob
         losses = [new.gate.distillation_loss(q, k) for new, (q, k) in zip(gated, seen, strict=True)]
         return torch.stack(losses).sum()
 
-    train((p for new in gated for p in new.parameters()), loss, steps, DISTILLATION_RATE)
+    train((p for new in gated for p in new.parameters()), loss, steps, rate)
+
+
+def _recall_loss(model: Recall, draw: Callable[[], Tensor]) -> Tensor:
+    return functional.cross_entropy(*model.answers(draw()))
 
 
 def recall_rows(budget: Budget) -> dict[str, dict[str, float]]:
@@ -193,22 +207,21 @@ def recall_rows(budget: Budget) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     model = Recall(generator)
 
-    def loss() -> Tensor:
-        return functional.cross_entropy(*model.answers(Recall.batch(8, generator)))
-
-    train(model.parameters(), loss, budget.recall_steps, 1e-2)
+    for steps, size, shrink, rate in zip(budget.recall_steps, (32, 8, 4), (8, 2, 1), (1e-2, 1e-2, 5e-3), strict=True):
+        draw = functools.partial(Recall.batch, size, generator, shrink)
+        train(model.parameters(), functools.partial(_recall_loss, model, draw), steps, rate)
     tests = Recall.batch(32, torch.Generator().manual_seed(1))
     dense, rows = model.attention, {}
     for name, pattern in contenders().items():
         new = attention(pattern, Recall.HEADS, Recall.HEAD_DIM)
         if isinstance(pattern, Learned):
-            distil([dense], [new], lambda: model(Recall.batch(8, generator)), budget.recall_gate_steps)
+            distil([dense], [new], lambda: model(Recall.batch(4, generator)), budget.recall_gate_steps, 1e-2)
         model.attention = new
         with torch.no_grad(), seen_by([new]) as seen:
             logits, targets = model.answers(tests)
         rows[name] = {"accuracy": float((logits.argmax(dim=-1) == targets).float().mean())}
         if isinstance(pattern, Learned):
-            rows[name]["mass"] = float(new.gate.kept_mass(*seen[0])[:, :, Recall.RECORDS :].mean())
+            rows[name]["mass"] = float(Recall.asking(new.gate.kept_mass(*seen[0])).mean())
         model.attention = dense
     return rows
 
@@ -261,7 +274,7 @@ def _go_on(
     layers = [attention(pattern, config.num_heads, config.head_dim) for _ in dense]
     is_learned = isinstance(pattern, Learned)
     if is_learned:
-        distil(dense, layers, lambda: model(corpus.batch(1, SEQ_LEN, draws)[:, :-1]), budget.language_gate_steps)
+        distil(dense, layers, lambda: model(corpus.batch(1, SEQ_LEN, draws)[:, :-1]), budget.language_gate_steps, 3e-3)
         with torch.no_grad(), seen_by(dense) as seen:
             model(windows[:8, :-1])
         masses = [new.gate.kept_mass(q, k).mean() for new, (q, k) in zip(layers, seen, strict=True)]

@@ -51,7 +51,10 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def kept_mass(self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0) -> Tensor:
-        """The share of full attention's weights that lies in the blocks kept now, (B, H, R); arguments as above."""
+        """The share of full attention's weights that lies in the blocks kept now; arguments as above.
+
+        Returns (B, H, S), for each query; 0 for those without keys.
+        """
 
     @abstractmethod
     def freeze(self, query: Tensor, key: Tensor) -> Pattern:

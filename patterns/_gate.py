@@ -107,9 +107,9 @@ class BlockGate(Gate):
         of = self._rows(query.shape[1], key.shape[1], shift, query.device)
         column = torch.arange(scores.shape[-1], device=query.device)
         total, count = scores.sum() * 0.0, 0
-        for rows, mass in self._pooled_mass(query, key, shift):
+        for rows, weights in self._weights(query, key, shift):
             can_choose = column < of.before[rows, None]
-            target = mass * can_choose
+            target = weights.sum(dim=3) * can_choose
             sums = target.sum(dim=-1, keepdim=True)
             has_choice = (sums.squeeze(-1) > 0) & (can_choose.sum(dim=-1) > 1)
             target = target / torch.where(sums == 0, 1.0, sums)
@@ -122,21 +122,15 @@ class BlockGate(Gate):
 
     @torch.no_grad()
     def kept_mass(self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0) -> Tensor:
-        """The share of full attention's weights that lies in the blocks kept now.
-
-        Arguments as `distillation_loss`. Returns (B, H, R), the mean over the queries of each block; queries without
-        keys count as 0.
-        """
+        """As `Gate.kept_mass`; formed a few blocks at a time, like the loss."""
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
         with without_autocast(query.device):
             tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
-            parts = [
-                torch.where(tables[:, :, rows] >= 0, mass.gather(-1, tables[:, :, rows].clamp(min=0)), 0.0).sum(dim=-1)
-                for rows, mass in self._pooled_mass(query, key, shift)
-            ]
-        length, size = query.shape[1], self._pattern.block_size
-        counts = (length - torch.arange(0, length, size, device=query.device)).clamp(max=size)
-        return torch.cat(parts, dim=-1) / counts
+            parts = []
+            for rows, weights in self._weights(query, key, shift):
+                kept = tables[:, :, rows, None].expand(*weights.shape[:4], -1)
+                parts.append(torch.where(kept < 0, 0.0, weights.gather(-1, kept.clamp(min=0))).sum(dim=-1))
+        return torch.cat(parts, dim=2).flatten(2)[:, :, : query.shape[1]]
 
     @torch.no_grad()
     def freeze(self, query: Tensor, key: Tensor) -> FrozenBlocks:
@@ -251,11 +245,11 @@ class BlockGate(Gate):
             features = torch.cat([features * (apart >= 0).unsqueeze(-1), features * (apart < 0).unsqueeze(-1)], dim=-1)
         return torch.einsum("rcf,hf->hrc", features, self.nearness.to(self._dtype))
 
-    def _pooled_mass(self, query: Tensor, key: Tensor, shift: int) -> Iterator[tuple[slice, Tensor]]:
-        """Full attention's weights summed over pairs of blocks, (B, H, n, C), for a few rows of blocks at a time.
+    def _weights(self, query: Tensor, key: Tensor, shift: int) -> Iterator[tuple[slice, Tensor]]:
+        """Full attention's weights summed over blocks of keys, (B, H, n, b, C), for n rows of blocks at a time.
 
-        A query's weights are formed from the log-sum-exp of each of its blocks, so that a tile of scores is dropped as
-        soon as it has been seen.
+        They are formed from the log-sum-exp of each block, so that a tile of scores is dropped as soon as it has been
+        seen. Queries past the end have the weight 0, as those without keys.
         """
         config, size = self._config, self._pattern.block_size
         (batch, length, heads, _), kv_len = query.shape, key.shape[1]
@@ -270,17 +264,16 @@ class BlockGate(Gate):
             rows = slice(begin, min(begin + step, queries.shape[3] // size))
             place = torch.arange(rows.start * size, rows.stop * size, device=query.device)
             part = queries[:, :, :, rows.start * size : rows.stop * size]
+            seen = min(cols, max(1, rows.stop + shift // size + 1)) if config.is_causal else cols
             logs = [
-                self._block_logs(
-                    part, keys[:, :, c * size : (c + tile) * size], place + shift - c * size, kv_len - c * size
-                )
-                for c in range(0, cols, tile)
+                self._block_logs(part, keys[:, :, c * size : end * size], place + shift - c * size, kv_len - c * size)
+                for c, end in ((c, min(c + tile, seen)) for c in range(0, seen, tile))
             ]
-            per_block = torch.cat(logs, dim=-1)
+            per_block = functional.pad(torch.cat(logs, dim=-1), (0, cols - seen), value=-torch.inf)
             total = per_block.logsumexp(dim=-1, keepdim=True)
             weights = torch.exp(per_block - torch.where(total == -torch.inf, 0.0, total))
             weights = weights * (place < length)[:, None]
-            yield rows, torch.unflatten(weights.flatten(1, 2), 2, (-1, size)).sum(dim=3)
+            yield rows, torch.unflatten(weights.flatten(1, 2), 2, (-1, size))
 
     def _block_logs(self, query: Tensor, key: Tensor, position: Tensor, kv_len: int) -> Tensor:
         """Log-sum-exp of the scores of query (B, K, G, n, D) with each block of key (B, K, t * b, D): (B, K, G, n, t).

@@ -61,12 +61,7 @@ class Learned(LearnedPattern):
     blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
     # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.
-    _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False)
-
-    @_ratio.default
-    def _as_ratio(self) -> tuple[int, int]:
-        share = Fraction(str(self.density or 1)).limit_denominator(_FINEST)
-        return share.numerator, share.denominator
+    _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False, default=(1, 1))
 
     def __attrs_post_init__(self) -> None:
         if (self.blocks_per_row is None) == (self.density is None):
@@ -74,6 +69,8 @@ class Learned(LearnedPattern):
                 f"Learned takes either blocks_per_row or density, got blocks_per_row={self.blocks_per_row} and "
                 f"density={self.density}"
             )
+        share = Fraction(str(self.density or 1)).limit_denominator(_FINEST)
+        object.__setattr__(self, "_ratio", (share.numerator, share.denominator))
 
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Every head chooses for itself."""

@@ -213,19 +213,18 @@ def test_the_gate_begins_as_queries_times_mean_keys() -> None:
     assert torch.equal(attention.gate(query, key), best)
 
 
-def dense_mass(query: Tensor, key: Tensor, geometry: Geometry, size: int) -> Tensor:
-    """Full attention summed over pairs of blocks, from the dense weights: (B, H, R, C)."""
-    sees = seen_pairs_of_all(geometry)
+def dense_scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
+    """(B, H, S, T), -inf where causality forbids."""
+    sees = reference.multiplicity(Full(), geometry)[0] > 0
     key = key.repeat_interleave(geometry.group_size, dim=2)
-    scores = (8**-0.5 * query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).masked_fill(~sees, -torch.inf)
-    weights = scores.softmax(dim=-1).nan_to_num(0.0)
-    pad = (0, -geometry.kv_len % size, 0, -geometry.q_len % size)
-    blocks = nn.functional.pad(weights, pad)
-    return torch.unflatten(torch.unflatten(blocks, 2, (-1, size)), 4, (-1, size)).sum(dim=(3, 5))
+    return (8**-0.5 * query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).masked_fill(~sees, -torch.inf)
 
 
-def seen_pairs_of_all(geometry: Geometry) -> Tensor:
-    return reference.multiplicity(Full(), geometry)[0] > 0
+def dense_weights(query: Tensor, key: Tensor, geometry: Geometry, size: int) -> Tensor:
+    """Full attention summed over blocks of keys, from the dense matrix: (B, H, R, b, C)."""
+    weights = dense_scores(query, key, geometry).softmax(dim=-1).nan_to_num(0.0)
+    padded = nn.functional.pad(weights, (0, -geometry.kv_len % size, 0, -geometry.q_len % size))
+    return torch.unflatten(torch.unflatten(padded, 2, (-1, size)), 4, (-1, size)).sum(dim=5)
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 20_000, 64 << 20])
@@ -243,7 +242,8 @@ def test_loss_and_kept_mass_are_those_of_the_dense_weights(geometry: Geometry, w
     attention = build(Learned(size, 3), geometry, dtype="float64", limits=limits)
     query, key, _ = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=torch.float64))
     offsets = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
-    mass = dense_mass(query, key, geometry, size)
+    weights = dense_weights(query, key, geometry, size)
+    mass = weights.sum(dim=3)
     shift = geometry.q_offset - geometry.kv_offset
     gate: Any = attention.gate
     scores = gate._scores(query, key, shift)
@@ -261,9 +261,10 @@ def test_loss_and_kept_mass_are_those_of_the_dense_weights(geometry: Geometry, w
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
     tables = attention.gate(query, key, **offsets)
-    kept = torch.where(tables >= 0, mass.gather(-1, tables.clamp(min=0)), 0.0).sum(dim=-1)
-    counts = torch.tensor([min(size, geometry.q_len - row * size) for row in range(mass.shape[2])])
-    torch.testing.assert_close(attention.gate.kept_mass(query, key, **offsets), kept / counts, rtol=1e-9, atol=1e-12)
+    sees = seen_pairs(tables, geometry, size)
+    full = dense_scores(query, key, geometry).softmax(dim=-1).nan_to_num(0.0)
+    kept = (full * sees).sum(dim=-1)
+    torch.testing.assert_close(attention.gate.kept_mass(query, key, **offsets), kept, rtol=1e-9, atol=1e-12)
 
 
 def test_the_loss_needs_no_square_matrix() -> None:
