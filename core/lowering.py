@@ -36,7 +36,7 @@ def block_traits(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal:
     terms = tuple(term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
     if not terms:
         return frozenset()
-    rest = Sum(terms)
+    rest = terms[0] if len(terms) == 1 else Sum(terms)
     traits = (
         ("weights", rest.max_multiplicity > 1),
         ("per_head", len(set(rest.head_groups(num_heads, num_kv_heads))) > 1),
