@@ -31,6 +31,7 @@ from dilated_attention import (
 from dilated_attention.core.dynamic_tables import TableRows
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.pattern import Pattern
+from dilated_attention.demo.training import one_thread
 from dilated_attention.patterns._stored_blocks import FrozenBlocks
 
 from . import strategies
@@ -316,20 +317,21 @@ def test_distillation_teaches_the_gate_where_attention_goes(is_causal: bool) -> 
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> tuple[Tensor, Tensor]:
-        query, key = torch.randn(2, 2, 256, 2, 8, generator=generator) / 4
-        key[:, ::16, :, 0] += 12 * (torch.rand(2, 16, 2, generator=generator) < 0.3)  # one key of some blocks
-        key[:, 1::16, :, 0] -= 12 * (torch.rand(2, 16, 2, generator=generator) < 0.5)  # hidden in the mean
+        query, key = torch.randn(2, 1, 256, 2, 8, generator=generator) / 4
+        key[:, ::16, :, 0] += 12 * (torch.rand(1, 16, 2, generator=generator) < 0.3)  # one key of some blocks
+        key[:, 1::16, :, 0] -= 12 * (torch.rand(1, 16, 2, generator=generator) < 0.5)  # hidden in the mean
         query[..., 0] += 2
         return query, key
 
     attention = build_attention(pattern=Learned(16, 5), num_heads=2, head_dim=8, is_causal=is_causal)
     test = draw()
     before = float(attention.gate.kept_mass(*test).mean())
-    optimizer = torch.optim.Adam(attention.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        torch.autograd.backward(attention.gate.distillation_loss(*draw()))
-        optimizer.step()
+    optimizer = torch.optim.Adam(attention.parameters(), lr=3e-2)
+    with one_thread():
+        for _ in range(60):
+            optimizer.zero_grad()
+            torch.autograd.backward(attention.gate.distillation_loss(*draw()))
+            optimizer.step()
     after = float(attention.gate.kept_mass(*test).mean())
     assert after > before + 0.05
     assert after > 0.9
@@ -448,7 +450,7 @@ def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> No
         return graph.forward
 
     compiled = torch.compile(attention, fullgraph=True, backend=count)
-    for step, length in enumerate((96, 130, 131, 200, 256, 131)):
+    for step, length in enumerate((96, 130, 131, 256, 131)):
         tensors = inputs(Geometry.self_attention(length, 4), batch=2, head_dim=8, dtype=torch.float32, seed=step)
         expected = torch.autograd.grad(attention(*tensors).sin().sum(), tensors)
         for a, b in zip(torch.autograd.grad(compiled(*tensors).sin().sum(), tensors), expected, strict=True):
