@@ -32,12 +32,12 @@ SDPA = BackendSpec(
         "dtypes": ("float64", "float32", *_HALVES),
         "head_dims": Range(1, 256),
         "deterministic": ("forward", "backward"),
+        "cuda_graph": True,
     },
 )
 
-# Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 in bfloat16, D = 64: at 128K
-# tokens fa3 takes 13.4 ms, fa4 13.3, sdpa with FlashAttention-2 20.6; at 32K, where launches count, 3.62, 6.23 and
-# 6.12; at 512K 52.1, 52.7 and 79.1. Dense and causal at 16K they reach 484, 526 and (cuDNN) 433 TFLOP/s.
+# Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance.md): fa3 before
+# sdpa's cuDNN before FlashAttention-2.
 FA3 = BackendSpec(
     name="fa3",
     target="dilated_attention.backends.fa3:Fa3Backend",
@@ -57,7 +57,7 @@ FA3 = BackendSpec(
 FA4 = BackendSpec(
     name="fa4",
     target="dilated_attention.backends.fa4:Fa4Backend",
-    priority=20,
+    priority=-20,  # by name only: its tests have run over a stand-in for the library, not yet on a card
     capabilities=_DENSE
     | {
         "device_types": ("cuda",),

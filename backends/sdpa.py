@@ -97,6 +97,8 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     if config.head_dim % multiple or (widest is not None and config.head_dim > widest):
         bound = "" if widest is None else f" up to {widest}"
         yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple}{bound} ({name})", "pad with zeros")
+    if name == "efficient" and config.dtype == "float64":
+        yield Refusal("dtypes", "float64", f"float32, {', '.join(_HALVES)} (efficient)", "use float32")
     if name == "efficient" and config.dtype == "bfloat16" and major < 8:
         yield Refusal("dtypes", "bfloat16", f"float16, float32 on {request.device.arch} (efficient)", "use float16")
     if name == "cudnn" and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]

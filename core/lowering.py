@@ -15,8 +15,8 @@ import numpy as np
 
 from .geometry import Geometry
 from .layout import BlockSupport, Layout
-from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union
-from .supports import branch_overlap, branch_signature
+from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union, joined_groups
+from .supports import branch_overlap, branch_signature, branch_signature_groups
 
 if TYPE_CHECKING:
     from .layout import BlockGrid
@@ -28,6 +28,20 @@ def layout_kinds(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal:
     geometry = Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
     kinds = (("branch" if isinstance(term, tuple) else "block") for term in _terms(pattern, geometry))
     return frozenset(kinds)
+
+
+def block_traits(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> frozenset[str]:
+    """What the table of blocks that `lower` gives this pattern may have: "weights" above 1, a table "per_head"."""
+    geometry = Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
+    terms = tuple(term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
+    if not terms:
+        return frozenset()
+    rest = terms[0] if len(terms) == 1 else Sum(terms)
+    traits = (
+        ("weights", rest.max_multiplicity > 1),
+        ("per_head", len(set(rest.head_groups(num_heads, num_kv_heads))) > 1),
+    )
+    return frozenset(name for name, present in traits if present)
 
 
 def lower(
@@ -138,6 +152,11 @@ class Residual(Pattern):
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where both sides say so."""
         return Sum((self.pattern, self.member)).head_groups(num_heads, num_kv_heads)
+
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Signatures are alike where the pattern's and the branches' are."""
+        wanted = self.pattern.signature_groups(num_heads, num_kv_heads)
+        return joined_groups(wanted, branch_signature_groups(self.branches_taken, num_heads))
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """Those of the pattern, nothing constant."""

@@ -26,7 +26,7 @@ DENSE: dict[str, Any] = {
     "lse": True,
     "deterministic": ("forward", "backward"),
 }
-WHOLE = {**DENSE, "layouts": ("branch", "block"), "dlse": True}
+WHOLE = {**DENSE, "layouts": ("branch", "block"), "weights": True, "per_head": True, "dlse": True}
 DROPPING = {**WHOLE, "dropout": True}
 
 # The fault, and the checks that have to find it.

@@ -21,6 +21,8 @@ from dilated_attention import (
     Full,
     Local,
     NoBackendError,
+    Pattern,
+    Random,
     build_attention,
     explain,
 )
@@ -184,6 +186,20 @@ def test_near_misses_are_the_smallest_changes(discover: Discover) -> None:
     assert near(dtype="float64", dropout_p=0.5, num_kv_heads=1).keys() == {"dropout_p", "dtype", "num_kv_heads"}
     four = row(asked(registry, dtype="float64", dropout_p=0.5, num_kv_heads=1, head_dim=8), "toy")
     assert four.near_miss is None
+
+
+def test_a_kernel_for_blocks_is_asked_for_weights_and_tables_by_head_only_where_there_are_some() -> None:
+    def refused(layouts: tuple[str, ...], pattern: Pattern) -> set[str]:
+        registry = with_spec(capabilities=CAPABILITIES | {"layouts": layouts})
+        return codes(asked(registry, pattern=pattern), "toy") - {"not_installed"}
+
+    twice, drawn = Local(4) + Local(2), Random(blocks_per_row=2, block_size=16)
+    assert refused(("block",), Local(4)) == set()
+    assert refused(("block",), twice) == {"weights"}
+    assert refused(("block",), drawn) == {"per_head"}
+    assert refused(("block",), Dilated((8,), (2,))) == {"layouts"}
+    assert refused(("branch", "block"), Local(4) + Dilated((8, 8), (2, 2))) == set()
+    assert refused(("dense",), twice + drawn) == set()
 
 
 def test_a_near_miss_asks_the_backend_too(discover: Discover) -> None:
