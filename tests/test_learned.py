@@ -253,7 +253,7 @@ def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> No
         return graph.forward
 
     compiled = torch.compile(attention, fullgraph=True, backend=count)
-    for step, length in enumerate((96, 130, 131, 200, 256, 131)):
+    for step, length in enumerate((96, 130, 131, 256, 131)):
         tensors = inputs(Geometry.self_attention(length, 4), batch=2, head_dim=8, dtype=torch.float32, seed=step)
         expected = torch.autograd.grad(attention(*tensors).sin().sum(), tensors)
         for a, b in zip(torch.autograd.grad(compiled(*tensors).sin().sum(), tensors), expected, strict=True):
