@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.checks import did_you_mean, require_choice
+from ..core.checks import require_choice
 from ..core.errors import ConfigError
 from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
@@ -59,11 +59,7 @@ class SdpaBackend:
 
 def _forced_kernel(request: Request) -> str | None:
     """The CUDA kernel that the options name, checked."""
-    options = request.options("sdpa")
-    for option in options:
-        if option != "kernel":
-            hint = did_you_mean(option, ("kernel",))
-            raise ConfigError(f"backend_options['sdpa'] has no option {option!r}{hint}; it has: kernel")
+    options = request.options("sdpa", allowed=("kernel",))
     if "kernel" not in options:
         return None
     if request.device.type == "cpu":
@@ -101,6 +97,8 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     if config.head_dim % multiple or (widest is not None and config.head_dim > widest):
         bound = "" if widest is None else f" up to {widest}"
         yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple}{bound} ({name})", "pad with zeros")
+    if name == "efficient" and config.dtype == "float64":
+        yield Refusal("dtypes", "float64", f"float32, {', '.join(_HALVES)} (efficient)", "use float32")
     if name == "efficient" and config.dtype == "bfloat16" and major < 8:
         yield Refusal("dtypes", "bfloat16", f"float16, float32 on {request.device.arch} (efficient)", "use float16")
     if name == "cudnn" and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]

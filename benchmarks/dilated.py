@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dilated_attention import Attention, Dilated, build_attention, reference
+from dilated_attention import Attention, AttentionConfig, Dilated, build_attention, reference
 from dilated_attention.backends.aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DenseKernel, DensePiece
@@ -35,8 +35,8 @@ from .torchscale_algorithm import dilated_attention
 
 _aten = torch.ops.aten
 _KERNELS: dict[str, DenseKernel] = {k.name: k for k in (CpuFlash(), CudaCudnn(), CudaFlash(), CudaEfficient())}
-_ORACLE_TOKENS = 1024
-_BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
+ORACLE_TOKENS = 1024
+BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 
 
 @attrs.frozen
@@ -50,6 +50,8 @@ class Case:
     dilation_rates: tuple[int, ...]
     dtype: str
     device: str
+    backend: str = "sdpa"
+    kernel: str = ""
 
     @property
     def pattern(self) -> Dilated:
@@ -63,17 +65,22 @@ class Case:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return [torch.randn(shape, generator=generator, dtype=dtype, device=self.device) for _ in range(4)]
 
-    def attention(self) -> Attention:
-        """Ours."""
-        return build_attention(
+    def config(self) -> AttentionConfig:
+        """What is asked for."""
+        return AttentionConfig(
             pattern=self.pattern,
             num_heads=self.heads,
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
             is_causal=True,
-            backend="sdpa",
+            backend=self.backend,
+            backend_options={self.backend: {"kernel": self.kernel}} if self.kernel else {},
         )
+
+    def attention(self) -> Attention:
+        """Ours."""
+        return build_attention(self.config())
 
 
 @attrs.frozen
@@ -105,7 +112,8 @@ def _differentiable(kernel: DenseKernel) -> Callable[[Tensor, Tensor, Tensor, bo
     return run
 
 
-def _trained(forward: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+def trained(forward: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """Forward and backward of `forward` for query, key, value and the gradient of out."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     return lambda: torch.autograd.grad(forward(*leaves), leaves, inputs[3])
 
@@ -160,18 +168,18 @@ def contenders(case: Case, *, dense: bool) -> list[Contender]:
         return out
 
     found = [
-        Contender(f"ours ({kernel.name})", ours, _trained(attention, inputs), ours),
+        Contender(f"ours ({kernel.name})", ours, trained(attention, inputs), ours),
         bare(case, kernel, inputs),
         Contender(
             f"official algorithm ({kernel.name})",
             lambda: official(query, key, value),
-            _trained(official, inputs),
+            trained(official, inputs),
             lambda: official(query, key, value),
         ),
     ]
     if dense:
         inputs_bhsd = [*inputs[:3], inputs[3].transpose(1, 2)]
-        found.append(Contender("dense SDPA", lambda: full(query, key, value), _trained(full, inputs_bhsd), None))
+        found.append(Contender("dense SDPA", lambda: full(query, key, value), trained(full, inputs_bhsd), None))
     return found
 
 
@@ -183,11 +191,11 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def gate(case: Case) -> float:
     """Our error against the oracle, out and gradients, on segments scaled down to a length where that fits."""
-    shrink = max(1, max(case.segment_lengths) // (_ORACLE_TOKENS // 2))
+    shrink = max(1, max(case.segment_lengths) // (ORACLE_TOKENS // 2))
     lengths = tuple(
         max(rate, width // shrink) for width, rate in zip(case.segment_lengths, case.dilation_rates, strict=True)
     )
-    small = attrs.evolve(case, seq_len=_ORACLE_TOKENS, segment_lengths=lengths)
+    small = attrs.evolve(case, seq_len=ORACLE_TOKENS, segment_lengths=lengths)
     inputs = small.inputs()
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = small.attention()(*leaves)
@@ -228,13 +236,13 @@ def extra_bytes(call: Callable[[], object], device: str) -> int:
 def measure(case: Case, *, dense: bool, rounds: int) -> list[dict[str, object]]:
     """Interleaved medians of every contender, and their ratio to ours."""
     error = gate(case)
-    if not error < _BOUNDS[case.dtype]:
-        sys.exit(f"ours differs from the oracle by {error:.1e}, more than {_BOUNDS[case.dtype]:.0e}: no times")
+    if not error < BOUNDS[case.dtype]:
+        sys.exit(f"ours differs from the oracle by {error:.1e}, more than {BOUNDS[case.dtype]:.0e}: no times")
     found = contenders(case, dense=dense)
     ours = found[0].forward()
     assert isinstance(ours, Tensor)
     for contender in found[1:]:
-        if contender.out is not None and not difference(contender.out(), ours) < _BOUNDS[case.dtype]:
+        if contender.out is not None and not difference(contender.out(), ours) < BOUNDS[case.dtype]:
             sys.exit(f"{contender.name} computes something else: no times")
     calls = {(c.name, kind): call for c in found for kind, call in (("forward", c.forward), ("training", c.training))}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
@@ -255,7 +263,8 @@ def measure(case: Case, *, dense: bool, rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """The integers of "1,2,4"."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -265,9 +274,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--segment-lengths", type=_numbers, default=(1024, 2048, 4096, 8192))
-    parser.add_argument("--dilation-rates", type=_numbers, default=(1, 2, 4, 8))
-    parser.add_argument("--dtype", default="float32", choices=sorted(_BOUNDS))
+    parser.add_argument("--segment-lengths", type=numbers, default=(1024, 2048, 4096, 8192))
+    parser.add_argument("--dilation-rates", type=numbers, default=(1, 2, 4, 8))
+    parser.add_argument("--dtype", default="float32", choices=sorted(BOUNDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
@@ -282,7 +291,7 @@ def main() -> None:
         return
     print(
         f"{case}\n"
-        f"error against the float64 oracle at {_ORACLE_TOKENS} tokens, out and gradients: {rows[0]['oracle_error']:.1e}"
+        f"error against the float64 oracle at {ORACLE_TOKENS} tokens, out and gradients: {rows[0]['oracle_error']:.1e}"
     )
     print(f"{'':44}{'forward ms':>12}{'/ ours':>8}{'f+b ms':>10}{'/ ours':>8}{'fwd MiB':>10}{'f+b MiB':>10}")
     for row in rows:

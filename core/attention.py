@@ -15,6 +15,7 @@ from .pattern import LearnedPattern
 if TYPE_CHECKING:
     from .config import AttentionConfig
     from .engine import Engine
+    from .gate import Gate
     from .plan import AttentionPlan
 
 
@@ -31,6 +32,8 @@ class Attention(nn.Module):
         plan: which backend and kernel, and why; `plan.explain()` prints it.
         gate: chooses the blocks of a learned pattern and is trained by itself; other attentions have none.
     """
+
+    gate: Gate
 
     def __init__(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 import torch
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 _KINDS = 4  # of a block against the diagonal: in the future, cut once or (offsets apart) twice, in the past
 
 
-@attrs.frozen(eq=False)
-class TableRows:
-    """What the geometry says about each block row; all (R,) int64.
+class TableRows(NamedTuple):
+    """What the geometry says about each block row; all (R,) int64. (torch.compile traces no attrs classes.)
 
     Attributes:
         before: key blocks that end before the row's first query, or all blocks where attention is not causal.

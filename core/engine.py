@@ -186,7 +186,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
 
-        `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`LearnedPattern.make_gate`), and is None for
+        `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
         every other.
         """
         if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides

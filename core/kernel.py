@@ -48,7 +48,7 @@ class LayoutPiece:
         dropout_p: probability with which each counted occurrence is dropped after normalisation.
         seed: int64 scalar tensor that determines the dropout draw; given exactly when dropout_p > 0.
         tables: the key blocks of each row of blocks where a gate chooses them per call, (B, H, R, k) int64 as
-            `LearnedPattern.make_gate` describes them; the layout then has neither branches nor blocks. Given only to
+            `Gate.forward` describes them; the layout then has neither branches nor blocks. Given only to
             backends that declare dynamic_tables.
     """
 

@@ -30,6 +30,20 @@ def layout_kinds(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal:
     return frozenset(kinds)
 
 
+def block_traits(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> frozenset[str]:
+    """What the table of blocks that `lower` gives this pattern may have: "weights" above 1, a table "per_head"."""
+    geometry = Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
+    terms = tuple(term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
+    if not terms:
+        return frozenset()
+    rest = terms[0] if len(terms) == 1 else Sum(terms)
+    traits = (
+        ("weights", rest.max_multiplicity > 1),
+        ("per_head", len(set(rest.head_groups(num_heads, num_kv_heads))) > 1),
+    )
+    return frozenset(name for name, present in traits if present)
+
+
 def lower(
     pattern: Pattern, geometry: Geometry, *, block_size: int | None = None, limit_bytes: int | None = None
 ) -> Layout:

@@ -51,7 +51,7 @@ def _engine(key: str) -> Engine:
     return engine
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the operators every product runs in the dtype that the engine chose."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
@@ -68,7 +68,7 @@ def _attend(
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         return _engine(engine).forward(query, key, value, q_offset, kv_offset, seed, tables)
 
 
@@ -87,7 +87,7 @@ def _attend_backward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     runner = _engine(engine)
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         if out is None or lse is None:  # activation checkpointing
             out, lse = runner.forward(query, key, value, q_offset, kv_offset, seed, tables)
         return runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed, tables)

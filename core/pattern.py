@@ -20,9 +20,10 @@ from .geometry import Geometry
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .config import AttentionConfig
+    from .gate import Gate
     from .layout import BlockGrid, BlockSupport
 
     IntArray = NDArray[np.int64]
@@ -184,14 +185,8 @@ class LearnedPattern(Pattern):
         """
 
     @abstractmethod
-    def make_gate(self, config: AttentionConfig) -> nn.Module:
-        """A new gate on the configuration's device, which becomes `attention.gate`.
-
-        Called with query (B, S, H, D) and key (B, T, K, D) and the keywords q_offset and kv_offset, the positions of
-        their first tokens, it returns tables (B, H, R, k) int64 for R block rows: in each row the blocks that the
-        diagonal cuts (or, where it cuts none, none), then the chosen ones, no block twice, as many as
-        `core.dynamic_tables.TableRows` counts, and after them -1. Nothing is differentiated through it.
-        """
+    def make_gate(self, config: AttentionConfig) -> Gate:
+        """A new gate on the configuration's device, which becomes `attention.gate`."""
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """Raises `ConfigError`: it depends on the input."""

@@ -17,7 +17,9 @@ from torch.nn import functional
 from ..core.composer import accumulator_dtype
 from ..core.dynamic_tables import TableRows
 from ..core.errors import ConfigError
+from ..core.gate import Gate
 from ..core.geometry import Geometry
+from ..core.ops import without_autocast
 
 if TYPE_CHECKING:
     from ..core.config import AttentionConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _POOLS = 3  # mean, largest and smallest of each component over the keys of a block
 
 
-class Gate(nn.Module):
+class BlockGate(Gate):
     """Scores key blocks for blocks of queries and keeps the best; `Learned` says what each may see.
 
     The score is bilinear in a summary u of the queries, mixed per head, and the pooled keys m of the block:
@@ -67,17 +69,7 @@ class Gate(nn.Module):
         return repr(self._pattern)
 
     def forward(self, query: Tensor, key: Tensor, *, q_offset: int = 0, kv_offset: int = 0) -> Tensor:
-        """The blocks to keep, as `LearnedPattern.make_gate` asks for them; what `Attention` calls.
-
-        Args:
-            query: (B, S, H, D), whatever the configuration's layout.
-            key: (B, T, K, D).
-            q_offset: absolute position of the first query.
-            kv_offset: absolute position of the first key.
-
-        Returns:
-            (B, H, R, k) int64, -1 past the last block of a row.
-        """
+        """As `Gate.forward`."""
         with torch.no_grad():
             shift = q_offset - kv_offset
             return self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
@@ -106,13 +98,18 @@ class Gate(nn.Module):
             A scalar in nats, float32 (float64 for float64); 0 where no block of queries has a choice.
         """
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
+        with without_autocast(query.device):
+            return self._divergence(query, key, shift)
+
+    def _divergence(self, query: Tensor, key: Tensor, shift: int) -> Tensor:
+        """`distillation_loss` of query (B, S, H, D) and key (B, T, K, D)."""
         scores = self._scores(query, key, shift)
         of = self._rows(query.shape[1], key.shape[1], shift, query.device)
         column = torch.arange(scores.shape[-1], device=query.device)
         total, count = scores.sum() * 0.0, 0
-        for rows, mass in self._pooled_mass(query, key, shift):
+        for rows, weights in self._weights(query, key, shift):
             can_choose = column < of.before[rows, None]
-            target = mass * can_choose
+            target = weights.sum(dim=3) * can_choose
             sums = target.sum(dim=-1, keepdim=True)
             has_choice = (sums.squeeze(-1) > 0) & (can_choose.sum(dim=-1) > 1)
             target = target / torch.where(sums == 0, 1.0, sums)
@@ -125,20 +122,15 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def kept_mass(self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0) -> Tensor:
-        """The share of full attention's weights that lies in the blocks kept now.
-
-        Arguments as `distillation_loss`. Returns (B, H, R), the mean over the queries of each block; queries without
-        keys count as 0.
-        """
+        """As `Gate.kept_mass`; formed a few blocks at a time, like the loss."""
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
-        tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
-        parts = [
-            torch.where(tables[:, :, rows] >= 0, mass.gather(-1, tables[:, :, rows].clamp(min=0)), 0.0).sum(dim=-1)
-            for rows, mass in self._pooled_mass(query, key, shift)
-        ]
-        length, size = query.shape[1], self._pattern.block_size
-        counts = (length - torch.arange(0, length, size, device=query.device)).clamp(max=size)
-        return torch.cat(parts, dim=-1) / counts
+        with without_autocast(query.device):
+            tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
+            parts = []
+            for rows, weights in self._weights(query, key, shift):
+                kept = tables[:, :, rows, None].expand(*weights.shape[:4], -1)
+                parts.append(torch.where(kept < 0, 0.0, weights.gather(-1, kept.clamp(min=0))).sum(dim=-1))
+        return torch.cat(parts, dim=2).flatten(2)[:, :, : query.shape[1]]
 
     @torch.no_grad()
     def freeze(self, query: Tensor, key: Tensor) -> FrozenBlocks:
@@ -155,7 +147,9 @@ class Gate(nn.Module):
             raise ConfigError(
                 f"freeze takes queries and keys of one sequence, got lengths {query.shape[1]} and {key.shape[1]}"
             )
-        scores, length = self._scores(query, key, 0), query.shape[1]
+        length = query.shape[1]
+        with without_autocast(query.device):
+            scores = self._scores(query, key, 0)
         if scores.shape[0] > 1:
             before = self._rows(length, length, 0, query.device).before
             choices = torch.arange(scores.shape[-1], device=query.device) < before[:, None]
@@ -235,7 +229,8 @@ class Gate(nn.Module):
         """(B, R, H, D): causal, the first query of each block; else the mean of its queries."""
         size = self._pattern.block_size
         if self._config.is_causal:
-            return query[:, ::size]
+            rows = -(-query.shape[1] // size)  # not [::size]: its strides would tell torch.compile lengths apart
+            return query.index_select(1, torch.arange(rows, device=query.device) * size)
         return _block_means(query, size)
 
     def _nearness(self, rows: int, cols: int, shift: int) -> Tensor:
@@ -250,11 +245,11 @@ class Gate(nn.Module):
             features = torch.cat([features * (apart >= 0).unsqueeze(-1), features * (apart < 0).unsqueeze(-1)], dim=-1)
         return torch.einsum("rcf,hf->hrc", features, self.nearness.to(self._dtype))
 
-    def _pooled_mass(self, query: Tensor, key: Tensor, shift: int) -> Iterator[tuple[slice, Tensor]]:
-        """Full attention's weights summed over pairs of blocks, (B, H, n, C), for a few rows of blocks at a time.
+    def _weights(self, query: Tensor, key: Tensor, shift: int) -> Iterator[tuple[slice, Tensor]]:
+        """Full attention's weights summed over blocks of keys, (B, H, n, b, C), for n rows of blocks at a time.
 
-        A query's weights are formed from the log-sum-exp of each of its blocks, so that a tile of scores is dropped as
-        soon as it has been seen.
+        They are formed from the log-sum-exp of each block, so that a tile of scores is dropped as soon as it has been
+        seen. Queries past the end have the weight 0, as those without keys.
         """
         config, size = self._config, self._pattern.block_size
         (batch, length, heads, _), kv_len = query.shape, key.shape[1]
@@ -269,17 +264,16 @@ class Gate(nn.Module):
             rows = slice(begin, min(begin + step, queries.shape[3] // size))
             place = torch.arange(rows.start * size, rows.stop * size, device=query.device)
             part = queries[:, :, :, rows.start * size : rows.stop * size]
+            seen = min(cols, max(1, rows.stop + shift // size + 1)) if config.is_causal else cols
             logs = [
-                self._block_logs(
-                    part, keys[:, :, c * size : (c + tile) * size], place + shift - c * size, kv_len - c * size
-                )
-                for c in range(0, cols, tile)
+                self._block_logs(part, keys[:, :, c * size : end * size], place + shift - c * size, kv_len - c * size)
+                for c, end in ((c, min(c + tile, seen)) for c in range(0, seen, tile))
             ]
-            per_block = torch.cat(logs, dim=-1)
+            per_block = functional.pad(torch.cat(logs, dim=-1), (0, cols - seen), value=-torch.inf)
             total = per_block.logsumexp(dim=-1, keepdim=True)
             weights = torch.exp(per_block - torch.where(total == -torch.inf, 0.0, total))
             weights = weights * (place < length)[:, None]
-            yield rows, torch.unflatten(weights.flatten(1, 2), 2, (-1, size)).sum(dim=3)
+            yield rows, torch.unflatten(weights.flatten(1, 2), 2, (-1, size))
 
     def _block_logs(self, query: Tensor, key: Tensor, position: Tensor, kv_len: int) -> Tensor:
         """Log-sum-exp of the scores of query (B, K, G, n, D) with each block of key (B, K, t * b, D): (B, K, G, n, t).

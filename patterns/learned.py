@@ -9,13 +9,13 @@ import attrs
 
 from ..core.checks import positive_int
 from ..core.errors import ConfigError
-from ..core.pattern import LearnedPattern, parameters
+from ..core.pattern import LearnedPattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.config import AttentionConfig
-    from ._gate import Gate
+    from ..core.gate import Gate
 
 _FINEST = 10**9  # of densities, so that a block count times numerator or denominator stays an int64
 
@@ -40,6 +40,8 @@ class Learned(LearnedPattern):
     later token moves the choice; blocks that the diagonal cuts are always kept. Not causal: by the mean of its queries
     and all keys. Query heads that share a key-value head share its pooled keys and choose for themselves.
 
+    Choosing forms one score for each head and pair of blocks, a block_size²-th of full attention's.
+
     Blocks count from the first query and the first key of a call. Pieces of a sequence that begin at multiples of
     block_size are therefore treated as the whole sequence is; a causal piece that begins elsewhere keeps the two blocks
     that the diagonal cuts.
@@ -60,6 +62,8 @@ class Learned(LearnedPattern):
     block_size: int = attrs.field(default=64, validator=positive_int)
     blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
+    # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.
+    _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False, default=(1, 1))
 
     def __attrs_post_init__(self) -> None:
         if (self.blocks_per_row is None) == (self.density is None):
@@ -67,6 +71,8 @@ class Learned(LearnedPattern):
                 f"Learned takes either blocks_per_row or density, got blocks_per_row={self.blocks_per_row} and "
                 f"density={self.density}"
             )
+        share = Fraction(str(self.density or 1)).limit_denominator(_FINEST)
+        object.__setattr__(self, "_ratio", (share.numerator, share.denominator))
 
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Every head chooses for itself."""
@@ -76,25 +82,23 @@ class Learned(LearnedPattern):
         """As `LearnedPattern.take`."""
         if self.blocks_per_row is not None:
             return visible.clamp(max=self.blocks_per_row)
-        share = self._share()
-        return -(-visible * share.numerator // share.denominator)
+        numerator, denominator = self._ratio
+        return -(-visible * numerator // denominator)
 
     def _most(self, blocks: int) -> int:
         """What a row that may see `blocks` key blocks takes of them."""
         if self.blocks_per_row is not None:
             return min(blocks, self.blocks_per_row)
-        share = self._share()
-        return -(-blocks * share.numerator // share.denominator)
-
-    def _share(self) -> Fraction:
-        return Fraction(str(self.density)).limit_denominator(_FINEST)
+        numerator, denominator = self._ratio
+        return -(-blocks * numerator // denominator)
 
     def make_gate(self, config: AttentionConfig) -> Gate:
         """A gate that begins with the products of queries and mean keys."""
-        from ._gate import Gate
+        from ._gate import BlockGate
 
-        return Gate(self, config, self._most)
+        return BlockGate(self, config, self._most)
 
     def to_dict(self) -> dict[str, object]:
         """The fields that are given, with `kind`."""
-        return {name: value for name, value in parameters(self).items() if value is not None}
+        fields = {"blocks_per_row": self.blocks_per_row, "density": self.density}
+        return {"kind": self.kind, "block_size": self.block_size} | {k: v for k, v in fields.items() if v is not None}

@@ -3,6 +3,8 @@
 What a plugin needs is here; `discovery`, `selection` and `build` are this package's own.
 """
 
+from ..core.geometry import Geometry
+from ..core.kernel import DenseKernel, DensePiece, LayoutKernel, LayoutPiece
 from ..core.refusal import Refusal
 from .hooks import hookimpl
 from .specs import API_VERSION, AXES, Backend, BackendSpec, Device, PatternSpec, Range, Request
@@ -12,7 +14,12 @@ __all__ = [
     "AXES",
     "Backend",
     "BackendSpec",
+    "DenseKernel",
+    "DensePiece",
     "Device",
+    "Geometry",
+    "LayoutKernel",
+    "LayoutPiece",
     "PatternSpec",
     "Range",
     "Refusal",

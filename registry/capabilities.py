@@ -16,20 +16,23 @@ from .specs import BackendSpec, Device, Range, Request
 
 # An axis that limits the specs that name it and says nothing about the others.
 _NARROWING: Final = frozenset({"arch"})
-# What core's composer makes of dense pieces.
+# What core's composer makes of dense pieces, and what it sees to by itself on the way.
 _COMPOSED: Final = frozenset({"branch", "block"})
+_COMPOSED_TRAITS: Final = frozenset({"weights", "per_head"})
 
 
 def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> Request:
     """The request of `config` with its pattern resolved and its device described."""
-    from ..core.lowering import layout_kinds  # brings numpy, which listing backends does without
+    from ..core.lowering import block_traits, layout_kinds  # brings numpy, which listing backends does without
 
+    lowered = (pattern, config.num_heads, config.kv_heads, config.is_causal)
     needs: dict[str, Any] = {
         "device_types": device.type,
         "dtypes": config.dtype,
         "head_dims": config.head_dim,
-        "layouts": tuple(sorted(layout_kinds(pattern, config.num_heads, config.kv_heads, config.is_causal))),
+        "layouts": tuple(sorted(layout_kinds(*lowered))),
     }
+    needs |= dict.fromkeys(sorted(block_traits(*lowered)), True)
     if isinstance(pattern.unwrap(), LearnedPattern):
         needs["dynamic_tables"] = True
     if device.arch:
@@ -53,6 +56,8 @@ def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
     for axis, needed in request.needs.items():
         if axis == "arch" and any(refusal.code == "device_types" for refusal in refusals):
             continue  # an x86_64 is no wrong kind of CUDA card
+        if axis in _COMPOSED_TRAITS and "dense" in spec.capabilities.get("layouts", ()):
+            continue
         if axis not in spec.capabilities:
             if axis not in _NARROWING:
                 refusals.append(Refusal(axis, _need_words(axis, needed, request), "none declared"))
@@ -87,6 +92,9 @@ def unmet_requirements(requires: Iterable[str]) -> Iterator[tuple[str, str]]:
 
     Only metadata is read; nothing is imported. Requirements whose marker excludes this environment count as met.
     """
+    requires = tuple(requires)
+    if not requires:
+        return  # without the import below, which takes longer than all the rest of a build
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import InvalidRequirement, Requirement
@@ -158,6 +166,10 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
         return f"{config.num_heads} query heads on {config.kv_heads} key-value heads"
     if axis == "causal":
         return "is_causal=True"
+    if axis == "weights":
+        return f"blocks that count more than once ({request.pattern.kind} pattern)"
+    if axis == "per_head":
+        return f"a table of blocks for each head ({request.pattern.kind} pattern)"
     if axis == "dynamic_tables":
         return f"blocks chosen at every call ({request.pattern.kind} pattern)"
     if axis == "dropout":

@@ -17,10 +17,13 @@ from . import conformance_values as values
 from .conformance_grid import LONGER
 from .conformance_measure import Finding
 from .discovery import installed_sources
+from .patterns import resolve_pattern
 
 if TYPE_CHECKING:
     from .conformance_case import Case
     from .conformance_kit import Kit
+
+LEARNED: Final = "learned"
 
 Where = Literal["backend", "every case", "every causal case", "few cases", "one case"]
 
@@ -73,6 +76,12 @@ def _needs_lse_gradient(kit: Kit, case: Case | None) -> str:
     if case is not None and kit.declares("backward") and not kit.subject(case).attention._engine.has_dlse:
         return f"gradients through lse are refused at head_dim {case.head_dim}"
     return _needs_backward(kit, case)
+
+
+def _needs_gate(kit: Kit, case: Case | None) -> str:
+    if LEARNED not in kit.registry.patterns:
+        return "no pattern chooses blocks here"
+    return _needs("dynamic_tables")(kit, case)
 
 
 def _needs_compile(kit: Kit, case: Case | None) -> str:
@@ -129,6 +138,13 @@ def _deterministic(kit: Kit, case: Case) -> Case:
     return attrs.evolve(case, deterministic=True, requires_grad=backward, q_len=length, kv_len=length)
 
 
+def _choosing(kit: Kit, case: Case) -> Case:
+    if _needs_gate(kit, case):
+        return case
+    pattern = resolve_pattern({"kind": LEARNED, "block_size": 16, "blocks_per_row": 3}, kit.registry)
+    return attrs.evolve(case, pattern_name=LEARNED, pattern=pattern, batch=1)
+
+
 def _dropping(kit: Kit, case: Case) -> Case:
     return attrs.evolve(case, dropout_p=0.25)
 
@@ -155,6 +171,7 @@ CHECKS: Final = (
     Check("ones", "every case", values.ones),
     Check("future", "every causal case", values.future),
     Check("one-token", "every case", values.one_token),
+    Check("chosen-blocks", "few cases", values.chosen_blocks, _needs_gate, _choosing),
     Check("lse-base", "few cases", values.lse_base),
     Check("ragged", "few cases", geometry.ragged),
     Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),

@@ -16,10 +16,11 @@ from .build import build_from
 from .capabilities import covers
 from .conformance_case import Case, Subject
 from .conformance_checks import BUILDS, CHECKS, Check
-from .conformance_grid import FEW, admitted, candidates, devices_of, patterns_of
+from .conformance_grid import FEW, admitted, candidates, devices_of, patterns_of, request_of
 from .conformance_measure import Finding
 from .discovery import Registry, default_registry
 from .plugins import PLUGIN_FAULTS, describe
+from .selection import judge
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -78,7 +79,9 @@ class Trial:
             subject: Any = self.kit if self.case is None else self.kit.subject(self.case)
             findings.extend(self.check.run(subject))
         except NotBuilt as error:
-            if self.check.name != BUILDS:
+            if error.reason:
+                return Outcome(check=self.check.name, case=words, skipped=f"refused: {error.reason}")
+            if self.check.name != BUILDS and self.case in self.kit.cases:  # the check of that name tells it
                 return Outcome(check=self.check.name, case=words, skipped="the case cannot be built")
             findings.append(Finding(what="build_attention", problem=str(error)))
         except PLUGIN_FAULTS as error:  # the backend's, and exactly what the kit is there to tell
@@ -88,7 +91,11 @@ class Trial:
 
 
 class NotBuilt(Exception):  # noqa: N818 - no error of a caller: it only carries the reason to the check that tells it
-    """A case that the backend declares and does not refuse could not be built."""
+    """A case could not be built; `reason` is the backend's own, where it refused."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Kit:
@@ -178,10 +185,10 @@ class Kit:
         yield Trial(self, check, check.change(self, case))
 
     def _few(self) -> set[Case]:
-        """For each device, dtype (two, if quick), causality and one of a few patterns the first case."""
+        """For each device, dtype (one, if quick), causality and one of a few patterns the first case."""
         dtypes = {case.dtype for case in self.cases}
         if self.quick:
-            dtypes = {*sorted(dtypes, key=("float32", "bfloat16", "float16", "float64").index)[:2]}
+            dtypes = {*sorted(dtypes, key=("float32", "bfloat16", "float16", "float64").index)[:1]}
         first: dict[tuple[object, ...], Case] = {}
         for case in self.cases:
             if case.dtype not in dtypes:
@@ -213,5 +220,8 @@ class Kit:
     def _build(self, case: Case) -> Attention:
         try:
             return build_from(case.config(self.name), self.registry)
-        except (ConfigError, NoBackendError, PluginError) as error:
+        except NoBackendError as error:
+            refusals = judge(self.registered, request_of(case, self.name)).refusals
+            raise NotBuilt(str(error), "; ".join(map(str, refusals))) from error
+        except (ConfigError, PluginError) as error:
             raise NotBuilt(str(error)) from error

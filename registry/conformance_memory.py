@@ -20,7 +20,7 @@ LARGE: Final = (1 << 31) + 64
 
 
 def strided(subject: Subject) -> Iterator[Finding]:
-    """Inputs need not be contiguous: slices of a fused projection, transposed, reversed in memory, shared."""
+    """Inputs need not be contiguous: slices of a fused projection, transposed, shared by batch rows."""
     for name, inputs in _strided_forms(subject).items():
         results = subject.run(inputs)
         expected = subject.oracle([x.contiguous() for x in inputs], through_lse=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -129,6 +130,14 @@ def one_token(subject: Subject) -> Iterator[Finding]:
         missing = int((~moved & sees).sum())
         problem = f"{extra} rows moved that do not see it, {missing} that see it did not" if extra or missing else ""
         yield Finding(what=f"key {token} of head {head}", problem=problem)
+
+
+def chosen_blocks(subject: Subject) -> Iterator[Finding]:
+    """Blocks that a gate chooses at the call: the results are those of the fixed pattern that it chose."""
+    query, key, _ = subject.inputs
+    frozen = subject.attention.gate.freeze(query, key)
+    fixed = Subject(attrs.evolve(subject.case, pattern=frozen), subject.attention, subject.capabilities)
+    yield from subject.compared(subject.results, fixed.expected)
 
 
 def _gentle(query: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Pattern
 from ..core.refusal import Refusal
+from ..core.structure import check_keys
 
 if TYPE_CHECKING:
     from ..core.kernel import DenseKernel, LayoutKernel
@@ -194,9 +195,20 @@ class Request:
     device: Device
     needs: Mapping[str, Any]
 
-    def options(self, name: str) -> Mapping[str, Any]:
-        """The options given for the backend `name`, which has to judge them itself."""
-        return self.config.backend_options.get(name, {})
+    def options(self, name: str, *, allowed: Collection[str] | None = None) -> Mapping[str, Any]:
+        """The options given for the backend `name`, which has to judge them itself.
+
+        Args:
+            name: the backend.
+            allowed: the options that it has; by default none is looked at.
+
+        Raises:
+            ConfigError: for an option that is not in `allowed`, naming the nearest that is.
+        """
+        options = self.config.backend_options.get(name, {})
+        if allowed is not None:
+            check_keys(options, allowed, name=f"backend_options[{name!r}]")
+        return options
 
 
 class Backend(Protocol):

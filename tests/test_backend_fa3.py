@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import ConfigError, Dilated, Full, Pattern, explain
+from dilated_attention import ConfigError, Dilated, Full, Learned, Pattern, explain
 from dilated_attention.backends.fa3 import Fa3Backend, FlashAttention3, find_operators
 from dilated_attention.backends.libraries import aligned
 from dilated_attention.core.geometry import Geometry
@@ -21,6 +20,7 @@ from dilated_attention.core.refusal import Refusal
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.specs import Device
 
+from . import dense_math
 from .distributions import run
 from .kernel_kit import (
     PATTERNS,
@@ -62,16 +62,6 @@ BACKWARD = (
 needs_absence = pytest.mark.skipif(HERE, reason="the real operators are registered")
 
 
-def scores(query: Tensor, key: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """(B, H, S, T), float64."""
-    group = query.shape[2] // key.shape[2]
-    found = torch.einsum("bshd,bthd->bhst", query.double(), key.double().repeat_interleave(group, 2)) * scale
-    if is_causal:
-        future = torch.ones(found.shape[2:], dtype=torch.bool).triu(1)
-        found = found.masked_fill(future, -math.inf)
-    return found
-
-
 def given(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What an operator was called with, by name; PyTorch leaves out trailing defaults."""
     names = [argument.name for argument in operator._schema.arguments]
@@ -79,37 +69,26 @@ def given(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return defaults | dict(zip(names, args, strict=False)) | kwargs
 
 
-def is_aligned(*tensors: Tensor) -> bool:
-    return all(a is b for a, b in zip(aligned(*tensors), tensors, strict=True))
-
-
 def emulated_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """The forward operator's arithmetic, and what the real one asks of its arguments."""
     call = given(torch.ops.flash_attn_3.fwd.default, args, kwargs)
-    q, k, v = call["q"], call["k"], call["v"]
+    query, key, value = call["q"], call["k"], call["v"]
     assert call["num_splits"] == 1
-    assert is_aligned(q, k, v)
-    s = scores(q, k, call["softmax_scale"], call["is_causal"])
-    out = torch.einsum("bhst,bthd->bshd", s.softmax(-1), v.double().repeat_interleave(q.shape[2] // v.shape[2], 2))
-    return out.to(q.dtype), s.logsumexp(-1).float(), q.new_empty(0), q.new_empty(0)
+    assert dense_math.is_aligned(query, key, value)
+    out, lse = dense_math.forward(query, key, value, call["softmax_scale"], call["is_causal"])
+    return out, lse, query.new_empty(0), query.new_empty(0)
 
 
 def emulated_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """The backward operator's arithmetic; releases differ in what they return."""
     call = given(torch.ops.flash_attn_3.bwd.default, args, kwargs)
-    dout, q, k, v, out, lse = (call[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
-    assert is_aligned(dout, q, k, v, out)
-    assert lse.is_contiguous()
-    group = q.shape[2] // k.shape[2]
-    kd, vd = (x.double().repeat_interleave(group, 2) for x in (k, v))
-    p = (scores(q, k, call["softmax_scale"], call["is_causal"]) - lse.double().unsqueeze(-1)).exp()
-    delta = (dout.double() * out.double()).sum(-1).transpose(1, 2).unsqueeze(-1)
-    ds = p * (torch.einsum("bshd,bthd->bhst", dout.double(), vd) - delta) * call["softmax_scale"]
-    call["dq"].copy_(torch.einsum("bhst,bthd->bshd", ds, kd))
-    for target, x, y in ((call["dk"], ds, q), (call["dv"], p, dout)):
-        full = torch.einsum("bhst,bshd->bthd", x, y.double())
-        target.copy_(torch.unflatten(full, 2, (-1, group)).sum(3))
-    return tuple(q.new_empty(0) for _ in range(8))
+    dout, query, key, value, out = (call[name] for name in ("dout", "q", "k", "v", "out"))
+    assert dense_math.is_aligned(dout, query, key, value, out)
+    scale, is_causal = call["softmax_scale"], call["is_causal"]
+    grads = dense_math.backward(dout, query, key, value, out, call["softmax_lse"], scale, is_causal)
+    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+        call[name].copy_(grad)
+    return tuple(query.new_empty(0) for _ in range(8))
 
 
 @pytest.fixture
@@ -242,22 +221,27 @@ def test_every_pattern_is_computed_emulated(pattern: Pattern, is_causal: bool, e
 
 def test_the_patterns_walked_are_all_that_there_are() -> None:
     walked = str([pattern.to_dict() for pattern in PATTERNS])
-    kinds = set(default_registry().patterns) - {"stored"}  # which loads one of the others
+    kinds = set(default_registry().patterns) - {"stored", "learned"}  # one of the others; blocks that core computes
     assert [kind for kind in sorted(kinds) if f"'kind': '{kind}'" not in walked] == []
+
+
+@needs_absence
+def test_what_it_does_not_compute_itself_it_takes_for_core_to_compute(emulated: FlashAttention3) -> None:
+    assert verdict("fa3", pattern=Learned(block_size=32, blocks_per_row=2)).accepts
 
 
 @needs_absence
 def test_unaligned_inputs_are_copied_and_aligned_ones_are_not(emulated: FlashAttention3) -> None:
     packed = torch.randn(2, 33, 3, 4 * 8 + 1)
     query, key, value = (torch.unflatten(packed[:, :, i, 1:], 2, (4, 8)) for i in range(3))
-    assert not is_aligned(query)
+    assert not dense_math.is_aligned(query)
     piece = DensePiece(is_causal=True, scale=0.3)
     out, lse = emulated.forward(query, key, value, piece)
     again, again_lse = emulated.forward(query.clone(), key.clone(), value.clone(), piece)
     assert torch.equal(out, again)
     assert torch.equal(lse, again_lse)
     strided = torch.randn(2, 66, 4, 8)[:, ::2, 1:3]
-    assert is_aligned(strided)
+    assert next(aligned(strided)) is strided
 
 
 gpu = pytest.mark.skipif(

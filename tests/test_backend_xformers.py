@@ -16,6 +16,7 @@ from dilated_attention.backends.xformers import XformersBackend, XformersKernel
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.registry.specs import Device
 
+from . import dense_math  # noqa: F401 - the stand-in imports it
 from .kernel_kit import PATTERNS, build, check, check_emulated, check_graph, codes, request, verdict
 
 
@@ -35,35 +36,26 @@ STAND_IN = {
     "xformers/_cpp_lib.py": "_built_with_cuda = True",
     "xformers/ops/__init__.py": """
 import math, torch
+from tests import dense_math
 from .fmha import LowerTriangularMask, cutlass, flash
-
-def _scores(query, key, scale, mask):
-    s = torch.einsum("bs...d,bt...d->b...st", query.double(), key.double()) * scale
-    assert mask is None or isinstance(mask, LowerTriangularMask)
-    return s if mask is None else s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
 
 def memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias=None, p=0.0, scale=None, *, op):
     assert p == 0.0 and query.shape[2:] == key.shape[2:] == value.shape[2:]
-    assert query.dim() == 4 or (op is flash.FwOp and key.stride(3) == 0)
     assert query.stride(-1) == 1 and query.stride(-2) % 8 == 0
-    s = _scores(query, key, scale, attn_bias)
-    out = torch.einsum("b...st,bt...d->bs...d", s.softmax(-1), value.double())
+    assert attn_bias is None or isinstance(attn_bias, LowerTriangularMask)
+    shape = query.shape
+    if query.dim() == 5:
+        assert op is flash.FwOp and key.stride(3) == value.stride(3) == 0
+        query, key, value = query.flatten(2, 3), key[:, :, :, 0], value[:, :, :, 0]
+    out, lse = dense_math.forward(query, key, value, scale, attn_bias is not None)
     pad = -query.shape[1] % 32 if op is cutlass.FwOp else 0
-    return out.to(query.dtype), torch.nn.functional.pad(s.logsumexp(-1).float(), (0, pad), value=math.inf)
+    return out.reshape(shape), torch.nn.functional.pad(lse.unflatten(1, shape[2:-1]), (0, pad), value=math.inf)
 
 def memory_efficient_attention_backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op):
     assert p == 0.0 and query.dim() == 4 and query.shape[2:] == key.shape[2:] and op in (flash.BwOp, cutlass.BwOp)
-    assert output.is_contiguous() and lse.is_contiguous()
-    assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-    p = (_scores(query, key, scale, attn_bias) - lse.double().unsqueeze(-1)).exp()
-    delta = (grad.double() * output.double()).sum(-1).transpose(1, 2).unsqueeze(-1)
-    ds = p * (torch.einsum("bshd,bthd->bhst", grad.double(), value.double()) - delta) * scale
-    grads = (
-        torch.einsum("bhst,bthd->bshd", ds, key.double()),
-        torch.einsum("bhst,bshd->bthd", ds, query.double()),
-        torch.einsum("bhst,bshd->bthd", p, grad.double()),
-    )
-    return tuple(x.to(query.dtype) for x in grads)
+    assert output.is_contiguous()
+    assert attn_bias is None or isinstance(attn_bias, LowerTriangularMask)
+    return dense_math.backward(grad, query, key, value, output, lse, scale, attn_bias is not None)
 """,
     "xformers/ops/fmha/__init__.py": """
 from . import cutlass, flash
@@ -217,6 +209,7 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, ke
         check_emulated(built, geometry, pattern, 8)
 
 
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # of xformers' own, as it is imported
 gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs a CUDA device and xformers")
 
 

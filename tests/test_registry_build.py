@@ -26,7 +26,7 @@ from dilated_attention import (
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"backend": "sdap"}, ["unknown backend 'sdap'", "did you mean 'sdpa'", "sdpa, reference"]),
+        ({"backend": "sdap"}, ["unknown backend 'sdap'", "did you mean 'sdpa'", "registered are ", ", reference"]),
         ({"backend_options": {"spda": {}}}, ["backend_options", "did you mean 'sdpa'"]),
         ({"backend_options": {"sdpa": {"kernle": 1}}}, ["kernle", "did you mean 'kernel'"]),
         ({"device": "cdua"}, ["no device 'cdua'", "did you mean 'cuda'"]),

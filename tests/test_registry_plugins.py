@@ -61,6 +61,16 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["'sdpa'", "thief 1.0", "dilated-attention 0.1.0"],
     ),
 }
+# What the other commands stand on: building, calling, and the conformance kit.
+USE = """
+import torch
+from dilated_attention import build_attention
+from dilated_attention.registry.conformance import Kit
+attention = build_attention(num_heads=4, head_dim=32, backend="sdpa", device="cpu")
+attention(*torch.zeros(3, 1, 5, 4, 32))
+trials = [trial for trial in Kit("sdpa", device="cpu", quick=True).trials() if trial.check.name in ("declared", "out")]
+print(attention.plan.backend, all(trial.run().passed for trial in trials[:3]))
+"""
 PLAIN = ("--heads", "4", "--head-dim", "32")
 
 
@@ -72,7 +82,9 @@ def row_of(rows: list[dict[str, Any]], distribution: str) -> dict[str, Any]:
 def test_a_backend_of_another_distribution_is_found_and_chosen(tmp_path: Path) -> None:
     install_backend(tmp_path, "fast-attention", backend="fast")
     listed = as_json(command(tmp_path, "backends", "--json"))
-    assert [row["name"] for row in listed] == ["fast", "sdpa", "reference"]
+    names = [row["name"] for row in listed]
+    assert names[0] == "fast"
+    assert names.index("sdpa") < names.index("reference")
     assert (listed[0]["distribution"], listed[0]["version"]) == ("fast-attention", "1.0")
     plan = as_json(command(tmp_path, "explain", *PLAIN, "--json"))
     assert (plan["backend"], plan["kernel"]) == ("fast", "toy kernel")
@@ -91,6 +103,8 @@ def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path) -> None:
         for name in BROKEN:
             assert f"{name} 1.0" in done.stdout, (arguments, name)
     assert done.stdout.startswith("sound (toy kernel) chosen")
+    used = run(tmp_path, "-W", "error", "-c", USE)
+    assert (used.stdout.split(), used.stderr) == (["sdpa", "True"], "")
     rows = as_json(command(tmp_path, "plugins", "--json"))
     for name, (_, words) in BROKEN.items():
         row = row_of(rows, name)
@@ -268,8 +282,9 @@ for row in select(later, Registry.discover()).rows:
 """
     done = run(tmp_path, "-c", code)
     lines = done.stdout.splitlines()
-    assert len(lines) == 3, done.stderr
-    assert {line.split(maxsplit=1)[1] for line in lines} == {"refused ['telepathy'] None"}
+    assert len(lines) >= 3, done.stderr
+    assert all("'telepathy'" in line and line.endswith("] None") for line in lines)
+    assert {"today refused ['telepathy'] None", "sdpa refused ['telepathy'] None"} <= set(lines)
 
 
 def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path) -> None:
@@ -298,12 +313,12 @@ def test_discovery_adds_little_with_twenty_plugins(tmp_path: Path) -> None:
     code = (
         "import time; from dilated_attention.registry.discovery import Registry\n"
         "start = time.perf_counter(); found = Registry.discover(); took = time.perf_counter() - start\n"
-        "print(len(found.backends), took)"
+        "print(sum(name.startswith('backend-') for name in found.backends), took)"
     )
     times = []
     for _ in range(5):
         count, took = run(tmp_path, "-c", code).stdout.split()
-        assert int(count) == 22
+        assert int(count) == 20
         times.append(float(took))
         time.sleep(0.05)
     # The bound is 60 ms on a quiet machine; the best of five tells a quiet moment from a loaded machine.

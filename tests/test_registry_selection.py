@@ -21,6 +21,8 @@ from dilated_attention import (
     Full,
     Local,
     NoBackendError,
+    Pattern,
+    Random,
     build_attention,
     explain,
 )
@@ -186,6 +188,20 @@ def test_near_misses_are_the_smallest_changes(discover: Discover) -> None:
     assert four.near_miss is None
 
 
+def test_a_kernel_for_blocks_is_asked_for_weights_and_tables_by_head_only_where_there_are_some() -> None:
+    def refused(layouts: tuple[str, ...], pattern: Pattern) -> set[str]:
+        registry = with_spec(capabilities=CAPABILITIES | {"layouts": layouts})
+        return codes(asked(registry, pattern=pattern), "toy") - {"not_installed"}
+
+    twice, drawn = Local(4) + Local(2), Random(blocks_per_row=2, block_size=16)
+    assert refused(("block",), Local(4)) == set()
+    assert refused(("block",), twice) == {"weights"}
+    assert refused(("block",), drawn) == {"per_head"}
+    assert refused(("block",), Dilated((8,), (2,))) == {"layouts"}
+    assert refused(("branch", "block"), Local(4) + Dilated((8, 8), (2, 2))) == set()
+    assert refused(("dense",), twice + drawn) == set()
+
+
 def test_a_near_miss_asks_the_backend_too(discover: Discover) -> None:
     code = """
     from dilated_attention.registry import Refusal
@@ -245,7 +261,7 @@ def test_a_verified_near_miss_holds_when_it_is_followed(fields: dict[str, Any]) 
 def test_the_best_ranked_is_chosen_and_the_others_are_usable(discover: Discover) -> None:
     registry = discover(fast={"priority": 60}, slow={"priority": -5})
     plan = asked(registry)
-    assert [(row.name, row.status) for row in plan.rows] == [
+    assert [(row.name, row.status) for row in plan.rows if row.status != "refused"] == [
         ("fast", "chosen"),
         ("sdpa", "usable"),
         ("slow", "usable"),

@@ -1,0 +1,94 @@
+"""The `fa4` backend: FlashAttention-4, CuTe DSL kernels of the distribution flash-attn-4, dense, on Hopper.
+
+The kernels are compiled in the process when they first meet a head_dim, dtype, causality and few or many blocks; that
+takes seconds, so calls that a CUDA graph will capture must have run once before. What is called is not public, hence
+the manifest asks for one release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import torch
+
+from ..core.refusal import Refusal
+from .libraries import aligned, checked_options, first_line, labelled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.kernel import DensePiece
+    from ..registry.specs import Request
+
+_DISTRIBUTION: Final = "flash-attn-4"
+
+
+class Fa4Backend:
+    """FlashAttention-4: bfloat16 and float16, the head_dims of the manifest, on sm_90. It has no options."""
+
+    def refusals(self, request: Request) -> Iterator[Refusal]:
+        """A library that cannot be imported: it stands on four others that it compiles with."""
+        checked_options(request, "fa4")
+        try:
+            _interface()
+        except (ImportError, OSError) as error:
+            actual = f"one that cannot be imported ({first_line(error)})"
+            yield Refusal("not_installed", labelled(_DISTRIBUTION), actual, f"pip install '{_DISTRIBUTION}[cu13]'")
+
+    def pin(self, request: Request) -> str:
+        """The kernel with its release."""
+        return f"FlashAttention-4 ({labelled(_DISTRIBUTION)})"
+
+    def build(self, request: Request) -> FlashAttention4:
+        """The kernel; nothing is compiled yet."""
+        return FlashAttention4(self.pin(request), *_interface())
+
+
+def _interface() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """Forward and backward of the library."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    return _flash_attn_fwd, _flash_attn_bwd
+
+
+@attrs.frozen
+class FlashAttention4:
+    """A dense kernel: strided inputs are read where they lie, lse is float32 with natural logarithm.
+
+    Attributes:
+        name: with the release.
+        run_forward: the library's forward.
+        run_backward: its backward.
+    """
+
+    name: str
+    run_forward: Callable[..., tuple[Tensor, ...]]
+    run_backward: Callable[..., tuple[Tensor, ...]]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`. The library launches on the current device, whatever its inputs are on."""
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            out, lse, *_ = self.run_forward(
+                *aligned(query, key, value), softmax_scale=piece.scale, causal=piece.is_causal, return_lse=True
+            )
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DenseKernel`."""
+        query, key, value, out, dout = aligned(query, key, value, out, dout)
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            dq, dk, dv = self.run_backward(
+                query,
+                key,
+                value,
+                out,
+                dout,
+                lse.contiguous(),
+                softmax_scale=piece.scale,
+                causal=piece.is_causal,
+            )
+        return dq, dk, dv

@@ -1,0 +1,180 @@
+"""The backend `fa4`: what it refuses, and what it computes, over a stand-in for the library and on the card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import ConfigError, Dilated, Full, Pattern, explain
+from dilated_attention.backends.fa4 import Fa4Backend
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.registry.discovery import default_registry
+from dilated_attention.registry.specs import Device
+
+from . import dense_math  # noqa: F401 - the stand-in imports it
+from .kernel_kit import PATTERNS, build, check, check_emulated, check_graph, codes, request, verdict
+
+
+def _installed() -> bool:
+    try:
+        return bool(version("flash-attn-4"))
+    except PackageNotFoundError:
+        return False
+
+
+HERE = _installed()
+needs_absence = pytest.mark.skipif(HERE, reason="flash-attn-4 is installed")
+
+# A distribution with the interface and the arithmetic of the library, which would copy what is not aligned.
+STAND_IN = {
+    "flash_attn/cute/__init__.py": "",
+    "flash_attn/cute/interface.py": """
+from tests import dense_math
+
+def _flash_attn_fwd(q, k, v, *, softmax_scale, causal, return_lse):
+    assert return_lse and dense_math.is_aligned(q, k, v)
+    return *dense_math.forward(q, k, v, softmax_scale, causal), None, None, None
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal):
+    assert dense_math.is_aligned(q, k, v, out, dout)
+    return dense_math.backward(dout, q, k, v, out, lse, softmax_scale, causal)
+""",
+    "flash_attn_4-4.0.0b36.dist-info/METADATA": "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n",
+}
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The distribution, installed for one test."""
+    for name, code in STAND_IN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def test_on_a_cpu_it_is_refused() -> None:
+    plan = explain(num_heads=8, head_dim=64, device="cpu")
+    (row,) = [row for row in plan.rows if row.name == "fa4"]
+    missing = set() if HERE else {"not_installed"}
+    assert {refusal.code for refusal in row.refusals} == {"device_types", "dtypes"} | missing
+    if not HERE and not torch.cuda.is_available():
+        assert row.near_miss is not None
+        assert row.near_miss.install == ("flash-attn-4==4.0.0b36",)
+        assert row.near_miss.changes == {"dtype": "bfloat16", "device": "cuda"}
+
+
+@needs_absence
+def test_without_it_the_line_that_installs_it_is_given() -> None:
+    (refusal,) = verdict("fa4").refusals
+    assert (refusal.code, refusal.remedy) == ("not_installed", "pip install 'flash-attn-4==4.0.0b36'")
+
+
+@needs_absence
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"dtype": "float32"}, "dtypes"),
+        ({"head_dim": 20}, "head_dims"),
+        ({"head_dim": 256}, "head_dims"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"deterministic": True}, "deterministic"),
+        ({"device": Device(type="cuda", arch="sm_80", torch_name="cuda:0")}, "arch"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(stand_in: Path, fields: dict[str, Any], code: str) -> None:
+    assert codes(verdict("fa4", **fields)) == {code}
+
+
+@needs_absence
+def test_it_is_usable_where_it_is_installed_and_named_with_its_release(stand_in: Path) -> None:
+    found = verdict("fa4")
+    assert found.accepts
+    assert found.kernel == "FlashAttention-4 (flash-attn-4 4.0.0b36)"
+    assert Fa4Backend().build(request()).name == found.kernel
+    with pytest.raises(ConfigError, match="it has none"):
+        verdict("fa4", backend_options={"fa4": {"x": 1}})
+
+
+@needs_absence
+def test_another_release_is_refused(stand_in: Path) -> None:
+    (stand_in / "flash_attn_4-4.0.0b36.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b37\n"
+    )
+    (refusal,) = verdict("fa4").refusals
+    assert (refusal.code, refusal.actual) == ("not_installed", "flash-attn-4 4.0.0b37")
+
+
+@needs_absence
+def test_a_library_that_cannot_be_imported_is_refused_with_the_cause(stand_in: Path) -> None:
+    (stand_in / "flash_attn/cute/interface.py").write_text("import no_such_compiler")
+    (refusal,) = verdict("fa4").refusals
+    assert refusal.code == "not_installed"
+    assert "No module named 'no_such_compiler'" in refusal.actual
+
+
+@needs_absence
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, is_causal: bool) -> None:
+    kernel = Fa4Backend().build(request())
+    for heads, kv_heads, head_dim, length in ((4, 4, 8, 150), (4, 2, 24, 67)):
+        geometry = Geometry(q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=is_causal)
+        check_emulated(kernel, geometry, pattern, head_dim)
+
+
+gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs an sm_90 card and flash-attn-4")
+DILATED = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
+
+
+# The kernels of one head_dim take seconds to compile, so patterns are walked with one and head_dims with one pattern.
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_pattern_is_computed_on_the_card(pattern: Pattern, dtype: str, is_causal: bool) -> None:
+    for heads, kv_heads in ((4, 4), (4, 2)):
+        geometry = Geometry(q_len=517, kv_len=517, num_heads=heads, num_kv_heads=kv_heads, is_causal=is_causal)
+        check(build("fa4", pattern, geometry, dtype, 64), geometry)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("head_dim", default_registry().backends["fa4"].spec.capabilities["head_dims"])
+def test_every_declared_head_dim(head_dim: int) -> None:
+    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=2, is_causal=True)
+    attention = build("fa4", DILATED, geometry, "bfloat16", head_dim)
+    check(attention, geometry, through_lse=attention._engine.has_dlse)
+
+
+@pytest.mark.gpu
+@gpu
+def test_offsets_and_unequal_lengths() -> None:
+    for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
+        geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=4, is_causal=is_causal)
+        check(build("fa4", DILATED, geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
+def test_it_replays_in_a_cuda_graph() -> None:
+    geometry = Geometry.self_attention(517, 4, is_causal=True)
+    check_graph(build("fa4", DILATED, geometry, "bfloat16", 64), geometry)
+
+
+@pytest.mark.gpu
+@gpu
+def test_it_goes_before_pytorchs_kernels() -> None:
+    plan = explain(num_heads=16, head_dim=64, dtype="bfloat16", device="cuda", is_causal=True, pattern=Full())
+    order = [row.name for row in plan.rows]
+    assert order.index("fa4") < order.index("sdpa")

@@ -1,0 +1,1 @@
+"""The namespace that flash-attn and flash-attn-4 share."""
