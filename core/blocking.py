@@ -33,7 +33,8 @@ def lower_blocks(
     grid = BlockGrid.of(geometry, size, None if limit_bytes is None else limit_bytes // ENTRY_BYTES)
     groups = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
     masks = _MaskPool(size, limit_bytes)
-    tables = [_lower_head(pattern, grid, groups.index(g), geometry, masks) for g in range(max(groups) + 1)]
+    kinds = _SharedKinds(pattern.signature_groups(geometry.num_heads, geometry.num_kv_heads))
+    tables = [_lower_head(pattern, grid, groups.index(g), geometry, masks, kinds) for g in range(max(groups) + 1)]
     row_ptr = np.zeros((len(tables), grid.query_low.size + 1), dtype=np.int64)
     begin = 0
     for t, table in enumerate(tables):
@@ -94,7 +95,37 @@ class _MaskPool:
         return flat.reshape(len(self.ids), self.block_size, self.block_size)
 
 
-def _lower_head(pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry, masks: _MaskPool) -> _Table:
+@attrs.define(eq=False)
+class _SharedKinds:
+    """The kinds of the last table's blocks; the next table has them too if its blocks have the same signatures.
+
+    Attributes:
+        groups: of each head, what `Pattern.signature_groups` says.
+        group: that of the last head.
+        low: first positions (queries, keys) of its blocks.
+        kinds: what `_kinds` said.
+    """
+
+    groups: tuple[int, ...]
+    group: int | None = None
+    low: tuple[IntArray, IntArray] | None = None
+    kinds: tuple[IntArray, IntArray] | None = None
+
+    def find(
+        self, pattern: Pattern, low: tuple[IntArray, IntArray], size: int, head: int, geometry: Geometry
+    ) -> tuple[IntArray, IntArray]:
+        """Those of these blocks of `head`."""
+        group = self.groups[head]
+        known = self.kinds
+        if known is None or self.low is None or group != self.group or not all(map(np.array_equal, low, self.low)):
+            known = _kinds(pattern, *low, size, head, geometry)
+        self.group, self.low, self.kinds = group, low, known
+        return known
+
+
+def _lower_head(
+    pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry, masks: _MaskPool, kinds: _SharedKinds
+) -> _Table:
     """The blocks of `head` (and of all heads alike)."""
     support = _certain(pattern.block_support(grid, head, geometry), grid, geometry)
     masks.take(ENTRY_BYTES * support.rows.size)
@@ -103,14 +134,16 @@ def _lower_head(pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry
     partial = np.flatnonzero(weights == 0)
     if partial.size:
         low = grid.query_low[support.rows[partial]], grid.key_low[support.cols[partial]]
-        first, inverse = _kinds(pattern, *low, grid.block_size, head, geometry)
+        first, inverse = kinds.find(pattern, low, grid.block_size, head, geometry)
         found = _evaluate(pattern, low[0][first], low[1][first], head, geometry, masks)
         weights[partial], mask_ids[partial] = found[0][inverse], found[1][inverse]
     _check_weight(int(weights.max(initial=0)))
+    table = _Table(support.rows.astype(np.int32), support.cols.astype(np.int32), weights, mask_ids)
     kept = (weights > 0) | (mask_ids >= 0)
-    rows, cols = (array[kept].astype(np.int32) for array in (support.rows, support.cols))
-    masks.take(-ENTRY_BYTES * (kept.size - rows.size))
-    return _Table(rows, cols, weights[kept], mask_ids[kept])
+    if kept.all():
+        return table
+    masks.take(-ENTRY_BYTES * int(np.count_nonzero(~kept)))
+    return _Table(table.rows[kept], table.cols[kept], weights[kept], mask_ids[kept])
 
 
 def _check_weight(value: int) -> None:
@@ -122,17 +155,18 @@ def _check_weight(value: int) -> None:
 
 def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> BlockSupport:
     """Drop blocks in the future; what crosses the diagonal or the end of the keys is no longer constant."""
-    rows, cols, multiplicity = support.rows, support.cols, support.multiplicity
-    key_low = grid.key_low[cols]
+    rows, cols = support.rows, support.cols
     key_end = geometry.kv_offset + geometry.kv_len
-    multiplicity = np.where(key_low + grid.block_size > key_end, 0, multiplicity)
+    whole_cols = np.full_like(grid.query_low, np.searchsorted(grid.key_low, key_end - grid.block_size, side="right"))
     if geometry.is_causal:
-        query_low = grid.query_low[rows]
-        query_high = np.minimum(query_low + grid.block_size, geometry.q_offset + geometry.q_len) - 1
-        multiplicity = np.where(key_low + grid.block_size - 1 > query_low, 0, multiplicity)
-        seen = key_low <= query_high
-        rows, cols, multiplicity = rows[seen], cols[seen], multiplicity[seen]
-    return BlockSupport(rows, cols, multiplicity)
+        query_high = np.minimum(grid.query_low + grid.block_size, geometry.q_offset + geometry.q_len) - 1
+        before = np.searchsorted(grid.key_low, grid.query_low - grid.block_size + 1, side="right")
+        whole_cols = np.minimum(whole_cols, before)
+        seen = cols < np.searchsorted(grid.key_low, query_high, side="right")[rows]
+        if not seen.all():
+            support = BlockSupport(rows[seen], cols[seen], support.multiplicity[seen])
+    whole = support.cols < whole_cols[support.rows]
+    return BlockSupport(support.rows, support.cols, np.where(whole, support.multiplicity, 0))
 
 
 def _kinds(

@@ -15,8 +15,8 @@ import numpy as np
 
 from .geometry import Geometry
 from .layout import BlockSupport, Layout
-from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union
-from .supports import branch_overlap, branch_signature
+from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union, joined_groups
+from .supports import branch_overlap, branch_signature, branch_signature_groups
 
 if TYPE_CHECKING:
     from .layout import BlockGrid
@@ -152,6 +152,11 @@ class Residual(Pattern):
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where both sides say so."""
         return Sum((self.pattern, self.member)).head_groups(num_heads, num_kv_heads)
+
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Signatures are alike where the pattern's and the branches' are."""
+        wanted = self.pattern.signature_groups(num_heads, num_kv_heads)
+        return joined_groups(wanted, branch_signature_groups(self.branches_taken, num_heads))
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """Those of the pattern, nothing constant."""

@@ -8,7 +8,7 @@ pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import attrs
@@ -143,6 +143,13 @@ class Pattern(ABC):
 
         return np.stack([query_low, key_low], axis=-1)
 
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """A group number per head; heads of one group have the same `block_signature` of every block.
+
+        Lowering then tells the blocks of such heads apart once. The default claims nothing: a group per head.
+        """
+        return tuple(range(num_heads))
+
     def to_dict(self) -> dict[str, object]:
         """The mapping form used in files: `{"kind": ..., parameter: value, ...}`."""
         raise ConfigError(f"a {self.kind} pattern has no parameters that a file could hold; store it with save_pattern")
@@ -203,6 +210,12 @@ def _members(cls: type[_Composite], pattern: Pattern) -> Iterator[Pattern]:
         yield pattern
 
 
+def joined_groups(*groups: Sequence[Hashable]) -> tuple[int, ...]:
+    """Heads that are together in each of several groupings, numbered from 0 in order of appearance."""
+    seen: dict[tuple[Hashable, ...], int] = {}
+    return tuple(seen.setdefault(key, len(seen)) for key in zip(*groups, strict=True))
+
+
 def parameters(pattern: Pattern) -> dict[str, object]:
     """The mapping form of a pattern whose attrs fields are plain values."""
     fields: Mapping[str, object] = attrs.asdict(pattern, recurse=False)  # type: ignore[arg-type]
@@ -239,6 +252,10 @@ class Full(Pattern):
         import numpy as np
 
         return np.zeros((query_low.size, 0), dtype=np.int64)
+
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The signature is that of every head."""
+        return (0,) * num_heads
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "full"}`."""
@@ -281,9 +298,11 @@ class _Composite(Pattern):
 
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads are alike where every member says so."""
-        keys = list(zip(*(member.head_groups(num_heads, num_kv_heads) for member in self.of), strict=True))
-        seen: dict[tuple[int, ...], int] = {}
-        return tuple(seen.setdefault(key, len(seen)) for key in keys)
+        return joined_groups(*(member.head_groups(num_heads, num_kv_heads) for member in self.of))
+
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Signatures are alike where every member says so."""
+        return joined_groups(*(member.signature_groups(num_heads, num_kv_heads) for member in self.of))
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """Blocks of any member; constant where all members are."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .layout import BlockGrid, BlockSupport
-from .pattern import Branch, KeySpans, Pattern
+from .pattern import Branch, KeySpans, Pattern, joined_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -216,6 +216,12 @@ def branch_spans(
 def single_span(low: IntArray, high: IntArray, inner_low: IntArray, inner_high: IntArray, weight: int = 1) -> KeySpans:
     """Key spans of one interval a block, from arrays of shape (blocks,)."""
     return KeySpans(low[:, None], high[:, None], inner_low[:, None], inner_high[:, None], weight)
+
+
+def branch_signature_groups(branches: Sequence[Branch], num_heads: int) -> tuple[int, ...]:
+    """`Pattern.signature_groups` of a sum of branches: `branch_signature` depends on which branches a head uses."""
+    used = [[offset is not None for offset in branch.offsets] for branch in branches]
+    return joined_groups([0] * num_heads, *used)
 
 
 def branch_signature(

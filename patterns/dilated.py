@@ -10,7 +10,7 @@ import attrs
 from ..core.checks import require_choice, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
-from ..core.pattern import Branch, KeySpans, Pattern, parameters
+from ..core.pattern import Branch, KeySpans, Pattern, joined_groups, parameters
 
 if TYPE_CHECKING:
     from ..core.pattern import IntArray
@@ -142,8 +142,7 @@ class Dilated(Pattern):
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads with the same offset in every branch are alike."""
         geometry = Geometry(q_len=0, kv_len=0, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=False)
-        seen: dict[tuple[int | None, ...], int] = {}
-        return tuple(seen.setdefault(key, len(seen)) for key in zip(*self._offsets(geometry), strict=True))
+        return joined_groups(*self._offsets(geometry))
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """From the first to the last segment of the branches that keep a query of the block."""
@@ -158,6 +157,13 @@ class Dilated(Pattern):
         from ..core.supports import branch_signature
 
         return branch_signature(self.branches(geometry), query_low, key_low, block_size, head)
+
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """Heads that use the same branches, whatever their offsets."""
+        from ..core.supports import branch_signature_groups
+
+        geometry = Geometry(q_len=0, kv_len=0, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=False)
+        return branch_signature_groups(self.branches(geometry), num_heads)
 
     def to_dict(self) -> dict[str, object]:
         """The fields, with `kind`."""

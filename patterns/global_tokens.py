@@ -60,6 +60,10 @@ class Global(Pattern):
 
         return np.stack([code(query_low), code(key_low)], axis=-1)
 
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The signature is that of every head."""
+        return (0,) * num_heads
+
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "global", "tokens": ...}`."""
         return parameters(self)

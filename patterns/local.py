@@ -80,6 +80,10 @@ class Local(Pattern):
         distance: IntArray = np.clip(query_low - key_low, -right - block_size, left + block_size)
         return distance[:, None]
 
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The signature is that of every head."""
+        return (0,) * num_heads
+
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "local", "window_size": [left, right]}`."""
         return parameters(self)

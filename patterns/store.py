@@ -316,6 +316,10 @@ class Stored(Pattern):
         """See `multiplicity`."""
         return self._pattern.head_groups(num_heads, num_kv_heads)
 
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """See `multiplicity`."""
+        return self._pattern.signature_groups(num_heads, num_kv_heads)
+
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """See `multiplicity`."""
         return self._pattern.key_spans(query_low, query_high, head, geometry)

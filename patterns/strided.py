@@ -57,6 +57,10 @@ class Strided(Pattern):
         """The distance of the corners modulo the stride."""
         return ((query_low - key_low) % self.stride)[:, None]
 
+    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The signature is that of every head."""
+        return (0,) * num_heads
+
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "strided", "stride": ...}`."""
         return parameters(self)

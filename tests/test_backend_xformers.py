@@ -209,6 +209,7 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, ke
         check_emulated(built, geometry, pattern, 8)
 
 
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")  # of xformers' own, as it is imported
 gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs a CUDA device and xformers")
 
 

@@ -7,34 +7,16 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dilated_attention import AttentionPlan
-from dilated_attention.cli import main
 
+from .conftest import Invoke
 from .distributions import ROOT, as_json, command, install_backend, run
 
-Invoke = Callable[..., subprocess.CompletedProcess[str]]
 LONGNET = ("--heads", "8", "--head-dim", "64", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2")
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Run the command in this process, which has torch already; what only a process shows is run in one."""
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["dilated-attention", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
-
-    return call
 
 
 def test_explain_prints_the_plan_of_the_flags(invoke: Invoke) -> None:
@@ -145,7 +127,7 @@ def test_json_and_text_go_to_stdout_and_nothing_to_stderr(invoke: Invoke, argume
 def test_help_and_version() -> None:
     done = command(None, "--help")
     assert done.returncode == 0
-    for name in ("backends", "plugins", "doctor", "explain", "demo"):
+    for name in ("backends", "plugins", "doctor", "explain", "demo", "pattern"):
         assert f"\n  {name} " in done.stdout
     assert "..." not in done.stdout.partition("Commands:")[2]
     assert command(None, "--version").stdout.strip() == "0.1.0"

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Pattern
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.patterns.dilated import Dilated
 
@@ -86,6 +88,25 @@ def test_heads_of_a_group_are_alike(pattern: Dilated, geometry: Geometry) -> Non
     assert sorted(set(groups)) == list(range(max(groups) + 1))
     for h, group in enumerate(groups):
         assert counts[h].equal(counts[groups.index(group)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.patterns(), strategies.geometries(max_len=40), st.sampled_from((3, 8)))
+def test_heads_of_a_signature_group_have_the_same_signatures(
+    pattern: Pattern, geometry: Geometry, block_size: int
+) -> None:
+    low = np.arange(0, 40, dtype=np.int64)
+    query, key = (grid.ravel() for grid in np.meshgrid(low, low, indexing="ij"))
+    groups = pattern.signature_groups(geometry.num_heads, geometry.num_kv_heads)
+    assert len(groups) == geometry.num_heads
+    for head, group in enumerate(groups):
+        expected = pattern.block_signature(query, key, block_size, groups.index(group), geometry)
+        np.testing.assert_array_equal(pattern.block_signature(query, key, block_size, head, geometry), expected)
+
+
+def test_heads_share_signatures_whatever_their_offsets() -> None:
+    assert Dilated((8, 16), (2, 4)).signature_groups(6, 6) == (0,) * 6
+    assert Dilated((8, 16), (1, 2), heads="split").signature_groups(6, 6) == (0, 0, 0, 1, 1, 1)
 
 
 def test_heads_share_tables_where_offsets_repeat() -> None:

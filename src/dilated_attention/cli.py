@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-import warnings
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final
 
 import typer
 
+from .cli_pattern import pattern_app
+from .console import AsJson, registry, show
 from .core.config import read_mapping
 from .core.errors import (
     ConfigError,
@@ -24,13 +25,11 @@ from .core.errors import (
     UnsafePathError,
 )
 from .core.version import VERSION
-from .registry.discovery import Registry, default_registry
 from .report import (
     backends_data,
     backends_text,
     doctor_data,
     doctor_text,
-    paint,
     plugins_data,
     plugins_text,
     progress_bar,
@@ -53,7 +52,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+app.add_typer(pattern_app)
 
 
 def main() -> None:
@@ -63,21 +62,6 @@ def main() -> None:
     except DilatedAttentionError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
-
-
-def registry() -> Registry:
-    """The registry of this process; what is odd about the environment is said on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = default_registry()
-    for warning in caught:
-        typer.echo(f"warning: {warning.message}", err=True)
-    return found
-
-
-def show(text: str, data: object, *, as_json: bool) -> None:
-    """Print `data` as JSON, or `text`, coloured on a terminal."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else paint(text))
 
 
 @app.callback(invoke_without_command=True)

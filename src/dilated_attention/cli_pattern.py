@@ -1,0 +1,288 @@
+"""The commands `dilated-attention pattern ...`: patterns in files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+import attrs
+import typer
+
+from .console import AsJson, registry, show
+from .core.checks import did_you_mean
+from .core.config import AttentionConfig, check_fields, read_mapping
+from .core.errors import ConfigError, PatternFileError, UnsafePathError
+from .core.explain import amount, columns, counted
+from .core.geometry import Geometry
+
+if TYPE_CHECKING:
+    from .core.pattern import Pattern
+    from .core.quality import Quality
+    from .pattern_map import Cells
+    from .patterns.store import PatternStore, StoredInfo
+
+pattern_app = typer.Typer(
+    name="pattern",
+    help="Store patterns in files, look at them, check them.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]
+Name: TypeAlias = Annotated[str, typer.Argument(help="A stored pattern's name.", show_default=False)]
+_ROOT: Final = Path("pattern-store")
+_BAD_FILE: Final = 4
+_TABLE_BYTES: Final = 512 << 20  # most that a drawing's table of blocks may take
+_REPORT_WIDTH: Final = 36  # characters beside the map, its frame and the gap included
+_MAP_WIDTH: Final = 64
+
+
+@pattern_app.command("list")
+def list_patterns(root: Root = _ROOT, as_json: AsJson = False) -> None:
+    """List the stored patterns and their sizes; the files are not read."""
+    with _store(root) as store:
+        sizes = {name: (store.root / f"{name}.safetensors").stat().st_size for name in store.list()}
+    rows = [{"name": name, "nbytes": size} for name, size in sizes.items()]
+    text = "\n".join(columns([(name, amount(size, "B")) for name, size in sizes.items()])) if rows else ""
+    show(text or f"no patterns are stored in {str(root)!r}", rows, as_json=as_json)
+
+
+@pattern_app.command()
+def save(
+    name: Annotated[str, typer.Argument(help="1 to 120 letters, digits, '.', '_', '-'.", show_default=False)],
+    config: Annotated[Path, typer.Option(help="A TOML or JSON config file with the pattern.")],
+    seq_len: Annotated[int | None, typer.Option(help="Length to store for. Default: the file's.")] = None,
+    num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads. Default: the file's.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="Default: the file's.")] = None,
+    root: Root = _ROOT,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pattern of that name.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store the pattern of a config file.
+
+    Full, dilated, local, global, strided and what is made of them keep their parameters and fit every length; drawn
+    patterns are stored as blocks, which fit this length, number of heads and causality only.
+    """
+    from .registry.patterns import resolve_pattern
+
+    flags = {"seq_len": seq_len, "num_heads": num_heads, "is_causal": causal}
+    read = _config(config, {key: value for key, value in flags.items() if value is not None})
+    if read.seq_len is None:
+        raise ConfigError(f"give --seq-len: {str(config)!r} has no seq_len")
+    pattern = resolve_pattern(read.pattern, registry())
+    with _store(root) as store:
+        try:
+            store.save(
+                name,
+                pattern,
+                seq_len=read.seq_len,
+                num_heads=read.num_heads,
+                is_causal=read.is_causal,
+                overwrite=overwrite,
+            )
+        except FileExistsError as error:
+            raise ConfigError(f"{name!r} exists already in {str(root)!r}; --overwrite replaces it") from error
+        info = store.verify(name)
+    show(_info_text(info), attrs.asdict(info), as_json=as_json)
+
+
+@pattern_app.command()
+def load(name: Name, root: Root = _ROOT, as_json: AsJson = False) -> None:
+    """Check a stored pattern and print its parameters."""
+    info = _loaded(root, name)[1]
+    show(_info_text(info), attrs.asdict(info), as_json=as_json)
+
+
+@pattern_app.command("show")
+def show_pattern(
+    name: Name,
+    root: Root = _ROOT,
+    head: Annotated[int, typer.Option(help="The head that the map shows.")] = 0,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Another length; of a pattern stored as parameters.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers to follow the receptive field through.")] = 4,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: a .png or .svg file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a map of a stored pattern, and say how good it is.
+
+    Rows of the map are queries, columns keys, of one head. The figures beside it are those of all heads.
+    """
+    if plot is not None:
+        from .pattern_plot import check_can_plot
+
+        check_can_plot(plot)
+    pattern, info = _loaded(root, name)
+    if seq_len is not None:
+        info = attrs.evolve(info, seq_len=seq_len)
+    geometry = Geometry.self_attention(info.seq_len, info.num_heads, is_causal=info.is_causal)
+    if not 0 <= head < info.num_heads:
+        raise ConfigError(f"--head must be 0 to {info.num_heads - 1}, got {head}")
+    try:
+        _report(pattern, info, geometry, head, layers, plot, as_json=as_json)
+    except (ConfigError, PatternFileError) as error:  # of a sound file: it is the length that does not fit
+        raise ConfigError(f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}") from error
+
+
+def _report(
+    pattern: Pattern, info: StoredInfo, geometry: Geometry, head: int, layers: int, plot: Path | None, *, as_json: bool
+) -> None:
+    from .core.quality import measure
+    from .pattern_map import ASCII, UNICODE, cells, draw, legend, quality_lines, table_block_size
+
+    size = table_block_size(pattern, geometry.q_len)
+    quality = measure(pattern, geometry, layers=layers, block_size=size, limit_bytes=_TABLE_BYTES)
+    width = max(16, min(_MAP_WIDTH, shutil.get_terminal_size().columns - _REPORT_WIDTH)) // 2 * 2
+    # Characters are twice as high as wide: half as many rows give a square.
+    rows = width // 2
+    cols = width if geometry.q_len >= width else rows
+    shares = cells(pattern, geometry, head, rows=rows, cols=cols, limit_bytes=_TABLE_BYTES)
+    ink = UNICODE if _can_print(UNICODE + "│─┌┐└┘") else ASCII
+    map_lines = draw(shares, length=geometry.q_len, ink=ink)
+    beside = ["", *quality_lines(quality), "", *legend(ink, is_causal=geometry.is_causal)]
+    alike = pattern.head_groups(info.num_heads, info.num_heads)
+    same = [h for h, group in enumerate(alike) if group == alike[head]]
+    text = "\n".join([_title(info), *_head_words(head, same, info.num_heads), *_side_by_side(map_lines, beside)])
+    data = {**attrs.asdict(info), "quality": attrs.asdict(quality), "head": head, "map": _plain(shares)}
+    if plot is not None:
+        _plot(pattern, geometry, quality, info, head, plot)
+    show(text, data, as_json=as_json)
+    if plot is not None:
+        typer.echo(f"drawn: {plot}", err=True)
+
+
+def _plot(pattern: Pattern, geometry: Geometry, quality: Quality, info: StoredInfo, head: int, path: Path) -> None:
+    from .pattern_map import cells
+    from .pattern_plot import CELLS, plot
+
+    shares = cells(pattern, geometry, head, rows=CELLS, cols=CELLS, limit_bytes=_TABLE_BYTES)
+    try:
+        plot(shares, quality, _title(info), path, length=geometry.q_len, head=head)
+    except OSError as error:
+        raise ConfigError(f"--plot cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+@pattern_app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="One pattern. Default: all.", show_default=False)] = None,
+    root: Root = _ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Check stored patterns, bit by bit. Exit status 4 when one is bad."""
+    with _store(root) as store:
+        names = store.list() if name is None else (name,)
+        rows = [_verified(root, store, each) for each in names]
+    table = list(columns([(row["name"], row["status"], row["kind"]) for row in rows])) if rows else []
+    lines = [f"no patterns are stored in {str(root)!r}"] if not rows else []
+    for line, row in zip(table, rows, strict=True):
+        lines += [line, f"    {row['cause']}"] if row["cause"] else [line]
+    show("\n".join(lines), rows, as_json=as_json)
+    if any(row["status"] == "bad" for row in rows):
+        raise typer.Exit(_BAD_FILE)
+
+
+def _verified(root: Path, store: PatternStore, name: str) -> dict[str, str]:
+    try:
+        info = store.verify(name)
+    except (PatternFileError, UnsafePathError) as error:
+        return {"name": name, "status": "bad", "kind": "", "cause": str(error)}
+    except FileNotFoundError as error:
+        raise _missing(root, store, name) from error
+    return {"name": name, "status": "ok", "kind": _kind(info), "cause": ""}
+
+
+@contextlib.contextmanager
+def _store(root: Path) -> Iterator[PatternStore]:
+    """The store at `root`; what the system refuses there is one message."""
+    from .patterns.store import PatternStore
+
+    try:
+        yield PatternStore(root)
+    except OSError as error:
+        raise ConfigError(f"cannot use the store {str(root)!r}: {error.strerror or error}") from error
+
+
+def _loaded(root: Path, name: str) -> tuple[Pattern, StoredInfo]:
+    with _store(root) as store:
+        try:
+            return store.load(name), store.verify(name)
+        except FileNotFoundError as error:
+            raise _missing(root, store, name) from error
+
+
+def _missing(root: Path, store: PatternStore, name: str) -> ConfigError:
+    return ConfigError(f"there is no stored pattern {name!r} in {str(root)!r}{did_you_mean(name, store.list())}")
+
+
+def _config(path: Path, flags: dict[str, Any]) -> AttentionConfig:
+    """The config of the file and the flags; what a pattern does not depend on may be left out of the file."""
+    fields = read_mapping(path) | flags
+    check_fields(fields)
+    if "pattern" not in fields:
+        raise ConfigError(f"{str(path)!r} has no 'pattern'")
+    if "num_heads" not in fields:
+        raise ConfigError(f"give --heads: {str(path)!r} has no num_heads")
+    return AttentionConfig.from_dict({"head_dim": 64} | fields)
+
+
+def _kind(info: StoredInfo) -> str:
+    kind = info.parameters["kind"] if info.parameters else "pattern"
+    return f"{kind}, as {info.form}"
+
+
+def _title(info: StoredInfo) -> str:
+    causal = "causal" if info.is_causal else "not causal"
+    return f"{info.name}: {_kind(info)}, {counted(info.seq_len, 'token')}, {counted(info.num_heads, 'head')}, {causal}"
+
+
+def _info_text(info: StoredInfo) -> str:
+    fits = "every length" if info.form == "parameters" else "only this length, these heads and this causality"
+    rows = [("name", info.name), ("stored as", f"{info.form}, {amount(info.nbytes, 'B')}, schema {info.schema}")]
+    rows += [("seq_len", f"{info.seq_len:,}"), ("num_heads", str(info.num_heads))]
+    rows += [("is_causal", "yes" if info.is_causal else "no"), ("fits", fits)]
+    ordered = sorted((info.parameters or {}).items(), key=lambda item: (item[0] != "kind", item[0]))
+    rows += [(key, _words(value)) for key, value in ordered]
+    return "\n".join(columns(rows))
+
+
+def _words(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _head_words(head: int, same: list[int], num_heads: int) -> Iterator[str]:
+    others = [h for h in same if h != head]
+    if not others:
+        if num_heads > 1:
+            yield f"head {head}"
+        return
+    if len(same) == num_heads:
+        yield "every head sees the same"
+        return
+    listed = ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
+    yield f"head {head}; head{'s' * (len(others) > 1)} {listed} see{'s' * (len(others) == 1)} the same"
+
+
+def _side_by_side(left: list[str], right: list[str]) -> list[str]:
+    width = max(map(len, left))
+    height = max(len(left), len(right))
+    padded = [*left, *[""] * (height - len(left))], [*right, *[""] * (height - len(right))]
+    return [f"{a:<{width}}  {b}".rstrip() for a, b in zip(*padded, strict=True)]
+
+
+def _plain(shares: Cells) -> list[list[float | None]]:
+    """For JSON, which has no nan."""
+    return [[None if share != share else round(share, 6) for share in row] for row in shares.tolist()]
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

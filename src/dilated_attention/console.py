@@ -1,0 +1,29 @@
+"""What every command of `dilated-attention` shares: its `--json`, the registry with its warnings, and how to print."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Annotated, TypeAlias
+
+import typer
+
+from .registry.discovery import Registry, default_registry
+from .report import paint
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def registry() -> Registry:
+    """The registry of this process; what is odd about the environment is said on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = default_registry()
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+    return found
+
+
+def show(text: str, data: object, *, as_json: bool) -> None:
+    """Print `data` as JSON, or `text`, coloured on a terminal."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else paint(text))

@@ -1,0 +1,286 @@
+"""`dilated-attention pattern ...`: what is stored, shown and refused, with which exit status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.pattern import Full, Pattern
+from dilated_attention.core.quality import measure
+from dilated_attention.core.reference import multiplicity
+from dilated_attention.pattern_map import UNICODE, cells, draw
+from dilated_attention.patterns.dilated import Dilated
+from dilated_attention.patterns.global_tokens import Global
+from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.random import Random
+from dilated_attention.patterns.store import PatternStore
+from dilated_attention.patterns.strided import Strided
+
+from .conftest import Invoke
+from .distributions import as_json, command
+
+LOCAL = 'num_heads = 4\nis_causal = true\npattern = {kind = "local", window_size = 8}\n'
+DRAWN = 'num_heads = 2\npattern = {kind = "random", blocks_per_row = 2, block_size = 16, seed = 3}\n'
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with two config files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    Path("local.toml").write_text(LOCAL)
+    Path("drawn.toml").write_text(DRAWN)
+    return tmp_path
+
+
+def save(invoke: Invoke, name: str, config: str, *flags: str, root: str = "store") -> None:
+    done = invoke("pattern", "save", name, "--config", config, "--seq-len", "200", "--root", root, *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_saved_is_listed_loaded_and_verified(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    save(invoke, "far", "drawn.toml")
+    assert PatternStore("store").load("near") == Local(8)
+    listed = as_json(invoke("pattern", "list", "--root", "store", "--json"))
+    assert [row["name"] for row in listed] == ["far", "near"]
+    assert listed[0]["nbytes"] == Path("store/far.safetensors").stat().st_size
+    assert [line.split()[0] for line in invoke("pattern", "list", "--root", "store").stdout.splitlines()] == [
+        "far",
+        "near",
+    ]
+    loaded = as_json(invoke("pattern", "load", "near", "--root", "store", "--json"))
+    assert loaded["parameters"] == {"kind": "local", "window_size": [8, 8]}
+    assert (loaded["seq_len"], loaded["num_heads"], loaded["is_causal"]) == (200, 4, True)
+    text = invoke("pattern", "load", "far", "--root", "store").stdout
+    assert "fits            only this length, these heads and this causality" in text
+    assert "blocks_per_row  2" in text
+    verified = as_json(invoke("pattern", "verify", "--root", "store", "--json"))
+    assert [(row["name"], row["status"], row["kind"]) for row in verified] == [
+        ("far", "ok", "random, as blocks"),
+        ("near", "ok", "local, as parameters"),
+    ]
+
+
+def test_flags_replace_what_the_file_says(invoke: Invoke, work: Path) -> None:
+    save(invoke, "p", "local.toml", "--heads", "3", "--no-causal")
+    info = PatternStore("store").verify("p")
+    assert (info.seq_len, info.num_heads, info.is_causal) == (200, 3, False)
+    Path("whole.toml").write_text(f"seq_len = 64\n{LOCAL}")
+    assert invoke("pattern", "save", "q", "--config", "whole.toml", "--root", "store").returncode == 0
+    assert PatternStore("store").verify("q").seq_len == 64
+
+
+def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) -> None:
+    save(invoke, "p", "local.toml")
+    again = ("pattern", "save", "p", "--config", "drawn.toml", "--seq-len", "200", "--root", "store")
+    done = invoke(*again)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: 'p' exists already in 'store'; --overwrite replaces it\n"
+    assert PatternStore("store").load("p") == Local(8)
+    assert invoke(*again, "--overwrite").returncode == 0
+    assert PatternStore("store").verify("p").form == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["load", "neer"], 2, "no stored pattern 'neer' in 'store' (did you mean 'near'?)"),
+        (["verify", "neer"], 2, "no stored pattern 'neer'"),
+        (["show", "neer"], 2, "no stored pattern 'neer'"),
+        (["load", "../near"], 4, "a pattern's name is 1 to 120"),
+        (["show", "con"], 4, "the name of a device"),
+        (["load", "out"], 4, "outside the store"),
+        (["load", "bad"], 4, "'store/bad.safetensors' is damaged"),
+        (["show", "bad"], 4, "is damaged"),
+        (["save", "a/b", "--config", "local.toml", "--seq-len", "8"], 4, "a pattern's name is"),
+        (["save", "x", "--config", "none.toml", "--seq-len", "8"], 2, "cannot read the config file"),
+        (["save", "x", "--config", "local.toml"], 2, "give --seq-len: 'local.toml' has no seq_len"),
+        (["save", "x", "--config", "empty.toml", "--seq-len", "8"], 2, "'empty.toml' has no 'pattern'"),
+        (["save", "x", "--config", "headless.toml", "--seq-len", "8"], 2, "give --heads: 'headless.toml' has no"),
+        (["save", "x", "--config", "typo.toml", "--seq-len", "8"], 2, "did you mean 'local'"),
+        (["save", "x", "--config", "key.toml", "--seq-len", "8"], 2, "did you mean 'is_causal'"),
+        (["save", "x", "--config", "local.toml", "--seq-len", "0"], 2, "seq_len must be at least 1"),
+        (["save", "x", "--seq-len", "8"], 2, "Missing option '--config'"),
+        (["show", "near", "--head", "4"], 2, "--head must be 0 to 3, got 4"),
+        (["show", "near", "--seq-len", "0"], 2, "--seq-len"),
+        (["show", "near", "--layers", "0"], 2, "--layers"),
+        (["show", "far", "--seq-len", "300"], 2, "was drawn for seq_len=200"),
+        (["show", "near", "--plot", "a.pdf"], 2, "--plot writes a file ending in .png or .svg, got 'a.pdf'"),
+        (["show", "near", "--plot", "nowhere/a.png"], 2, "'nowhere' is no folder"),
+        (["verfy"], 2, "No such command 'verfy'"),
+    ],
+)
+def test_wrong_input_is_one_message_and_a_status(
+    invoke: Invoke, work: Path, arguments: list[str], status: int, said: str
+) -> None:
+    save(invoke, "near", "local.toml")
+    save(invoke, "far", "drawn.toml")
+    shutil.copy("store/far.safetensors", "elsewhere.safetensors")
+    Path("store/out.safetensors").symlink_to(work / "elsewhere.safetensors")
+    damaged = bytearray(Path("store/far.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    Path("store/bad.safetensors").write_bytes(damaged)
+    Path("empty.toml").write_text("num_heads = 2\n")
+    Path("headless.toml").write_text('pattern = {kind = "full"}\n')
+    Path("typo.toml").write_text('num_heads = 2\npattern = {kind = "locl", window_size = 1}\n')
+    Path("key.toml").write_text(f"is_casual = true\n{LOCAL}")
+    before = sorted(str(path) for path in work.rglob("*"))
+    options = [] if arguments[0] == "verfy" else ["--root", "store"]
+    done = invoke("pattern", *arguments, *options)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr
+    assert sorted(str(path) for path in work.rglob("*")) == before
+
+
+def test_verify_says_which_file_is_bad_and_goes_on(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    Path("store/bad.safetensors").write_bytes(b"PK\x03\x04")
+    done = invoke("pattern", "verify", "--root", "store")
+    assert (done.returncode, done.stderr) == (4, "")
+    bad, cause, near = done.stdout.splitlines()
+    assert bad.split() == ["bad", "bad"]
+    assert "is no safetensors file: it has 4 bytes" in cause
+    assert near.split()[:2] == ["near", "ok"]
+    rows = as_json(invoke("pattern", "verify", "--root", "store", "--json"))
+    assert [row["status"] for row in rows] == ["bad", "ok"]
+    assert invoke("pattern", "verify", "near", "--root", "store").returncode == 0
+
+
+def test_a_store_that_is_not_there_is_empty_and_one_that_cannot_be_is_an_error(invoke: Invoke, work: Path) -> None:
+    for arguments in (["list"], ["verify"]):
+        done = invoke("pattern", *arguments, "--root", "none")
+        assert (done.returncode, done.stdout) == (0, "no patterns are stored in 'none'\n")
+    assert as_json(invoke("pattern", "list", "--root", "none", "--json")) == []
+    done = invoke("pattern", "load", "p", "--root", "local.toml")
+    assert (done.returncode, done.stderr) == (2, "error: cannot use the store 'local.toml': Not a directory\n")
+
+
+def shown(invoke: Invoke, *arguments: str) -> dict[str, Any]:
+    data: dict[str, Any] = as_json(invoke("pattern", "show", *arguments, "--root", "store", "--json"))
+    return data
+
+
+def test_show_draws_a_map_with_the_report_beside_it(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    done = invoke("pattern", "show", "near", "--root", "store", "--seq-len", "1000")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "near: local, as parameters, 1,000 tokens, 4 heads, causal"
+    assert lines[1] == "every head sees the same"
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split()[-1] == "999"
+    inside = [line[1:45] for line in lines[4:26]]
+    for row, line in enumerate(inside):  # a band along the diagonal, nothing in the future
+        assert set(line[: max(0, 2 * row - 1)]) <= {"·"}
+        assert line[2 * row] in UNICODE[1:]
+        assert line[2 * row + 2 :].strip() == ""
+    quality = measure(Local(8), Geometry.self_attention(1000, 4, is_causal=True))
+    assert f"density     {quality.density:.3%}" in lines[3]
+    assert "empty rows  0" in done.stdout
+    assert any(line.split()[-4:] == ["fan-out", "1", "9.0", "9"] for line in lines)
+    data = shown(invoke, "near", "--seq-len", "1000")
+    assert data["quality"]["density"] == quality.density
+    assert data["map"][0][-1] is None
+    assert data["map"][5][0] == 0.0
+
+
+@pytest.mark.parametrize("seq_len", ["1", "3", "44", "63", "1000", "1000000"])
+def test_any_length_fits_80_columns(invoke: Invoke, work: Path, seq_len: str) -> None:
+    save(invoke, "near", "local.toml")
+    done = invoke("pattern", "show", "near", "--root", "store", "--seq-len", seq_len)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_terminal_without_unicode_gets_ascii(work: Path) -> None:
+    saved = command(None, "pattern", "save", "p", "--config", str(work / "local.toml"), "--seq-len", "50")
+    assert (saved.returncode, saved.stderr) == (0, "")
+    plain = command(None, "pattern", "show", "p", PYTHONIOENCODING="ascii")
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert plain.stdout.isascii()
+    assert "|##" in plain.stdout
+    assert "│██" in command(None, "pattern", "show", "p", PYTHONIOENCODING="utf-8").stdout
+
+
+def test_heads_that_differ_have_maps_of_their_own(invoke: Invoke, work: Path) -> None:
+    save(invoke, "far", "drawn.toml")
+    maps = [shown(invoke, "far", "--head", head)["map"] for head in ("0", "1")]
+    assert maps[0] != maps[1]
+    assert "head 1\n" in invoke("pattern", "show", "far", "--root", "store", "--head", "1").stdout
+
+
+PNG, SVG = b"\x89PNG\r\n\x1a\n", b"<?xml"
+
+
+@pytest.mark.parametrize(("file", "starts"), [("a.png", PNG), ("b.SVG", SVG)])
+@pytest.mark.parametrize("name", ["near", "far"])
+def test_plot_writes_a_picture(invoke: Invoke, work: Path, name: str, file: str, starts: bytes) -> None:
+    save(invoke, "near", "local.toml")
+    save(invoke, "far", "drawn.toml")
+    done = invoke("pattern", "show", name, "--root", "store", "--plot", file)
+    assert (done.returncode, done.stderr) == (0, f"drawn: {file}\n")
+    assert done.stdout == invoke("pattern", "show", name, "--root", "store").stdout
+    assert Path(file).read_bytes().startswith(starts)
+    assert Path(file).stat().st_size > 10_000
+
+
+def test_plot_without_matplotlib_names_the_install_line(work: Path) -> None:
+    blocker = work / "site"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(
+        "import importlib.util\nreal = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'matplotlib' else real(name, *rest)\n"
+    )
+    command(None, "pattern", "save", "p", "--config", str(work / "local.toml"), "--seq-len", "50")
+    done = command(blocker, "pattern", "show", "p", "--plot", "a.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --plot needs matplotlib: pip install 'dilated-attention[plot]'\n"
+    assert not Path("a.png").exists()
+
+
+PATTERNS = [Full(), Local(5), Local((0, 30)), Global(7), Strided(3), Dilated((64, 100), (2, 3)), Random(2, 16)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [600, 1024])
+@pytest.mark.parametrize("pattern", [*PATTERNS, Local(20) | Global(3)], ids=lambda p: repr(p)[:30])
+def test_cells_that_follow_blocks_hold_the_oracles_pairs(pattern: Pattern, length: int, is_causal: bool) -> None:
+    geometry = Geometry.self_attention(length, 2, is_causal=is_causal)
+    counted = multiplicity(pattern, geometry)[1].numpy() > 0
+    shares = cells(pattern, geometry, 1, rows=8, cols=8, limit_bytes=1 << 30)
+    size = min(pattern.block_size or 128, length // 8)
+    low = np.arange(0, length, size)
+    cell = (low + np.minimum(length - low, size) // 2) * 8 // length
+    edge = np.append(low[np.searchsorted(cell, np.arange(8))], length)
+    for i in range(8):
+        for j in range(8):
+            inside = counted[edge[i] : edge[i + 1], edge[j] : edge[j + 1]]
+            q, k = np.ogrid[edge[i] : edge[i + 1], edge[j] : edge[j + 1]]
+            possible = int((k <= q).sum()) if is_causal else inside.size
+            if possible:
+                assert shares[i, j] == inside.sum() / possible
+            else:
+                assert np.isnan(shares[i, j])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_small_maps_are_exact(is_causal: bool) -> None:
+    geometry = Geometry.self_attention(6, 1, is_causal=is_causal)
+    shares = cells(Local(1), geometry, 0, rows=22, cols=22, limit_bytes=1 << 20)
+    np.testing.assert_array_equal(shares > 0, multiplicity(Local(1), geometry)[0].numpy() > 0)
+    lines = draw(shares, length=6, ink=UNICODE)
+    assert lines[2] == ("│██          │" if is_causal else "│████········│")
+    assert lines[3] == ("│████        │" if is_causal else "│██████······│")
+
+
+def test_json_has_no_nan(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    text = invoke("pattern", "show", "near", "--root", "store", "--json").stdout
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
