@@ -1,10 +1,12 @@
 """Learned attention against dense, local and random attention at 12.5 % density: recall, language, kept mass, cost.
 
-    python -m benchmarks.learned            both tasks, a few minutes on one CPU core
+    python -m benchmarks.learned                  both tasks, some ten minutes on one CPU core
+    python -m benchmarks.learned --device cuda    the same on a card
     python -m benchmarks.learned --json
 
-Recall: a sequence of records, far ahead of blocks that each begin with the key of one of them and repeat its values; a
-model of one layer is trained with dense attention and loses or keeps its answers as its attention is replaced.
+Recall: pairs of a key and a value, anywhere among other tokens, and far behind them questions that name a key and are
+to be answered with its value; a model of one layer is trained with dense attention and loses or keeps its answers as
+its attention is replaced. Each question begins a block, because a causal gate may look at no later query.
 Language: the demo's byte model on the standard library's sources, trained with dense attention; then every contender
 goes on from there with its own attention for the same number of steps.
 """
@@ -32,14 +34,17 @@ from dilated_attention.demo.text import Corpus, standard_library
 from dilated_attention.demo.training import one_thread
 
 SEQ_LEN, BLOCK, KEPT = 1024, 8, 8  # 8 of at most 128 key blocks: 12.1 % of the causal blocks, 11.5 % of the pairs
+# How the recalling model is taught: how much shorter the sequences are, sequences a step, and the learning rate. The
+# last rate is high to make attention sharp, which answers alone hardly ask for.
+RECALL_LESSONS = ((16, 128, 5e-3), (8, 32, 5e-3), (2, 8, 5e-3), (1, 4, 2e-2))
 
 
 @attrs.frozen(kw_only=True)
 class Budget:
     """Steps of each phase; the defaults are those of the published figures."""
 
-    recall_steps: tuple[int, int, int] = (500, 300, 200)  # on an eighth, half and the whole of the length
-    recall_gate_steps: int = 350
+    recall_steps: tuple[int, int, int, int] = (200, 100, 60, 100)  # of each of RECALL_LESSONS
+    recall_gate_steps: int = 900
     language_steps: int = 1500
     language_gate_steps: int = 150
     language_more_steps: int = 200
@@ -97,59 +102,80 @@ def pairs_of_window(left: int) -> int:
 
 
 class Recall(nn.Module):
-    """One layer of attention over tokens that know their two predecessors; no positions."""
+    """One layer of attention whose queries and keys know one token more, the one before; no positions.
 
-    KEYS, VALUES, HEADS, HEAD_DIM = 128, 128, 1, 64
-    RECORDS, ASKED, FAR = 96, 32, 64  # blocks of records, of questions, and the first records, which are asked for
+    A sequence is a haystack of `HAYSTACK` tokens, in which pairs of a key and its value stand at any place between
+    other tokens, `APART` more tokens, and one block for each question: a key and other tokens. At the key its value is
+    asked for; it stands nowhere but in the haystack.
+    """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    KEYS, VALUES, OTHERS = 64, 16, 32  # how many tokens there are of each kind, numbered in this order
+    HEADS, HEAD_DIM = 1, 64
+    PAIRS, QUESTIONS, HAYSTACK, APART = 48, 32, 704, 64
+
+    def __init__(self, generator: torch.Generator, device: str) -> None:
         super().__init__()
         width = self.HEADS * self.HEAD_DIM
+        tokens = self.KEYS + self.VALUES + self.OTHERS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
-            self.embedding = nn.Embedding(self.KEYS + self.VALUES, 3 * width)
-            self.qkv = nn.Linear(3 * width, 3 * width, bias=False)
-            self.head = nn.Linear(width, self.KEYS + self.VALUES)
-        self.attention = attention(Full(), self.HEADS, self.HEAD_DIM)
+            self.embedding = nn.Embedding(tokens, 2 * width)
+            self.query_key = nn.Linear(2 * width, 2 * width, bias=False)
+            self.value = nn.Linear(2 * width, width, bias=False)
+            self.head = nn.Linear(width, tokens)
+        self.to(device)
+        self.attention = attention(Full(), self.HEADS, self.HEAD_DIM, device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, S) int64 to logits (B, S, tokens)."""
-        parts = self.embedding(tokens).chunk(3, dim=-1)
-        shifted = [functional.pad(part, (0, 0, back, 0))[:, : tokens.shape[1]] for back, part in enumerate(parts)]
-        q, k, v = torch.unflatten(self.qkv(torch.cat(shifted, dim=-1)), -1, (3, self.HEADS, self.HEAD_DIM)).unbind(2)
-        logits: Tensor = self.head(self.attention(q, k, v).flatten(2))
+        embedded = self.embedding(tokens)
+        own, handed_on = embedded.chunk(2, dim=-1)
+        window = torch.cat([own, functional.pad(handed_on, (0, 0, 1, 0))[:, :-1]], dim=-1)
+        query, key = torch.unflatten(self.query_key(window), -1, (2, self.HEADS, self.HEAD_DIM)).unbind(2)
+        value = torch.unflatten(self.value(embedded), -1, (self.HEADS, self.HEAD_DIM))
+        logits: Tensor = self.head(self.attention(query, key, value).flatten(2))
         return logits
 
     @classmethod
-    def batch(cls, size: int, generator: torch.Generator, shrink: int = 1) -> Tensor:
-        """Sequences (B, S): records of a key and its values in a block each, then questions that repeat some.
+    def batch(cls, size: int, generator: torch.Generator, device: str, shrink: int = 1) -> tuple[Tensor, Tensor]:
+        """Sequences (B, S) and the values asked for (B, questions).
 
-        All numbers are `shrink` times smaller: short sequences teach the same faster.
+        All numbers are `shrink` times smaller: short sequences teach the same faster. Drawn on the CPU, so that every
+        device gets the same ones.
         """
-        n = cls.RECORDS // shrink
-        keys = torch.rand(size, cls.KEYS, generator=generator).argsort(dim=1)[:, :n, None]
-        values = torch.randint(cls.KEYS, cls.KEYS + cls.VALUES, (size, n, BLOCK - 1), generator=generator)
-        records = torch.cat([keys, values], dim=2)
-        asked = torch.rand(size, cls.FAR // shrink, generator=generator).argsort(dim=1)[:, : cls.ASKED // shrink]
-        questions = records.gather(1, asked[:, :, None].expand(-1, -1, BLOCK))
-        return torch.cat([records, questions], dim=1).flatten(1)
-
-    def answers(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and targets of the values in the questions, (N, tokens) and (N,)."""
-        first = tokens.shape[1] // BLOCK * self.RECORDS // (self.RECORDS + self.ASKED)
-        logits = torch.unflatten(self(tokens), 1, (-1, BLOCK))[:, first:, :-1]
-        return logits.flatten(0, 2), torch.unflatten(tokens, 1, (-1, BLOCK))[:, first:, 1:].flatten()
+        counts = (cls.PAIRS, cls.QUESTIONS, cls.HAYSTACK, cls.APART)
+        pairs, questions, haystack, apart = (count // shrink for count in counts)
+        first_other = cls.KEYS + cls.VALUES
+        keys = torch.rand(size, cls.KEYS, generator=generator).argsort(dim=1)[:, :pairs]
+        values = torch.randint(cls.KEYS, first_other, (size, pairs), generator=generator)
+        tokens = torch.randint(
+            first_other,
+            first_other + cls.OTHERS,
+            (size, haystack + apart + questions * BLOCK),
+            generator=generator,
+        )
+        is_pair = torch.rand(size, haystack - pairs, generator=generator).argsort(dim=1) < pairs  # else one other token
+        lengths = 1 + is_pair.long()
+        places = (lengths.cumsum(dim=1) - lengths)[is_pair].view(size, pairs)
+        tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
+        asked = torch.rand(size, pairs, generator=generator).argsort(dim=1)[:, :questions]
+        tokens[:, haystack + apart :: BLOCK] = keys.gather(1, asked)
+        return tokens.to(device), values.gather(1, asked).to(device)
 
     @classmethod
-    def asking(cls, x: Tensor) -> Tensor:
-        """Of (B, H, S) the queries that are asked for a value."""
-        return torch.unflatten(x, 2, (-1, BLOCK))[:, :, cls.RECORDS :, :-1]
+    def asking(cls, x: Tensor, questions: int) -> Tensor:
+        """Of x (B, S, ...) what belongs to the queries that are asked for a value: (B, questions, ...)."""
+        return x[:, -questions * BLOCK :: BLOCK]
+
+    def answers(self, tokens: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and targets of the values asked for, (N, tokens) and (N,)."""
+        return self.asking(self(tokens), asked.shape[1]).flatten(0, 1), asked.flatten()
 
 
-def attention(pattern: Pattern, heads: int, head_dim: int) -> Attention:
-    """Causal, on the CPU, in float32."""
+def attention(pattern: Pattern, heads: int, head_dim: int, device: str) -> Attention:
+    """Causal, in float32."""
     return build_attention(
-        pattern=pattern, num_heads=heads, head_dim=head_dim, is_causal=True, dtype="float32", device="cpu"
+        pattern=pattern, num_heads=heads, head_dim=head_dim, is_causal=True, dtype="float32", device=device
     )
 
 
@@ -198,30 +224,41 @@ def distil(layers: list[Attention], gated: list[Attention], run: Callable[[], ob
     train((p for new in gated for p in new.parameters()), loss, steps, rate)
 
 
-def _recall_loss(model: Recall, draw: Callable[[], Tensor]) -> Tensor:
-    return functional.cross_entropy(*model.answers(draw()))
+def recalling_model(budget: Budget, generator: torch.Generator, device: str) -> Recall:
+    """A model taught by `RECALL_LESSONS` with dense attention."""
+    model = Recall(generator, device)
+
+    def lesson(shrink: int, size: int) -> Tensor:
+        return functional.cross_entropy(*model.answers(*Recall.batch(size, generator, device, shrink)))
+
+    for steps, (shrink, size, rate) in zip(budget.recall_steps, RECALL_LESSONS, strict=True):
+        train(model.parameters(), functools.partial(lesson, shrink, size), steps, rate)
+    return model
 
 
-def recall_rows(budget: Budget) -> dict[str, dict[str, float]]:
+def recall_rows(budget: Budget, device: str) -> dict[str, dict[str, float]]:
     """Accuracy of every contender in the place of the dense attention that the model was trained with."""
     generator = torch.Generator().manual_seed(0)
-    model = Recall(generator)
-
-    for steps, size, shrink, rate in zip(budget.recall_steps, (32, 8, 4), (8, 2, 1), (1e-2, 1e-2, 5e-3), strict=True):
-        draw = functools.partial(Recall.batch, size, generator, shrink)
-        train(model.parameters(), functools.partial(_recall_loss, model, draw), steps, rate)
-    tests = Recall.batch(32, torch.Generator().manual_seed(1))
+    model = recalling_model(budget, generator, device)
+    tests, asked = Recall.batch(32, torch.Generator().manual_seed(1), device)
     dense, rows = model.attention, {}
     for name, pattern in contenders().items():
-        new = attention(pattern, Recall.HEADS, Recall.HEAD_DIM)
+        new = attention(pattern, Recall.HEADS, Recall.HEAD_DIM, device)
         if isinstance(pattern, Learned):
-            distil([dense], [new], lambda: model(Recall.batch(4, generator)), budget.recall_gate_steps, 1e-2)
+            distil(
+                [dense],
+                [new],
+                lambda: model(Recall.batch(4, generator, device)[0]),
+                budget.recall_gate_steps,
+                1e-2,
+            )
         model.attention = new
         with torch.no_grad(), seen_by([new]) as seen:
-            logits, targets = model.answers(tests)
+            logits, targets = model.answers(tests, asked)
         rows[name] = {"accuracy": float((logits.argmax(dim=-1) == targets).float().mean())}
         if isinstance(pattern, Learned):
-            rows[name]["mass"] = float(Recall.asking(new.gate.kept_mass(*seen[0])).mean())
+            mass = new.gate.kept_mass(*seen[0]).transpose(1, 2)
+            rows[name]["mass"] = float(Recall.asking(mass, Recall.QUESTIONS).mean())
         model.attention = dense
     return rows
 
@@ -231,11 +268,12 @@ def attentions(model: ByteModel) -> list[Attention]:
     return [block.attention for block in model.blocks]  # type: ignore[misc]
 
 
-def replace(model: ByteModel, config: ModelConfig, pattern: Pattern) -> list[Attention]:
-    """Give every block of the model an attention of its own; returns them."""
+def byte_model(config: ModelConfig, generator: torch.Generator, device: str) -> ByteModel:
+    """The demo's model with dense attention in the place of its own."""
+    model = ByteModel(config, generator).to(device)
     for block in model.blocks:
-        block.attention = attention(pattern, config.num_heads, config.head_dim)
-    return attentions(model)
+        block.attention = attention(Full(), config.num_heads, config.head_dim, device)
+    return model
 
 
 @torch.no_grad()
@@ -245,19 +283,18 @@ def bits(model: ByteModel, windows: Tensor) -> float:
     return sum(parts) / len(windows)
 
 
-def language_rows(budget: Budget, corpus: Corpus) -> dict[str, dict[str, float]]:
+def language_rows(budget: Budget, corpus: Corpus, device: str) -> dict[str, dict[str, float]]:
     """Bits per byte of every contender, from one model trained with dense attention."""
     config = ModelConfig(seq_len=SEQ_LEN)
     generator = torch.Generator().manual_seed(0)
-    start = ByteModel(config, generator)
-    replace(start, config, Full())
+    start = byte_model(config, generator, device)
     train(
         start.parameters(),
-        lambda: start.bits_per_byte(corpus.batch(1, SEQ_LEN, generator)),
+        lambda: start.bits_per_byte(corpus.batch(1, SEQ_LEN, generator).to(device)),
         budget.language_steps,
         4e-3,
     )
-    windows, rows = corpus.held_out_windows(budget.held_out_windows, SEQ_LEN), {}
+    windows, rows = corpus.held_out_windows(budget.held_out_windows, SEQ_LEN).to(device), {}
     for name, pattern in contenders().items():
         rows[name] = _go_on(copy.deepcopy(start), config, pattern, corpus, windows, budget)
     return rows
@@ -267,14 +304,20 @@ def _go_on(
     model: ByteModel, config: ModelConfig, pattern: Pattern, corpus: Corpus, windows: Tensor, budget: Budget
 ) -> dict[str, float]:
     """Swap the attention in, distil its gates if it has any, and train on beside them."""
-    draws = torch.Generator().manual_seed(2)
+    draws, device = torch.Generator().manual_seed(2), str(windows.device)
     row: dict[str, float] = {}
     weights = list(model.parameters())
     dense = attentions(model)
-    layers = [attention(pattern, config.num_heads, config.head_dim) for _ in dense]
+    layers = [attention(pattern, config.num_heads, config.head_dim, device) for _ in dense]
     is_learned = isinstance(pattern, Learned)
     if is_learned:
-        distil(dense, layers, lambda: model(corpus.batch(1, SEQ_LEN, draws)[:, :-1]), budget.language_gate_steps, 3e-3)
+        distil(
+            dense,
+            layers,
+            lambda: model(corpus.batch(1, SEQ_LEN, draws)[:, :-1].to(device)),
+            budget.language_gate_steps,
+            3e-3,
+        )
         with torch.no_grad(), seen_by(dense) as seen:
             model(windows[:8, :-1])
         masses = [new.gate.kept_mass(q, k).mean() for new, (q, k) in zip(layers, seen, strict=True)]
@@ -286,7 +329,7 @@ def _go_on(
 
     def loss() -> Tensor:
         with seen_by(layers) as seen:
-            value = model.bits_per_byte(corpus.batch(1, SEQ_LEN, order))
+            value = model.bits_per_byte(corpus.batch(1, SEQ_LEN, order).to(device))
         if is_learned:  # every gate goes on learning from its own layer; its loss reaches nothing else
             value = value + sum(new.gate.distillation_loss(q, k) for new, (q, k) in zip(layers, seen, strict=True))
         return value
@@ -300,10 +343,10 @@ def _go_on(
     return row
 
 
-def measure(budget: Budget) -> list[Row]:
+def measure(budget: Budget, device: str) -> list[Row]:
     """All rows of the table."""
     with one_thread():
-        recall, language = recall_rows(budget), language_rows(budget, standard_library())
+        recall, language = recall_rows(budget, device), language_rows(budget, standard_library(), device)
     everything = pairs_of(Full())
     return [
         Row(name=name, density=pairs_of(pattern) / everything, **recall[name], **language[name])
@@ -337,8 +380,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    rows = measure(Budget())
-    if parser.parse_args().json:
+    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
+    args = parser.parse_args()
+    rows = measure(Budget(), args.device)
+    if args.json:
         print(json.dumps([attrs.asdict(row) for row in rows], indent=2))
     else:
         print(table(rows))

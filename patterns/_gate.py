@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from ..core.pattern import LearnedPattern
     from ._stored_blocks import FrozenBlocks
 
-_POOLS = 3  # mean, largest and smallest of each component over the keys of a block
+_SIGNS = 2  # every direction is looked along both ways: a large component tells as much as a very negative one
 
 
 class BlockGate(Gate):
     """Scores key blocks for blocks of queries and keeps the best; `Learned` says what each may see.
 
-    The score is bilinear in a summary u of the queries, mixed per head, and the pooled keys m of the block:
-    scale * sum(relu(u) * P m - relu(-u) * N m) + w · f(distance), where f are the logarithm and the inverse of the
-    distance in blocks. It begins as the product of summary and mean key (P = N = mean), and both the largest and the
-    smallest key components can join where they tell more (as the bound of Quest, arXiv 2406.10774, does). Pooling keys
-    and queries per block and training against the pooled attention map follow SeerAttention (arXiv 2410.13276).
+    The score is scale * sum_f relu(q · Q_f + c_f) * log mean_j exp(k_j · K_f) + w · g(distance), over learned
+    directions f of a summary q of the queries and of the keys k_j, which are pooled over the block once they are
+    projected; g are the logarithm and the inverse of the distance in blocks. Pooling by the logarithm of the mean
+    exponential lets one key count that the block's mean would drown; how sharply, the length of K_f says. It begins
+    along the axes and against them: for small keys that is the product of summary and mean key, for large ones the
+    bound of Quest (arXiv 2406.10774). Pooling keys and queries per block and training against the pooled attention map
+    follow SeerAttention (arXiv 2410.13276).
 
     Args:
         pattern: what each row of blocks may see and keeps.
@@ -44,8 +46,9 @@ class BlockGate(Gate):
         most: how many blocks a row keeps that may see a given number of them.
 
     Attributes:
-        query_mix: (H, D, D), from the queries' summary to u.
-        key_mix: (K, 2, 3, D, D), P and N, each from the three pooled keys.
+        query_mix: (H, D, 2 D), the columns Q_f.
+        query_bias: (H, 2 D), c.
+        key_mix: (K, D, 2 D), the columns K_f.
         nearness: (H, 2), or (H, 4) where blocks may lie on both sides: w.
     """
 
@@ -57,10 +60,10 @@ class BlockGate(Gate):
         self._dtype = accumulator_dtype(getattr(torch, config.dtype))
         heads, kv_heads, dim = config.num_heads, config.kv_heads, config.head_dim
         eye = torch.eye(dim, dtype=self._dtype, device=config.device)
-        self.query_mix = nn.Parameter(eye.expand(heads, dim, dim).clone())
-        key_mix = eye.new_zeros(kv_heads, 2, _POOLS, dim, dim)
-        key_mix[:, :, 0] = eye
-        self.key_mix = nn.Parameter(key_mix)
+        axes = torch.cat([eye, -eye], dim=1)
+        self.query_mix = nn.Parameter(axes.repeat(heads, 1, 1))
+        self.query_bias = nn.Parameter(eye.new_zeros(heads, _SIGNS * dim))
+        self.key_mix = nn.Parameter(axes.repeat(kv_heads, 1, 1))
         sides = 1 if config.is_causal else 2
         self.nearness = nn.Parameter(eye.new_zeros(heads, 2 * sides))
 
@@ -217,12 +220,11 @@ class BlockGate(Gate):
         """(B, H, R, C) for query (B, S, H, D) and key (B, T, K, D)."""
         size, group = self._pattern.block_size, self._config.num_heads // self._config.kv_heads
         summary = self._summaries(query.to(self._dtype))
-        mixed = torch.einsum("brhd,hde->bhre", summary, self.query_mix.to(self._dtype)) * self._config.softmax_scale
-        features = torch.cat([mixed.relu(), -(-mixed).relu()], dim=-1)
-        pooled = _pooled_keys(key.to(self._dtype), size)
-        keys = torch.einsum("bckpd,ksped->bkcse", pooled, self.key_mix.to(self._dtype)).flatten(3)
-        by_group = torch.unflatten(features, 1, (-1, group))
-        scores = (by_group @ keys.unsqueeze(2).mT).flatten(1, 2)
+        strengths = torch.einsum("brhd,hdf->bhrf", summary, self.query_mix.to(self._dtype))
+        strengths = (strengths + self.query_bias[:, None]).relu() * self._config.softmax_scale
+        keys = torch.einsum("btkd,kdf->bktf", key.to(self._dtype), self.key_mix.to(self._dtype))
+        by_group = torch.unflatten(strengths, 1, (-1, group))
+        scores = (by_group @ _block_log_means(keys, size).unsqueeze(2).mT).flatten(1, 2)
         return scores + self._nearness(scores.shape[2], scores.shape[3], shift)
 
     def _summaries(self, query: Tensor) -> Tensor:
@@ -298,12 +300,10 @@ def _block_means(x: Tensor, size: int) -> Tensor:
     return sums / counts.view(-1, 1, 1)
 
 
-def _pooled_keys(key: Tensor, size: int) -> Tensor:
-    """(B, T, K, D) to (B, C, K, 3, D): mean, largest and smallest of each component over a block's real keys."""
-    missing = -key.shape[1] % size
-
-    def blocks(fill: float) -> Tensor:
-        return torch.unflatten(functional.pad(key, (0, 0, 0, 0, 0, missing), value=fill), 1, (-1, size))
-
-    largest, smallest = blocks(-torch.inf).amax(dim=2), blocks(torch.inf).amin(dim=2)
-    return torch.stack([_block_means(key, size), largest, smallest], dim=3)
+def _block_log_means(x: Tensor, size: int) -> Tensor:
+    """(B, K, T, F) to (B, K, C, F): the logarithm of the mean exponential over a block's real tokens."""
+    length = x.shape[2]
+    padded = functional.pad(x, (0, 0, 0, -length % size), value=-torch.inf)
+    sums = torch.unflatten(padded, 2, (-1, size)).logsumexp(dim=3)
+    counts = (length - torch.arange(0, length, size, device=x.device)).clamp(max=size)
+    return sums - counts.to(x.dtype).log().unsqueeze(-1)

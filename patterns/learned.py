@@ -40,7 +40,8 @@ class Learned(LearnedPattern):
     later token moves the choice; blocks that the diagonal cuts are always kept. Not causal: by the mean of its queries
     and all keys. Query heads that share a key-value head share its pooled keys and choose for themselves.
 
-    Choosing forms one score for each head and pair of blocks, a block_size²-th of full attention's.
+    Choosing forms one score for each head and pair of blocks, a block_size²-th of full attention's, and two projections
+    of the keys.
 
     Blocks count from the first query and the first key of a call. Pieces of a sequence that begin at multiples of
     block_size are therefore treated as the whole sequence is; a causal piece that begins elsewhere keeps the two blocks
@@ -93,7 +94,7 @@ class Learned(LearnedPattern):
         return -(-blocks * numerator // denominator)
 
     def make_gate(self, config: AttentionConfig) -> Gate:
-        """A gate that begins with the products of queries and mean keys."""
+        """A gate that begins with the products of queries and pooled keys."""
         from ._gate import BlockGate
 
         return BlockGate(self, config, self._most)

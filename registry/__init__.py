@@ -7,7 +7,7 @@ from ..core.geometry import Geometry
 from ..core.kernel import DenseKernel, DensePiece, LayoutKernel, LayoutPiece
 from ..core.refusal import Refusal
 from .hooks import hookimpl
-from .specs import API_VERSION, AXES, Backend, BackendSpec, Device, PatternSpec, Range, Request
+from .specs import API_VERSION, AXES, Backend, BackendSpec, Device, KernelBackend, PatternSpec, Range, Request
 
 __all__ = [
     "API_VERSION",
@@ -18,6 +18,7 @@ __all__ = [
     "DensePiece",
     "Device",
     "Geometry",
+    "KernelBackend",
     "LayoutKernel",
     "LayoutPiece",
     "PatternSpec",

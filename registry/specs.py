@@ -222,3 +222,28 @@ class Backend(Protocol):
 
     def build(self, request: Request) -> DenseKernel | LayoutKernel:
         """The kernel: one for dense pieces if the capabilities have the layout "dense", else one for whole layouts."""
+
+
+class KernelBackend:
+    """A `Backend` that is its own kernel, computes whatever its capabilities admit, and has no options.
+
+    Derive from it and write `forward` and `backward`.
+
+    Attributes:
+        name: the backend's name, as in its manifest; also that of the kernel.
+    """
+
+    name: str
+
+    def refusals(self, request: Request) -> Iterable[Refusal]:
+        """None; an option is an error that names it."""
+        request.options(self.name, allowed=())
+        return ()
+
+    def pin(self, request: Request) -> str:
+        """The backend's own name."""
+        return self.name
+
+    def build(self, request: Request) -> Any:
+        """Itself."""
+        return self

@@ -209,7 +209,7 @@ def test_state_dict_copies_and_configurations() -> None:
     first, second = build(Learned(16, 2), geometry, seed=1), build(Learned(16, 2), geometry, seed=2)
     query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
     assert not torch.equal(first(query, key, value), second(query, key, value))
-    assert first.state_dict().keys() == {"gate.query_mix", "gate.key_mix", "gate.nearness"}
+    assert first.state_dict().keys() == {"gate.query_mix", "gate.query_bias", "gate.key_mix", "gate.nearness"}
     second.load_state_dict(first.state_dict())
     twin = copy.deepcopy(first)
     for other in (second, twin):

@@ -23,13 +23,26 @@ from .learned_kit import build, seen_pairs
 from .support import inputs
 
 
-def test_the_gate_begins_as_queries_times_mean_keys() -> None:
+def test_the_gate_begins_as_queries_times_pooled_keys() -> None:
+    """Mean keys where these are small, the bound of Quest where they are large."""
     geometry = Geometry.self_attention(64, 2, is_causal=False)
     attention = build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8)
     query, key, _ = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
-    means = [torch.unflatten(x, 1, (4, 16)).mean(dim=2) for x in (query, key)]
-    best = torch.einsum("brhd,bchd->bhrc", *means).topk(2).indices
-    assert torch.equal(attention.gate(query, key), best)
+    mean_query = torch.unflatten(query, 1, (4, 16)).mean(dim=2)
+    blocks = torch.unflatten(key, 1, (4, 16))
+    small = torch.einsum("brhd,bchd->bhrc", mean_query, blocks.mean(dim=2))
+    bound = torch.einsum("brhd,bchd->bhrc", mean_query.relu(), blocks.amax(dim=2))
+    bound -= torch.einsum("brhd,bchd->bhrc", (-mean_query).relu(), blocks.amin(dim=2))
+    assert torch.equal(attention.gate(query, key / 1000), small.topk(2).indices)
+    assert torch.equal(attention.gate(query, key * 1000), bound.topk(2).indices)
+
+
+def test_a_short_last_block_is_pooled_like_a_whole_one() -> None:
+    attention = build_attention(pattern=Learned(16, 2), num_heads=1, head_dim=8)
+    gate: Any = attention.gate
+    key = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 37, 1, 8)
+    scores = gate._scores(key, key, 0)
+    torch.testing.assert_close(scores[..., 2], scores[..., 0])
 
 
 def dense_scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
@@ -112,14 +125,14 @@ def test_the_loss_needs_no_square_matrix() -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_every_gate_parameter_gets_a_gradient(is_causal: bool, kv_heads: int) -> None:
-    """At its first step, in every head and every pool; attention itself gives it none."""
+    """At its first step, in every head and direction; attention itself gives it none."""
     geometry = Geometry(q_len=200, kv_len=200, num_heads=4, num_kv_heads=kv_heads, is_causal=is_causal)
     attention = build_attention(
         pattern=Learned(16, 3), num_heads=4, num_kv_heads=kv_heads, head_dim=8, is_causal=is_causal
     )
     tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)
     attention(*tensors).sum().backward()
-    names = {"gate.query_mix", "gate.key_mix", "gate.nearness"}
+    names = {"gate.query_mix", "gate.query_bias", "gate.key_mix", "gate.nearness"}
     assert {name for name, p in attention.named_parameters() if p.grad is None} == names
     given = [x.grad for x in tensors]
     torch.autograd.backward(attention.gate.distillation_loss(*tensors[:2]))
@@ -131,14 +144,19 @@ def test_every_gate_parameter_gets_a_gradient(is_causal: bool, kv_heads: int) ->
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_distillation_teaches_the_gate_where_attention_goes(is_causal: bool) -> None:
-    """The keys that matter hide among others, whose mean says nothing: the untrained gate misses them."""
+    """What a block looks for is not in the summary of its queries as it stands: the untrained gate misses it."""
     generator = torch.Generator().manual_seed(0)
+    looks_for = torch.tensor([0.0, 2, -2, 2, -2, 2, -2, 2, 0, -2, 2, -2, 2, -2, 2, -2]).repeat(
+        16
+    )  # 0 first and on average
 
     def draw() -> tuple[Tensor, Tensor]:
         query, key = torch.randn(2, 1, 256, 2, 8, generator=generator) / 4
-        key[:, ::16, :, 0] += 12 * (torch.rand(1, 16, 2, generator=generator) < 0.3)  # one key of some blocks
-        key[:, 1::16, :, 0] -= 12 * (torch.rand(1, 16, 2, generator=generator) < 0.5)  # hidden in the mean
-        query[..., 0] += 2
+        query[..., 0] = looks_for[:, None]
+        query[..., 1] += 1
+        found = 12 * (torch.rand(1, 16, 2, generator=generator) < 0.2)  # in some blocks, for either sign a key
+        key[:, ::16, :, 0] += found
+        key[:, 1::16, :, 0] -= found
         return query, key
 
     attention = build_attention(pattern=Learned(16, 5), num_heads=2, head_dim=8, is_causal=is_causal)

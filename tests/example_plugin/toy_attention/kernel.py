@@ -1,21 +1,11 @@
 from torch import Tensor as T
 from torch import einsum, exp, inf, ones_like
 
-from dilated_attention.registry import DensePiece, Refusal, Request
+from dilated_attention.registry import DensePiece, KernelBackend
 
 
-class Toy:
-    name = "toy einsum"
-
-    def refusals(self, request: Request) -> list[Refusal]:
-        request.options("toy", allowed=())
-        return []
-
-    def pin(self, request: Request) -> str:
-        return self.name
-
-    def build(self, request: Request) -> "Toy":
-        return self
+class Toy(KernelBackend):
+    name = "toy"
 
     def scores(self, q: T, k: T, piece: DensePiece) -> T:
         s = piece.scale * einsum("bshd,bthd->bhst", q, k)
