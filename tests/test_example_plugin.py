@@ -22,6 +22,7 @@ from dilated_attention.registry import (
     BackendSpec,
     DenseKernel,
     DensePiece,
+    KernelBackend,
     LayoutKernel,
     LayoutPiece,
     PatternSpec,
@@ -125,6 +126,13 @@ def test_from_an_empty_folder_to_a_green_table_in_less_than_forty_lines() -> Non
     assert separator
     lines = [line for name in FILES for block in blocks(name, before) for line in block.splitlines() if line.strip()]
     assert len(blocks(FILES[1], before)) == len(blocks(FILES[2], before)) == 1
+    assert 25 < len(lines) < 35
+
+
+def test_the_whole_backend_of_the_example_is_less_than_forty_lines() -> None:
+    """As it stands in its files, the pattern's hook included: neither blank nor a comment; it has no docstrings."""
+    sources = [(EXAMPLE / name).read_text(encoding="utf-8") for name in FILES[:3]]
+    lines = [line for source in sources for line in source.splitlines() if line.strip() and line.strip()[0] != "#"]
     assert 30 < len(lines) < 40
 
 
@@ -177,6 +185,9 @@ def test_the_contract_is_frozen() -> None:
         Backend.refusals: "self request",
         Backend.pin: "self request",
         Backend.build: "self request",
+        KernelBackend.refusals: "self request",
+        KernelBackend.pin: "self request",
+        KernelBackend.build: "self request",
         DenseKernel.forward: "self query key value piece",
         DenseKernel.backward: "self dout query key value out lse piece",
         LayoutKernel.forward: "self query key value piece",
