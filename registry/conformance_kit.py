@@ -71,11 +71,11 @@ class Trial:
         """Make the check; whatever the backend raises is a finding."""
         start = time.perf_counter()
         words = str(self.case) if self.case else ""
-        skipped = self.check.why_not(self.kit, self.case)
-        if skipped:
-            return Outcome(check=self.check.name, case=words, skipped=skipped)
         findings: list[Finding] = []
         try:
+            skipped = self.check.why_not(self.kit, self.case)  # may build, to see what the kernel can do
+            if skipped:
+                return Outcome(check=self.check.name, case=words, skipped=skipped)
             subject: Any = self.kit if self.case is None else self.kit.subject(self.case)
             findings.extend(self.check.run(subject))
         except NotBuilt as error:

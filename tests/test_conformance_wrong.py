@@ -105,6 +105,15 @@ def failing(kit: Kit, check: str) -> Outcome | None:
     return next((outcome for outcome in outcomes if not outcome.passed), None)
 
 
+def test_what_cannot_be_built_is_told_by_one_check_and_ends_no_other() -> None:
+    """Whether a check applies may be asked of the built attention, as `through-lse` does."""
+    kit = kit_of(wrong_backends.CannotBuild, DENSE)
+    trials = [trial for trial in kit.trials() if trial.case is not None and trial.case.is_causal]
+    through_lse = [trial.run() for trial in trials if trial.check.name == "through-lse"]
+    assert {outcome.skipped for outcome in through_lse} == {"the case cannot be built"}
+    assert not any(trial.run().passed for trial in trials if trial.check.name == "builds")
+
+
 @pytest.mark.parametrize(("target", "capabilities", "checks"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
 def test_each_fault_is_caught_by_the_checks_that_should(
     target: type, capabilities: dict[str, Any], checks: set[str]
