@@ -103,6 +103,8 @@ def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path) -> None:
         for name in BROKEN:
             assert f"{name} 1.0" in done.stdout, (arguments, name)
     assert done.stdout.startswith("sound (toy kernel) chosen")
+    stored = command(tmp_path, "pattern", "list", "--root", str(tmp_path))
+    assert (stored.returncode, stored.stderr) == (0, "")
     used = run(tmp_path, "-W", "error", "-c", USE)
     assert (used.stdout.split(), used.stderr) == (["sdpa", "True"], "")
     rows = as_json(command(tmp_path, "plugins", "--json"))
