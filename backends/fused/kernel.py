@@ -1,0 +1,242 @@
+"""The kernel that runs the fused launches over a layout of branches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels
+from .walks import Tables, make_tables
+
+if TYPE_CHECKING:
+    from ...core.geometry import Geometry
+    from ...core.kernel import LayoutPiece
+    from ...core.layout import Layout
+
+_LOG2_E: Final = 1.4426950408889634
+
+
+@attrs.frozen
+class Tile:
+    """Rows and columns of a tile, and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@attrs.frozen
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+    @classmethod
+    def of(cls, head_dim: int, dtype: torch.dtype) -> Tiles:
+        """What was fastest on an H100 (docs/performance.md)."""
+        if dtype == torch.float32:
+            small = Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)
+            return cls(small, small, small)
+        if head_dim <= 64:
+            return cls(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
+        if head_dim <= 128:
+            return cls(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
+        return cls(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
+
+
+@attrs.frozen(eq=False)
+class _OnDevice:
+    """`Tables` where the kernels read them."""
+
+    host: Tables
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, host: Tables, device: torch.device) -> _OnDevice:
+        arrays = (
+            host.head_kind,
+            host.slot_group,
+            host.slot_index,
+            host.group_size,
+            host.group_start,
+            host.residues,
+            host.counts,
+            host.walks,
+            host.bias,
+        )
+        return cls(host, tuple(torch.from_numpy(array).to(device) for array in arrays))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The constants that the kernels are compiled for."""
+        return {
+            "PERIOD": self.host.period,
+            "GROUPS": self.host.counts.shape[1],
+            "WALKS": self.host.walks.shape[2],
+        }
+
+
+class FusedKernel:
+    """Computes a `LayoutPiece` of branches: one launch forward, three backward, the same bits on every run."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles = tiles
+        self._tables: WeakKeyDictionary[Layout, dict[tuple[bool, torch.device], _OnDevice]] = WeakKeyDictionary()
+
+    @property
+    def name(self) -> str:
+        """The pinned sub-kernel, as the plan shows it."""
+        return "fused dilated"
+
+    def tables(self, layout: Layout, device: torch.device, *, transposed: bool) -> _OnDevice:
+        """The walks of a layout on its device; made once."""
+        known = self._tables.setdefault(layout, {})
+        found = known.get((transposed, device))
+        if found is None:
+            geometry = layout.geometry
+            span = 0 if min(geometry.q_offset, geometry.kv_offset) < 0 else geometry.seq_len
+            host = make_tables(layout.branches, is_causal=geometry.is_causal, transposed=transposed, span=span)
+            found = known[transposed, device] = _OnDevice.of(host, device)
+        return found
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        """As `LayoutKernel.forward`."""
+        geometry = piece.layout.geometry
+        batch, length, heads, head_dim = query.shape
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+        if piece.scale < 0:
+            query = -query
+        tables = self.tables(piece.layout, query.device, transposed=False)
+        self._launch(
+            kernels.attend,
+            self.tiles.forward,
+            tables,
+            (query, key, value, out, lse),
+            (query, key, value, out),
+            geometry,
+            (abs(piece.scale) * _LOG2_E,),
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        piece: LayoutPiece,
+        *,
+        dlse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LayoutKernel.backward`."""
+        geometry, layout = piece.layout.geometry, piece.layout
+        batch, length, heads, head_dim = query.shape
+        kv_heads, group = key.shape[2], heads // key.shape[2]
+        delta = self._delta(dout, out, dlse)
+        dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        # Query heads that share a key-value head write apart and are summed after: no atomics, the same bits every time.
+        shape = (batch, key.shape[1], heads, head_dim)
+        dk, dv = (torch.empty(shape, dtype=key.dtype if group == 1 else torch.float32, device=key.device) for _ in "kv")
+        scale = abs(piece.scale)
+        if piece.scale < 0:
+            query = -query
+        scales = (scale * _LOG2_E, scale)
+        inputs = (query, key, value, dout, lse, delta)
+        strided = (query, key, value, dout)
+        tables = self.tables(layout, query.device, transposed=False)
+        self._launch(
+            kernels.gradients_of_queries, self.tiles.queries, tables, (*inputs, dq), (*strided, dq), geometry, scales
+        )
+        tables = self.tables(layout, query.device, transposed=True)
+        self._launch(
+            kernels.gradients_of_keys,
+            self.tiles.keys,
+            tables,
+            (*inputs, dk, dv),
+            (*strided, dk),
+            geometry,
+            scales,
+            rows_are_keys=True,
+        )
+        if piece.scale < 0:
+            dq = -dq
+        if group > 1:
+            dk, dv = (x.unflatten(2, (kv_heads, group)).sum(3).to(key.dtype) for x in (dk, dv))
+        return dq, dk, dv
+
+    def _delta(self, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+        batch, length, heads, head_dim = out.shape
+        delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
+        rows = 64
+        if delta.numel():
+            kernels.delta_of[(triton.cdiv(length, rows) * heads, batch)](
+                dout,
+                out,
+                delta if dlse is None else dlse.contiguous(),
+                delta,
+                *dout.stride()[:3],
+                *out.stride()[:3],
+                length,
+                heads,
+                HAS_DLSE=dlse is not None,
+                HEAD_DIM=head_dim,
+                BLOCK_D=triton.next_power_of_2(head_dim),
+                BLOCK_M=rows,
+            )
+        return delta
+
+    def _launch(
+        self,
+        kernel: Any,
+        tile: Tile,
+        tables: _OnDevice,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        geometry: Geometry,
+        scales: tuple[float, ...],
+        *,
+        rows_are_keys: bool = False,
+    ) -> None:
+        """One program a tile of rows, query head and batch row."""
+        query = pointers[0]
+        batch, _, heads, head_dim = query.shape
+        q_low, k_low = geometry.q_offset, geometry.kv_offset
+        q_high, k_high = q_low + geometry.q_len, k_low + geometry.kv_len
+        low, high = (k_low, k_high) if rows_are_keys else (q_low, q_high)
+        period = tables.host.period
+        origin = low // period * period
+        tiles = triton.cdiv(high - origin, tile.rows * period) * period
+        if low == high or batch == 0:
+            return
+        kernel[(tiles * heads, batch)](
+            *pointers,
+            *tables.tensors,
+            *(stride for x in strided for stride in x.stride()[:3]),
+            q_low,
+            q_high,
+            k_low,
+            k_high,
+            origin,
+            *scales,
+            heads,
+            geometry.group_size,
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **tables.sizes,
+        )
