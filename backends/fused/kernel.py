@@ -23,12 +23,13 @@ _LOG2_E: Final = 1.4426950408889634
 
 @attrs.frozen
 class Tile:
-    """Rows and columns of a tile, and how it is compiled."""
+    """Rows and columns of a tile, and how it is compiled; `registers` is the most that a thread may have."""
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @attrs.frozen
@@ -143,7 +144,7 @@ class FusedKernel:
         geometry, layout = piece.layout.geometry, piece.layout
         batch, length, heads, head_dim = query.shape
         kv_heads, group = key.shape[2], heads // key.shape[2]
-        delta = self._delta(dout, out, dlse)
+        delta, lse = self._rows(dout, out, lse, dlse)
         dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         # Query heads that share a key-value head write apart and are summed after: no atomics, the same bits every time.
         shape = (batch, key.shape[1], heads, head_dim)
@@ -175,16 +176,19 @@ class FusedKernel:
             dk, dv = (x.unflatten(2, (kv_heads, group)).sum(3).to(key.dtype) for x in (dk, dv))
         return dq, dk, dv
 
-    def _delta(self, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    def _rows(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """delta = sum(dout * out) - dlse and lse in base 2, both (B, H, S) float32."""
         batch, length, heads, head_dim = out.shape
-        delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
+        delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         rows = 64
-        if delta.numel():
-            kernels.delta_of[(triton.cdiv(length, rows) * heads, batch)](
+        if lse.numel():
+            kernels.prepare_rows[(triton.cdiv(length, rows) * heads, batch)](
                 dout,
                 out,
-                delta if dlse is None else dlse.contiguous(),
+                lse,
+                lse if dlse is None else dlse.contiguous(),
                 delta,
+                lse2,
                 *dout.stride()[:3],
                 *out.stride()[:3],
                 length,
@@ -194,7 +198,7 @@ class FusedKernel:
                 BLOCK_D=triton.next_power_of_2(head_dim),
                 BLOCK_M=rows,
             )
-        return delta
+        return delta, lse2
 
     def _launch(
         self,
@@ -238,5 +242,6 @@ class FusedKernel:
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **({"maxnreg": tile.registers} if tile.registers else {}),
             **tables.sizes,
         )

@@ -54,51 +54,60 @@ def _segments(walk, first, last):
 
 
 @triton.jit
-def _row_bounds(walk, segment, position, low_column, high_column):
-    """Half-open bounds (M,) of the columns that each row meets in one segment of a walk; empty where it meets none."""
-    length, residue, mode = tl.load(walk), tl.load(walk + 2), tl.load(walk + 3)
+def _bounds(walk, segment, position, valid, low_column, high_column):
+    """What a tile of rows walks in one segment.
+
+    Within a segment only one end of a row's columns depends on the row. A row meets the columns with
+    sign * column < bound, all of them between `first` and `first + (count - 1) * step`; bound is (M,), and so far down
+    where the row meets none.
+
+    Returns (sign, bound, first, step, count, full_from, full_to): progression members `full_from` up to `full_to`
+    are met by every valid row.
+    """
+    length, step, residue, mode = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
     inner, row_rate = tl.load(walk + 4), tl.load(walk + 5)
     start = tl.where(length == 0, -_FAR, segment * length)
     end = tl.where(length == 0, _FAR, start + length)
-    inner_start = _floor_div(position, inner) * inner
-    low = tl.where(mode == 2, position, tl.where(mode == 4, inner_start + inner, start))
-    high = tl.where(mode == 1, position + 1, tl.where(mode == 3, inner_start, end))
-    low = tl.maximum(low, tl.maximum(start, low_column))
-    high = tl.minimum(high, tl.minimum(end, high_column))
     member = (position >= start) & (position < end)
-    rate = tl.maximum(row_rate, 1)
-    member &= (row_rate == 0) | ((position - start) % rate == residue)
-    return tl.where(member, low, _FAR), tl.where(member, high, -_FAR)
-
-
-@triton.jit
-def _columns(walk, segment, low, high, valid):
-    """What a tile of rows walks: first column, step, and how many; and which of them every row meets.
-
-    Returns (first, step, count, full_from, full_to), the last three in columns of the progression.
-    """
-    length, step, residue, row_rate = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 5)
-    residue += tl.where(row_rate == 0, 0, segment * length)
-    begin = tl.min(tl.where(valid, low, _FAR), 0)
-    end = tl.max(tl.where(valid, high, -_FAR), 0)
-    full_low = tl.max(tl.where(valid, low, -_FAR), 0)
-    full_high = tl.min(tl.where(valid, high, _FAR), 0)
-    end = tl.maximum(end, begin)
+    member &= (row_rate == 0) | ((position - start) % tl.maximum(row_rate, 1) == residue)
+    residue += tl.where(row_rate == 0, 0, start)
+    low_column, high_column = tl.maximum(low_column, start), tl.minimum(high_column, end)
+    inner_start = _floor_div(position, inner) * inner
+    rises = (mode == 2) | (mode == 4)  # the row's columns start late, not end early
+    sign = tl.where(rises, -1, 1)
+    if rises:
+        low = tl.where(mode == 2, position, inner_start + inner)
+        bound = 1 - tl.maximum(low, low_column)
+    else:
+        high = tl.where(mode == 1, position + 1, tl.where(mode == 3, inner_start, high_column))
+        bound = tl.minimum(high, high_column)
+    bound = tl.where(member, bound, -_FAR)
+    most = tl.max(tl.where(valid, bound, -_FAR), 0)
+    least = tl.min(tl.where(valid, bound, _FAR), 0)
+    begin = tl.where(rises, 1 - most, low_column)
+    end = tl.where(rises, high_column, most)
     offset = residue - begin
     first = begin + offset - _floor_div(offset, step) * step
     count = _ceil_div(tl.maximum(end - first, 0), step)
-    full_from = tl.minimum(_ceil_div(tl.maximum(full_low - first, 0), step), count)
-    full_to = tl.minimum(_ceil_div(tl.maximum(full_high - first, 0), step), count)
-    return first, step, count, full_from, full_to
+    full_from = tl.where(rises, tl.minimum(_ceil_div(tl.maximum(1 - least - first, 0), step), count), 0)
+    full_to = tl.where(rises, count, tl.minimum(_ceil_div(tl.maximum(least - first, 0), step), count))
+    return sign, bound, first, step, count, full_from, full_to
 
 
 @triton.jit
 def _tiles(count, full_from, full_to, BLOCK_N: tl.constexpr):
     """Tiles of columns in all, and the range of those that need no mask."""
-    tiles = _ceil_div(count, BLOCK_N)
     unmasked_from = _ceil_div(full_from, BLOCK_N)
-    unmasked_to = tl.maximum(full_to // BLOCK_N, unmasked_from)
-    return tiles, tl.minimum(unmasked_from, tiles), tl.minimum(unmasked_to, tiles)
+    return _ceil_div(count, BLOCK_N), unmasked_from, tl.maximum(full_to // BLOCK_N, unmasked_from)
+
+
+@triton.jit
+def _seen(number, sign, bound, first, step, count, BLOCK_N: tl.constexpr):
+    """Columns (N,) of a tile, the last repeated past the end, and which row meets which, (M, N)."""
+    index = number * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first + tl.minimum(index, count - 1) * step
+    signed = tl.where(index < count, sign * column, _FAR)
+    return column, signed[None, :] < bound[:, None]
 
 
 @triton.jit
@@ -110,13 +119,17 @@ def _load_rows(base, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _load_columns(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _pointers(base, rows, stride, BLOCK_D: tl.constexpr):
+    """Where rows (N, D) of one head lie."""
+    return base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load_columns(pointers, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows (N, D) that all exist."""
-    column = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
     if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -128,22 +141,20 @@ def _store_rows(base, rows, stride, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def _attend_tile(
-    q, k_base, v_base, stride_k, stride_v, out, row_sum, row_max, low, high, column, last, key_low, scale, bias,
+    q, k_pointers, v_pointers, seen, out, row_sum, row_max, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over the columns at `column` (N,)."""
-    rows = (tl.minimum(column, last) if MASKED else column) - key_low
-    k = _load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D)
+    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns."""
+    k = _load_columns(k_pointers, HEAD_DIM, BLOCK_D)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     if MASKED:
-        seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         scores = tl.where(seen, scores, -_INF)
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale + bias)
     shift = tl.where(new_max == -_INF, 0.0, new_max) if MASKED else new_max
     p = tl.exp2(scores * scale + (bias - shift)[:, None])
     shrink = tl.exp2(row_max - shift)
     row_sum = row_sum * shrink + tl.sum(p, 1)
-    v = _load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D)
+    v = _load_columns(v_pointers, HEAD_DIM, BLOCK_D)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
 
@@ -181,22 +192,31 @@ def attend(
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            low, high = _row_bounds(walk, segment, position, k_low, k_high)
-            begin, step, count, full_from, full_to = _columns(walk, segment, low, high, valid)
+            sign, bound, begin, step, count, full_from, full_to = _bounds(
+                walk, segment, position, valid, k_low, k_high
+            )
             tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            column = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - k_low
+            k_pointers = _pointers(k_base, row, stride_ks, BLOCK_D)
+            v_pointers = _pointers(v_base, row, stride_vs, BLOCK_D)
+            k_jump = step.to(tl.int64) * BLOCK_N * stride_ks
+            v_jump = step.to(tl.int64) * BLOCK_N * stride_vs
             for _ in range(unmasked_from, unmasked_to):
                 out, row_sum, row_max = _attend_tile(
-                    q, k_base, v_base, stride_ks, stride_vs, out, row_sum, row_max, low, high, column, 0, k_low,
-                    scale, bias, HEAD_DIM, BLOCK_D, False, PRECISION,
+                    q, k_pointers, v_pointers,
+                    False, out, row_sum, row_max, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
-                column += BLOCK_N * step
+                k_pointers += k_jump
+                v_pointers += v_jump
             for number in range(tiles - (unmasked_to - unmasked_from)):
                 number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column = begin + (number * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
+                column -= k_low
                 out, row_sum, row_max = _attend_tile(
-                    q, k_base, v_base, stride_ks, stride_vs, out, row_sum, row_max, low, high, column,
-                    begin + (count - 1) * step, k_low, scale, bias, HEAD_DIM, BLOCK_D, True, PRECISION,
+                    q, _pointers(k_base, column, stride_ks, BLOCK_D), _pointers(v_base, column, stride_vs, BLOCK_D),
+                    seen, out, row_sum, row_max, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION,
                 )  # fmt: skip
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
@@ -208,11 +228,11 @@ def attend(
 
 
 @triton.jit
-def delta_of(
-    dout_ptr, out_ptr, dlse_ptr, delta_ptr, stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+def prepare_rows(
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     length, num_heads, HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """sum(dout * out) - dlse of each row: grid (tiles * heads, batch)."""
+    """sum(dout * out) - dlse of each row, and its lse in base 2, +inf without keys: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < length
@@ -225,20 +245,21 @@ def delta_of(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + place, mask=valid, other=0.0)
     tl.store(delta_ptr + place, delta, mask=valid)
+    lse = tl.load(lse_ptr + place, mask=valid, other=0.0) * 1.4426950408889634
+    tl.store(lse2_ptr + place, tl.where(lse == -_INF, _INF, lse), mask=valid)
 
 
 @triton.jit
 def _query_gradient_tile(
-    q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, low, high, column, last, key_low, scale, bias,
+    q, dout, lse, delta, dq, k_pointers, v_pointers, seen, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.minimum(column, last) if MASKED else column) - key_low
-    k = _load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D)
-    v = _load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D)
+    """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k."""
+    k = _load_columns(k_pointers, HEAD_DIM, BLOCK_D)
+    v = _load_columns(v_pointers, HEAD_DIM, BLOCK_D)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[:, None])
     if MASKED:
-        seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         p = tl.where(seen, p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
@@ -273,8 +294,7 @@ def gradients_of_queries(
     q = _load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = _load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
-    lse = tl.load(lse_ptr + place, mask=valid, other=_INF) * 1.4426950408889634
-    lse = tl.where(lse == -_INF, _INF, lse)
+    lse = tl.load(lse_ptr + place, mask=valid, other=_INF)
     delta = tl.load(delta_ptr + place, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = kind * GROUPS + group
@@ -283,22 +303,31 @@ def gradients_of_queries(
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            low, high = _row_bounds(walk, segment, position, k_low, k_high)
-            begin, step, count, full_from, full_to = _columns(walk, segment, low, high, valid)
+            sign, bound, begin, step, count, full_from, full_to = _bounds(
+                walk, segment, position, valid, k_low, k_high
+            )
             tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            column = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - k_low
+            k_pointers = _pointers(k_base, row, stride_ks, BLOCK_D)
+            v_pointers = _pointers(v_base, row, stride_vs, BLOCK_D)
+            k_jump = step.to(tl.int64) * BLOCK_N * stride_ks
+            v_jump = step.to(tl.int64) * BLOCK_N * stride_vs
             for _ in range(unmasked_from, unmasked_to):
                 dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, low, high, column, 0, k_low,
-                    scale, bias, HEAD_DIM, BLOCK_D, False, PRECISION,
+                    q, dout, lse, delta, dq, k_pointers, v_pointers,
+                    False, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
-                column += BLOCK_N * step
+                k_pointers += k_jump
+                v_pointers += v_jump
             for number in range(tiles - (unmasked_to - unmasked_from)):
                 number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column = begin + (number * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
+                column -= k_low
                 dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, low, high, column,
-                    begin + (count - 1) * step, k_low, scale, bias, HEAD_DIM, BLOCK_D, True, PRECISION,
+                    q, dout, lse, delta, dq, _pointers(k_base, column, stride_ks, BLOCK_D), _pointers(v_base, column, stride_vs, BLOCK_D),
+                    seen, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION,
                 )  # fmt: skip
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
     _store_rows(o_base, position - q_low, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
@@ -306,20 +335,16 @@ def gradients_of_queries(
 
 @triton.jit
 def _key_gradient_tile(
-    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_q, stride_g, low, high, column, last, q_low, scale, bias,
+    k, v, dk, dv, q_pointers, g_pointers, lse_pointers, delta_pointers, seen, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows are keys, columns queries: everything is transposed."""
-    rows = (tl.minimum(column, last) if MASKED else column) - q_low
-    q = _load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D)
-    dout = _load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D)
-    lse = tl.load(lse_base + rows) * 1.4426950408889634
-    delta = tl.load(delta_base + rows)
-    lse = tl.where(lse == -_INF, _INF, lse)
+    """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
+    q = _load_columns(q_pointers, HEAD_DIM, BLOCK_D)
+    dout = _load_columns(g_pointers, HEAD_DIM, BLOCK_D)
+    lse, delta = tl.load(lse_pointers), tl.load(delta_pointers)
     scores = tl.dot(k, q.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[None, :])
     if MASKED:
-        seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
@@ -364,22 +389,32 @@ def gradients_of_keys(
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            low, high = _row_bounds(walk, segment, position, q_low, q_high)
-            begin, step, count, full_from, full_to = _columns(walk, segment, low, high, valid)
+            sign, bound, begin, step, count, full_from, full_to = _bounds(
+                walk, segment, position, valid, q_low, q_high
+            )
             tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            column = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - q_low
+            q_pointers = _pointers(q_base, row, stride_qs, BLOCK_D)
+            g_pointers = _pointers(g_base, row, stride_gs, BLOCK_D)
+            q_jump = step.to(tl.int64) * BLOCK_N * stride_qs
+            g_jump = step.to(tl.int64) * BLOCK_N * stride_gs
             for _ in range(unmasked_from, unmasked_to):
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs, low, high, column, 0,
-                    q_low, scale, bias, HEAD_DIM, BLOCK_D, False, PRECISION,
+                    k, v, dk, dv, q_pointers, g_pointers,
+                    lse_base + row, delta_base + row, False, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION,
                 )  # fmt: skip
-                column += BLOCK_N * step
+                q_pointers += q_jump
+                g_pointers += g_jump
+                row += BLOCK_N * step
             for number in range(tiles - (unmasked_to - unmasked_from)):
                 number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column = begin + (number * BLOCK_N + tl.arange(0, BLOCK_N)) * step
+                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
+                column -= q_low
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs, low, high, column,
-                    begin + (count - 1) * step, q_low, scale, bias, HEAD_DIM, BLOCK_D, True, PRECISION,
+                    k, v, dk, dv, _pointers(q_base, column, stride_qs, BLOCK_D), _pointers(g_base, column, stride_gs, BLOCK_D),
+                    lse_base + column, delta_base + column, seen, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION,
                 )  # fmt: skip
     place = batch * stride_ob + head.to(tl.int64) * stride_oh
     _store_rows(dk_ptr + place, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
