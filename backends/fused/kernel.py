@@ -30,6 +30,7 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    split: bool = True
 
 
 @attrs.frozen
@@ -240,6 +241,8 @@ class FusedKernel:
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            SPLIT=tile.split,
+            WIDE=any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
             num_warps=tile.warps,
             num_stages=tile.stages,
             **({"maxnreg": tile.registers} if tile.registers else {}),

@@ -54,15 +54,13 @@ def _segments(walk, first, last):
 
 
 @triton.jit
-def _bounds(walk, segment, position, valid, low_column, high_column):
-    """What a tile of rows walks in one segment.
+def _columns(walk, segment, position, valid, low_column, high_column):
+    """What a tile of rows walks in one segment: columns first + j * step for 0 <= j < count.
 
-    Within a segment only one end of a row's columns depends on the row. A row meets the columns with
-    sign * column < bound, all of them between `first` and `first + (count - 1) * step`; bound is (M,), and so far down
-    where the row meets none.
+    Within a segment only one end of a row's columns depends on the row, and j counts towards that end: a row meets
+    j < bound (M,), and every valid row meets j < full.
 
-    Returns (sign, bound, first, step, count, full_from, full_to): progression members `full_from` up to `full_to`
-    are met by every valid row.
+    Returns (first, step, count, bound, full).
     """
     length, step, residue, mode = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
     inner, row_rate = tl.load(walk + 4), tl.load(walk + 5)
@@ -71,43 +69,24 @@ def _bounds(walk, segment, position, valid, low_column, high_column):
     member = (position >= start) & (position < end)
     member &= (row_rate == 0) | ((position - start) % tl.maximum(row_rate, 1) == residue)
     residue += tl.where(row_rate == 0, 0, start)
-    low_column, high_column = tl.maximum(low_column, start), tl.minimum(high_column, end)
+    low, high = tl.maximum(low_column, start), tl.minimum(high_column, end)
     inner_start = _floor_div(position, inner) * inner
-    rises = (mode == 2) | (mode == 4)  # the row's columns start late, not end early
-    sign = tl.where(rises, -1, 1)
-    if rises:
-        low = tl.where(mode == 2, position, inner_start + inner)
-        bound = 1 - tl.maximum(low, low_column)
+    if (mode == 2) | (mode == 4):  # the row's columns start late: from the end of the segment downwards
+        begin = tl.where(mode == 2, position, inner_start + inner)
+        offset = high - 1 - residue
+        first = high - 1 - (offset - _floor_div(offset, step) * step)
+        bound = first - tl.maximum(begin, low)
+        factor = -1
     else:
-        high = tl.where(mode == 1, position + 1, tl.where(mode == 3, inner_start, high_column))
-        bound = tl.minimum(high, high_column)
-    bound = tl.where(member, bound, -_FAR)
-    most = tl.max(tl.where(valid, bound, -_FAR), 0)
-    least = tl.min(tl.where(valid, bound, _FAR), 0)
-    begin = tl.where(rises, 1 - most, low_column)
-    end = tl.where(rises, high_column, most)
-    offset = residue - begin
-    first = begin + offset - _floor_div(offset, step) * step
-    count = _ceil_div(tl.maximum(end - first, 0), step)
-    full_from = tl.where(rises, tl.minimum(_ceil_div(tl.maximum(1 - least - first, 0), step), count), 0)
-    full_to = tl.where(rises, count, tl.minimum(_ceil_div(tl.maximum(least - first, 0), step), count))
-    return sign, bound, first, step, count, full_from, full_to
-
-
-@triton.jit
-def _tiles(count, full_from, full_to, BLOCK_N: tl.constexpr):
-    """Tiles of columns in all, and the range of those that need no mask."""
-    unmasked_from = _ceil_div(full_from, BLOCK_N)
-    return _ceil_div(count, BLOCK_N), unmasked_from, tl.maximum(full_to // BLOCK_N, unmasked_from)
-
-
-@triton.jit
-def _seen(number, sign, bound, first, step, count, BLOCK_N: tl.constexpr):
-    """Columns (N,) of a tile, the last repeated past the end, and which row meets which, (M, N)."""
-    index = number * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = first + tl.minimum(index, count - 1) * step
-    signed = tl.where(index < count, sign * column, _FAR)
-    return column, signed[None, :] < bound[:, None]
+        stop = tl.where(mode == 1, position + 1, tl.where(mode == 3, inner_start, high))
+        offset = residue - low
+        first = low + offset - _floor_div(offset, step) * step
+        bound = tl.minimum(stop, high) - 1 - first
+        factor = 1
+    bound = tl.where(member & (bound >= 0), bound // step + 1, 0)
+    count = tl.max(tl.where(valid, bound, 0), 0)
+    full = tl.min(tl.where(valid, bound, _FAR), 0)
+    return first, step * factor, count, bound, full
 
 
 @triton.jit
@@ -119,17 +98,15 @@ def _load_rows(base, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _pointers(base, rows, stride, BLOCK_D: tl.constexpr):
-    """Where rows (N, D) of one head lie."""
-    return base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def _load_columns(pointers, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows (N, D) that all exist."""
+def _load_columns(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Rows (N, D) that all exist; only `WIDE` ones lie 2^31 elements or more from the base."""
+    column = tl.arange(0, BLOCK_D)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    pointers = base + (rows[:, None] * stride + column[None, :])
     if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -141,20 +118,21 @@ def _store_rows(base, rows, stride, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def _attend_tile(
-    q, k_pointers, v_pointers, seen, out, row_sum, row_max, scale, bias,
+    q, k_base, v_base, stride_k, stride_v, rows, index, bound, out, row_sum, row_max, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns."""
-    k = _load_columns(k_pointers, HEAD_DIM, BLOCK_D)
+    k = _load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     if MASKED:
-        scores = tl.where(seen, scores, -_INF)
+        scores = tl.where(index[None, :] < bound[:, None], scores, -_INF)
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale + bias)
     shift = tl.where(new_max == -_INF, 0.0, new_max) if MASKED else new_max
     p = tl.exp2(scores * scale + (bias - shift)[:, None])
     shrink = tl.exp2(row_max - shift)
     row_sum = row_sum * shrink + tl.sum(p, 1)
-    v = _load_columns(v_pointers, HEAD_DIM, BLOCK_D)
+    v = _load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
 
@@ -166,7 +144,7 @@ def attend(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr,
+    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
@@ -187,36 +165,29 @@ def attend(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     table = kind * GROUPS + group
+    offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
         walk = walks + (table * WALKS + index) * 7
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            sign, bound, begin, step, count, full_from, full_to = _bounds(
-                walk, segment, position, valid, k_low, k_high
-            )
-            tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - k_low
-            k_pointers = _pointers(k_base, row, stride_ks, BLOCK_D)
-            v_pointers = _pointers(v_base, row, stride_vs, BLOCK_D)
-            k_jump = step.to(tl.int64) * BLOCK_N * stride_ks
-            v_jump = step.to(tl.int64) * BLOCK_N * stride_vs
-            for _ in range(unmasked_from, unmasked_to):
+            begin, step, count, bound, full = _columns(walk, segment, position, valid, k_low, k_high)
+            begin -= k_low
+            row = begin + offset * step
+            unmasked = full // BLOCK_N if SPLIT else 0
+            for _ in range(unmasked):
                 out, row_sum, row_max = _attend_tile(
-                    q, k_pointers, v_pointers,
-                    False, out, row_sum, row_max, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, PRECISION,
+                    q, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound, out, row_sum, row_max, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
                 )  # fmt: skip
-                k_pointers += k_jump
-                v_pointers += v_jump
-            for number in range(tiles - (unmasked_to - unmasked_from)):
-                number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
-                column -= k_low
+                row += BLOCK_N * step
+            for number in range(unmasked, _ceil_div(count, BLOCK_N)):
+                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
                 out, row_sum, row_max = _attend_tile(
-                    q, _pointers(k_base, column, stride_ks, BLOCK_D), _pointers(v_base, column, stride_vs, BLOCK_D),
-                    seen, out, row_sum, row_max, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, PRECISION,
+                    q, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound - number * BLOCK_N, out, row_sum, row_max, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
                 )  # fmt: skip
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
@@ -251,16 +222,17 @@ def prepare_rows(
 
 @triton.jit
 def _query_gradient_tile(
-    q, dout, lse, delta, dq, k_pointers, v_pointers, seen, scale, bias,
+    q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k."""
-    k = _load_columns(k_pointers, HEAD_DIM, BLOCK_D)
-    v = _load_columns(v_pointers, HEAD_DIM, BLOCK_D)
+    k = _load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
+    v = _load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[:, None])
     if MASKED:
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -274,7 +246,7 @@ def gradients_of_queries(
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr,
+    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
@@ -298,36 +270,29 @@ def gradients_of_queries(
     delta = tl.load(delta_ptr + place, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = kind * GROUPS + group
+    offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
         walk = walks + (table * WALKS + index) * 7
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            sign, bound, begin, step, count, full_from, full_to = _bounds(
-                walk, segment, position, valid, k_low, k_high
-            )
-            tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - k_low
-            k_pointers = _pointers(k_base, row, stride_ks, BLOCK_D)
-            v_pointers = _pointers(v_base, row, stride_vs, BLOCK_D)
-            k_jump = step.to(tl.int64) * BLOCK_N * stride_ks
-            v_jump = step.to(tl.int64) * BLOCK_N * stride_vs
-            for _ in range(unmasked_from, unmasked_to):
+            begin, step, count, bound, full = _columns(walk, segment, position, valid, k_low, k_high)
+            begin -= k_low
+            row = begin + offset * step
+            unmasked = full // BLOCK_N if SPLIT else 0
+            for _ in range(unmasked):
                 dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, k_pointers, v_pointers,
-                    False, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, PRECISION,
+                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
                 )  # fmt: skip
-                k_pointers += k_jump
-                v_pointers += v_jump
-            for number in range(tiles - (unmasked_to - unmasked_from)):
-                number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
-                column -= k_low
+                row += BLOCK_N * step
+            for number in range(unmasked, _ceil_div(count, BLOCK_N)):
+                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
                 dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, _pointers(k_base, column, stride_ks, BLOCK_D), _pointers(v_base, column, stride_vs, BLOCK_D),
-                    seen, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, PRECISION,
+                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound - number * BLOCK_N, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
                 )  # fmt: skip
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
     _store_rows(o_base, position - q_low, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
@@ -335,17 +300,18 @@ def gradients_of_queries(
 
 @triton.jit
 def _key_gradient_tile(
-    k, v, dk, dv, q_pointers, g_pointers, lse_pointers, delta_pointers, seen, scale, bias,
+    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_q, stride_g, rows, index, bound, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
-    q = _load_columns(q_pointers, HEAD_DIM, BLOCK_D)
-    dout = _load_columns(g_pointers, HEAD_DIM, BLOCK_D)
-    lse, delta = tl.load(lse_pointers), tl.load(delta_pointers)
+    q = _load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
+    dout = _load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
+    lse, delta = tl.load(lse_base + rows), tl.load(delta_base + rows)
     scores = tl.dot(k, q.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[None, :])
     if MASKED:
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -360,7 +326,7 @@ def gradients_of_keys(
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr,
+    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
@@ -384,37 +350,29 @@ def gradients_of_keys(
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = kind * GROUPS + group
+    offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
         walk = walks + (table * WALKS + index) * 7
         bias = tl.load(bias_ptr + table * WALKS + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
-            sign, bound, begin, step, count, full_from, full_to = _bounds(
-                walk, segment, position, valid, q_low, q_high
-            )
-            tiles, unmasked_from, unmasked_to = _tiles(count, full_from, full_to, BLOCK_N)
-            row = begin + (unmasked_from * BLOCK_N + tl.arange(0, BLOCK_N)) * step - q_low
-            q_pointers = _pointers(q_base, row, stride_qs, BLOCK_D)
-            g_pointers = _pointers(g_base, row, stride_gs, BLOCK_D)
-            q_jump = step.to(tl.int64) * BLOCK_N * stride_qs
-            g_jump = step.to(tl.int64) * BLOCK_N * stride_gs
-            for _ in range(unmasked_from, unmasked_to):
+            begin, step, count, bound, full = _columns(walk, segment, position, valid, q_low, q_high)
+            begin -= q_low
+            row = begin + offset * step
+            unmasked = full // BLOCK_N if SPLIT else 0
+            for _ in range(unmasked):
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_pointers, g_pointers,
-                    lse_base + row, delta_base + row, False, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, PRECISION,
+                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs,
+                    row, offset, bound, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
                 )  # fmt: skip
-                q_pointers += q_jump
-                g_pointers += g_jump
                 row += BLOCK_N * step
-            for number in range(tiles - (unmasked_to - unmasked_from)):
-                number += tl.where(number >= unmasked_from, unmasked_to - unmasked_from, 0)
-                column, seen = _seen(number, sign, bound, begin, step, count, BLOCK_N)
-                column -= q_low
+            for number in range(unmasked, _ceil_div(count, BLOCK_N)):
+                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, _pointers(q_base, column, stride_qs, BLOCK_D), _pointers(g_base, column, stride_gs, BLOCK_D),
-                    lse_base + column, delta_base + column, seen, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, PRECISION,
+                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs,
+                    row, offset, bound - number * BLOCK_N, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
                 )  # fmt: skip
     place = batch * stride_ob + head.to(tl.int64) * stride_oh
     _store_rows(dk_ptr + place, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
