@@ -152,6 +152,23 @@ class BlockProduct:
                 _put_add(dk[row], part.keys, _bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
 
+    def received(self, query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
+        """The attention that each key receives, (B, H, T) in the accumulator's dtype; `lse` as in `backward`."""
+        q_blocks, k_blocks = self._blocks(query), self._blocks(key)
+        lse_blocks = self._row_blocks(lse, math.inf)
+        batch, heads, kv_len = query.shape[0], query.shape[2], key.shape[1]
+        q_rows, k_rows = -(-query.shape[1] // self.block_size), -(-kv_len // self.block_size)
+        total = lse.new_zeros(q_blocks.shape[0], q_blocks.shape[1] // q_rows * k_rows, self.block_size)
+        for row in range(q_blocks.shape[0]):
+            for part in self._chunks(query):
+                q, k = _take(q_blocks[row], part.queries), _take(k_blocks[row], part.keys)
+                lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                sums = self._scores(q, k, part).sub_(lse_part).exp_().sum(dim=1)
+                # Heads of queries, which may share keys, receive each for itself.
+                places = (part.queries // q_rows * k_rows)[:, None] + part.keys % k_rows
+                _put_add(total[row], places, sums)
+        return total.view(batch, heads, -1)[:, :, :kv_len]
+
     def _scores(self, q: Tensor, k: Tensor, part: ItemClass) -> Tensor:
         """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
         size, partial = self.block_size, part.masks.shape[1]
