@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...core.errors import ConfigError
 from . import kernels
 from .walks import Tables, make_tables
 
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
     from ...core.layout import Layout
 
 _LOG2_E: Final = 1.4426950408889634
+MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a segment around each
 
 
 @attrs.frozen
 class Tile:
-    """Rows and columns of a tile, and how it is compiled; `registers` is the most that a thread may have."""
+    """Rows and columns of a tile, and how it is compiled.
+
+    `registers` is the most that a thread may have; without `split` columns that every row meets take the masked loop
+    too, which costs a little more work and fewer registers.
+    """
 
     rows: int
     columns: int
@@ -48,7 +54,7 @@ class Tiles:
             small = Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)
             return cls(small, small, small)
         if head_dim <= 64:
-            return cls(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
+            return cls(Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 3, 128), Tile(64, 32, 4, 2, 168, split=False))
         if head_dim <= 128:
             return cls(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
         return cls(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
@@ -86,17 +92,32 @@ class _OnDevice:
         }
 
 
-class FusedKernel:
-    """Computes a `LayoutPiece` of branches: one launch forward, three backward, the same bits on every run."""
+def _check_positions(geometry: Geometry) -> None:
+    positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
+    if max(map(abs, positions)) >= MAX_POSITION:
+        raise ConfigError(
+            f"positions from {min(positions):,} to {max(positions):,}: the fused kernel takes positions below "
+            f"{MAX_POSITION:,}; use another backend"
+        )
 
-    def __init__(self, tiles: Tiles) -> None:
+
+class FusedKernel:
+    """Computes a `LayoutPiece` of branches: one launch forward, three backward, the same bits on every run.
+
+    Args:
+        name: the pinned sub-kernel, as the plan shows it.
+        tiles: of the three kernels.
+    """
+
+    def __init__(self, name: str, tiles: Tiles) -> None:
+        self.name = name
         self.tiles = tiles
         self._tables: WeakKeyDictionary[Layout, dict[tuple[bool, torch.device], _OnDevice]] = WeakKeyDictionary()
 
-    @property
-    def name(self) -> str:
-        """The pinned sub-kernel, as the plan shows it."""
-        return "fused dilated"
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
+        for transposed in (False, True):
+            self.tables(layout, device, transposed=transposed)
 
     def tables(self, layout: Layout, device: torch.device, *, transposed: bool) -> _OnDevice:
         """The walks of a layout on its device; made once."""
@@ -105,6 +126,7 @@ class FusedKernel:
         if found is None:
             geometry = layout.geometry
             span = 0 if min(geometry.q_offset, geometry.kv_offset) < 0 else geometry.seq_len
+            _check_positions(geometry)
             host = make_tables(layout.branches, is_causal=geometry.is_causal, transposed=transposed, span=span)
             found = known[transposed, device] = _OnDevice.of(host, device)
         return found
@@ -112,7 +134,7 @@ class FusedKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         geometry = piece.layout.geometry
-        batch, length, heads, head_dim = query.shape
+        batch, length, heads, _ = query.shape
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
         if piece.scale < 0:
@@ -143,13 +165,14 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
         geometry, layout = piece.layout.geometry, piece.layout
-        batch, length, heads, head_dim = query.shape
+        batch, _, heads, head_dim = query.shape
         kv_heads, group = key.shape[2], heads // key.shape[2]
         delta, lse = self._rows(dout, out, lse, dlse)
         dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        # Query heads that share a key-value head write apart and are summed after: no atomics, the same bits every time.
+        # Query heads that share a key-value head write apart and are summed after: no atomics, so the same bits always.
         shape = (batch, key.shape[1], heads, head_dim)
-        dk, dv = (torch.empty(shape, dtype=key.dtype if group == 1 else torch.float32, device=key.device) for _ in "kv")
+        dtype = key.dtype if group == 1 else torch.float32
+        dk, dv = (torch.empty(shape, dtype=dtype, device=key.device) for _ in range(2))
         scale = abs(piece.scale)
         if piece.scale < 0:
             query = -query
@@ -174,7 +197,8 @@ class FusedKernel:
         if piece.scale < 0:
             dq = -dq
         if group > 1:
-            dk, dv = (x.unflatten(2, (kv_heads, group)).sum(3).to(key.dtype) for x in (dk, dv))
+            grouped = (batch, key.shape[1], kv_heads, group, head_dim)
+            dk, dv = (x.view(grouped).sum(3).to(key.dtype) for x in (dk, dv))
         return dq, dk, dv
 
     def _rows(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:

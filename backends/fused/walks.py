@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import Final
 
 import attrs
@@ -199,18 +200,15 @@ class _Planner:
     def _merged(self, kept: list[tuple[Branch, int]]) -> list[Walk] | None:
         """Each column once: those of the innermost segment, then of each segment around it. None where none nest."""
         lengths = sorted({self._length(branch) for branch, _ in kept}, key=lambda w: w or math.inf)
-        if len(kept) < 2 or any(
-            inner == 0 or outer % inner for inner, outer in zip(lengths[:-1], lengths[1:], strict=True)
-        ):
+        if len(kept) < 2 or any(inner == 0 or outer % inner for inner, outer in pairwise(lengths)):
             return None
         walks: list[Walk] = []
         for level, length in enumerate(lengths):
             counted = [(b, o) for b, o in kept if self._length(b) in lengths[level:]]
             inner = lengths[level - 1] if level else 1
-            if not self.is_causal:
-                modes = (Mode.BEFORE_INNER, Mode.AFTER_INNER)
-            else:
-                modes = (Mode.AFTER_INNER,) if self.transposed else (Mode.BEFORE_INNER,)
+            modes: tuple[Mode, ...] = (Mode.BEFORE_INNER, Mode.AFTER_INNER)
+            if self.is_causal:
+                modes = modes[1:] if self.transposed else modes[:1]
             for stride, residue, weight in _progressions(counted):
                 if (length or self.span) // stride < self.merge_from:
                     return None
