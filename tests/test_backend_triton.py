@@ -144,7 +144,7 @@ def test_on_a_cpu_it_is_refused() -> None:
 # On the card.
 
 CARD = [
-    Dilated(segment_lengths=(256, 512, 1024), dilation_rates=(1, 2, 4)),
+    Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4)),
     Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 2)),
     Dilated(segment_lengths=(64, 256), dilation_rates=(2, 4), heads="split"),
     Full(),
@@ -160,7 +160,7 @@ CARD = [
     [("bfloat16", 64), ("float16", 48), ("bfloat16", 128), ("bfloat16", 256), ("bfloat16", 16), ("float32", 40)],
 )
 def test_it_agrees_with_the_oracle(dtype: str, head_dim: int, pattern: Pattern, is_causal: bool) -> None:
-    geometry = Geometry(q_len=1101, kv_len=1101, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    geometry = Geometry(q_len=517, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal)
     check(build("triton", pattern, geometry, dtype, head_dim), geometry)
 
 
@@ -184,6 +184,7 @@ def test_the_same_bits_on_every_run_and_strided_inputs() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
 def test_it_replays_in_a_graph_and_compiles() -> None:
     geometry = Geometry.self_attention(1024, 4, is_causal=True)
     attention = build("triton", CARD[0], geometry, "bfloat16", 64)
