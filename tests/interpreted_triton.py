@@ -1,4 +1,4 @@
-"""The fused kernels under Triton's interpreter on CPU tensors; `test_backend_triton` runs it with TRITON_INTERPRET=1."""
+"""The fused kernels under Triton's interpreter on the CPU; `test_backend_triton` runs this file."""
 
 from __future__ import annotations
 
@@ -35,8 +35,18 @@ def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, 
     fused = FusedKernel("interpreted", Tiles(tile, tile, tile))
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
-    offsets = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
-    out, lse = attend(*tensors, engine, seed=None, tables=None, recompute=False, **offsets)  # type: ignore[misc]
+    query, key, value = tensors
+    out, lse = attend(
+        query,
+        key,
+        value,
+        engine,
+        q_offset=geometry.q_offset,
+        kv_offset=geometry.kv_offset,
+        seed=None,
+        tables=None,
+        recompute=False,
+    )
     actual = with_gradients(out, lse, tensors, through_lse=True)
     if engine.scale < 0:  # the oracle has the default scale
         tensors = [-tensors[0], *tensors[1:]]

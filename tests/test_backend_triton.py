@@ -22,7 +22,7 @@ from dilated_attention.registry.specs import Device
 
 from .kernel_kit import build, check, check_graph, codes, on_card, verdict
 from .strategies import dilated
-from .support import NAMES, with_gradients
+from .support import NAMES, ours
 
 LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
 PATTERNS: list[Pattern] = [
@@ -175,10 +175,10 @@ def test_the_same_bits_on_every_run_and_strided_inputs() -> None:
     geometry = Geometry.self_attention(2000, 4, is_causal=True)
     attention = build("triton", CARD[0], geometry, "bfloat16", 64, deterministic=True)
     tensors = on_card(geometry, "bfloat16", 64)
-    first = with_gradients(*attention(*tensors, return_lse=True), tensors, through_lse=True)
+    first = ours(attention, tensors, geometry, through_lse=True)
     packed = torch.stack([x.detach() for x in tensors], dim=2)
     views = [packed[:, :, i].requires_grad_() for i in range(3)]
-    again = with_gradients(*attention(*views, return_lse=True), views, through_lse=True)
+    again = ours(attention, views, geometry, through_lse=True)
     for name, a, b in zip(NAMES, first, again, strict=True):
         assert torch.equal(a, b), name
 
