@@ -167,7 +167,7 @@ class FusedKernel:
         geometry, layout = piece.layout.geometry, piece.layout
         batch, _, heads, head_dim = query.shape
         kv_heads, group = key.shape[2], heads // key.shape[2]
-        delta, lse = self._rows(dout, out, lse, dlse)
+        stats = self._stats(dout, out, lse, dlse)
         dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         # Query heads that share a key-value head write apart and are summed after: no atomics, so the same bits always.
         shape = (batch, key.shape[1], heads, head_dim)
@@ -177,7 +177,7 @@ class FusedKernel:
         if piece.scale < 0:
             query = -query
         scales = (scale * _LOG2_E, scale)
-        inputs = (query, key, value, dout, lse, delta)
+        inputs = (query, key, value, dout, stats)
         strided = (query, key, value, dout)
         tables = self.tables(layout, query.device, transposed=False)
         self._launch(
@@ -201,10 +201,10 @@ class FusedKernel:
             dk, dv = (x.view(grouped).sum(3).to(key.dtype) for x in (dk, dv))
         return dq, dk, dv
 
-    def _rows(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-        """delta = sum(dout * out) - dlse and lse in base 2, both (B, H, S) float32."""
+    def _stats(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+        """What backward needs of each row, (B, H, S) pairs of float32 as int64: lse in base 2 and delta."""
         batch, length, heads, head_dim = out.shape
-        delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+        stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
         rows = 64
         if lse.numel():
             kernels.prepare_rows[(triton.cdiv(length, rows) * heads, batch)](
@@ -212,8 +212,7 @@ class FusedKernel:
                 out,
                 lse,
                 lse if dlse is None else dlse.contiguous(),
-                delta,
-                lse2,
+                stats,
                 *dout.stride()[:3],
                 *out.stride()[:3],
                 length,
@@ -223,7 +222,7 @@ class FusedKernel:
                 BLOCK_D=triton.next_power_of_2(head_dim),
                 BLOCK_M=rows,
             )
-        return delta, lse2
+        return stats.view(torch.int64).squeeze(-1)
 
     def _launch(
         self,

@@ -201,11 +201,11 @@ def attend(
 
 @triton.jit
 def prepare_rows(
-    dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, stride_gb, stride_gs, stride_gh,
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, stats_ptr, stride_gb, stride_gs, stride_gh,
     stride_ob, stride_os, stride_oh, length, num_heads,
     HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """sum(dout * out) - dlse of each row, and its lse in base 2, +inf without keys: grid (tiles * heads, batch)."""
+    """Per row its lse in base 2, +inf without keys, and sum(dout * out) - dlse: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < length
@@ -217,9 +217,16 @@ def prepare_rows(
     place = (batch * num_heads + head) * length + row
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + place, mask=valid, other=0.0)
-    tl.store(delta_ptr + place, delta, mask=valid)
     lse = tl.load(lse_ptr + place, mask=valid, other=0.0) * 1.4426950408889634
-    tl.store(lse2_ptr + place, tl.where(lse == -_INF, _INF, lse), mask=valid)
+    tl.store(stats_ptr + 2 * place, tl.where(lse == -_INF, _INF, lse), mask=valid)
+    tl.store(stats_ptr + 2 * place + 1, delta, mask=valid)
+
+
+@triton.jit
+def _unpack(pair):
+    """The two float32 of an int64: lse in base 2 and delta of a row, which one load brings."""
+    lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    return lse, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -242,7 +249,7 @@ def _query_gradient_tile(
 
 @triton.jit
 def gradients_of_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
@@ -269,8 +276,7 @@ def gradients_of_queries(
     q = _load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = _load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
-    lse = tl.load(lse_ptr + place, mask=valid, other=_INF)
-    delta = tl.load(delta_ptr + place, mask=valid, other=0.0)
+    lse, delta = _unpack(tl.load(stats_ptr + place, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = kind * GROUPS + group
     offset = tl.arange(0, BLOCK_N)
@@ -303,14 +309,14 @@ def gradients_of_queries(
 
 @triton.jit
 def _key_gradient_tile(
-    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_q, stride_g, rows, index, bound, scale, bias,
+    k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
     q = _load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
     dout = _load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
-    lse, delta = tl.load(lse_base + rows), tl.load(delta_base + rows)
+    lse, delta = _unpack(tl.load(stats_base + rows))
     scores = tl.dot(k, q.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[None, :])
     if MASKED:
@@ -323,7 +329,7 @@ def _key_gradient_tile(
 
 @triton.jit
 def gradients_of_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
@@ -349,8 +355,7 @@ def gradients_of_keys(
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
     k = _load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = _load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    lse_base = lse_ptr + (batch * num_heads + head) * (q_high - q_low)
-    delta_base = delta_ptr + (batch * num_heads + head) * (q_high - q_low)
+    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = kind * GROUPS + group
@@ -366,7 +371,7 @@ def gradients_of_keys(
             unmasked = full // BLOCK_N if SPLIT else 0
             for _ in range(unmasked):
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs,
+                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
                     row, offset, bound, scale, bias,
                     HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
                 )  # fmt: skip
@@ -374,7 +379,7 @@ def gradients_of_keys(
             for number in range(unmasked, _ceil_div(count, BLOCK_N)):
                 row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
                 dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, lse_base, delta_base, stride_qs, stride_gs,
+                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
                     row, offset, bound - number * BLOCK_N, scale, bias,
                     HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
                 )  # fmt: skip
