@@ -83,13 +83,9 @@ class _OnDevice:
         return cls(host, tuple(torch.from_numpy(array).to(device) for array in arrays))
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The constants that the kernels are compiled for."""
-        return {
-            "PERIOD": self.host.period,
-            "GROUPS": self.host.counts.shape[1],
-            "WALKS": self.host.walks.shape[2],
-        }
+    def sizes(self) -> tuple[int, int, int]:
+        """Period, groups and walks: how the tables are strided."""
+        return self.host.period, self.host.counts.shape[1], self.host.walks.shape[2]
 
 
 def _check_positions(geometry: Geometry) -> None:
@@ -259,6 +255,7 @@ class FusedKernel:
             *scales,
             heads,
             geometry.group_size,
+            *tables.sizes,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_M=tile.rows,
@@ -269,5 +266,4 @@ class FusedKernel:
             num_warps=tile.warps,
             num_stages=tile.stages,
             **({"maxnreg": tile.registers} if tile.registers else {}),
-            **tables.sizes,
         )

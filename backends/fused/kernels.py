@@ -29,18 +29,18 @@ def _ceil_div(x, y):
 
 @triton.jit
 def _row_positions(
-    slot_group, slot_index, group_size, group_start, residues, kind, tile, origin,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The group of a tile of rows and their absolute positions (M,), ascending."""
-    block = tile // PERIOD
-    slot = tile % PERIOD
-    group = tl.load(slot_group + kind * PERIOD + slot)
-    size = tl.load(group_size + kind * GROUPS + group)
-    start = tl.load(group_start + kind * GROUPS + group)
-    element = tl.load(slot_index + kind * PERIOD + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
-    residue = tl.load(residues + kind * PERIOD + start + element % size)
-    return group, origin + block * BLOCK_M * PERIOD + (element // size) * PERIOD + residue
+    block = tile // period
+    slot = tile % period
+    group = tl.load(slot_group + kind * period + slot)
+    size = tl.load(group_size + kind * groups + group)
+    start = tl.load(group_start + kind * groups + group)
+    element = tl.load(slot_index + kind * period + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
+    residue = tl.load(residues + kind * period + start + element % size)
+    return group, origin + block * BLOCK_M * period + (element // size) * period + residue
 
 
 @triton.jit
@@ -143,15 +143,15 @@ def attend(
     head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
+    period, groups, most_walks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
     kind = tl.load(head_kind + head)
     group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, PERIOD, GROUPS, BLOCK_M
+        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
     )
     valid = (position >= q_low) & (position < q_high)
     first = tl.min(tl.where(valid, position, _FAR), 0)
@@ -165,11 +165,11 @@ def attend(
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
-    table = kind * GROUPS + group
+    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * WALKS + index) * 7
-        bias = tl.load(bias_ptr + table * WALKS + index)
+        walk = walks + (table * most_walks + index) * 7
+        bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
             begin, step, count, bound, full = _columns(walk, segment, position, valid, k_low, k_high)
@@ -254,15 +254,15 @@ def gradients_of_queries(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    period, groups, most_walks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
     kind = tl.load(head_kind + head)
     group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, PERIOD, GROUPS, BLOCK_M
+        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
     )
     valid = (position >= q_low) & (position < q_high)
     first = tl.min(tl.where(valid, position, _FAR), 0)
@@ -278,11 +278,11 @@ def gradients_of_queries(
     place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
     lse, delta = _unpack(tl.load(stats_ptr + place, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table = kind * GROUPS + group
+    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * WALKS + index) * 7
-        bias = tl.load(bias_ptr + table * WALKS + index)
+        walk = walks + (table * most_walks + index) * 7
+        bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
             begin, step, count, bound, full = _columns(walk, segment, position, valid, k_low, k_high)
@@ -334,15 +334,15 @@ def gradients_of_keys(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    period, groups, most_walks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PERIOD: tl.constexpr, GROUPS: tl.constexpr, WALKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
     tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
     kind = tl.load(head_kind + head)
     group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, PERIOD, GROUPS, BLOCK_M
+        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
     )
     valid = (position >= k_low) & (position < k_high)
     first = tl.min(tl.where(valid, position, _FAR), 0)
@@ -358,11 +358,11 @@ def gradients_of_keys(
     stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table = kind * GROUPS + group
+    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * WALKS + index) * 7
-        bias = tl.load(bias_ptr + table * WALKS + index)
+        walk = walks + (table * most_walks + index) * 7
+        bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
             begin, step, count, bound, full = _columns(walk, segment, position, valid, q_low, q_high)
