@@ -53,7 +53,7 @@ def check(pattern: Pattern, geometry: Geometry, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("pattern", [*PATTERNS, REPEATED, WEIGHTED], ids=str)
 def test_every_pattern_equals_the_oracle(pattern: Pattern, is_causal: bool) -> None:
-    heads = {"num_heads": 6, "num_kv_heads": 2, "is_causal": is_causal}
+    heads: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 2, "is_causal": is_causal}
     check(pattern, Geometry(q_len=300, kv_len=300, **heads))
     check(pattern, Geometry(q_len=37, kv_len=150, **heads), torch.float64)
     check(pattern, Geometry(q_len=64, kv_len=37, q_offset=5, kv_offset=17, **heads))
