@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import require_int
 from .composer import accumulator_dtype
+from .decoding import DecodingCache
 from .documents import check_forms
 from .errors import ConfigError
 from .ops import attend, intern, without_autocast
@@ -71,10 +72,14 @@ class Attention(nn.Module):
         kv_len = seq_len if kv_len is None else kv_len
         require_int("seq_len", seq_len, minimum=0)
         require_int("kv_len", kv_len, minimum=0)
+        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device())
+
+    def _device(self) -> torch.device:
+        """Where inputs are expected, with its index."""
         device = torch.get_default_device() if self.config.device is None else torch.device(self.config.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, device)
+        return device
 
     def forward(
         self,
@@ -253,6 +258,59 @@ class Attention(nn.Module):
                 q_offset = kv_offset + key.shape[1] - q_len
             tables = None if gate is None else gate(query, key, q_offset=q_offset, kv_offset=kv_offset)
             return self._engine.received(query, key, lse, q_offset, kv_offset, tables)
+
+    def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
+        """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.
+
+        It keeps the keys and values that a later token can still reach, for each head by itself: the last window of
+        `Local`, what `Global` tokens hold, of `Dilated` the kept places of the segments that are still open (once,
+        however many branches share them). `Full`, `Strided`, `Random`, `Learned` and stored patterns keep all.
+
+        Args:
+            batch_size: sequences decoded together, all of one length.
+            max_seq_len: most tokens that it may see; a cache that keeps all then takes its memory at once.
+
+        Raises:
+            ConfigError: attention that is not causal, or a backend that does not declare unequal_lengths.
+        """
+        return DecodingCache(
+            self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len
+        )
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
+        """The next tokens of a sequence: what `forward` over the whole sequence gives for them.
+
+        The first step may be a prompt of any length, which runs as `forward` does; later ones are meant for one token
+        or a few: they form the scores of all rows held. No gradient is recorded.
+
+        Args:
+            query: (batch, new_tokens, num_heads, head_dim), as `tensor_layout` says.
+            key: (batch, new_tokens, num_kv_heads, head_dim).
+            value: like key.
+            cache: what `make_cache` made and earlier steps filled; it takes the new tokens in.
+
+        Returns:
+            out, shaped like query.
+
+        Raises:
+            ConfigError: tensors that the attention was not built for, a cache of another attention or full, inputs that
+                require gradients, or dropout in training.
+        """
+        if torch.is_autocast_enabled(query.device.type):
+            query, key, value = (x.to(self._dtype) for x in (query, key, value))
+        swap = self.config.tensor_layout == "bhsd"
+        if swap and query.dim() == key.dim() == value.dim() == 4:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        self._check(query, key, value)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise ConfigError("a step records no gradient, but an input requires one; decode under torch.no_grad()")
+        if self.training and self.config.dropout_p:
+            raise ConfigError(f"a step drops nothing, but dropout_p={self.config.dropout_p:g}; call eval() to decode")
+        if cache.engine is not self._engine:
+            raise ConfigError("the cache was made by an attention of another configuration; make one with make_cache")
+        with torch.no_grad(), without_autocast(query.device):
+            out = cache.step(query, key, value)
+        return out.transpose(1, 2) if swap else out
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise `ConfigError` unless the tensors are what the attention was built for."""
