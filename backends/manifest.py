@@ -155,6 +155,11 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     """
     geometry = Geometry.self_attention(1, request.config.num_heads)
     branches = request.pattern.unwrap().branches(geometry)
-    if branches is not None and len(branches) > 1 and request.config.dtype in _HALVES and request.config.head_dim <= 64:
+    if (
+        branches is not None
+        and len(branches) > 1
+        and request.config.dtype in _HALVES
+        and request.config.head_dim <= 128
+    ):
         return None
     return [spec.name for spec in sorted(candidates, key=lambda spec: (spec is TRITON, -spec.priority, spec.name))]

@@ -54,9 +54,9 @@ class Tiles:
             small = Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)
             return cls(small, small, small)
         if head_dim <= 64:
-            return cls(Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 3, 128), Tile(64, 32, 4, 2, 168, split=False))
+            return cls(Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 4, 128), Tile(64, 32, 4, 3, 168, split=False))
         if head_dim <= 128:
-            return cls(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
+            return cls(Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2, 255, split=False))
         return cls(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
 
 
