@@ -105,6 +105,7 @@ TRITON = BackendSpec(
         "causal": True,
         "offsets": True,
         "unequal_lengths": True,
+        "varlen": True,
         "backward": True,
         "dlse": True,
         "lse": True,
