@@ -1,0 +1,31 @@
+"""Layers and models: drop-in multi-head attention, LongNet, converters of existing checkpoints, Hugging Face.
+
+Names are imported when they are first used, so that nothing here costs what is not asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
+
+# Public name -> the module of this folder that has it.
+_HOMES = {
+    "MultiheadAttention": "multihead",
+}
+
+__all__ = ["MultiheadAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
