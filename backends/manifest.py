@@ -16,6 +16,7 @@ _DENSE: Final = {
     "causal": True,
     "offsets": True,
     "unequal_lengths": True,
+    "varlen": True,  # core calls them once for each length
     "backward": True,
     "lse": True,
     "compile": "opaque",
@@ -102,6 +103,7 @@ REFERENCE = BackendSpec(
         "causal": True,
         "offsets": True,
         "unequal_lengths": True,
+        "varlen": True,
         "dropout": True,
         "backward": True,
         "dlse": True,

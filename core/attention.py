@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import require_int
+from .documents import check_forms
 from .errors import ConfigError
 from .ops import attend, intern
+from .packed import attend_documents
 from .pattern import LearnedPattern
 
 if TYPE_CHECKING:
@@ -82,8 +84,14 @@ class Attention(nn.Module):
         return_lse: bool = False,
         q_offset: int | None = None,
         kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
+
+        With `key_padding_mask` or `cu_seqlens` a call holds several sequences of different lengths. Each is attended to
+        as it would be alone: by its own length, with positions from 0, left padding included. Tokens that belong to no
+        sequence are neither attended to nor attend: their rows are 0, lse -inf, and their gradients 0.
 
         Args:
             query: (batch, seq_len, num_heads, head_dim).
@@ -93,19 +101,33 @@ class Attention(nn.Module):
                 (float64 for float64 inputs), -inf for rows without keys. It is differentiable.
             q_offset: absolute position of the first query; default: the last query stands at the last key.
             kv_offset: absolute position of the first key.
+            key_padding_mask: (batch, kv_len) bool, True where a key is padding, as `torch.nn.MultiheadAttention` takes
+                it. The tokens of a row are one run, with padding on either side. Queries are tokens of the same
+                sequences: query i is the token of key i + kv_len - seq_len, so that decoding takes the mask of its
+                cache, and a query is padding where that key is.
+            cu_seqlens: (documents + 1,) int32 or int64, the cumulative lengths of documents packed one behind the other
+                in a batch of one row: 0 first, the row's length last. A document may be empty.
 
         Returns:
             out, shaped like query, or (out, lse).
 
         Raises:
-            ConfigError: for shapes, dtypes or devices other than those it was built for.
+            ConfigError: for shapes, dtypes or devices other than those it was built for, for padding within a row's
+                tokens, lengths that do not add up, or a backend that does not declare varlen.
         """
         device = query.device
         device_type = device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
-                return self.forward(*cast, return_lse=return_lse, q_offset=q_offset, kv_offset=kv_offset)
+                return self.forward(
+                    *cast,
+                    return_lse=return_lse,
+                    q_offset=q_offset,
+                    kv_offset=kv_offset,
+                    key_padding_mask=key_padding_mask,
+                    cu_seqlens=cu_seqlens,
+                )
         config = self.config
         swap = config.tensor_layout == "bhsd"
         if swap and query.dim() == key.dim() == value.dim() == 4:
@@ -124,19 +146,34 @@ class Attention(nn.Module):
             raise ConfigError(self._what_is_wrong(query, key, value))
         if not config.requires_grad and torch.is_grad_enabled():
             self._check_gradients(query, key, value)
-        if q_offset is None:
-            q_offset = kv_offset + k_shape[1] - q_shape[1]
-        out, lse = attend(
-            query,
-            key,
-            value,
-            self._engine,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            seed=self._seed() if config.dropout_p else None,
-            tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
-            recompute=config.activation_checkpointing,
-        )
+        seed = self._seed() if config.dropout_p else None
+        if key_padding_mask is not None or cu_seqlens is not None:
+            self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
+            out, lse = attend_documents(
+                query,
+                key,
+                value,
+                self._engine,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+                seed=seed,
+                gate=self.gate if self._has_gate else None,
+                recompute=config.activation_checkpointing,
+            )
+        else:
+            if q_offset is None:
+                q_offset = kv_offset + k_shape[1] - q_shape[1]
+            out, lse = attend(
+                query,
+                key,
+                value,
+                self._engine,
+                q_offset=q_offset,
+                kv_offset=kv_offset,
+                seed=seed,
+                tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
+                recompute=config.activation_checkpointing,
+            )
         if swap:
             out = out.transpose(1, 2)
         return (out, lse) if return_lse else out
@@ -144,6 +181,30 @@ class Attention(nn.Module):
     def _seed(self) -> Tensor | None:
         """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
         return torch.randint(1 << 62, (), dtype=torch.int64) if self.training else None
+
+    def _check_documents(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        q_offset: int | None,
+        kv_offset: int,
+    ) -> None:
+        """Raise `ConfigError` for what a call with documents cannot honour, as far as no number has to be read."""
+        check_forms(key_padding_mask, cu_seqlens, query, key)
+        name = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+        if q_offset is not None or kv_offset:
+            raise ConfigError(
+                f"{name}: every sequence has positions from 0, so no offsets can be given; got q_offset={q_offset} "
+                f"and kv_offset={kv_offset}"
+            )
+        if query.shape[1] != key.shape[1] and not self.config.is_causal:
+            raise ConfigError(
+                f"{name} with {query.shape[1]} queries and {key.shape[1]} keys: the last queries of a sequence stand "
+                "alone in decoding, which is causal. Queries of another sequence cannot be told from padded ones; "
+                "leave the padding out of the keys and call once for each row"
+            )
 
     def _check_gradients(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.requires_grad or key.requires_grad or value.requires_grad:

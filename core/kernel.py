@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WIDENING: Final = 8
 
 # Capabilities that a call needs rather than a configuration: they are matched when a new length is met.
-CALL_AXES: Final = ("unequal_lengths", "offsets")
+CALL_AXES: Final = ("unequal_lengths", "offsets", "varlen")
 
 
 @attrs.frozen(kw_only=True)

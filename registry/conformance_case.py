@@ -152,10 +152,13 @@ class Subject:
         )
         return out, lse
 
-    def run(self, inputs: Sequence[Tensor], *, through_lse: bool = False) -> dict[str, Tensor]:
-        """out and lse, and dq, dk and dv where gradients are asked for."""
+    def run(self, inputs: Sequence[Tensor], *, through_lse: bool = False, **documents: Tensor) -> dict[str, Tensor]:
+        """out and lse, and dq, dk and dv where gradients are asked for; `documents` as the attention takes them."""
         leaves = [x.detach().requires_grad_(self.case.requires_grad) for x in inputs]
-        out, lse = self.call(leaves[0], leaves[1], leaves[2])
+        if documents:
+            out, lse = self.attention(*leaves, return_lse=True, **documents)
+        else:
+            out, lse = self.call(leaves[0], leaves[1], leaves[2])
         results = {"out": out.detach(), "lse": lse.detach()}
         if self.case.requires_grad:
             results |= gradients(out, lse, leaves, self.torch_dtype, through_lse=through_lse)
@@ -171,8 +174,8 @@ class Subject:
         """What the float64 oracle computes from the same values."""
         return self.oracle(self.inputs, through_lse=False)
 
-    def oracle(self, inputs: Sequence[Tensor], *, through_lse: bool) -> dict[str, Tensor]:
-        """out, lse, dq, dk and dv by the definition, in float64."""
+    def oracle(self, inputs: Sequence[Tensor], *, through_lse: bool, **documents: Tensor) -> dict[str, Tensor]:
+        """out, lse, dq, dk and dv by the definition, in float64; `documents` as `reference.attention` takes them."""
         case = self.case
         leaves = [x.detach().double().requires_grad_(case.requires_grad) for x in inputs]
         out, lse = reference.attention(
@@ -181,8 +184,9 @@ class Subject:
             leaves[2],
             pattern=case.pattern,
             is_causal=case.is_causal,
-            q_offset=case.geometry.q_offset,
+            q_offset=None if documents else case.geometry.q_offset,
             kv_offset=case.kv_offset,
+            **documents,
         )
         results = {"out": out.detach(), "lse": lse.detach()}
         if case.requires_grad:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from .conformance_case import Subject
 from .conformance_measure import GRADIENTS, Finding
@@ -14,6 +15,11 @@ from .conformance_measure import GRADIENTS, Finding
 RAGGED: Final = (1, 2, 3, 15, 17, 33, 63, 65, 127, 129)
 UNEQUAL: Final = ((1, 40), (33, 77), (70, 71), (12, 5))
 OFFSETS: Final = ((40, 40, 3, 3), (40, 40, 1000, 1000), (37, 64, 30, 0), (64, 37, 5, 17), (20, 50, -7, -4))
+
+# Sequences of one call, few and many, alike and not: places before the tokens and tokens of each row, and lengths.
+PLACES: Final = 40
+PADDED: Final = ((0, 40), (7, 33), (16, 24), (9, 24), (2, 24), (0, 0), (0, 31))
+PACKED: Final = (0, 37, 16, 16, 16, 1, 0, 23)
 
 
 def ragged(subject: Subject) -> Iterator[Finding]:
@@ -62,24 +68,44 @@ def _empty(subject: Subject, where: str) -> Iterator[Finding]:
         yield Finding(what=f"{name} {where}", problem=problem)
 
 
+def documents(subject: Subject) -> Iterator[Finding]:
+    """Padded rows and packed documents: each sequence is alone, and what is padding takes no part."""
+    device = subject.case.device
+    padded, packed = (
+        subject.at(batch=len(PADDED), q_len=PLACES, kv_len=PLACES),
+        subject.at(batch=1, **_both(sum(PACKED))),
+    )
+    place = torch.arange(PLACES, device=device)
+    rows = [(place < before) | (place >= before + tokens) for before, tokens in PADDED]
+    yield from _compared(padded, "of padded rows", key_padding_mask=torch.stack(rows))
+    ends = torch.tensor([0, *PACKED], device=device).cumsum(0)
+    yield from _compared(packed, "of packed documents", cu_seqlens=ends)
+
+
+def _both(length: int) -> dict[str, int]:
+    return {"q_len": length, "kv_len": length}
+
+
 def refused_calls(subject: Subject) -> Iterator[Finding]:
-    """Lengths and offsets that the backend does not declare are an error, not a result."""
+    """Lengths, offsets and documents that the backend does not declare are an error, not a result."""
     from ..core.errors import ConfigError
 
-    wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}}
+    wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}, "varlen": {"batch": 1}}
     for axis, changes in wanted.items():
         if subject.takes(axis):
             continue
         other = subject.at(**changes)
+        ends = torch.tensor([0, other.case.kv_len], device=other.case.device)
         try:
-            other.call(*other.inputs)
+            other.run(other.inputs, **({"cu_seqlens": ends} if axis == "varlen" else {}))
         except ConfigError:
             yield Finding(what=axis)
         else:
             yield Finding(what=axis, problem="is not declared, and a call that needs it is answered all the same")
 
 
-def _compared(subject: Subject, where: str) -> Iterator[Finding]:
-    results = subject.run(subject.inputs)
+def _compared(subject: Subject, where: str, **documents: Tensor) -> Iterator[Finding]:
+    results = subject.run(subject.inputs, **documents)
+    expected = subject.oracle(subject.inputs, through_lse=False, **documents) if documents else subject.expected
     names = ("out", "lse", *(GRADIENTS if subject.case.requires_grad else ()))
-    yield from subject.compared({name: results[name] for name in names}, subject.expected, where)
+    yield from subject.compared({name: results[name] for name in names}, expected, where)
