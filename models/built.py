@@ -113,6 +113,7 @@ class BuiltAttention(nn.Module):
         *,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
+        is_cross: bool = False,
     ) -> Tensor:
         """Attend.
 
@@ -122,6 +123,7 @@ class BuiltAttention(nn.Module):
             value: (B, T, K, D).
             is_causal: no query sees a later key; also where the configuration says so.
             key_padding_mask: (B, T) bool, True for padding.
+            is_cross: queries are not the tokens that the mask speaks of; all of them attend.
 
         Returns:
             (B, S, H, D).
@@ -133,6 +135,8 @@ class BuiltAttention(nn.Module):
         elif built_for not in self._built:
             self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
         attention = self._built[built_for]
+        if is_cross and key_padding_mask is not None:
+            return _row_by_row(attention, query, key, value, key_padding_mask)
         padding = {} if key_padding_mask is None else {"key_padding_mask": key_padding_mask}
         if self.compatibility is None or is_causal:
             out: Tensor = attention(query, key, value, **padding)
@@ -144,6 +148,14 @@ class BuiltAttention(nn.Module):
             )
         out, lse = attention(query, key, value, return_lse=True)
         return with_zero_keys(out, lse, self.pattern, self.config.kv_heads)
+
+
+def _row_by_row(attention: Attention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+    """Each row's queries over its keys that are not padding. The lengths are read, so a graph breaks here."""
+    rows = []
+    for b, real in enumerate(~padding):
+        rows.append(attention(query[b : b + 1], key[b : b + 1, real], value[b : b + 1, real]))
+    return torch.cat(rows) if rows else torch.empty_like(query)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -92,6 +92,12 @@ class Tensors:
             raise ConfigError(f"{self._source} has no tensor {name!r}; left are {', '.join(self.names()[:8])}")
         return self._left.pop(name)
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the tensor of that name, which stays to be taken."""
+        tensor = self.take(name)
+        self._left[name] = tensor
+        return tensor.shape
+
     def move(self, into: dict[str, Tensor], names: Mapping[str, str], old: str = "", new: str = "") -> None:
         """Take each `old + name` and put it into `into` as `new + names[name]`."""
         for name, renamed in names.items():
@@ -102,7 +108,9 @@ class Tensors:
         if self._left:
             names = self.names()
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-            raise ConfigError(f"{self._source} has tensors that no part of this model takes: {', '.join(names[:12])}{more}")
+            raise ConfigError(
+                f"{self._source} has tensors that no part of this model takes: {', '.join(names[:12])}{more}"
+            )
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -106,12 +106,12 @@ class LongNetConfig:
 
     def __attrs_post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}"
-            )
+            raise ConfigError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
         for name in self.attention:
             if name in _SET_BY_LAYERS:
-                raise ConfigError(f"attention has no {name!r} here; it is a field of LongNetConfig, or follows from one")
+                raise ConfigError(
+                    f"attention has no {name!r} here; it is a field of LongNetConfig, or follows from one"
+                )
         self.attention_fields(is_causal=False)
 
     def attention_fields(self, *, is_causal: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..core.config import check_fields
 from ..core.errors import ConfigError
 from .built import BuiltAttention
 from .positions import POSITIONS, Rotation, make_rotation, positions_of, rotate
+from .requirements import require
 
 # Fields of AttentionConfig that follow from arguments of their own, and the argument to use instead.
 _OWN = {
@@ -127,6 +128,11 @@ class MultiheadAttention(nn.Module):
         """False: it is what keeps `nn.TransformerEncoderLayer` from its own dense attention in evaluation mode."""
         return False
 
+    @property
+    def _may_cross(self) -> bool:
+        """Whether queries and keys may be of two sequences, whose positions have nothing to do with each other."""
+        return self.attention.is_full and self.positions == "none"
+
     def reset_parameters(self) -> None:
         """Draw new weights: as torch does, or where `gain` is given as MAGNETO does."""
         for name, weight in self._input_weights():
@@ -206,7 +212,15 @@ class MultiheadAttention(nn.Module):
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
             q_BSHD, k_BTKD = rotate(q_BSHD, k_BTKD, rotation)
-        out_BSE = self.attention(q_BSHD, k_BTKD, v_BTKD, is_causal=is_causal, key_padding_mask=padding).flatten(2)
+        out_BSHD = self.attention(
+            q_BSHD,
+            k_BTKD,
+            v_BTKD,
+            is_causal=is_causal,
+            key_padding_mask=padding,
+            is_cross=self._may_cross and not is_self,
+        )
+        out_BSE = out_BSHD.flatten(2)
         if self.sub_norm is not None:
             out_BSE = self.sub_norm(out_BSE)
         out_BSE = self.out_proj(out_BSE)
@@ -240,19 +254,17 @@ class MultiheadAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
-    def _check_shapes(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> None:
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         """Batch-first shapes; what a length that differs rules out."""
         widths = (self.embed_dim, self.kdim, self.vdim)
         for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
             if x.dim() != 3 or x.shape[2] != width:
                 raise ConfigError(f"{name} must have three dimensions, the last of {width}; got {tuple(x.shape)}")
         if mask is not None and mask.shape != key.shape[:2]:
-            raise ConfigError(f"key_padding_mask must be (batch, kv_len) {tuple(key.shape[:2])}, got {tuple(mask.shape)}")
-        if query.shape[1] == key.shape[1]:
-            return
-        if not self.attention.is_full or is_causal or self.positions != "none":
+            raise ConfigError(
+                f"key_padding_mask must be (batch, kv_len) {tuple(key.shape[:2])}, got {tuple(mask.shape)}"
+            )
+        if query.shape[1] != key.shape[1] and (is_causal or not self._may_cross):
             raise ConfigError(
                 f"query has {query.shape[1]} tokens and key {key.shape[1]}: attention between two sequences is Full() "
                 f"only, not causal and without positions; got {self.attention.pattern!r}, is_causal={is_causal}, "
@@ -267,10 +279,6 @@ def _as_padding(mask: Tensor | None) -> Tensor | None:
     if not mask.is_floating_point():
         raise ConfigError(f"key_padding_mask must be bool (True for padding) or floating-point, got {mask.dtype}")
     padding = mask == -torch.inf
-    is_plain = ((mask == 0) | padding).all()
     message = "a floating-point key_padding_mask must be 0 or -inf everywhere: padding is left out, never weighted"
-    if torch.compiler.is_compiling():
-        torch._assert_async(is_plain, message)
-    elif not is_plain:
-        raise ConfigError(message)
+    require(((mask == 0) | padding).all(), message)
     return padding

@@ -106,10 +106,14 @@ def torchscale_config(
     known = {*_READ, *_HARMLESS, *_MUST_BE, *(f"{side}_{name}" for name in _SIDES)}
     for name, value in arguments.items():
         if name not in known:
-            raise ConfigError(f"torchscale's argument {name}={value!r} is not known here; leave it out if it has no effect")
+            raise ConfigError(
+                f"torchscale's argument {name}={value!r} is not known here; leave it out if it has no effect"
+            )
         if name in _MUST_BE and value != _MUST_BE[name]:
             raise ConfigError(f"torchscale's {name} must be {_MUST_BE[name]!r} for a LongNet here, got {value!r}")
-    missing = [name for name in (*(f"{side}_{n}" for n in _SIDES), "segment_length", "dilated_ratio") if name not in arguments]
+    missing = [
+        name for name in (*(f"{side}_{n}" for n in _SIDES), "segment_length", "dilated_ratio") if name not in arguments
+    ]
     if missing:
         raise ConfigError(f"torchscale's arguments lack {', '.join(missing)}")
     width, heads, inner, layers = (arguments[f"{side}_{name}"] for name in _SIDES)
@@ -155,7 +159,9 @@ def _norm(arguments: Mapping[str, Any], side: str) -> str:
     return "pre"
 
 
-def take_stack(tensors: Tensors, config: LongNetConfig, state: dict[str, Tensor], *, old: str = "", new: str = "") -> None:
+def take_stack(
+    tensors: Tensors, config: LongNetConfig, state: dict[str, Tensor], *, old: str = "", new: str = ""
+) -> None:
     """Move the layers and the last norm of a torchscale stack from `tensors` to `state`, under our names."""
     if config.final_norm and config.norm != "deep":
         tensors.move(state, _affine("layer_norm", "norm"), old, new)
@@ -189,14 +195,18 @@ def _take_tokens(
     """Move embedding and output projection to `state`; the config with the vocabulary."""
     embedding = tensors.take("embed_tokens.weight")
     if "output_projection.weight" not in tensors:
-        raise ConfigError("the torchscale checkpoint has embed_tokens but no output_projection.weight, so no language model")
+        raise ConfigError(
+            "the torchscale checkpoint has embed_tokens but no output_projection.weight, so no language model"
+        )
     output = tensors.take("output_projection.weight")
     is_tied = any(arguments.get(f"share_{side}_input_output_embed", False) for side in ("encoder", "decoder"))
     if is_tied and not torch.equal(embedding, output):
         raise ConfigError("the checkpoint's embedding and output projection differ, though its arguments share them")
     if not arguments.get("no_scale_embedding", True):
         if is_tied:
-            raise ConfigError("no_scale_embedding=False with shared embeddings scales one use of them only; not supported")
+            raise ConfigError(
+                "no_scale_embedding=False with shared embeddings scales one use of them only; not supported"
+            )
         embedding = embedding * math.sqrt(config.embed_dim)
     state["embedding.weight"] = embedding
     if not is_tied:

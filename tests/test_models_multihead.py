@@ -46,7 +46,9 @@ def test_full_is_torchs(batch_first: bool, is_causal: bool) -> None:
     x = data(B, S, E).requires_grad_()
     mask = nn.Transformer.generate_square_subsequent_mask(S) if is_causal else None
     expected, _ = theirs(x, x, x, need_weights=False, attn_mask=mask, is_causal=is_causal)
-    actual, weights = ours(x, x, x, is_causal=is_causal) if batch_first else ours(x, x, x, attn_mask=mask, is_causal=is_causal)
+    actual, weights = (
+        ours(x, x, x, is_causal=is_causal) if batch_first else ours(x, x, x, attn_mask=mask, is_causal=is_causal)
+    )
     if not batch_first and not is_causal:
         assert actual.shape == x.shape
     assert weights is None
@@ -54,5 +56,7 @@ def test_full_is_torchs(batch_first: bool, is_causal: bool) -> None:
     wanted = gradients(expected, x, *theirs.parameters())
     assert all(
         error(a, e) < 1e-5
-        for a, e in zip(gradients(actual, x, *(ours.get_parameter(n) for n, _ in theirs.named_parameters())), wanted, strict=True)
+        for a, e in zip(
+            gradients(actual, x, *(ours.get_parameter(n) for n, _ in theirs.named_parameters())), wanted, strict=True
+        )
     )
