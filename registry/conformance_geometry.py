@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from .conformance_case import Subject
 from .conformance_measure import GRADIENTS, Finding
@@ -70,20 +69,18 @@ def _empty(subject: Subject, where: str) -> Iterator[Finding]:
 
 def documents(subject: Subject) -> Iterator[Finding]:
     """Padded rows and packed documents: each sequence is alone, and what is padding takes no part."""
-    device = subject.case.device
-    padded, packed = (
-        subject.at(batch=len(PADDED), q_len=PLACES, kv_len=PLACES),
-        subject.at(batch=1, **_both(sum(PACKED))),
-    )
+    device, length = subject.case.device, sum(PACKED)
     place = torch.arange(PLACES, device=device)
-    rows = [(place < before) | (place >= before + tokens) for before, tokens in PADDED]
-    yield from _compared(padded, "of padded rows", key_padding_mask=torch.stack(rows))
+    mask = torch.stack([(place < before) | (place >= before + tokens) for before, tokens in PADDED])
     ends = torch.tensor([0, *PACKED], device=device).cumsum(0)
-    yield from _compared(packed, "of packed documents", cu_seqlens=ends)
-
-
-def _both(length: int) -> dict[str, int]:
-    return {"q_len": length, "kv_len": length}
+    padded = subject.at(batch=len(PADDED), q_len=PLACES, kv_len=PLACES)
+    packed = subject.at(batch=1, q_len=length, kv_len=length)
+    results = padded.run(padded.inputs, key_padding_mask=mask)
+    expected = padded.oracle(padded.inputs, through_lse=False, key_padding_mask=mask)
+    yield from padded.compared(results, expected, "of padded rows")
+    results = packed.run(packed.inputs, cu_seqlens=ends)
+    expected = packed.oracle(packed.inputs, through_lse=False, cu_seqlens=ends)
+    yield from packed.compared(results, expected, "of packed documents")
 
 
 def refused_calls(subject: Subject) -> Iterator[Finding]:
@@ -95,17 +92,16 @@ def refused_calls(subject: Subject) -> Iterator[Finding]:
         if subject.takes(axis):
             continue
         other = subject.at(**changes)
-        ends = torch.tensor([0, other.case.kv_len], device=other.case.device)
+        ends = torch.tensor([0, other.case.kv_len], device=other.case.device) if axis == "varlen" else None
         try:
-            other.run(other.inputs, **({"cu_seqlens": ends} if axis == "varlen" else {}))
+            other.run(other.inputs, cu_seqlens=ends)
         except ConfigError:
             yield Finding(what=axis)
         else:
             yield Finding(what=axis, problem="is not declared, and a call that needs it is answered all the same")
 
 
-def _compared(subject: Subject, where: str, **documents: Tensor) -> Iterator[Finding]:
-    results = subject.run(subject.inputs, **documents)
-    expected = subject.oracle(subject.inputs, through_lse=False, **documents) if documents else subject.expected
+def _compared(subject: Subject, where: str) -> Iterator[Finding]:
+    results = subject.run(subject.inputs)
     names = ("out", "lse", *(GRADIENTS if subject.case.requires_grad else ()))
-    yield from subject.compared({name: results[name] for name in names}, expected, where)
+    yield from subject.compared({name: results[name] for name in names}, subject.expected, where)
