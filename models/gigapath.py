@@ -61,7 +61,7 @@ def gigapath_segment_lengths(max_slide_pixels: int = 262_144, tile_size: int = 2
     """The original's five segment lengths: from 1024 to all tiles of the largest slide, evenly in the exponent."""
     last = int(math.log2((max_slide_pixels // tile_size) ** 2))
     first = math.log2(_SHORTEST_SEGMENT)
-    return tuple(int(2.0 ** (first + (last - first) * i / 4)) for i in range(4)) + (2**last,)
+    return (*(int(2.0 ** (first + (last - first) * i / 4)) for i in range(4)), 2**last)
 
 
 class SlideEncoder(nn.Module):
@@ -143,8 +143,8 @@ class SlideEncoder(nn.Module):
         # The table's first axis is the first coordinate; its embedding puts the second one first.
         require(
             ((place_BL2 >= 0) & (place_BL2 < grid)).all(),
-            f"coordinates must lie in a grid of {grid} x {grid} tiles of {self.config.tile_size} pixels, from 0 to below "
-            f"{grid * self.config.tile_size}",
+            f"coordinates must lie in a grid of {grid} x {grid} tiles of {self.config.tile_size} pixels, from 0 to "
+            f"below {grid * self.config.tile_size}",
         )
         quarter = self.config.encoder.embed_dim // 4
         index = torch.arange(quarter, dtype=torch.float64, device=coordinates_BL2.device)
@@ -210,7 +210,7 @@ def load_gigapath(
         num_layers=1 + max(int(found[1]) for name in tensors.names() if (found := _LAYER.match(name))),
         num_heads=num_heads,
         ffn_dim=tensors.shape("encoder.layers.0.ffn.fc1.weight")[0],
-        pattern=dilated_pattern(segment_lengths or gigapath_segment_lengths(), dilation_rates),  # type: ignore[arg-type]
+        pattern=dilated_pattern(segment_lengths or gigapath_segment_lengths(), dilation_rates),
         dropout=dropout,
         drop_path=drop_path,
         compatibility=compatibility,

@@ -115,12 +115,12 @@ class _Layer(nn.Module):
 
     def _before(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
         """What a part reads."""
-        return norm(x_BSE) if self.norm_first else x_BSE  # type: ignore[no-any-return]
+        return norm(x_BSE) if self.norm_first else x_BSE
 
     def _after(self, x_BSE: Tensor, added_BSE: Tensor, norm: nn.Module) -> Tensor:
         """The residual stream with what a part adds."""
         x_BSE = x_BSE * self.residual_scale + self.drop_path(self.dropout(added_BSE))
-        return x_BSE if self.norm_first else norm(x_BSE)  # type: ignore[no-any-return]
+        return x_BSE if self.norm_first else norm(x_BSE)
 
     def _self_attention(self, x_BSE: Tensor, padding: Tensor | None, rotation: Rotation | None) -> Tensor:
         read = self._before(x_BSE, self.self_attn_norm)

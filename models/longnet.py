@@ -34,7 +34,7 @@ class _Stack(nn.Module):
     def _run(
         self, x_BSE: Tensor, padding: Tensor | None, *memory: Tensor | None, keep: list[Tensor] | None = None
     ) -> Tensor:
-        """The residual stream after all layers and the last norm; `keep` collects what each layer reads, and the end."""
+        """The residual stream after all layers and the last norm; `keep` collects it before each layer and after all."""
         if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
         rotation = self._rotation(x_BSE, padding)
@@ -46,7 +46,7 @@ class _Stack(nn.Module):
             x_BSE = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         if keep is not None:
             keep.append(x_BSE)
-        return self.norm(x_BSE) if self.norm is not None else x_BSE  # type: ignore[no-any-return]
+        return self.norm(x_BSE) if self.norm is not None else x_BSE
 
     def _rotation(self, x_BSE: Tensor, padding: Tensor | None) -> Rotation | None:
         if self.config.positions == "none":

@@ -137,12 +137,13 @@ class LongNetConfig:
 
     def residual_scale(self, *, has_memory: bool) -> float:
         """alpha of DeepNet for a stack of one kind, 1 for other norms; parts a layer has: 2, or 3 with a memory."""
-        return ((3.0 if has_memory else 2.0) * self.num_layers) ** 0.25 if self.norm == "deep" else 1.0
+        parts = 3.0 if has_memory else 2.0
+        return math.sqrt(math.sqrt(parts * self.num_layers)) if self.norm == "deep" else 1.0
 
     def gain(self, *, has_memory: bool) -> float:
         """The factor on the first values of what writes to the residual stream (MAGNETO, DeepNet)."""
         if self.norm == "deep":
-            return ((12.0 if has_memory else 8.0) * self.num_layers) ** -0.25
+            return 1 / math.sqrt(math.sqrt((12.0 if has_memory else 8.0) * self.num_layers))
         if self.norm == "sub":
             return math.sqrt(math.log((3.0 if has_memory else 2.0) * self.num_layers))
         return 1.0

@@ -51,7 +51,7 @@ class MultiheadAttention(nn.Module):
             N layers). None initialises as torch does.
         layer_norm_eps: of sub_norm.
         compatibility: "torchscale_zero_padding" for weights trained with torchscale; see `zero_keys`.
-        fields: further fields of `AttentionConfig`: pattern, num_kv_heads, is_causal, scale, backend, deterministic, ...
+        fields: further fields of `AttentionConfig`: pattern, num_kv_heads, is_causal, scale, backend, ...
 
     Raises:
         ConfigError: for values that no backend could honour.
@@ -96,6 +96,7 @@ class MultiheadAttention(nn.Module):
         given = {"num_heads": num_heads, "head_dim": head_dim, "dropout_p": dropout, **fields}
         self.attention = BuiltAttention(given, compatibility=compatibility, device=device, dtype=dtype)
         self._kv_dim = self.attention.config.kv_heads * head_dim
+        self._sizes = [embed_dim, self._kv_dim, self._kv_dim]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **made)
         self._make_projections(bias, made)
@@ -139,7 +140,7 @@ class MultiheadAttention(nn.Module):
             if self.gain is None:
                 nn.init.xavier_uniform_(weight)
                 continue
-            parts = weight.split([self.embed_dim, self._kv_dim, self._kv_dim]) if name == "in_proj_weight" else [weight]
+            parts = weight.split_with_sizes(self._sizes) if name == "in_proj_weight" else [weight]
             for index, part in enumerate(parts):
                 is_value = index == 2 or name == "v_proj_weight"
                 nn.init.xavier_normal_(part, gain=self.gain if is_value else 1.0)
@@ -206,19 +207,21 @@ class MultiheadAttention(nn.Module):
             key_padding_mask = key_padding_mask.unsqueeze(0) if key_padding_mask is not None else None
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        self._check_shapes(query, key, value, key_padding_mask, is_causal or self.attention.config.is_causal)
+        is_causal = is_causal or self.attention.config.is_causal
+        self._check_shapes(query, key, value, key_padding_mask, is_causal)
         padding = _as_padding(key_padding_mask)
         q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
             q_BSHD, k_BTKD = rotate(q_BSHD, k_BTKD, rotation)
+        is_cross = self._may_cross and not is_self and not is_causal
         out_BSHD = self.attention(
             q_BSHD,
             k_BTKD,
             v_BTKD,
             is_causal=is_causal,
             key_padding_mask=padding,
-            is_cross=self._may_cross and not is_self,
+            is_cross=is_cross,
         )
         out_BSE = out_BSHD.flatten(2)
         if self.sub_norm is not None:
@@ -242,13 +245,13 @@ class MultiheadAttention(nn.Module):
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, as (B, S, H, D), (B, T, K, D), (B, T, K, D)."""
-        sizes = [self.embed_dim, self._kv_dim, self._kv_dim]
+        sizes = self._sizes
         if self.in_proj_weight is not None and is_self:
-            parts = linear(query, self.in_proj_weight, self.in_proj_bias).split(sizes, dim=-1)
+            parts = linear(query, self.in_proj_weight, self.in_proj_bias).split_with_sizes(sizes, dim=-1)
         else:
             packed = self.in_proj_weight
-            weights = packed.split(sizes) if packed is not None else [w for _, w in self._input_weights()]
-            biases = self.in_proj_bias.split(sizes) if self.in_proj_bias is not None else (None, None, None)
+            weights = packed.split_with_sizes(sizes) if packed is not None else [w for _, w in self._input_weights()]
+            biases = self.in_proj_bias.split_with_sizes(sizes) if self.in_proj_bias is not None else (None, None, None)
             inputs = (query, key, value)
             parts = tuple(linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)

@@ -1,8 +1,8 @@
 """Rotary positions (RoFormer, arXiv 2104.09864) and xPos (arXiv 2212.10554), with padding respected.
 
-Component pairs (2i, 2i + 1) turn together, as in both papers and in torchscale. xPos also scales: with s = (p - c) / base,
-queries are multiplied by zeta^s and keys by zeta^-s, so that a product depends on the distance alone, whatever the
-centre c; c lies in the middle of the sequence, where the scales stay smallest.
+Component pairs (2i, 2i + 1) turn together, as in both papers and in torchscale. xPos also scales: with
+s = (p - c) / base, queries are multiplied by zeta^s and keys by zeta^-s, so that a product depends on the distance
+alone, whatever the centre c; c lies in the middle of the sequence, where the scales stay smallest.
 
 Shapes: B batch, S sequence, H heads, D head_dim.
 """

@@ -28,11 +28,34 @@ from .longnet_config import LongNetConfig
 
 # Arguments that say how training runs, not what the model computes.
 _HARMLESS = frozenset(
-    "checkpoint_activations fsdp ddp_rank flash_attention bert_init max_source_positions max_target_positions "
-    "no_output_layer normalize_output vocab_size img_size patch_size in_chans seq_parallel moe_top1_expert "
-    "moe_expert_count moe_gating_use_fp32 moe_eval_capacity_token_fraction moe_second_expert_policy "
-    "moe_normalize_gate_prob_before_dropping block_shift max_rel_pos encoder_normalize_before "
-    "decoder_normalize_before pre_norm causal".split()
+    [
+        "checkpoint_activations",
+        "fsdp",
+        "ddp_rank",
+        "flash_attention",
+        "bert_init",
+        "max_source_positions",
+        "max_target_positions",
+        "no_output_layer",
+        "normalize_output",
+        "vocab_size",
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "seq_parallel",
+        "moe_top1_expert",
+        "moe_expert_count",
+        "moe_gating_use_fp32",
+        "moe_eval_capacity_token_fraction",
+        "moe_second_expert_policy",
+        "moe_normalize_gate_prob_before_dropping",
+        "block_shift",
+        "max_rel_pos",
+        "encoder_normalize_before",
+        "decoder_normalize_before",
+        "pre_norm",
+        "causal",
+    ]
 )
 # Arguments that must have the value of a plain LongNet.
 _MUST_BE: Mapping[str, object] = {
@@ -45,10 +68,24 @@ _MUST_BE: Mapping[str, object] = {
 }
 _SIDES = ("embed_dim", "attention_heads", "ffn_embed_dim", "layers")
 _READ = (
-    "activation_fn activation dropout attention_dropout activation_dropout drop_path_rate segment_length dilated_ratio "
-    "xpos xpos_rel_pos xpos_scale_base subln deepnorm layernorm_eps no_scale_embedding "
-    "share_encoder_input_output_embed share_decoder_input_output_embed"
-).split()
+    "activation_fn",
+    "activation",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "drop_path_rate",
+    "segment_length",
+    "dilated_ratio",
+    "xpos",
+    "xpos_rel_pos",
+    "xpos_scale_base",
+    "subln",
+    "deepnorm",
+    "layernorm_eps",
+    "no_scale_embedding",
+    "share_encoder_input_output_embed",
+    "share_decoder_input_output_embed",
+)
 
 
 def load_torchscale(
@@ -122,7 +159,7 @@ def torchscale_config(
         num_layers=layers,
         num_heads=heads,
         ffn_dim=inner,
-        pattern=dilated_pattern(arguments["segment_length"], arguments["dilated_ratio"]),  # type: ignore[arg-type]
+        pattern=dilated_pattern(arguments["segment_length"], arguments["dilated_ratio"]),
         positions="xpos" if arguments.get("xpos_rel_pos", arguments.get("xpos", False)) else "none",
         xpos_base=float(arguments.get("xpos_scale_base", 512)),
         norm=_norm(arguments, side),
