@@ -9,14 +9,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .gigapath import SlideEncoder, SlideEncoderConfig, load_gigapath
+    from .layers import LongNetDecoderLayer, LongNetEncoderLayer
+    from .longnet import LongNetDecoder, LongNetEncoder, LongNetLM
+    from .longnet_config import LongNetConfig
     from .multihead import MultiheadAttention
+    from .torchscale import load_torchscale
 
 # Public name -> the module of this folder that has it.
 _HOMES = {
+    "LongNetConfig": "longnet_config",
+    "LongNetDecoder": "longnet",
+    "LongNetDecoderLayer": "layers",
+    "LongNetEncoder": "longnet",
+    "LongNetEncoderLayer": "layers",
+    "LongNetLM": "longnet",
     "MultiheadAttention": "multihead",
+    "SlideEncoder": "gigapath",
+    "SlideEncoderConfig": "gigapath",
+    "load_gigapath": "gigapath",
+    "load_torchscale": "torchscale",
 }
 
-__all__ = ["MultiheadAttention"]
+__all__ = [
+    "LongNetConfig",
+    "LongNetDecoder",
+    "LongNetDecoderLayer",
+    "LongNetEncoder",
+    "LongNetEncoderLayer",
+    "LongNetLM",
+    "MultiheadAttention",
+    "SlideEncoder",
+    "SlideEncoderConfig",
+    "load_gigapath",
+    "load_torchscale",
+]
 
 
 def __getattr__(name: str) -> Any:

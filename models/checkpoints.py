@@ -43,13 +43,14 @@ def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no checkpoint file {str(path)!r}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"the checkpoint {str(path)!r} holds a {type(loaded).__name__}, not a mapping of tensors")

@@ -9,7 +9,6 @@ Shapes: B slides, L tiles, C tile features, E embed_dim, S = L + 1 with the clas
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
 from .longnet_config import LongNetConfig
 from .requirements import require
-from .torchscale import dilated_pattern, take_stack
+from .torchscale import dilated_pattern, layer_count, take_stack
 
 _RATES = (1, 2, 4, 8, 16)
 _SHORTEST_SEGMENT = 1024
@@ -207,7 +206,7 @@ def load_gigapath(
     tensors.move(state, names | {f"norm.{kind}": f"norm.{kind}" for kind in ("weight", "bias")})
     encoder = LongNetConfig(
         embed_dim=state["class_token"].shape[-1],
-        num_layers=1 + max(int(found[1]) for name in tensors.names() if (found := _LAYER.match(name))),
+        num_layers=layer_count(tensors, "encoder."),
         num_heads=num_heads,
         ffn_dim=tensors.shape("encoder.layers.0.ffn.fc1.weight")[0],
         pattern=dilated_pattern(segment_lengths or gigapath_segment_lengths(), dilation_rates),
@@ -226,6 +225,3 @@ def load_gigapath(
     model = SlideEncoder(config, dtype=weight.dtype)
     load_exactly(model, state, "the GigaPath checkpoint")
     return model.eval()
-
-
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")

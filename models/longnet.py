@@ -34,7 +34,7 @@ class _Stack(nn.Module):
     def _run(
         self, x_BSE: Tensor, padding: Tensor | None, *memory: Tensor | None, keep: list[Tensor] | None = None
     ) -> Tensor:
-        """The residual stream after all layers and the last norm; `keep` collects it before each layer and after all."""
+        """The residual stream after layers and last norm; `keep` collects it before each layer and after the last."""
         if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
         rotation = self._rotation(x_BSE, padding)

@@ -254,7 +254,7 @@ class MultiheadAttention(nn.Module):
             biases = self.in_proj_bias.split_with_sizes(sizes) if self.in_proj_bias is not None else (None, None, None)
             inputs = (query, key, value)
             parts = tuple(linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
     def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> None:

@@ -206,6 +206,15 @@ def take_stack(
         _take_layer(tensors, config, state, f"{old}layers.{index}.", f"{new}layers.{index}.")
 
 
+def layer_count(tensors: Tensors, prefix: str) -> int:
+    """One more than the largest number of a layer; raises `ConfigError` where there is none."""
+    start = f"{prefix}layers."
+    numbers = [name.removeprefix(start).partition(".")[0] for name in tensors.names() if name.startswith(start)]
+    if not numbers:
+        raise ConfigError(f"the checkpoint has no tensor {start}0...; found {', '.join(tensors.names()[:8])}")
+    return 1 + max(int(number) for number in numbers)
+
+
 def _take_layer(tensors: Tensors, config: LongNetConfig, state: dict[str, Tensor], old: str, new: str) -> None:
     names = _affine("self_attn.out_proj") | _affine("self_attn_layer_norm", "self_attn_norm")
     names |= _affine("ffn.fc1", "ffn.up") | _affine("ffn.fc2", "ffn.down") | _affine("final_layer_norm", "ffn_norm")

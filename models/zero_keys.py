@@ -43,7 +43,7 @@ def with_zero_keys(out_BSHD: Tensor, lse_BHS: Tensor, pattern: Pattern, kv_heads
     """
     _, length, heads, _ = out_BSHD.shape
     branches = pattern.branches(_geometry(length, heads, kv_heads)) or ()
-    counts_HS = zero_keys_seen(branches, length, heads, lse_BHS.device)
+    counts_HS = zero_keys_seen(branches, length, lse_BHS.device)
     if counts_HS is None:
         return out_BSHD
     log_counts = torch.where(counts_HS > 0, counts_HS.clamp(min=1).to(lse_BHS.dtype).log(), _NONE)
@@ -51,7 +51,7 @@ def with_zero_keys(out_BSHD: Tensor, lse_BHS: Tensor, pattern: Pattern, kv_heads
     return out_BSHD * share_BHS.transpose(1, 2).unsqueeze(-1).to(out_BSHD.dtype)
 
 
-def zero_keys_seen(branches: Sequence[Branch], length: int, heads: int, device: torch.device) -> Tensor | None:
+def zero_keys_seen(branches: Sequence[Branch], length: int, device: torch.device) -> Tensor | None:
     """How many zero keys each row sees in all branches together, (H, S) int32; None where nothing is padded."""
     position = torch.arange(length, dtype=torch.int32, device=device)
     total: Tensor | None = None
