@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .layers import LongNetDecoderLayer, LongNetEncoderLayer
     from .longnet import LongNetDecoder, LongNetEncoder, LongNetLM
     from .longnet_config import LongNetConfig
+    from .longvit import LongViT, LongViTConfig, load_longvit
     from .multihead import MultiheadAttention
+    from .predecessors import load_dilated_attention_pytorch
     from .torchscale import load_torchscale
 
 # Public name -> the module of this folder that has it.
@@ -24,10 +26,14 @@ _HOMES = {
     "LongNetEncoder": "longnet",
     "LongNetEncoderLayer": "layers",
     "LongNetLM": "longnet",
+    "LongViT": "longvit",
+    "LongViTConfig": "longvit",
     "MultiheadAttention": "multihead",
     "SlideEncoder": "gigapath",
     "SlideEncoderConfig": "gigapath",
+    "load_dilated_attention_pytorch": "predecessors",
     "load_gigapath": "gigapath",
+    "load_longvit": "longvit",
     "load_torchscale": "torchscale",
 }
 
@@ -38,10 +44,14 @@ __all__ = [
     "LongNetEncoder",
     "LongNetEncoderLayer",
     "LongNetLM",
+    "LongViT",
+    "LongViTConfig",
     "MultiheadAttention",
     "SlideEncoder",
     "SlideEncoderConfig",
+    "load_dilated_attention_pytorch",
     "load_gigapath",
+    "load_longvit",
     "load_torchscale",
 ]
 

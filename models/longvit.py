@@ -49,7 +49,9 @@ class LongViTConfig:
 
     def __attrs_post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ConfigError(f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}")
+            raise ConfigError(
+                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
 
 
 class LongViT(nn.Module):
@@ -162,9 +164,7 @@ def load_longvit(
     )
     take_stack(tensors, encoder, state, old="encoder.", new="encoder.")
     tensors.require_empty()
-    config = LongViTConfig(
-        encoder=encoder, image_size=image_size, patch_size=weight.shape[2], channels=weight.shape[1]
-    )
+    config = LongViTConfig(encoder=encoder, image_size=image_size, patch_size=weight.shape[2], channels=weight.shape[1])
     model = LongViT(config, dtype=weight.dtype)
     load_exactly(model, state, "the LongViT checkpoint")
     return model.eval()

@@ -17,7 +17,7 @@ class Golden:
     """A small model of an original implementation: its weights, inputs and outputs, and its arguments."""
 
     def __init__(self, name: str) -> None:
-        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
             self._tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.config: dict[str, Any] = json.loads(file.metadata()["config"])
 

@@ -93,8 +93,9 @@ def test_a_pattern_is_the_oracles() -> None:
     torch.manual_seed(0)
     ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED, num_kv_heads=2, dtype=torch.float64)
     x = data(B, S, E, dtype=torch.float64)
+    assert ours.in_proj_weight is not None
     parts = nn.functional.linear(x, ours.in_proj_weight, ours.in_proj_bias).split_with_sizes([E, E // 2, E // 2], -1)
-    q, k, v = (part.unflatten(-1, (-1, E // H)) for part in parts)
+    q, k, v = (torch.unflatten(part, -1, (-1, E // H)) for part in parts)
     out, _ = reference.attention(q, k, v, pattern=DILATED, is_causal=True)
     assert_close([ours(x, x, x, is_causal=True)[0]], [ours.out_proj(out.flatten(2))], 1e-12)
 
@@ -123,7 +124,7 @@ def test_positions_count_distance_alone(positions: str) -> None:
     torch.manual_seed(0)
     ours = MultiheadAttention(E, H, batch_first=True, positions=positions, dtype=torch.float64)
     x = data(1, S, E, dtype=torch.float64)
-    q, k = x.unflatten(-1, (H, -1)), data(1, S, E, seed=1, dtype=torch.float64).unflatten(-1, (H, -1))
+    q, k = data(2, 1, S, H, E // H, dtype=torch.float64)
     from dilated_attention.models.positions import make_rotation, rotate
 
     scores = []
@@ -154,7 +155,7 @@ def test_torchs_layers_take_it() -> None:
         assert isinstance(layer, nn.TransformerEncoderLayer)
         replacement = MultiheadAttention(E, H, batch_first=True)
         replacement.load_state_dict(layer.self_attn.state_dict())
-        layer.self_attn = replacement  # type: ignore[assignment]
+        layer.self_attn = replacement
     for is_training in (True, False):
         with torch.no_grad():
             model.train(is_training)
