@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .gigapath import SlideEncoder, SlideEncoderConfig, load_gigapath
+    from .huggingface import register_with_transformers
     from .layers import LongNetDecoderLayer, LongNetEncoderLayer
     from .longnet import LongNetDecoder, LongNetEncoder, LongNetLM
     from .longnet_config import LongNetConfig
@@ -35,6 +36,7 @@ _HOMES = {
     "load_gigapath": "gigapath",
     "load_longvit": "longvit",
     "load_torchscale": "torchscale",
+    "register_with_transformers": "huggingface",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "load_gigapath",
     "load_longvit",
     "load_torchscale",
+    "register_with_transformers",
 ]
 
 

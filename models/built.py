@@ -114,6 +114,7 @@ class BuiltAttention(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         is_cross: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -124,6 +125,7 @@ class BuiltAttention(nn.Module):
             is_causal: no query sees a later key; also where the configuration says so.
             key_padding_mask: (B, T) bool, True for padding.
             is_cross: queries are not the tokens that the mask speaks of; all of them attend.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in a batch of one row.
 
         Returns:
             (B, S, H, D).
@@ -137,11 +139,10 @@ class BuiltAttention(nn.Module):
         attention = self._built[built_for]
         if is_cross and key_padding_mask is not None:
             return _row_by_row(attention, query, key, value, key_padding_mask)
-        padding = {} if key_padding_mask is None else {"key_padding_mask": key_padding_mask}
         if self.compatibility is None or is_causal:
-            out: Tensor = attention(query, key, value, **padding)
+            out: Tensor = attention(query, key, value, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
             return out
-        if key_padding_mask is not None:
+        if key_padding_mask is not None or cu_seqlens is not None:
             raise ConfigError(
                 f"compatibility={self.compatibility!r} takes no key_padding_mask: the original ignored it; run the "
                 f"sequences one by one, or without compatibility"

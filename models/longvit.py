@@ -105,7 +105,7 @@ class LongViT(nn.Module):
         side = self.config.image_size // self.config.patch_size
         if (rows, columns) == (side, side):
             return self.positions
-        grid = self.positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = torch.unflatten(self.positions, 1, (side, side)).permute(0, 3, 1, 2)
         # The original asks for a tenth of a patch more, so that rounding cannot lose one; it scales by that too.
         scale = ((rows + 0.1) / side, (columns + 0.1) / side)
         resized = functional.interpolate(grid, scale_factor=scale, mode="bicubic")

@@ -3,9 +3,9 @@
 The weights are carried over exactly; what they computed is not, because it was wrong:
 
 - Outputs of each group of heads were divided by their own signed sum over all positions (`x / x.sum(dim=(1, 2))`).
-  That makes the output independent of the values' scale, lets every position see the future, and blows up where the sum is
-  near 0. Here each head's softmax is what it is.
-- Heads were divided among groups without regard to a remainder, so that 12 heads in 5 groups left two without an output.
+- Outputs of each group of heads were divided by their own signed sum over all positions
+  (`x / x.sum(dim=(1, 2))`). That makes the output independent of the values' scale, lets every position see the
+  future, and blows up where the sum is near 0. Here each head's softmax is what it is.
   Here the first groups get one head more (`heads="split"`).
 - Sequences had to be multiples of every segment length. Here the last segment is shorter.
 - Padding masks had no effect, or were dropped with a warning. Here they have.

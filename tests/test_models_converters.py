@@ -43,7 +43,7 @@ class Weights(dict[str, Tensor]):
 
     def attention(self, prefix: str, x: Tensor, pattern: Pattern, norm: str) -> Tensor:
         """Attention with separate projections by the oracle, normalised and projected."""
-        q, k, v = (self.linear(f"{prefix}{letter}_proj", x).unflatten(-1, (H, -1)) for letter in "qkv")
+        q, k, v = (torch.unflatten(self.linear(f"{prefix}{letter}_proj", x), -1, (H, -1)) for letter in "qkv")
         out, _ = reference.attention(q, k, v, pattern=pattern, is_causal=False)
         return self.linear(f"{prefix}out_proj", self.norm(prefix + norm, out.flatten(2)))
 
