@@ -25,6 +25,7 @@ _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 _BOTH = "and_masks.<locals>.and_mask"
 
 
+@torch.compiler.disable(reason="a graph cannot look into transformers' mask functions")  # type: ignore[untyped-decorator, no-untyped-call]
 def padding_mask(
     batch_size: int,
     q_length: int | None = None,
@@ -79,7 +80,7 @@ def padding_mask(
             f"attention_mask has {attention_mask.shape[1]} columns, too few for the keys up to position "
             f"{kv_offset + filled}; give it one column for each token seen so far"
         )
-    return None if filled == kv_length and not torch.compiler.is_compiling() and bool(mask.all()) else mask
+    return None if filled == kv_length and bool(mask.all()) else mask
 
 
 def require_known(function: Callable[..., Any]) -> None:
@@ -112,7 +113,7 @@ def _is_causal(function: Callable[..., Any] | None) -> bool:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    return str(getattr(function, "__qualname__", repr(function)))
+    return function.__qualname__
 
 
 def _captured(function: Callable[..., Any]) -> dict[str, Any]:

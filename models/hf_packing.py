@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from .requirements import require
 
 # What was read off a tensor that all layers of a forward share, for as long as it lives.
-_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_plain(mask: Tensor) -> bool:

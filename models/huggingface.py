@@ -28,6 +28,9 @@ from .hf_packing import is_plain, packed_lengths
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Pattern = Pattern | Mapping[str, Any]
+_Layers = Mapping[int, _Pattern] | Mapping[str, _Pattern] | Mapping[int | str, _Pattern]
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _SET_BY_MODEL = ("num_heads", "num_kv_heads", "head_dim", "scale", "dropout_p", "is_causal", "tensor_layout", "pattern")
 # What models hand to their attention that asks nothing of it.
@@ -53,7 +56,7 @@ def register_with_transformers(
     model: PreTrainedModel | str,
     pattern: Pattern | Mapping[str, Any],
     *,
-    layers: Mapping[int | str, Pattern | Mapping[str, Any]] | None = None,
+    layers: _Layers | None = None,
     **fields: Any,
 ) -> str:
     """Register a pattern as an attention implementation of transformers, and switch a model to it.
@@ -91,6 +94,11 @@ def register_with_transformers(
         transformers.AttentionMaskInterface.register(name, padding_mask)
     if not isinstance(model, str):
         model.set_attn_implementation(name)
+        if model.config.get_text_config()._attn_implementation != name:
+            raise ConfigError(
+                f"{type(model).__name__} does not take its attention from transformers' registry, so no pattern can be "
+                f"given to it"
+            )
     return name
 
 
@@ -120,7 +128,7 @@ class _Implementation:
     def __init__(
         self,
         pattern: Pattern | Mapping[str, Any],
-        layers: Mapping[int | str, Pattern | Mapping[str, Any]],
+        layers: _Layers,
         fields: Mapping[str, Any],
     ) -> None:
         for name in fields:
@@ -128,7 +136,7 @@ class _Implementation:
                 raise ConfigError(f"{name!r} follows from the model or from pattern=, and cannot be given here")
         check_fields(fields)
         self.pattern = _resolved(pattern)
-        self.layers = {layer: _resolved(chosen) for layer, chosen in layers.items()}
+        self.layers: dict[int | str, Pattern] = {layer: _resolved(chosen) for layer, chosen in layers.items()}
         self.fields = dict(fields)
         self._built: dict[tuple[Any, ...], BuiltAttention] = {}
         self.digest = sha256(

@@ -2,10 +2,10 @@
 
 The weights are carried over exactly; what they computed is not, because it was wrong:
 
-- Outputs of each group of heads were divided by their own signed sum over all positions (`x / x.sum(dim=(1, 2))`).
 - Outputs of each group of heads were divided by their own signed sum over all positions
   (`x / x.sum(dim=(1, 2))`). That makes the output independent of the values' scale, lets every position see the
   future, and blows up where the sum is near 0. Here each head's softmax is what it is.
+- Heads were divided among groups without regard to a remainder, so that of 12 heads in 5 groups two had no output.
   Here the first groups get one head more (`heads="split"`).
 - Sequences had to be multiples of every segment length. Here the last segment is shorter.
 - Padding masks had no effect, or were dropped with a warning. Here they have.

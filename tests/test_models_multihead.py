@@ -155,14 +155,14 @@ def test_torchs_layers_take_it() -> None:
         assert isinstance(layer, nn.TransformerEncoderLayer)
         replacement = MultiheadAttention(E, H, batch_first=True)
         replacement.load_state_dict(layer.self_attn.state_dict())
-        layer.self_attn = replacement
+        layer.self_attn = replacement  # type: ignore[assignment]
     for is_training in (True, False):
         with torch.no_grad():
             model.train(is_training)
             assert error(model(x, src_key_padding_mask=mask)[~mask], expected) < 1e-5
             assert error(model(x, mask=causal, is_causal=True), expected_causal) < 1e-5
     # The pattern holds in evaluation mode too: torch's own dense path does not step in.
-    layer.self_attn = MultiheadAttention(E, H, batch_first=True, pattern=DILATED)  # type: ignore[assignment]
+    layer.self_attn = MultiheadAttention(E, H, batch_first=True, pattern=DILATED)
     with torch.no_grad():
         assert error(model.eval()(x), model.train()(x)) < 1e-6
 
