@@ -74,7 +74,7 @@ class _Slab:
         return self.batch * s_batch + row * s_row + rows.head * s_head
 
 
-def _slabs(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
+def slabs_of(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
     """Cover a call with as few launches as the tensors' strides allow."""
     batch = queries[0].shape[0]
     if call.segments == 1:
@@ -139,7 +139,7 @@ class Composer:
             return self.kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
-        slabs = [_slabs(call, (query,), (key, value)) for call in calls]
+        slabs = [slabs_of(call, (query,), (key, value)) for call in calls]
         start = 0
         if calls and _adoptable(schedule, query, key, slabs[0]):
             start = 1
@@ -178,7 +178,7 @@ class Composer:
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        slabs = [_slabs(call, (query, dout, out), (key, value)) for call in calls]
+        slabs = [slabs_of(call, (query, dout, out), (key, value)) for call in calls]
         start = 0
         if calls and _adoptable(schedule, query, key, slabs[0]):
             start = 1

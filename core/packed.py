@@ -239,12 +239,7 @@ def attend_documents(
     Raises:
         ConfigError: a backend that declares no varlen, or documents that cannot be.
     """
-    if "varlen" not in engine.call_axes:
-        given = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
-        raise ConfigError(
-            f"{given}: the backend of kernel {engine.kernel.name!r} takes no padded rows and packed documents (it does "
-            "not declare varlen); build with another backend"
-        )
+    _check_varlen(engine, key_padding_mask)
     if torch.compiler.is_compiling():
         if gate is not None:
             raise ConfigError(
@@ -256,17 +251,56 @@ def attend_documents(
         )
         return out, lse
     stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
-    tables = None
-    if gate is not None:
-        tables = [
-            gate(
-                stack.queries(query.detach()), stack.keys(key.detach()), q_offset=stack.first.kv_len - stack.first.q_len
-            )
-            for stack in stacks
-        ]
+    tables = _tables(gate, query, key, stacks)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = _AttendDocuments.apply(  # type: ignore[no-untyped-call]
             query, key, value, (engine, stacks, seed, tables, recompute)
         )
         return out, lse
     return _forward(engine, query, key, value, stacks, seed, tables)
+
+
+def received_in_documents(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    engine: Engine,
+    *,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: Callable[..., Tensor] | None,
+) -> Tensor:
+    """The attention that each key receives within its document, (B, H, T) in lse's dtype; 0 for padding.
+
+    Arguments and errors as `attend_documents`; lse (B, H, S).
+    """
+    _check_varlen(engine, key_padding_mask)
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    tables = _tables(gate, query, key, stacks)
+    total = lse.new_zeros(query.shape[0], query.shape[2], key.shape[1])
+    for i, stack in enumerate(stacks):
+        q, k, own_lse = stack.queries(query), stack.keys(key), stack.query_values(lse)
+        shift = stack.first.kv_len - stack.first.q_len
+        part = engine.received(q, k, own_lse, shift, 0, None if tables is None else tables[i])
+        stack.key_values(total).copy_(part)
+    return total
+
+
+def _check_varlen(engine: Engine, key_padding_mask: Tensor | None) -> None:
+    if "varlen" not in engine.call_axes:
+        given = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+        raise ConfigError(
+            f"{given}: the backend of kernel {engine.kernel.name!r} takes no padded rows and packed documents (it does "
+            "not declare varlen); build with another backend"
+        )
+
+
+def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Sequence[Stack]) -> Tables:
+    """The blocks that a gate chooses in each stack."""
+    if gate is None:
+        return None
+    shifts = [stack.first.kv_len - stack.first.q_len for stack in stacks]
+    query, key = query.detach(), key.detach()
+    return [
+        gate(stack.queries(query), stack.keys(key), q_offset=shift) for stack, shift in zip(stacks, shifts, strict=True)
+    ]
