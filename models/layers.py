@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.decoding import DecodingCache
 from .longnet_config import LongNetConfig
 from .multihead import MultiheadAttention
 from .positions import Rotation
@@ -126,6 +127,11 @@ class _Layer(nn.Module):
         read = self._before(x_BSE, self.self_attn_norm)
         added, _ = self.self_attn(read, read, read, padding, rotation=rotation)
         return self._after(x_BSE, added, self.self_attn_norm)
+
+    def step(self, x_BSE: Tensor, cache: DecodingCache, rotation: Rotation | None) -> Tensor:
+        """The next tokens (B, S, E) while decoding, without a memory; see `MultiheadAttention.step`."""
+        added = self.self_attn.step(self._before(x_BSE, self.self_attn_norm), cache, rotation)
+        return self._feed_forward(self._after(x_BSE, added, self.self_attn_norm))
 
     def _feed_forward(self, x_BSE: Tensor) -> Tensor:
         return self._after(x_BSE, self.ffn(self._before(x_BSE, self.ffn_norm)), self.ffn_norm)

@@ -8,17 +8,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
 from .longnet_config import LongNetConfig
-from .positions import Rotation
+from .positions import Rotation, make_rotation
 
 _Device = torch.device | str | None
+
+
+@attrs.define
+class LongNetCache:
+    """What a language model keeps while it decodes: `LongNetLM.make_cache` makes one, `step` fills it.
+
+    Attributes:
+        layers: one cache a layer.
+        centre: where xPos' scales are 1.
+    """
+
+    layers: list[DecodingCache]
+    centre: int
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that it has seen."""
+        return self.layers[0].seq_len
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies."""
+        return sum(layer.nbytes for layer in self.layers)
 
 
 class _Stack(nn.Module):
@@ -172,6 +197,76 @@ class LongNetLM(nn.Module):
     def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:
+        """An empty cache for `step`.
+
+        Args:
+            batch_size: sequences decoded together, all of one length.
+            max_seq_len: most tokens that it will see.
+        """
+        layers: list[LongNetDecoderLayer] = self._decoder_layers()
+        like = self.embedding.weight
+        caches = [layer.self_attn.attention.make_cache(batch_size, max_seq_len, like=like) for layer in layers]
+        return LongNetCache(layers=caches, centre=max_seq_len // 2)
+
+    @torch.no_grad()
+    def step(self, tokens_BS: Tensor, cache: LongNetCache) -> Tensor:
+        """Logits (B, S, V) of the next tokens, or at first of a prompt: what `forward` over all tokens gives for them.
+
+        Raises:
+            ConfigError: in training mode, or as `Attention.step`.
+        """
+        if self.training:
+            raise ConfigError("decoding wants evaluation mode; call eval() first")
+        x_BSE = self.embedding(tokens_BS)
+        rotation = self._rotation_at(cache, x_BSE)
+        for layer, held in zip(self._decoder_layers(), cache.layers, strict=True):
+            x_BSE = layer.step(x_BSE, held, rotation)
+        norm = self.stack.norm
+        return self.logits(x_BSE if norm is None else norm(x_BSE))
+
+    def _decoder_layers(self) -> list[LongNetDecoderLayer]:
+        if not self.is_causal:
+            raise ConfigError("a model made with is_causal=False sees later tokens and cannot decode")
+        return list(self.stack.layers)  # type: ignore[arg-type]
+
+    def _rotation_at(self, cache: LongNetCache, x_BSE: Tensor) -> Rotation | None:
+        """Positions of new tokens; xPos is centred where the cache was told, since keys are kept as they were turned."""
+        if self.config.positions == "none":
+            return None
+        return make_rotation(
+            self.config.positions,
+            torch.arange(cache.seq_len, cache.seq_len + x_BSE.shape[1], device=x_BSE.device),
+            self.config.head_dim,
+            dtype=x_BSE.dtype,
+            base=self.config.rotary_base,
+            xpos_base=self.config.xpos_base,
+            centre=cache.centre,
+        )
+
+    def generate(
+        self,
+        tokens_BS: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts of one length; see `generation.generate`."""
+        from .generation import generate
+
+        return generate(
+            self,
+            tokens_BS,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            stop_token=stop_token,
+            generator=generator,
+        )
 
     def logits(self, x_BSE: Tensor) -> Tensor:
         """Scores of each token of the vocabulary, (B, S, V)."""

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from ..core.checks import require_choice, require_int
 from ..core.config import check_fields
+from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .built import BuiltAttention
 from .positions import POSITIONS, Rotation, make_rotation, positions_of, rotate
@@ -223,13 +224,38 @@ class MultiheadAttention(nn.Module):
             key_padding_mask=padding,
             is_cross=is_cross,
         )
-        out_BSE = out_BSHD.flatten(2)
-        if self.sub_norm is not None:
-            out_BSE = self.sub_norm(out_BSE)
-        out_BSE = self.out_proj(out_BSE)
+        out_BSE = self._project(out_BSHD)
         if is_single:
             return out_BSE.squeeze(0), None
         return out_BSE if self.batch_first else out_BSE.transpose(0, 1), None
+
+    def step(self, x_BSE: Tensor, cache: DecodingCache, rotation: Rotation | None = None) -> Tensor:
+        """The next tokens of self-attention while decoding: causal, batch-first, without gradients.
+
+        Args:
+            x_BSE: the new tokens.
+            cache: of `attention.make_cache`; it takes them in.
+            rotation: of their positions, exactly where the module has positions.
+
+        Returns:
+            (B, S, E).
+        """
+        if (rotation is None) != (self.positions == "none"):
+            raise ConfigError(
+                f"a step of a module with positions={self.positions!r} got rotation={rotation is not None}"
+            )
+        q_BSHD, k_BSKD, v_BSKD = self._heads(x_BSE, x_BSE, x_BSE, is_self=True)
+        if rotation is not None:
+            q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, rotation)
+        return self._project(self.attention.step(q_BSHD, k_BSKD, v_BSKD, cache))
+
+    def _project(self, out_BSHD: Tensor) -> Tensor:
+        """Heads to (B, S, E)."""
+        out_BSE = out_BSHD.flatten(2)
+        if self.sub_norm is not None:
+            out_BSE = self.sub_norm(out_BSE)
+        projected: Tensor = self.out_proj(out_BSE)
+        return projected
 
     def rotation(self, like: Tensor, padding: Tensor | None = None) -> Rotation:
         """Positions for queries like (B, S, ...), counting from 0 over what is not padding."""

@@ -183,7 +183,9 @@ def test_packed_documents_are_each_alone() -> None:
     ends = torch.tensor([0, 9, 10, 21], dtype=torch.int32)
     seen = tokens(1)
     told = llama(seen, position_ids=positions, cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=11, max_length_k=11)
-    assert error(told.logits, torch.cat([llama(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)) < 1e-5
+    assert (
+        error(told.logits, torch.cat([llama(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)) < 1e-5
+    )
     with pytest.raises(ConfigError, match="must be equal"):
         llama(seen, cu_seq_lens_q=ends, cu_seq_lens_k=ends + 1)
 
