@@ -232,7 +232,7 @@ class LongNetLM(nn.Module):
         return list(self.stack.layers)  # type: ignore[arg-type]
 
     def _rotation_at(self, cache: LongNetCache, x_BSE: Tensor) -> Rotation | None:
-        """Positions of new tokens; xPos is centred where the cache was told, since keys are kept as they were turned."""
+        """Positions of new tokens; xPos is centred where the cache says, since keys are kept as they were turned."""
         if self.config.positions == "none":
             return None
         return make_rotation(
