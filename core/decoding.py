@@ -248,8 +248,8 @@ class DecodingCache:
             value: as key.
         """
         width = int(self._used.max(initial=0))
-        held = [x[:, :, :width] for x in (self._keys, self._values)]
-        k, v = (_wide(torch.cat([old, x.transpose(1, 2)], dim=2)) for old, x in zip(held, (key, value), strict=True))
+        keys = [_wide(x).flatten(0, 1) for x in (self._keys[:, :, :width], key.transpose(1, 2))]
+        values = [_wide(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
         new = np.arange(self.seq_len, self.seq_len + query.shape[1], dtype=np.int64)
         positions = np.concatenate([self._positions[:, :width], np.tile(new, (self._heads, 1))], axis=1)
         positions[:, :width][np.arange(width) >= self._used[:, None]] = -1
@@ -258,22 +258,32 @@ class DecodingCache:
         itemsize = accumulator_dtype(query.dtype).itemsize
         step = self._config.limits.workspace_bytes // (3 * itemsize * max(batch, 1) * heads * columns)
         step = max(1, min(step, _PAIRS_AT_ONCE // (heads * columns)))
-        out = [self._attend(query[:, i : i + step], k, v, new[i : i + step], positions) for i in range(0, count, step)]
+        out = [
+            self._attend(query[:, i : i + step], keys, values, new[i : i + step], positions)
+            for i in range(0, count, step)
+        ]
         return torch.cat(out, dim=1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, places: IntArray, positions: IntArray) -> Tensor:
-        """Queries (B, C, H, D) at `places` (C,) against key and value (B, K, W, D) at `positions` (K, W)."""
+    def _attend(
+        self, query: Tensor, keys: list[Tensor], values: list[Tensor], places: IntArray, positions: IntArray
+    ) -> Tensor:
+        """Queries (B, C, H, D) at `places` (C,) against the rows held and the new ones, at `positions` (K, W).
+
+        `keys` and `values` are both parts, (B * K, rows, D) each, of which the larger is a view.
+        """
         batch, count, heads, head_dim = query.shape
-        dtype, group = accumulator_dtype(query.dtype), heads // self._heads
+        dtype, columns = accumulator_dtype(query.dtype), positions.shape[1]
         bias = torch.from_numpy(self._counts(places, positions)).to(query.device, dtype).log_()
-        q = _wide(query).transpose(1, 2).reshape(batch * self._heads, group * count, head_dim)
-        scores = bmm(q, key.flatten(0, 1).mT).mul_(self.engine.scale).view(batch, heads, count, key.shape[2]).add_(bias)
+        q = _wide(query).transpose(1, 2).reshape(batch * self._heads, heads // self._heads * count, head_dim)
+        scores = torch.cat([bmm(q, key.mT) for key in keys], dim=-1).mul_(self.engine.scale)
+        scores = scores.view(batch, heads, count, columns).add_(bias)
         top = scores.amax(dim=-1, keepdim=True)
         weights = scores.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
         total = weights.sum(dim=-1, keepdim=True)
-        weights = weights.view(batch * self._heads, group * count, key.shape[2]).to(value.dtype)
-        out = bmm(weights, value.flatten(0, 1)).view(batch, heads, count, head_dim)
-        out = out / torch.where(total == 0, 1.0, total)  # a query that sees no key gives 0
+        shares = weights.view(*q.shape[:2], columns).to(q.dtype)
+        held = values[0].shape[1]
+        out = bmm(shares[..., :held], values[0]) + bmm(shares[..., held:], values[1])
+        out = out.view(batch, heads, count, head_dim) / torch.where(total == 0, 1.0, total)  # 0 where nothing is seen
         return out.transpose(1, 2).to(query.dtype)
 
     def _counts(self, places: IntArray, positions: IntArray) -> IntArray:

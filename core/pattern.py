@@ -129,17 +129,9 @@ class Pattern(ABC):
     def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
         """Which keys a causal query at `position` or later may count: what a cache must keep when decoding.
 
-        Args:
-            key: positions before `position`, int64.
-            position: of the next query.
-            head: query head.
-            geometry: numbers of heads alone.
-
-        Returns:
-            Booleans of key's shape; by default exact for a sum of strided branches, and True for other patterns.
+        `key` (any shape, int64) stands before `position`; of `geometry` only the numbers of heads count. Returns
+        booleans of key's shape: exact by default for a sum of strided branches, all True for other patterns.
         """
-        import numpy as np
-
         from .supports import branch_reachable
 
         branches = self.branches(geometry)

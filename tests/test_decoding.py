@@ -21,7 +21,7 @@ from dilated_attention import (
     Random,
     build_attention,
 )
-from dilated_attention.core.decoding import DecodingCache, Reach
+from dilated_attention.core.decoding import Reach
 from dilated_attention.core.geometry import Geometry
 
 from .kernel_kit import PATTERNS
@@ -60,7 +60,8 @@ def decode(attention: Attention, tensors: list[Tensor], prompt: int, steps: tupl
     length, parts, number, new = tensors[0].shape[1], [], 0, prompt
     while cache.seq_len < length:
         piece = slice(cache.seq_len, min(cache.seq_len + new, length))
-        parts.append(attention.step(*(x[:, piece] for x in tensors), cache))
+        query, key, value = (x[:, piece] for x in tensors)
+        parts.append(attention.step(query, key, value, cache))
         new, number = steps[number % len(steps)], number + 1
     return torch.cat(parts, dim=1)
 
@@ -93,7 +94,8 @@ def test_layouts_autocast_tiles_and_an_empty_batch() -> None:
     expected = build(LONGNET)(*tensors)
     swapped = build(LONGNET, tensor_layout="bhsd")
     cache = swapped.make_cache(2)
-    parts = [swapped.step(*(x[:, i : i + 1].transpose(1, 2) for x in tensors), cache) for i in range(90)]
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    parts = [swapped.step(q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1], cache) for i in range(90)]
     assert error(torch.cat(parts, dim=2).transpose(1, 2), expected) < 1e-5
     small = build(LONGNET, limits={"workspace_bytes": 4096})
     assert error(decode(small, tensors, 3, (40,)), expected) < 1e-5
@@ -138,8 +140,8 @@ def test_memory_is_bounded_by_what_is_reachable() -> None:
         assert max(rooms) <= most + 1 + 16 + most // 64
         rows = Reach(attention.config, pattern).rows
         assert max(max(rows(length)) for length in range(1, 200)) <= most
-    # Of the segments that end at 128 only those still matter whose last kept place is 127: by hand, 112 ... 126; for odd
-    # offsets 97, 99, ... of stride 2; for offset 3 also 67, 71, ... of stride 4.
+    # Of the segments that end at 128 only those still matter whose last kept place is 127. By hand: 112 ... 126; for
+    # odd offsets 97, 99, ... of stride 2; for offset 3 also 67, 71, ... of stride 4.
     assert Reach(build(LONGNET, num_kv_heads=4).config, LONGNET).rows(127) == [15, 15 + 8, 15, 15 + 8 + 8]
 
 
@@ -164,15 +166,11 @@ def test_patterns_that_reach_everything_keep_everything() -> None:
     attention = build(Full())
     cache = attention.make_cache(2, max_seq_len=50)
     before = cache.nbytes
-    decode_into(attention, cache, 50)
+    query, key, value = tokens(50)
+    for i in range(50):
+        attention.step(query[:, i : i + 1], key[:, i : i + 1], value[:, i : i + 1], cache)
     assert cache.nbytes == before == 2 * 2 * 2 * 50 * 8 * 4
     assert cache.rows == (50, 50)
-
-
-def decode_into(attention: Attention, cache: DecodingCache, length: int) -> None:
-    tensors = tokens(length)
-    for i in range(length):
-        attention.step(*(x[:, i : i + 1] for x in tensors), cache)
 
 
 def test_tokens_without_outputs_can_be_taken_in() -> None:

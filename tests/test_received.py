@@ -37,13 +37,14 @@ def dense(pattern: Pattern, query: Tensor, key: Tensor, geometry: Geometry) -> T
     scores = q @ k.repeat_interleave(geometry.group_size, dim=1).mT * q.shape[-1] ** -0.5
     weights = reference.multiplicity(pattern, geometry) * scores.exp()
     total = weights.sum(-1, keepdim=True)
-    return (weights / torch.where(total == 0, 1.0, total)).sum(-2)
+    received: Tensor = (weights / torch.where(total == 0, 1.0, total)).sum(-2)
+    return received
 
 
 def check(pattern: Pattern, geometry: Geometry, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
     attention = build(pattern, geometry, dtype=dtype, **fields)
     query, key, value = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=dtype))
-    places = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
+    places: dict[str, Any] = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
     _, lse = attention(query, key, value, return_lse=True, **places)
     actual = attention.received(query, key, lse, **places)
     assert actual.dtype == lse.dtype
