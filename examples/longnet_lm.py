@@ -150,7 +150,7 @@ def train(
     else:
         widths = [max(64, seq_len >> shift) for shift in (4, 3, 2, 1, 0)]
         pattern = {"kind": "dilated", "segment_lengths": widths, "dilation_rates": [1, 2, 4, 8, 16]}
-        shape = {"embed_dim": width, "num_layers": layers, "num_heads": heads, "vocab_size": 256}
+        shape: dict[str, Any] = {"embed_dim": width, "num_layers": layers, "num_heads": heads, "vocab_size": 256}
         config = LongNetConfig(
             pattern=pattern, positions="rotary", tie_embeddings=True, activation_checkpointing=checkpointing, **shape
         )

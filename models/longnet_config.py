@@ -44,6 +44,10 @@ def _optional(check: Any) -> Any:
     return attrs.validators.optional(check)
 
 
+def _copied(value: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(value)
+
+
 def _resolved(value: Any) -> Pattern:
     return resolve_pattern(value, default_registry())
 
@@ -102,7 +106,7 @@ class LongNetConfig:
     tie_embeddings: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     activation_checkpointing: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
     compatibility: str | None = None
-    attention: Mapping[str, Any] = attrs.field(factory=dict, converter=dict, hash=False)
+    attention: Mapping[str, Any] = attrs.field(factory=dict, converter=_copied, hash=False)
 
     def __attrs_post_init__(self) -> None:
         if self.embed_dim % self.num_heads:

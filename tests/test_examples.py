@@ -35,7 +35,7 @@ def test_longnet_lm_resumes_exactly(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(f"{i} bottles of beer on the wall\n".encode() for i in range(200)))
     app = load_example("longnet_lm").app
-    train = ["train", text, *TINY, "--device", "cpu"]
+    train: list[str | Path] = ["train", text, *TINY, "--device", "cpu"]
     whole = run(app, *train, "--output", tmp_path / "whole", "--steps", "30", "--save-every", "30")
     run(app, *train, "--output", tmp_path / "parts", "--steps", "17")
     resumed = run(app, *train, "--output", tmp_path / "parts", "--steps", "30")
@@ -49,3 +49,17 @@ def test_longnet_lm_resumes_exactly(tmp_path: Path) -> None:
         assert one.keys() == two.keys()
         assert all(bool((one[key] == two[key]).all()) for key in one)
     assert len(run(app, "sample", tmp_path / "whole", "--prompt", "7 bot", "--length", "20", "--device", "cpu")) >= 20
+
+
+def test_a_dense_model_is_converted(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"".join(f"{i} bottles of beer on the wall\n".encode() for i in range(60)))
+    example = load_example("convert_huggingface")
+    app = typer.Typer()
+    app.command()(example.main)
+    printed = run(app, text, "--seq-len", "64", "--steps", "3", "--dense-steps", "3", "--device", "cpu")
+    figures = [float(line.split()[-1]) for line in printed.splitlines()]
+    assert len(figures) == 4
+    assert all(1 < figure < 500 for figure in figures)
+    assert figures[2] < figures[1]
+    assert figures[1] != figures[0]

@@ -43,3 +43,11 @@ class T5Config:
 
 class T5EncoderModel(PreTrainedModel):
     def __init__(self, config: T5Config) -> None: ...
+
+class AutoModelForCausalLM:
+    @classmethod
+    def from_pretrained(cls, name: str, **fields: Any) -> Any: ...
+
+class AutoTokenizer:
+    @classmethod
+    def from_pretrained(cls, name: str, **fields: Any) -> Any: ...
