@@ -83,7 +83,7 @@ class Original(BuiltAttention):
         attention = ours.attention_for(getattr(torch, case.dtype), torch.device(case.device).type, is_causal=False)
         self._kernel = _differentiable(_KERNELS[attention.plan.kernel])
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         """(B, S, H, D), non-causal, zero padding attended."""
         return dilated_attention(
             query, key, value, gigapath_segment_lengths(), RATES, is_causal=False, kernel=self._kernel
@@ -94,7 +94,7 @@ def original(case: Case) -> SlideEncoder:
     """The model with the official algorithm in every layer."""
     model = case.model(ZERO_PADDING)
     for layer in model.encoder.layers:
-        layer.self_attn.attention = Original(layer.self_attn.attention, case)  # type: ignore[union-attr, arg-type, assignment]
+        layer.self_attn.attention = Original(layer.self_attn.attention, case)  # type: ignore[union-attr, arg-type]
     return model
 
 
@@ -109,7 +109,7 @@ def attention_calls(case: Case) -> tuple[Calls, float]:
     q, k, v, dout = (torch.randn(shape, generator=generator, dtype=dtype, device=case.device) for _ in range(4))
     modules: dict[str, nn.Module] = {}
     for name, model in models(attrs.evolve(case, layers=1)).items():
-        modules[name] = model.encoder.layers[0].self_attn.attention  # type: ignore[union-attr]
+        modules[name] = model.get_submodule("encoder.layers.0.self_attn.attention")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     calls: Calls = {}
     for name, module in modules.items():
