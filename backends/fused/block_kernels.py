@@ -32,10 +32,9 @@ def _block_rows(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _bias_of(masks, mask, row, column, BLOCK: tl.constexpr):
-    """Binary logarithms of the multiplicities of a masked block at rows (M,) and columns (N,); -inf for 0."""
-    count = tl.load(masks + mask.to(tl.int64) * BLOCK * BLOCK + row[:, None] * BLOCK + column[None, :]).to(tl.float32)
-    return tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), -_INF)
+def _counts(masks, mask, row, column, BLOCK: tl.constexpr):
+    """Multiplicities of a masked block at rows (M,) and columns (N,)."""
+    return tl.load(masks + mask.to(tl.int64) * BLOCK * BLOCK + row[:, None] * BLOCK + column[None, :]).to(tl.float32)
 
 
 @triton.jit
@@ -73,10 +72,11 @@ def attend_blocks(
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
         k = _load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        scores += _bias_of(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
+        count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
+        scores = tl.where(count > 0, scores, -_INF)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == -_INF, 0.0, new_max)
-        p = tl.exp2(scores - shift[:, None])
+        p = tl.exp2(scores - shift[:, None]) * count
         shrink = tl.exp2(row_max - shift)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         row_max = new_max
@@ -127,8 +127,8 @@ def block_gradients_of_queries(
         k = _load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         v = _load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        scores += _bias_of(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
-        p = tl.exp2(scores - lse[:, None])
+        count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
+        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[:, None]) * count
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
@@ -175,8 +175,8 @@ def block_gradients_of_keys(
         dout = _load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = _unpack(tl.load(stats_base + column))
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
-        scores += _bias_of(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
-        p = tl.exp2(scores - lse[None, :])
+        count = _counts(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
+        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[None, :]) * count
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
