@@ -132,6 +132,8 @@ class Pattern(ABC):
         `key` (any shape, int64) stands before `position`; of `geometry` only the numbers of heads count. Returns
         booleans of key's shape: exact by default for a sum of strided branches, all True for other patterns.
         """
+        import numpy as np
+
         from .supports import branch_reachable
 
         branches = self.branches(geometry)
