@@ -33,7 +33,7 @@ def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, 
         **fields,
     )
     tile = Tile(16, 16, 4, 1)
-    fused = FusedKernel("interpreted", Tiles(tile, tile, tile))
+    fused = FusedKernel("interpreted", Tiles(tile, tile, tile, tile))
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
     query, key, value = tensors
