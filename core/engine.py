@@ -18,7 +18,7 @@ from .config import AttentionConfig
 from .dynamic_tables import DynamicTables
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
 from .layout import Layout
 from .lowering import lower
 from .pattern import LearnedPattern, Pattern
@@ -126,7 +126,10 @@ class Engine:
             return self._composed(geometry, device)
         if self._learned is not None:
             return _Program(Layout(self._learned, geometry, (), None), Schedule((), 0))
-        return _Program(lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes), Schedule((), 0))
+        layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        if isinstance(self._layout_kernel, Prepares):
+            self._layout_kernel.prepare(layout, device)
+        return _Program(layout, Schedule((), 0))
 
     def _composed(self, geometry: Geometry, device: torch.device) -> _Program:
         """The program that core itself runs, with dense pieces and blocks."""

@@ -134,10 +134,7 @@ class Pattern(ABC):
         """
         from .supports import branch_reachable
 
-        branches = self.branches(geometry)
-        return (
-            np.ones(key.shape, dtype=np.bool_) if branches is None else branch_reachable(branches, key, position, head)
-        )
+        return branch_reachable(self.branches(geometry), key, position, head)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The blocks of `grid` that hold a pair for `head`, each either constant or to be evaluated."""
