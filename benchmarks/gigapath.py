@@ -24,6 +24,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from dilated_attention.backends.aten import CudaFlash
 from dilated_attention.models import LongNetConfig, SlideEncoder, SlideEncoderConfig
 from dilated_attention.models.built import ZERO_PADDING, BuiltAttention
 from dilated_attention.models.gigapath import gigapath_segment_lengths
@@ -76,12 +77,12 @@ class Case:
 
 
 class Original(BuiltAttention):
-    """The official algorithm in the place of `BuiltAttention`, over the kernel that ours takes."""
+    """The official algorithm in the place of `BuiltAttention`, over our dense kernel, else FlashAttention-2."""
 
     def __init__(self, ours: BuiltAttention, case: Case) -> None:
         super().__init__(ours.config.to_dict())
         attention = ours.attention_for(getattr(torch, case.dtype), torch.device(case.device).type, is_causal=False)
-        self._kernel = _differentiable(_KERNELS[attention.plan.kernel])
+        self._kernel = _differentiable(_KERNELS.get(attention.plan.kernel, CudaFlash()))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         """(B, S, H, D), non-causal, zero padding attended."""
