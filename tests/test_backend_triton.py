@@ -30,6 +30,7 @@ PATTERNS: list[Pattern] = [
     Full(),
     Strided(stride=3),
     Dilated(segment_lengths=(7, 24, 10), dilation_rates=(2, 3, 4)),
+    Dilated(segment_lengths=(8, 20, 64, 128), dilation_rates=(1, 2, 4, 8)),  # only the outer ones nest
     Dilated(segment_lengths=(8, 16), dilation_rates=(2, 4), heads="split"),
     Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), offsets="blocked"),
     LONGNET + Dilated(segment_lengths=(8,), dilation_rates=(1,)) + Full(),
