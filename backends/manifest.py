@@ -98,7 +98,7 @@ TRITON = BackendSpec(
         "arch": ("sm_90",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
-        "layouts": ("branch",),
+        "layouts": ("branch", "block"),
         "weights": True,
         "per_head": True,
         "gqa": True,
@@ -150,17 +150,12 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
 
 @hookimpl
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
-    """The fused kernel is for what it fuses: several branches in half precision at the head_dims that were measured.
+    """The fused kernels are for what they fuse: several branches, or blocks, in half precision and head_dims up to 128.
 
     Elsewhere the dense kernels are faster, which have had a dense attention's whole effort (docs/performance.md).
     """
-    geometry = Geometry.self_attention(1, request.config.num_heads)
-    branches = request.pattern.unwrap().branches(geometry)
-    if (
-        branches is not None
-        and len(branches) > 1
-        and request.config.dtype in _HALVES
-        and request.config.head_dim <= 128
-    ):
+    branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads))
+    fuses = "block" in request.needs["layouts"] or (branches is not None and len(branches) > 1)
+    if fuses and request.config.dtype in _HALVES and request.config.head_dim <= 128:
         return None
     return [spec.name for spec in sorted(candidates, key=lambda spec: (spec is TRITON, -spec.priority, spec.name))]

@@ -132,14 +132,9 @@ class Pattern(ABC):
         `key` (any shape, int64) stands before `position`; of `geometry` only the numbers of heads count. Returns
         booleans of key's shape: exact by default for a sum of strided branches, all True for other patterns.
         """
-        import numpy as np
-
         from .supports import branch_reachable
 
-        branches = self.branches(geometry)
-        return (
-            np.ones(key.shape, dtype=np.bool_) if branches is None else branch_reachable(branches, key, position, head)
-        )
+        return branch_reachable(self.branches(geometry), key, position, head)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The blocks of `grid` that hold a pair for `head`, each either constant or to be evaluated."""

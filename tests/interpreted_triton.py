@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Pattern
-from dilated_attention.backends.fused import kernel
-from dilated_attention.backends.fused.kernel import FusedKernel, Tile, Tiles
+from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention.backends.fused import launches
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.tiles import Tile, Tiles
 from dilated_attention.backends.fused.walks import make_tables
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
@@ -32,7 +33,7 @@ def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, 
         **fields,
     )
     tile = Tile(16, 16, 4, 1)
-    fused = FusedKernel("interpreted", Tiles(tile, tile, tile))
+    fused = FusedKernel("interpreted", Tiles(tile, tile, tile, tile))
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
     query, key, value = tensors
@@ -59,7 +60,7 @@ def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, 
 
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        kernel, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
+        launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
     )  # short segments, weighted all the same
     check_interpreted(LONGNET, Geometry.self_attention(21, 2, is_causal=True))
     check_interpreted(LONGNET, Geometry.self_attention(21, 2))
@@ -88,3 +89,14 @@ def test_positions_beyond_its_arithmetic_are_an_error() -> None:
     geometry = Geometry(q_len=4, kv_len=4, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=1 << 29)
     with pytest.raises(ConfigError, match="takes positions below 536,870,912"):
         check_interpreted(LONGNET, geometry)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks(is_causal: bool) -> None:
+    geometry = Geometry(q_len=45, kv_len=45, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+    check_interpreted(Random(blocks_per_row=2, block_size=16, seed=3), geometry)
+
+
+def test_blocks_with_masks_beside_branches() -> None:
+    pattern = Dilated((8, 16), (1, 2)) + (Local(window_size=9) | Global(tokens=3))
+    check_interpreted(pattern, Geometry(q_len=21, kv_len=37, num_heads=1, num_kv_heads=1, is_causal=True))

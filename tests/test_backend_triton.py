@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_attention import Dilated, Full, Local, Pattern, Strided, build_attention, explain
+from dilated_attention import Dilated, Full, Global, Learned, Local, Pattern, Random, Strided, build_attention, explain
 from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
@@ -30,6 +30,7 @@ PATTERNS: list[Pattern] = [
     Full(),
     Strided(stride=3),
     Dilated(segment_lengths=(7, 24, 10), dilation_rates=(2, 3, 4)),
+    Dilated(segment_lengths=(8, 20, 64, 128), dilation_rates=(1, 2, 4, 8)),  # only the outer ones nest
     Dilated(segment_lengths=(8, 16), dilation_rates=(2, 4), heads="split"),
     Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), offsets="blocked"),
     LONGNET + Dilated(segment_lengths=(8,), dilation_rates=(1,)) + Full(),
@@ -113,7 +114,8 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
-        ({"pattern": Local(window_size=7)}, "layouts"),
+        ({"pattern": Random(blocks_per_row=2, block_size=24)}, "block_sizes"),
+        ({"pattern": Learned(block_size=16, blocks_per_row=2)}, "dynamic_tables"),
         ({"pattern": Strided(stride=67)}, "dilation_rates"),
         ({"dtype": "float64"}, "dtypes"),
         ({"head_dim": 20}, "head_dims"),
@@ -149,6 +151,9 @@ CARD = [
     Dilated(segment_lengths=(64, 256), dilation_rates=(2, 4), heads="split"),
     Full(),
     Strided(stride=3),
+    Random(blocks_per_row=2, block_size=32, seed=7),
+    Local(window_size=70) | Global(tokens=3),
+    Dilated(segment_lengths=(64, 128), dilation_rates=(1, 2)) + Local(window_size=30),
 ]
 
 
@@ -198,5 +203,6 @@ def test_it_replays_in_a_graph_and_compiles() -> None:
 def test_auto_takes_it_for_several_branches_and_not_for_dense_attention() -> None:
     fields: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "dtype": "bfloat16", "device": "cuda"}
     assert build_attention(pattern=CARD[0], **fields).plan.backend == "triton"
+    assert build_attention(pattern=Local(window_size=64), **fields).plan.backend == "triton"
     assert build_attention(pattern=Full(), **fields).plan.backend != "triton"
     assert build_attention(pattern=CARD[0], **fields | {"dtype": "float32"}).plan.backend != "triton"

@@ -299,6 +299,7 @@ def test_a_backend_without_varlen_is_refused_with_that_reason() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # the capture that is meant to fail
 def test_on_a_card_it_is_the_same_and_a_graph_is_refused() -> None:
     attention, card = build(), build(device="cuda")
     tensors, mask = batch_of(len(PADDED), LENGTH), padding()
@@ -306,6 +307,19 @@ def test_on_a_card_it_is_the_same_and_a_graph_is_refused() -> None:
     expected = five(attention, tensors, mask, None)
     for a, e in zip(five(card, moved, mask.cuda(), None), expected, strict=True):
         assert error(a.cpu(), e) < 1e-5
-    graph = torch.cuda.CUDAGraph()
+    graph, mask = torch.cuda.CUDAGraph(), mask.cuda()
     with pytest.raises(ConfigError, match="a CUDA graph cannot capture"), torch.cuda.graph(graph):
-        card(*(x.detach() for x in moved), key_padding_mask=mask.cuda())
+        card(*(x.detach() for x in moved), key_padding_mask=mask)
+
+
+def test_a_graph_outlives_the_module_and_has_no_second_derivative() -> None:
+    tensors, mask = batch_of(len(PADDED), LENGTH), padding()
+    attention = build(scale=0.321)
+    out = attention(*tensors, key_padding_mask=mask)
+    expected = torch.autograd.grad(attention(*tensors, key_padding_mask=mask).square().sum(), tensors)
+    del attention
+    actual = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        actual[0].sum().backward()  # type: ignore[no-untyped-call]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from itertools import pairwise
 from typing import Final
 
 import attrs
@@ -178,9 +177,21 @@ class _Planner:
         return [(members[keep], [*self._walks([regular[i] for i in keep]), *others]) for keep in order]
 
     def _walks(self, kept: list[tuple[Branch, int]]) -> list[Walk]:
-        """Walks of a row that these branches keep."""
-        merged = self._merged(kept)
-        return [walk for b, o in kept for walk in self._plain(b, o)] if merged is None else merged
+        """Walks of a row that these branches keep, merged where their segments nest."""
+        chains: list[list[tuple[Branch, int]]] = []
+        outer = -1
+        for branch, offset in sorted(kept, key=lambda one: -(self._length(one[0]) or math.inf)):
+            length = self._length(branch)
+            if outer == length or outer == 0 or (outer > 0 and length and outer % length == 0):
+                chains[-1].append((branch, offset))
+            else:
+                chains.append([(branch, offset)])
+            outer = length
+        walks: list[Walk] = []
+        for chain in chains:
+            merged = self._merged(chain)
+            walks += [walk for b, o in chain for walk in self._plain(b, o)] if merged is None else merged
+        return walks
 
     def _plain(self, branch: Branch, offset: int) -> Iterator[Walk]:
         """One branch by itself."""
@@ -198,9 +209,12 @@ class _Planner:
         return Mode.FROM_ROW if self.transposed else Mode.UP_TO_ROW
 
     def _merged(self, kept: list[tuple[Branch, int]]) -> list[Walk] | None:
-        """Each column once: those of the innermost segment, then of each segment around it. None where none nest."""
+        """Each column once: those of the innermost segment, then of each segment around it.
+
+        None for a single branch, and where a progression would be too short.
+        """
         lengths = sorted({self._length(branch) for branch, _ in kept}, key=lambda w: w or math.inf)
-        if len(kept) < 2 or any(inner == 0 or outer % inner for inner, outer in pairwise(lengths)):
+        if len(kept) < 2:
             return None
         walks: list[Walk] = []
         for level, length in enumerate(lengths):

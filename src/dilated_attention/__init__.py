@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .core.version import VERSION
 
 if TYPE_CHECKING:
-    from . import errors, presets, reference, registry
+    from . import errors, models, presets, reference, registry
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.errors import (
@@ -65,6 +65,7 @@ _HOMES: dict[str, str | None] = {
     "errors": None,
     "explain": "registry.build",
     "load_pattern": "patterns.store",
+    "models": None,
     "presets": None,
     "reference": None,
     "registry": None,
@@ -99,6 +100,7 @@ __all__ = [
     "errors",
     "explain",
     "load_pattern",
+    "models",
     "presets",
     "reference",
     "registry",
