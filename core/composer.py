@@ -163,7 +163,9 @@ class Composer:
                     merge_(slab.view(out, rows), slab.view_lse(lse, rows), part, part_lse)
         return out, lse
 
-    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule) -> None:
+    def merge_into(
+        self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule
+    ) -> None:
         """Merge every call into `out` (B, S, H, D) and `lse` (B, H, S), both of the accumulator's dtype, in place.
 
         `out` is contiguous and `lse` is (B, S, H) in memory.

@@ -119,7 +119,9 @@ def plan_rank(pattern: Pattern, shards: Shards, rank: int, *, limit_bytes: int |
         receive_counts=np.bincount(owners, minlength=shards.size).astype(np.int64),
         sent=tuple(_sent(pattern, shards, rank, to, limit_bytes) for to in range(shards.size)),
         branches=_branch_part(sides, received, shards),
-        blocks=tuple(_block_part(side, received, shards) for side in sides if side.blocks is not None and side.blocks.cols.size),
+        blocks=tuple(
+            _block_part(side, received, shards) for side in sides if side.blocks is not None and side.blocks.cols.size
+        ),
     )
 
 

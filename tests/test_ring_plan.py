@@ -59,7 +59,7 @@ def simulate(pattern: Pattern, shards: Shards, tensors: Sequence[Tensor], *, thr
         dk.append(own[0].contiguous())
         dv.append(own[1].contiguous())
     for rank, program in enumerate(programs):
-        for owner, grads in enumerate(home[rank].split(program.plan.receive_counts.tolist())):
+        for owner, grads in enumerate(home[rank].split_with_sizes(program.plan.receive_counts.tolist())):
             programs[owner].unpack(dk[owner], dv[owner], grads, rank)
     return [out, lse, *(torch.cat(parts, 1) for parts in (dq, dk, dv))]
 
@@ -110,9 +110,7 @@ def test_any_pattern_any_cut(pattern: Pattern, size: int, length: int, is_causal
 def named(pattern: Pattern, shards: Shards, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """Codes of the rows of other ranks that the queries of `rank` count, from the dense multiplicity."""
     n, h = shards.seq_len, shards.num_heads
-    geometry = Geometry(
-        q_len=n, kv_len=n, num_heads=h, num_kv_heads=shards.num_kv_heads, is_causal=shards.is_causal
-    )
+    geometry = Geometry(q_len=n, kv_len=n, num_heads=h, num_kv_heads=shards.num_kv_heads, is_causal=shards.is_causal)
     counts = reference.multiplicity(pattern, geometry)[:, rank * shards.length : (rank + 1) * shards.length]
     seen = counts.sum(1).view(shards.num_kv_heads, shards.group_size, n).sum(1) > 0
     seen[:, rank * shards.length : (rank + 1) * shards.length] = False
