@@ -20,14 +20,15 @@ class RankError(AssertionError):
     """A rank raised, vanished or was silent."""
 
 
-def serve(rank: int, size: int, path: str, pipe: Connection) -> None:
-    """A rank's life: join, then run what comes until None does."""
+def serve(rank: int, size: int, path: str, pipe: Connection, join: bool) -> None:
+    """A rank's life: join torch's process group if it is to, then run what comes until None does."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(path, -1)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    if join:
+        store = dist.FileStore(path, -1)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     pipe.send(("ready", None))
     while (message := pipe.recv()) is not None:
         case, arguments = message
@@ -40,17 +41,22 @@ def serve(rank: int, size: int, path: str, pipe: Connection) -> None:
 
 
 class Ranks:
-    """`size` processes in one process group over a FileStore in `folder`."""
+    """`size` processes, in one process group over a FileStore in `folder` unless they are not to join any.
 
-    def __init__(self, size: int, folder: Path, target: Callable[..., None] = serve) -> None:
+    They are forked from a server that has imported all they need, so that starting them takes moments.
+    """
+
+    def __init__(self, size: int, folder: Path, *, join: bool = True) -> None:
         if ROOT not in sys.path:
             sys.path.insert(0, ROOT)  # spawned processes get this path, and find the cases there
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.ring_preload"])
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=target, args=(rank, size, str(folder / "store"), theirs), daemon=True)
+            arguments = (rank, size, str(folder / "store"), theirs, join)
+            process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
