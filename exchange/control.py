@@ -115,11 +115,11 @@ class Control:
                     server.settimeout(_left(deadline))
                     link, _ = server.accept()
                     link.settimeout(_left(deadline))
-                    peer = _welcome(link, secret)
-                    if peer is None or peer in sockets or not rank < peer < size:
+                    guest = _welcome(link, secret)
+                    if guest is None or guest in sockets or not rank < guest < size:
                         link.close()  # a stranger
                         continue
-                    sockets[peer] = link
+                    sockets[guest] = link
             except BaseException:
                 for link in sockets.values():
                     link.close()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..core.attention import Attention
     from ..core.engine import Engine
     from ..core.kernel import DenseKernel, LayoutKernel
+    from ..exchange.preflight import Preflight
 
 
 def build_attention(
@@ -134,6 +135,33 @@ def explain(
         ConfigError: for an input that no backend could honour.
     """
     return _plan(*_select(_config(config, fields), registry or default_registry()))
+
+
+def preflight(
+    config: AttentionConfig | Mapping[str, Any] | None = None,
+    /,
+    *,
+    ranks: int,
+    batch: int = 1,
+    registry: Registry | None = None,
+    **fields: Any,
+) -> Preflight:
+    """What sharing a sequence between `ranks` ranks will cost each of them; nothing is built and none is needed.
+
+    Args:
+        config: the configuration, or a mapping of it, with a seq_len; its context_parallel is not looked at.
+        ranks: any number that divides the length.
+        batch: batch size.
+        registry: where patterns are looked up; by default the process's own.
+        fields: fields of `AttentionConfig`; beside `config` they replace its own.
+
+    Raises:
+        ConfigError: a length that cannot be shared so, or an input that no backend could honour.
+    """
+    from ..exchange.preflight import preflight as simulate
+
+    resolved = _config(config, fields | {"context_parallel": None})
+    return simulate(resolved, resolve_pattern(resolved.pattern, registry or default_registry()), ranks, batch=batch)
 
 
 def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str, Any]) -> AttentionConfig:

@@ -8,9 +8,20 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
-from dilated_attention import AttentionConfig, ContextParallel, build_attention, shard_sequence
+from dilated_attention import (
+    AttentionConfig,
+    ConfigError,
+    ContextParallel,
+    Dilated,
+    Pattern,
+    build_attention,
+    local_positions,
+    shard_sequence,
+    unshard_sequence,
+)  # fmt: skip
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange.engine import RingEngine
@@ -77,3 +88,73 @@ def exact(fields: dict[str, Any], size: int, batch: int, through_lse: bool, seed
     results = run_shard(attention, mesh, tensors_of(config, batch, seed), through_lse=through_lse)
     counters = {name: value - before[name] for name, value in counters_of(attention).items()}
     return [x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy() for x in results], counters
+
+
+def refusals() -> dict[str, Any]:
+    """What the functions around a mesh give and refuse."""
+    mesh = mesh_of(4)
+    said: dict[str, Any] = {"positions": local_positions(12, mesh).tolist()}
+    x = torch.arange(24.0).view(1, 12, 2)
+    said["whole"] = torch.equal(unshard_sequence(shard_sequence(x, mesh), mesh), x)
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    parallel = {size: ContextParallel(size=size) for size in (2, 3, 4)}
+    attention = build_attention(num_heads=2, head_dim=8, context_parallel=parallel[4], mesh=mesh)
+    q = torch.randn(1, 3, 2, 8)
+    attempts: dict[str, Any] = {
+        "length": lambda: shard_sequence(torch.zeros(1, 10), mesh),
+        "size": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[3], mesh=mesh),
+        "dims": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[2], mesh=square),
+        "gradient": lambda: unshard_sequence(torch.zeros(1, 3, requires_grad=True), mesh),
+        "offsets": lambda: attention(q, q, q, q_offset=3),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ConfigError as error:
+            said[name] = str(error)
+    return said
+
+
+def behaviour() -> dict[str, Any]:
+    """State, sharing, checkpointing, one dimension of a larger mesh, and the caller's groups."""
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "is_causal": True, "pattern": Dilated((8, 48), (1, 4))}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = square["cp"]
+    first, second = (build_attention(fields, context_parallel=ContextParallel(size=2), mesh=mesh) for _ in range(2))
+    whole = tensors_of(AttentionConfig(**fields, seq_len=48), 1)
+    plain = run_shard(first, mesh, whole)
+    leaves = [shard_sequence(x, mesh).requires_grad_() for x in whole[:3]]
+    again = checkpoint(first, *leaves, use_reentrant=False)
+    grads = torch.autograd.grad(again, leaves, shard_sequence(whole[3], mesh))
+    alone = build_attention(fields)
+    expected = shard_sequence(alone(*whole[:3]), mesh)
+    ring = ring_engine(first).communicator
+    first.prepare(48)
+    programs = len(ring_engine(first).rings)
+    second.prepare(96)
+    ring.close()  # the caller's groups go on
+    total = torch.ones(1)
+    dist.all_reduce(total, group=mesh.get_group())
+    return {
+        "state_dict": list(first.state_dict()),
+        "shared": ring_engine(first).communicator is ring_engine(second).communicator and programs == 1,
+        "checkpoint_equal": all(torch.equal(a, b) for a, b in zip(grads, plain[2:], strict=True)),
+        "submesh": float((plain[0] - expected).abs().max()),
+        "groups_kept": total.item() == 2 and dist.is_initialized(),
+        "prepared": [program.shards.length for program in ring_engine(first).rings._values.values()],
+    }
+
+
+def perturbed(pattern: Pattern, seq_len: int, position: int) -> list[tuple[int, int]]:
+    """The (position, head) of this rank's rows that move when one key and value change."""
+    mesh = mesh_of(4)
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "is_causal": True, "pattern": pattern}
+    attention = build_attention(fields, context_parallel=ContextParallel(size=4), mesh=mesh)
+    q, k, v, *_ = tensors_of(AttentionConfig(**fields, seq_len=seq_len), 1)
+    before = attention(*(shard_sequence(x, mesh) for x in (q, k, v)))
+    k[:, position] += 1
+    v[:, position] -= 1
+    after = attention(*(shard_sequence(x, mesh) for x in (q, k, v)))
+    rows, heads = torch.nonzero((before != after).any(-1)[0], as_tuple=True)
+    first = int(local_positions(seq_len, mesh)[0])
+    return [(first + int(row), int(head)) for row, head in zip(rows, heads, strict=True)]

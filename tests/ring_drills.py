@@ -117,9 +117,9 @@ def retried(attention: Attention, mesh: DeviceMesh, whole: list[Tensor]) -> tupl
 def mismatched(where: str, rank: int, size: int) -> str:
     """Build with one rank's scale and another's pattern different; what is said."""
     with group(where, rank, size) as mesh:
-        fields: dict[str, Any] = {2: {"scale": 0.5}, 3: {"pattern": NEAR}}.get(rank, {})
+        odd: dict[int, dict[str, Any]] = {2: {"scale": 0.5}, 3: {"pattern": NEAR}}
         try:
-            build_attention(config_of(size, 20, **fields), mesh=mesh)
+            build_attention(config_of(size, 20, **odd.get(rank, {})), mesh=mesh)
         except ConfigError as error:
             return str(error)
     return ""
@@ -136,7 +136,7 @@ class Model(nn.Module):
         self.out = nn.Parameter(torch.randn(16, 16, generator=generator, dtype=torch.float64) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (2, 8)) for part in (x @ self.into).chunk(3, dim=-1))
+        query, key, value = (torch.unflatten(part, -1, (2, 8)) for part in (x @ self.into).chunk(3, dim=-1))
         mixed: Tensor = self.attention(query, key, value)
         return mixed.flatten(2) @ self.out
 
@@ -160,14 +160,14 @@ def train_step(model: Model, step: int, mesh: DeviceMesh | None) -> float:
         x, target = shard_sequence(x, mesh), shard_sequence(target, mesh)
     loss = (model(x) - target).square().sum() / whole
     parameters = list(model.parameters())
-    grads = [*torch.autograd.grad(loss, parameters), loss.detach()]
+    grads = [*torch.autograd.grad(loss, parameters), loss.detach().clone()]
     if mesh is not None:
         for grad in grads:
             dist.all_reduce(grad)
     with torch.no_grad():
         for parameter, grad in zip(parameters, grads, strict=False):
-            parameter -= 0.1 * grad
-    return grads[-1].item()
+            parameter.sub_(grad, alpha=0.1)
+    return float(grads[-1])
 
 
 def single(steps: int) -> list[float]:

@@ -102,7 +102,7 @@ def test_every_rank_computes_its_shard_exactly(pattern: Pattern, is_causal: bool
 
 
 @given(pattern=patterns(), size=st.integers(1, 5), length=st.integers(1, 14), is_causal=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_pattern_any_cut(pattern: Pattern, size: int, length: int, is_causal: bool) -> None:
     assert worst(pattern, Shards(length, size, 4, 2, is_causal)) < 1e-12
 
@@ -119,7 +119,7 @@ def named(pattern: Pattern, shards: Shards, rank: int) -> np.ndarray[tuple[int, 
 
 
 @given(length=st.integers(1, 20), size=st.integers(1, 5), is_causal=st.booleans(), data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_dilated_patterns_move_each_named_row_once_and_no_other(
     length: int, size: int, is_causal: bool, data: st.DataObject
 ) -> None:

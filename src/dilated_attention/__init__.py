@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .patterns.random import Random
     from .patterns.store import PatternStore, load_pattern, save_pattern
     from .patterns.strided import Strided
-    from .registry.build import build_attention, explain
+    from .registry.build import build_attention, explain, preflight
 
 __version__ = VERSION
 
@@ -72,6 +72,7 @@ _HOMES: dict[str, str | None] = {
     "explain": "registry.build",
     "load_pattern": "patterns.store",
     "local_positions": "exchange.mesh",
+    "preflight": "registry.build",
     "presets": None,
     "rebuild": "exchange.rebuild",
     "reference": None,
@@ -113,6 +114,7 @@ __all__ = [
     "explain",
     "load_pattern",
     "local_positions",
+    "preflight",
     "presets",
     "rebuild",
     "reference",
