@@ -17,19 +17,21 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from dilated_attention import ContextParallel, build_attention, local_positions, shard_sequence
-from dilated_attention.demo.model import ByteModel, ModelConfig
+from dilated_attention.demo.model import Block, ByteModel, ModelConfig
 from dilated_attention.demo.text import Corpus, standard_library
 
 
@@ -52,6 +54,7 @@ def make_model(config: ModelConfig, mesh: DeviceMesh) -> ByteModel:
     model.table = model.table[:, positions]
     parallel = ContextParallel(size=mesh.size())
     for block in model.blocks:
+        assert isinstance(block, Block)
         fields = attrs.evolve(block.attention.config, device=mesh.device_type, context_parallel=parallel)
         block.attention = build_attention(fields, mesh=mesh)
     for block in model.blocks:
@@ -109,7 +112,7 @@ def main() -> None:
             print(f"step {step:5d}  {losses[step]:.4f} bits per byte  {time.perf_counter() - start:6.1f} s", flush=True)
     if args.save:
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments, "step": args.steps}, checkpoint_id=args.save)
+        save({"model": weights, "optimizer": moments, "step": args.steps}, checkpoint_id=args.save)
     if args.losses and mesh.get_rank() == 0:
         args.losses.write_text(json.dumps(losses))
     dist.destroy_process_group()
@@ -118,10 +121,10 @@ def main() -> None:
 def resume(folder: Path, model: ByteModel, optimizer: torch.optim.Optimizer) -> int:
     """Load a checkpoint, each rank the parts that it now has; returns the step to go on with."""
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments, "step": 0}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments, "step": 0}
+    load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return int(state["step"])  # type: ignore[call-overload]
+    return int(state["step"])
 
 
 if __name__ == "__main__":

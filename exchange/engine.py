@@ -9,7 +9,7 @@ gradients home in the accumulator's dtype while the local backward runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 import torch
@@ -59,7 +59,7 @@ class RingEngine(Engine):
         pattern: its pattern, resolved.
         kernel: of the local backend, for dense pieces.
         has_dlse: see `Engine`.
-        call_axes: see `Engine`.
+        call_axes: those of the local backend, for when it computes alone again.
         communicator: the ring.
     """
 
@@ -73,7 +73,9 @@ class RingEngine(Engine):
         call_axes: frozenset[str],
         communicator: Communicator,
     ) -> None:
-        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=call_axes)
+        # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
+        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=frozenset())
+        self.local_axes = call_axes
         self.communicator = communicator
         self.plan_key = self.key
         self.key += f"/{id(communicator)}"
@@ -115,6 +117,13 @@ class RingEngine(Engine):
             return out, lse
         out, lse, _ = self.ring_forward(query, key, value)
         return out, lse
+
+    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> NoReturn:
+        """Whatever would compute on this rank's keys alone is an error, not a local answer."""
+        raise ConfigError(
+            f"a ring of {self.communicator.size} ranks computes whole calls of one sequence only: no padding masks, "
+            "packed documents, steps of decoding or other reads of a single rank's keys"
+        )
 
     def _check_offsets(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
         if q_len != kv_len or q_offset or kv_offset:

@@ -194,7 +194,8 @@ def _engine(attention: Attention, plan: AttentionPlan, mesh: DeviceMesh | None, 
     size = 1 if plan.exchange is None else plan.exchange.size
     parallel = attrs.evolve(_parallel(attention), size=size)
     config = attrs.evolve(attention.config, context_parallel=parallel)
-    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": old.call_axes}
+    axes = old.local_axes if isinstance(old, RingEngine) else old.call_axes
+    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes}
     if plan.exchange is None or mesh is None:
         return Engine(config, old.pattern, old.kernel, takes_layout=False, **traits)
     communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)

@@ -106,6 +106,7 @@ def refusals() -> dict[str, Any]:
         "dims": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[2], mesh=square),
         "gradient": lambda: unshard_sequence(torch.zeros(1, 3, requires_grad=True), mesh),
         "offsets": lambda: attention(q, q, q, q_offset=3),
+        "alone": lambda: ring_engine(attention).forward(q, q, q, 0, 0, None, None),
     }
     for name, attempt in attempts.items():
         try:
