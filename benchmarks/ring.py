@@ -42,7 +42,7 @@ from dilated_attention.exchange.communicator import Counters
 from dilated_attention.exchange.engine import RingEngine
 
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
-SHORT = 4096  # tokens of the comparison with the oracle
+SHORT = 2048  # tokens of the comparison with the oracle
 
 
 def longnet(tokens: int, first: int = 2048) -> Dilated:
@@ -54,7 +54,7 @@ def longnet(tokens: int, first: int = 2048) -> Dilated:
 def config_of(args: argparse.Namespace, tokens: int, size: int, *, hops: bool = False) -> AttentionConfig:
     """What is built: over `size` ranks, or alone where it is 1."""
     return AttentionConfig(
-        pattern=longnet(tokens, 128 if tokens == SHORT else 2048),
+        pattern=longnet(tokens, 64 if tokens == SHORT else 2048),
         num_heads=args.heads,
         head_dim=args.head_dim,
         dtype=args.dtype,

@@ -109,8 +109,10 @@ class NcclTransport:
             backend="nccl",
             timeout=timedelta(seconds=timeout_s),
             use_local_synchronization=True,
-            device_id=torch.device("cuda", torch.cuda.current_device()),
         )
+        # NCCL connects at a group's first call, in which all its ranks must take part; in an exchange some may not.
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=self._group)
+        torch.cuda.synchronize()
 
     def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
@@ -140,6 +142,4 @@ class _Streams:
         """See `Pending`."""
         for work in self.works:
             work.wait()
-        for x in self.tensors:
-            x.record_stream(torch.cuda.current_stream())
         self.works, self.tensors = [], ()

@@ -125,6 +125,32 @@ def mismatched(where: str, rank: int, size: int) -> str:
     return ""
 
 
+def astray(where: str, rank: int, size: int) -> tuple[int | None, str]:
+    """One rank passes a shard of another length; whom each rank blames, and of what."""
+    with group(where, rank, size) as mesh:
+        config = config_of(size, 20)
+        attention = build_attention(config, mesh=mesh)
+        length = 24 if rank != 2 else 12
+        x = torch.zeros(1, length, 2, 8)
+        try:
+            attention(x, x, x)
+        except RingBroken as error:
+            return error.peer, error.reason
+    return None, ""
+
+
+def absent(where: str, rank: int, size: int) -> tuple[int | None, str, float]:
+    """One rank does not build; whom the others miss, and after how long."""
+    with group(where, rank, size) as mesh:
+        before = time.perf_counter()
+        try:
+            if rank != 1:
+                build_attention(config_of(size, 1.5), mesh=mesh)
+        except RingBroken as error:
+            return error.peer, error.reason, time.perf_counter() - before
+    return None, "", 0.0
+
+
 class Model(nn.Module):
     """A projection, the attention and a projection."""
 

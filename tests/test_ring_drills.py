@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .ring_drills import drill, elastic, fall_back, mismatched, newcomer, single
+from .ring_drills import absent, astray, drill, elastic, fall_back, mismatched, newcomer, single
 from .ring_ranks import Ranks
 
 Start = Callable[[int], Ranks]
@@ -90,6 +90,26 @@ def test_ranks_that_build_different_attentions_say_what_differs_where(start: Sta
     assert "config.scale is null on rank 0, 1, 3 but 0.5 on rank 2" in message
     assert "config.pattern is" in message
     assert "on rank 3" in message
+
+
+def test_a_rank_in_another_pass_is_an_error_on_all(start: Start, tmp_path: Path) -> None:
+    pool, where = start(4), str(tmp_path / "drill")
+    for rank in range(4):
+        pool.send(rank, astray, where, rank, 4)
+    found = [pool.receive(rank) for rank in range(4)]
+    assert {peer for rank, (peer, _) in enumerate(found) if rank != 2} == {2}
+    assert any("it is in another pass: digest" in reason and "length 12 (here 24)" in reason for _, reason in found)
+
+
+def test_a_rank_that_does_not_build_is_missed_in_time(start: Start, tmp_path: Path) -> None:
+    pool, where = start(3), str(tmp_path / "drill")
+    for rank in range(3):
+        pool.send(rank, absent, where, rank, 3)
+    for rank, (peer, reason, after) in enumerate(pool.receive(rank) for rank in range(3)):
+        if rank != 1:
+            assert peer == 1
+            assert "it did not call build_attention within 1.5 s" in reason
+            assert after < 2.5
 
 
 def test_training_goes_on_over_three_ranks_and_again_over_four(start: Start, tmp_path: Path) -> None:

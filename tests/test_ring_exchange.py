@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,16 @@ def test_a_small_budget_makes_shards_travel_hop_by_hop(ranks: Ranks, pattern: Pa
         for _, counters in ranks.run(exact, fields, size, 2, False)[:size]:
             assert counters["forward_sent"] == counters["forward_received"] == (size - 1) * (240 // size) * row
             assert counters["backward_sent"] == (2 * size - 1) * (240 // size) * row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:
+    pool = Ranks(8, tmp_path)
+    for is_causal, budget in ((True, 1 << 30), (False, 1 << 30), (True, 1)):
+        limits = Limits(exchange_buffer_bytes=budget)
+        assert worst(pool, config_of(pattern, is_causal=is_causal, limits=limits), 8, batch=2) < 1e-5
+    pool.close()
 
 
 def test_two_rings_in_one_mesh(ranks: Ranks) -> None:
