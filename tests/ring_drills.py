@@ -28,6 +28,7 @@ from dilated_attention import (
     shard_sequence,
 )  # fmt: skip
 from dilated_attention.core.attention import Attention
+from dilated_attention.exchange.compute import RankProgram
 
 from .ring_cases import ring_engine, run_shard, tensors_of
 
@@ -74,6 +75,8 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
         time.sleep(seconds)
     if kind == "raise":
         object.__setattr__(ring_engine(attention)._composer_for_pieces, "kernel", FailingKernel())
+    if kind == "raise before sending":
+        RankProgram.pack = FailingKernel().forward  # type: ignore[method-assign, assignment]
 
 
 def drill(

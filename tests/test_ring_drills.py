@@ -59,8 +59,9 @@ def test_a_killed_rank_is_known_within_a_second(start: Start, tmp_path: Path, cu
     check(reports, culprit, within_s=1.0)
 
 
-def test_a_raising_rank_is_known_within_a_second_and_says_what_of(start: Start, tmp_path: Path) -> None:
-    reports = run_drill(start(4), str(tmp_path / "drill"), "raise", 2)
+@pytest.mark.parametrize("kind", ["raise", "raise before sending"])
+def test_a_raising_rank_is_known_within_a_second_and_says_what_of(start: Start, tmp_path: Path, kind: str) -> None:
+    reports = run_drill(start(4), str(tmp_path / "drill"), kind, 2)
     check(reports, 2, within_s=1.0)
     assert reports[2]["reason"] == "MemoryError: the device is out of memory"
     assert reports[2]["peer"] == 2
