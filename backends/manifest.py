@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from ..core.geometry import Geometry
 from ..registry.hooks import hookimpl
-from ..registry.specs import BackendSpec, Range
+from ..registry.specs import BackendSpec, Range, Request
 
 # What every kernel for dense pieces of PyTorch's strided tensors brings, core's composer having done the rest.
 _DENSE: Final = {
@@ -16,6 +17,7 @@ _DENSE: Final = {
     "causal": True,
     "offsets": True,
     "unequal_lengths": True,
+    "varlen": True,  # core calls them once for each length
     "backward": True,
     "lse": True,
     "compile": "opaque",
@@ -87,6 +89,33 @@ XFORMERS = BackendSpec(
     requires=("xformers>=0.0.34",),
 )
 
+TRITON = BackendSpec(
+    name="triton",
+    target="dilated_attention.backends.fused.backend:TritonBackend",
+    priority=40,  # for patterns of several branches; see `dilated_attention_rank_backends` below
+    capabilities={
+        "device_types": ("cuda",),
+        "arch": ("sm_90",),
+        "dtypes": ("float32", *_HALVES),
+        "head_dims": Range(16, 256, 8),
+        "layouts": ("branch", "block"),
+        "weights": True,
+        "per_head": True,
+        "gqa": True,
+        "causal": True,
+        "offsets": True,
+        "unequal_lengths": True,
+        "varlen": True,
+        "backward": True,
+        "dlse": True,
+        "lse": True,
+        "deterministic": ("forward", "backward"),
+        "compile": "opaque",
+        "cuda_graph": True,
+    },
+    requires=("triton>=3.4",),
+)
+
 REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
@@ -102,6 +131,7 @@ REFERENCE = BackendSpec(
         "causal": True,
         "offsets": True,
         "unequal_lengths": True,
+        "varlen": True,
         "dropout": True,
         "backward": True,
         "dlse": True,
@@ -115,4 +145,17 @@ REFERENCE = BackendSpec(
 @hookimpl
 def dilated_attention_backends() -> Iterable[BackendSpec]:
     """Those that need torch alone, and those over third-party kernels."""
-    return (FA3, FA4, SDPA, XFORMERS, REFERENCE)
+    return (TRITON, FA3, FA4, SDPA, XFORMERS, REFERENCE)
+
+
+@hookimpl
+def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
+    """The fused kernels are for what they fuse: several branches, or blocks, in half precision and head_dims up to 128.
+
+    Elsewhere the dense kernels are faster, which have had a dense attention's whole effort (docs/performance.md).
+    """
+    branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads))
+    fuses = "block" in request.needs["layouts"] or (branches is not None and len(branches) > 1)
+    if fuses and request.config.dtype in _HALVES and request.config.head_dim <= 128:
+        return None
+    return [spec.name for spec in sorted(candidates, key=lambda spec: (spec is TRITON, -spec.priority, spec.name))]

@@ -22,10 +22,22 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Attention, explain
+from dilated_attention.backends.aten import CudaFlash
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 
-from .dilated import BOUNDS, ORACLE_TOKENS, Case, difference, extra_bytes, gate, milliseconds, numbers, trained
+from .dilated import (
+    BOUNDS,
+    ORACLE_TOKENS,
+    Case,
+    difference,
+    extra_bytes,
+    gate,
+    milliseconds,
+    numbers,
+    official,
+    trained,
+)
 
 # Kernels among which a backend chooses; each is measured.
 _KERNELS = {"sdpa": ("cudnn", "flash"), "xformers": ("flash", "cutlass")}
@@ -96,18 +108,23 @@ def measure(case: Case, names: list[str], rounds: int) -> list[dict[str, object]
     for i, runner in enumerate(found):
         calls[i, "forward"] = runner.forward
         calls[i, "training"] = trained(runner.attention, runner.inputs)
+    peer = official(case, CudaFlash(), case.inputs()) if _has_peer(case) else None
+    if peer is not None:
+        calls[-1, "forward"], calls[-1, "training"] = peer.forward, peer.training
     times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     for round_number in range(rounds + 2):
         for key, call in calls.items():
             elapsed = milliseconds(call, case.device)
             if round_number > 1:  # the first rounds warm up
                 times[key].append(elapsed)
-    geometry = Geometry.self_attention(case.seq_len, case.heads, is_causal=True)
+    geometry = Geometry.self_attention(case.seq_len, case.heads, is_causal=case.is_causal)
     flops = 4 * case.head_dim * lower(case.pattern, geometry).pairs
     rows: list[dict[str, object]] = []
-    for i, runner in enumerate(found):
-        row: dict[str, object] = {"name": runner.case.backend, "kernel": runner.attention.plan.kernel}
-        row["oracle_error"] = runner.error
+    named = [(i, r.case.backend, r.attention.plan.kernel, r.error) for i, r in enumerate(found)]
+    if peer is not None and peer.out is not None:
+        named.append((-1, "official algorithm", "FlashAttention-2", difference(peer.out(), found[0].forward())))
+    for i, name, kernel, error in named:
+        row: dict[str, object] = {"name": name, "kernel": kernel, "oracle_error": error}
         for kind, factor in (("forward", 1.0), ("training", 3.5)):
             mine = times[i, kind]
             middle = statistics.median(mine)
@@ -116,6 +133,25 @@ def measure(case: Case, names: list[str], rounds: int) -> list[dict[str, object]
             row[f"{kind}_bytes"] = extra_bytes(calls[i, kind], case.device)
         rows.append(row)
     return rows
+
+
+def _has_peer(case: Case) -> bool:
+    """Whether the official code computes the same: it has its own offsets, and attends to padding."""
+    divides = all(
+        case.seq_len % w == 0 and w % r == 0 for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True)
+    )
+    return case.device.startswith("cuda") and case.offsets == "blocked" and divides
+
+
+def floors(case: Case) -> str:
+    """The forward pass at the rate of a large matrix product, measured now, for the multiset and for distinct pairs."""
+    size = 8192
+    a = torch.randn(size, size, device=case.device, dtype=getattr(torch, case.dtype))
+    times = sorted(milliseconds(lambda: a @ a, case.device) for _ in range(12))
+    rate = 2 * size**3 / times[len(times) // 2] / 1e9
+    layout = lower(case.pattern, Geometry.self_attention(case.seq_len, case.heads, is_causal=case.is_causal))
+    each = [4 * case.head_dim * pairs / rate / 1e9 for pairs in (layout.pairs, layout.distinct_pairs)]
+    return f"floor at {rate:.0f} TFLOP/s (matrix product): {each[0]:.2f} ms forward, {each[1]:.2f} for distinct pairs"
 
 
 def main() -> None:
@@ -128,6 +164,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--segment-lengths", type=numbers, default=(2048, 4096, 8192, 16384, 32768))
     parser.add_argument("--dilation-rates", type=numbers, default=(1, 2, 4, 8, 16))
+    parser.add_argument("--offsets", default="interleaved", choices=("interleaved", "blocked"))
+    parser.add_argument("--no-causal", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(BOUNDS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=15)
@@ -142,11 +180,12 @@ def main() -> None:
         case = Case(
             seq_len, args.heads, args.head_dim, args.segment_lengths, args.dilation_rates, args.dtype, args.device
         )
+        case = attrs.evolve(case, is_causal=not args.no_causal, offsets=args.offsets)
         rows = measure(case, args.backend or usable(case), args.rounds)
         if args.json:
             print(json.dumps({"case": attrs.asdict(case), "torch": torch.__version__, "rows": rows}))
             continue
-        print(f"{case}\nerrors against the float64 oracle at {ORACLE_TOKENS} tokens, out and gradients")
+        print(f"{case}\n{floors(case)}\nerrors against the float64 oracle at {ORACLE_TOKENS} tokens, out and gradients")
         print(f"{'':44}{'error':>9}{'fwd ms':>9}{'TFLOP/s':>9}{'MiB':>8}{'f+b ms':>9}{'TFLOP/s':>9}{'MiB':>8}")
         for row in rows:
             print(_line(row))

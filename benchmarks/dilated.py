@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import attrs
 import torch
@@ -41,7 +42,7 @@ BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 
 @attrs.frozen
 class Case:
-    """What is computed: one batch row of causal dilated attention."""
+    """What is computed: one batch row of dilated attention."""
 
     seq_len: int
     heads: int
@@ -52,11 +53,15 @@ class Case:
     device: str
     backend: str = "sdpa"
     kernel: str = ""
+    is_causal: bool = True
+    offsets: Literal["interleaved", "blocked"] = (
+        "blocked"  # those of the official code, so that results can be compared
+    )
 
     @property
     def pattern(self) -> Dilated:
-        """With the offsets of the official code, so that results can be compared."""
-        return Dilated(self.segment_lengths, self.dilation_rates, offsets="blocked")
+        """All heads use every branch."""
+        return Dilated(self.segment_lengths, self.dilation_rates, offsets=self.offsets)
 
     def inputs(self) -> list[Tensor]:
         """query, key, value and the gradient of out, all random."""
@@ -73,7 +78,7 @@ class Case:
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
-            is_causal=True,
+            is_causal=self.is_causal,
             backend=self.backend,
             backend_options={self.backend: {"kernel": self.kernel}} if self.kernel else {},
         )
@@ -120,7 +125,7 @@ def trained(forward: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Te
 
 def bare(case: Case, kernel: DenseKernel, inputs: list[Tensor]) -> Contender:
     """The kernel calls alone, on inputs that were made compact beforehand, nothing merged: the floor of composing."""
-    geometry = Geometry.self_attention(case.seq_len, case.heads, is_causal=True)
+    geometry = Geometry.self_attention(case.seq_len, case.heads, is_causal=case.is_causal)
     calls = []
     for call in schedule(case.pattern.branches(geometry), geometry).calls:
         views = []
@@ -148,6 +153,20 @@ def bare(case: Case, kernel: DenseKernel, inputs: list[Tensor]) -> Contender:
     return Contender(f"bare {kernel.name}, compact inputs", forward, training, None)
 
 
+def official(case: Case, kernel: DenseKernel, inputs: list[Tensor]) -> Contender:
+    """The official algorithm over the same kernel."""
+    run = _differentiable(kernel)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rates = case.dilation_rates
+        return dilated_attention(q, k, v, case.segment_lengths, rates, is_causal=case.is_causal, kernel=run)
+
+    def out() -> Tensor:
+        return attend(*inputs[:3])
+
+    return Contender(f"official algorithm ({kernel.name})", out, trained(attend, inputs), out)
+
+
 def contenders(case: Case, *, dense: bool) -> list[Contender]:
     """Ours first."""
     inputs = case.inputs()
@@ -155,13 +174,9 @@ def contenders(case: Case, *, dense: bool) -> list[Contender]:
     attention = case.attention()
     kernel = _KERNELS[attention.plan.kernel]
 
-    def official(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        run = _differentiable(kernel)
-        return dilated_attention(q, k, v, case.segment_lengths, case.dilation_rates, is_causal=True, kernel=run)
-
     def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         swapped = [x.transpose(1, 2) for x in (q, k, v)]
-        return functional.scaled_dot_product_attention(swapped[0], swapped[1], swapped[2], is_causal=True)
+        return functional.scaled_dot_product_attention(swapped[0], swapped[1], swapped[2], is_causal=case.is_causal)
 
     def ours() -> Tensor:
         out: Tensor = attention(query, key, value)
@@ -170,12 +185,7 @@ def contenders(case: Case, *, dense: bool) -> list[Contender]:
     found = [
         Contender(f"ours ({kernel.name})", ours, trained(attention, inputs), ours),
         bare(case, kernel, inputs),
-        Contender(
-            f"official algorithm ({kernel.name})",
-            lambda: official(query, key, value),
-            trained(official, inputs),
-            lambda: official(query, key, value),
-        ),
+        official(case, kernel, inputs),
     ]
     if dense:
         inputs_bhsd = [*inputs[:3], inputs[3].transpose(1, 2)]
@@ -201,7 +211,7 @@ def gate(case: Case) -> float:
     out = small.attention()(*leaves)
     actual = [out, *torch.autograd.grad(out, leaves, inputs[3])]
     exact = [x.detach().double().requires_grad_() for x in inputs[:3]]
-    expected, _ = reference.attention(exact[0], exact[1], exact[2], pattern=small.pattern, is_causal=True)
+    expected, _ = reference.attention(exact[0], exact[1], exact[2], pattern=small.pattern, is_causal=case.is_causal)
     grads = torch.autograd.grad(expected, exact, inputs[3].double())
     return max(difference(a.detach(), e.detach()) for a, e in zip(actual, [expected, *grads], strict=True))
 

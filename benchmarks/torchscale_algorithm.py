@@ -32,7 +32,9 @@ def dilated_attention(
     """Attention over (batch, seq_len, heads, head_dim), heads' offsets in blocks (head // (heads / rate))."""
     outs, lses = [], []
     for width, rate in zip(segment_lengths, dilation_rates, strict=True):
-        out, lse = _branch(query, key, value, min(width, query.shape[1]), rate, is_causal, kernel)
+        # One segment beyond the sequence is cut to it, and padded again to a multiple of the rate.
+        longest = -(-query.shape[1] // rate) * rate
+        out, lse = _branch(query, key, value, min(width, longest), rate, is_causal, kernel)
         outs.append(out)
         lses.append(lse)
     with torch.no_grad():

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import require_int
+from .composer import accumulator_dtype
+from .decoding import DecodingCache
+from .documents import check_forms
 from .errors import ConfigError
-from .ops import attend, intern
+from .ops import attend, intern, without_autocast
+from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
 
 if TYPE_CHECKING:
@@ -72,10 +76,14 @@ class Attention(nn.Module):
         kv_len = seq_len if kv_len is None else kv_len
         require_int("seq_len", seq_len, minimum=0)
         require_int("kv_len", kv_len, minimum=0)
+        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device())
+
+    def _device(self) -> torch.device:
+        """Where inputs are expected, with its index."""
         device = torch.get_default_device() if self.config.device is None else torch.device(self.config.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, device)
+        return device
 
     def forward(
         self,
@@ -86,8 +94,14 @@ class Attention(nn.Module):
         return_lse: bool = False,
         q_offset: int | None = None,
         kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
+
+        With `key_padding_mask` or `cu_seqlens` a call holds several sequences of different lengths. Each is attended to
+        as it would be alone: by its own length, with positions from 0, left padding included. Tokens that belong to no
+        sequence are neither attended to nor attend: their rows are 0, lse -inf, and their gradients 0.
 
         Args:
             query: (batch, seq_len, num_heads, head_dim).
@@ -97,50 +111,67 @@ class Attention(nn.Module):
                 (float64 for float64 inputs), -inf for rows without keys. It is differentiable.
             q_offset: absolute position of the first query; default: the last query stands at the last key.
             kv_offset: absolute position of the first key.
+            key_padding_mask: (batch, kv_len) bool, True where a key is padding, as `torch.nn.MultiheadAttention` takes
+                it. The tokens of a row are one run, with padding on either side. Queries are tokens of the same
+                sequences: query i is the token of key i + kv_len - seq_len, so that decoding takes the mask of its
+                cache, and a query is padding where that key is.
+            cu_seqlens: (documents + 1,) int32 or int64, the cumulative lengths of documents packed one behind the other
+                in a batch of one row: 0 first, the row's length last. A document may be empty.
 
         Returns:
             out, shaped like query, or (out, lse).
 
         Raises:
-            ConfigError: for shapes, dtypes or devices other than those it was built for.
+            ConfigError: for shapes, dtypes or devices other than those it was built for, for padding within a row's
+                tokens, lengths that do not add up, or a backend that does not declare varlen.
         """
-        device = query.device
-        device_type = device.type
+        device_type = query.device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
-                return self.forward(*cast, return_lse=return_lse, q_offset=q_offset, kv_offset=kv_offset)
+                return self.forward(
+                    *cast,
+                    return_lse=return_lse,
+                    q_offset=q_offset,
+                    kv_offset=kv_offset,
+                    key_padding_mask=key_padding_mask,
+                    cu_seqlens=cu_seqlens,
+                )
         config = self.config
         swap = config.tensor_layout == "bhsd"
         if swap and query.dim() == key.dim() == value.dim() == 4:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        q_shape, k_shape, dtype = query.shape, key.shape, self._dtype
-        if not (
-            q_shape[2:] == self._query_tail
-            and k_shape[2:] == self._key_tail
-            and k_shape == value.shape
-            and q_shape[0] == k_shape[0]
-            and query.dtype == key.dtype == value.dtype == dtype
-            and key.device == device
-            and value.device == device
-            and device_type == self._device_type
-        ):
-            raise ConfigError(self._what_is_wrong(query, key, value))
+        self._check(query, key, value)
         if not config.requires_grad and torch.is_grad_enabled():
             self._check_gradients(query, key, value)
-        if q_offset is None:
-            q_offset = kv_offset + k_shape[1] - q_shape[1]
-        out, lse = attend(
-            query,
-            key,
-            value,
-            self._engine,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            seed=self._seed() if config.dropout_p else None,
-            tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
-            recompute=config.activation_checkpointing,
-        )
+        seed = self._seed() if config.dropout_p else None
+        if key_padding_mask is not None or cu_seqlens is not None:
+            self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
+            out, lse = attend_documents(
+                query,
+                key,
+                value,
+                self._engine,
+                key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
+                seed=seed,
+                gate=self.gate if self._has_gate else None,
+                recompute=config.activation_checkpointing,
+            )
+        else:
+            if q_offset is None:
+                q_offset = kv_offset + key.shape[1] - query.shape[1]
+            out, lse = attend(
+                query,
+                key,
+                value,
+                self._engine,
+                q_offset=q_offset,
+                kv_offset=kv_offset,
+                seed=seed,
+                tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
+                recompute=config.activation_checkpointing,
+            )
         if swap:
             out = out.transpose(1, 2)
         return (out, lse) if return_lse else out
@@ -148,6 +179,157 @@ class Attention(nn.Module):
     def _seed(self) -> Tensor | None:
         """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
         return torch.randint(1 << 62, (), dtype=torch.int64) if self.training else None
+
+    def _check_documents(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        q_offset: int | None,
+        kv_offset: int,
+    ) -> None:
+        """Raise `ConfigError` for what a call with documents cannot honour, as far as no number has to be read."""
+        check_forms(key_padding_mask, cu_seqlens, query, key)
+        name = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+        if q_offset is not None or kv_offset:
+            raise ConfigError(
+                f"{name}: every sequence has positions from 0, so no offsets can be given; got q_offset={q_offset} "
+                f"and kv_offset={kv_offset}"
+            )
+        if query.shape[1] != key.shape[1] and not self.config.is_causal:
+            raise ConfigError(
+                f"{name} with {query.shape[1]} queries and {key.shape[1]} keys: the last queries of a sequence stand "
+                "alone in decoding, which is causal. Queries of another sequence cannot be told from padded ones; "
+                "leave the padding out of the keys and call once for each row"
+            )
+
+    @torch.no_grad()
+    def received(
+        self,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        *,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """How much attention each key receives: the sum of its weights over all queries, each as often as it counts.
+
+        Costs what the scores of the pattern's pairs cost, in tiles within `Limits.workspace_bytes`; for any backend,
+        undropped, and without a gradient.
+
+        Args:
+            query: as given to the attention.
+            key: as given to the attention.
+            lse: (batch, num_heads, seq_len), what the attention returned with `return_lse=True`.
+            q_offset: as given to the attention.
+            kv_offset: as given to the attention.
+            key_padding_mask: as given to the attention.
+            cu_seqlens: as given to the attention.
+
+        Returns:
+            (batch, num_heads, kv_len), one row a query head, float32 (float64 for float64 inputs). Its sum over the
+            keys is the number of queries that see a key.
+
+        Raises:
+            ConfigError: as the attention, and for an lse of another shape.
+        """
+        if torch.is_autocast_enabled(query.device.type):
+            query, key = query.to(self._dtype), key.to(self._dtype)
+        if self.config.tensor_layout == "bhsd" and query.dim() == key.dim() == 4:
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
+        self._check(query, key, key)
+        if query.stride(3) != 1 or key.stride(3) != 1:
+            query, key = query.contiguous(), key.contiguous()
+        batch, q_len, heads, _ = query.shape
+        if lse.shape != (batch, heads, q_len):
+            raise ConfigError(
+                f"lse must be (batch, num_heads, seq_len) = {(batch, heads, q_len)}, as the attention returns it, got "
+                f"{tuple(lse.shape)}"
+            )
+        lse = lse.to(accumulator_dtype(self._dtype))
+        gate = self.gate if self._has_gate else None
+        with without_autocast(query.device):
+            if key_padding_mask is not None or cu_seqlens is not None:
+                self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
+                return received_in_documents(
+                    query, key, lse, self._engine, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, gate=gate
+                )
+            if q_offset is None:
+                q_offset = kv_offset + key.shape[1] - q_len
+            tables = None if gate is None else gate(query, key, q_offset=q_offset, kv_offset=kv_offset)
+            return self._engine.received(query, key, lse, q_offset, kv_offset, tables)
+
+    def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
+        """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.
+
+        It keeps the keys and values that a later token can still reach, for each head by itself: the last window of
+        `Local`, what `Global` tokens hold, of `Dilated` the kept places of the segments that are still open (once,
+        however many branches share them). `Full`, `Strided`, `Random`, `Learned` and stored patterns keep all.
+
+        Args:
+            batch_size: sequences decoded together, all of one length.
+            max_seq_len: most tokens that it may see; a cache that keeps all then takes its memory at once.
+
+        Raises:
+            ConfigError: attention that is not causal, or a backend that does not declare unequal_lengths.
+        """
+        return DecodingCache(
+            self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len
+        )
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
+        """The next tokens of a sequence: what `forward` over the whole sequence gives for them.
+
+        The first step may be a prompt of any length, which runs as `forward` does; later ones are meant for one token
+        or a few: they form the scores of all rows held. No gradient is recorded.
+
+        Args:
+            query: (batch, new_tokens, num_heads, head_dim), as `tensor_layout` says.
+            key: (batch, new_tokens, num_kv_heads, head_dim).
+            value: like key.
+            cache: what `make_cache` made and earlier steps filled; it takes the new tokens in.
+
+        Returns:
+            out, shaped like query.
+
+        Raises:
+            ConfigError: tensors that the attention was not built for, a cache of another attention or full, inputs that
+                require gradients, or dropout in training.
+        """
+        if torch.is_autocast_enabled(query.device.type):
+            query, key, value = (x.to(self._dtype) for x in (query, key, value))
+        swap = self.config.tensor_layout == "bhsd"
+        if swap and query.dim() == key.dim() == value.dim() == 4:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        self._check(query, key, value)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise ConfigError("a step records no gradient, but an input requires one; decode under torch.no_grad()")
+        if self.training and self.config.dropout_p:
+            raise ConfigError(f"a step drops nothing, but dropout_p={self.config.dropout_p:g}; call eval() to decode")
+        if cache.engine is not self._engine:
+            raise ConfigError("the cache was made by an attention of another configuration; make one with make_cache")
+        with torch.no_grad(), without_autocast(query.device):
+            out = cache.step(query, key, value)
+        return out.transpose(1, 2) if swap else out
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raise `ConfigError` unless the tensors are what the attention was built for."""
+        k_shape, dtype, device = key.shape, self._dtype, query.device
+        if not (
+            query.shape[2:] == self._query_tail
+            and k_shape[2:] == self._key_tail
+            and k_shape == value.shape
+            and query.shape[0] == k_shape[0]
+            and query.dtype == key.dtype == value.dtype == dtype
+            and key.device == device
+            and value.device == device
+            and device.type == self._device_type
+        ):
+            raise ConfigError(self._what_is_wrong(query, key, value))
 
     def _check_gradients(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.requires_grad or key.requires_grad or value.requires_grad:

@@ -24,7 +24,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _CPU_CHUNK_BYTES = 16 << 20  # temporaries that stay in a processor's last cache: measurably faster than 64 MiB
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
+def bmm(a: Tensor, b: Tensor) -> Tensor:
     """Batched product with float32 sums and, for half-precision operands, a float32 result."""
     if a.dtype in _HALF:
         return torch.bmm(a, b, out_dtype=torch.float32)
@@ -116,7 +116,7 @@ class BlockProduct:
                 top.masked_fill_(top == -math.inf, 0.0)
                 weights = scores.sub_(top).exp_()
                 total = weights.sum(dim=-1, keepdim=True)
-                part_out = _bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
+                part_out = bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
                 out[row].index_copy_(0, part.queries, part_out)
                 lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
         return self._rows(out, query), self._row_values(lse, query)
@@ -145,17 +145,34 @@ class BlockProduct:
                 lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                 delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                 p = self._scores(q, k, part).sub_(lse_part).exp_()
-                _put_add(dv[row], part.keys, _bmm(p.to(do.dtype).mT, do))
-                ds = _bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
+                _put_add(dv[row], part.keys, bmm(p.to(do.dtype).mT, do))
+                ds = bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
                 del p
-                dq[row].index_copy_(0, part.queries, _bmm(ds, k))
-                _put_add(dk[row], part.keys, _bmm(ds.mT, q))
+                dq[row].index_copy_(0, part.queries, bmm(ds, k))
+                _put_add(dk[row], part.keys, bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
+
+    def received(self, query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
+        """The attention that each key receives, (B, H, T) in the accumulator's dtype; `lse` as in `backward`."""
+        q_blocks, k_blocks = self._blocks(query), self._blocks(key)
+        lse_blocks = self._row_blocks(lse, math.inf)
+        batch, heads, kv_len = query.shape[0], query.shape[2], key.shape[1]
+        q_rows, k_rows = -(-query.shape[1] // self.block_size), -(-kv_len // self.block_size)
+        total = lse.new_zeros(q_blocks.shape[0], q_blocks.shape[1] // q_rows * k_rows, self.block_size)
+        for row in range(q_blocks.shape[0]):
+            for part in self._chunks(query):
+                q, k = _take(q_blocks[row], part.queries), _take(k_blocks[row], part.keys)
+                lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                sums = self._scores(q, k, part).sub_(lse_part).exp_().sum(dim=1)
+                # Heads of queries, which may share keys, receive each for itself.
+                places = (part.queries // q_rows * k_rows)[:, None] + part.keys % k_rows
+                _put_add(total[row], places, sums)
+        return total.view(batch, heads, -1)[:, :, :kv_len]
 
     def _scores(self, q: Tensor, k: Tensor, part: ItemClass) -> Tensor:
         """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
         size, partial = self.block_size, part.masks.shape[1]
-        scores = _bmm(q, k.mT).mul_(self.scale)
+        scores = bmm(q, k.mT).mul_(self.scale)
         blocks = torch.unflatten(scores, -1, (-1, size))
         if partial:
             bias = torch.unflatten(self.bias.index_select(0, part.masks.flatten()), 0, part.masks.shape)

@@ -74,7 +74,7 @@ class _Slab:
         return self.batch * s_batch + row * s_row + rows.head * s_head
 
 
-def _slabs(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
+def slabs_of(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
     """Cover a call with as few launches as the tensors' strides allow."""
     batch = queries[0].shape[0]
     if call.segments == 1:
@@ -139,7 +139,7 @@ class Composer:
             return self.kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
-        slabs = [_slabs(call, (query,), (key, value)) for call in calls]
+        slabs = [slabs_of(call, (query,), (key, value)) for call in calls]
         start = 0
         if calls and _adoptable(schedule, query, key, slabs[0]):
             start = 1
@@ -171,7 +171,7 @@ class Composer:
         `out` is contiguous and `lse` is (B, S, H) in memory.
         """
         for call in schedule.calls:
-            for slab in _slabs(call, (query,), (key, value)):
+            for slab in slabs_of(call, (query,), (key, value)):
                 part, part_lse = self._forward(call, slab, query, key, value)
                 merge_(slab.view(out, call.query), slab.view_lse(lse, call.query), part, part_lse)
 
@@ -190,7 +190,7 @@ class Composer:
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        slabs = [_slabs(call, (query, dout, out), (key, value)) for call in calls]
+        slabs = [slabs_of(call, (query, dout, out), (key, value)) for call in calls]
         start = 0
         if calls and _adoptable(schedule, query, key, slabs[0]):
             start = 1
@@ -226,7 +226,7 @@ class Composer:
         """Add the gradients of every call to `totals`, shaped like query, key and value and contiguous, in place."""
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         for call in schedule.calls:
-            for slab in _slabs(call, (query, dout, out), (key, value)):
+            for slab in slabs_of(call, (query, dout, out), (key, value)):
                 grads = self._backward(call, slab, dout, query, key, value, out, lse)
                 for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
                     slab.view(total, rows).add_(grad)

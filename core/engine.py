@@ -18,10 +18,11 @@ from .config import AttentionConfig
 from .dynamic_tables import DynamicTables
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
 from .layout import Layout
 from .lowering import lower
 from .pattern import LearnedPattern, Pattern
+from .received import received_from
 from .schedule import Schedule, schedule
 
 if TYPE_CHECKING:
@@ -120,20 +121,22 @@ class Engine:
     def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
         config = self.config
         self._check_call(q_len, kv_len, q_offset, kv_offset)
-        geometry = Geometry(
-            q_len=q_len,
-            kv_len=kv_len,
-            num_heads=config.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            is_causal=config.is_causal,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-        )
+        geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
+        if self._layout_kernel is None:
+            return self._composed(geometry, device)
+        if self._learned is not None:
+            return _Program(Layout(self._learned, geometry, (), None), Schedule((), 0))
+        layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        if isinstance(self._layout_kernel, Prepares):
+            self._layout_kernel.prepare(layout, device)
+        return _Program(layout, Schedule((), 0))
+
+    def _composed(self, geometry: Geometry, device: torch.device) -> _Program:
+        """The program that core itself runs, with dense pieces and blocks."""
+        config = self.config
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        if self._layout_kernel is not None:
-            return _Program(layout, Schedule((), 0))
         blocks = None
         if layout.blocks is not None:
             blocks = BlockProduct.prepare(
@@ -144,6 +147,17 @@ class Engine:
                 workspace_bytes=config.limits.workspace_bytes,
             )
         return _Program(layout, schedule(layout.branches, geometry), blocks)
+
+    def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
+        return Geometry(
+            q_len=q_len,
+            kv_len=kv_len,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            is_causal=self.config.is_causal,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+        )
 
     def _check_call(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
         """Raise `ConfigError` for lengths or offsets that the backend does not declare."""
@@ -162,7 +176,7 @@ class Engine:
     def _make_dynamic(self, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> _Program:
         """What is known of blocks that are chosen per call; nothing where there are no queries or no keys."""
         program = _Program(Layout(pattern, geometry, (), None), Schedule((), 0))
-        if self._layout_kernel is not None or not (geometry.q_len and geometry.kv_len):
+        if not (geometry.q_len and geometry.kv_len):
             return program
         dynamic = DynamicTables.prepare(
             pattern,
@@ -278,6 +292,28 @@ class Engine:
         if grads is None:
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         return grads
+
+    def received(
+        self, query: Tensor, key: Tensor, lse: Tensor, q_offset: int, kv_offset: int, tables: Tensor | None
+    ) -> Tensor:
+        """The attention that each key receives: sum over queries of m exp(s - lse), (B, H, T) in lse's dtype.
+
+        Core computes it, whatever the kernel.
+        """
+        q_len, kv_len, device = query.shape[1], key.shape[1], query.device
+        if query.numel() == 0 or key.numel() == 0:
+            return lse.new_zeros(query.shape[0], query.shape[2], kv_len)
+        if self._layout_kernel is None:
+            program = self._program(q_len, kv_len, q_offset, kv_offset, device)
+        else:
+            geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
+            program = self.programs.get_or_make((geometry, device), lambda: self._composed(geometry, device))
+        if tables is not None:
+            program = program.bound(tables)
+        lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys give nothing
+        limit = self.config.limits.workspace_bytes
+        total = received_from(query, key, lse, program.schedule, scale=self.scale, workspace_bytes=limit)
+        return total if program.blocks is None else total + program.blocks.received(query, key, lse)
 
     def _piece(self, program: _Program, seed: Tensor | None, tables: Tensor | None) -> LayoutPiece:
         return LayoutPiece(

@@ -6,11 +6,12 @@ views; only their last dimension is contiguous.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 import attrs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .layout import Layout
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 WIDENING: Final = 8
 
 # Capabilities that a call needs rather than a configuration: they are matched when a new length is met.
-CALL_AXES: Final = ("unequal_lengths", "offsets")
+CALL_AXES: Final = ("unequal_lengths", "offsets", "varlen")
 
 
 @attrs.frozen(kw_only=True)
@@ -105,3 +106,11 @@ class LayoutKernel(Protocol):
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv); `dlse` (B, H, S) is given where the caller uses the gradient of the returned lse."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """What a `LayoutKernel` may have besides: work of its own for a layout, done when a length is first lowered."""
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        """Make what later calls with this layout need, so that they may be captured in a CUDA graph."""

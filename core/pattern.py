@@ -7,6 +7,8 @@ pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so 
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -123,6 +125,16 @@ class Pattern(ABC):
 
         low = np.full((query_low.size, 1), geometry.kv_offset, dtype=np.int64)
         return KeySpans(low, low + geometry.kv_len, low, low)
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """Which keys a causal query at `position` or later may count: what a cache must keep when decoding.
+
+        `key` (any shape, int64) stands before `position`; of `geometry` only the numbers of heads count. Returns
+        booleans of key's shape: exact by default for a sum of strided branches, all True for other patterns.
+        """
+        from .supports import branch_reachable
+
+        return branch_reachable(self.branches(geometry), key, position, head)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """The blocks of `grid` that hold a pair for `head`, each either constant or to be evaluated."""
@@ -303,6 +315,11 @@ class _Composite(Pattern):
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Signatures are alike where every member says so."""
         return joined_groups(*(member.signature_groups(num_heads, num_kv_heads) for member in self.of))
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """What any member can reach."""
+        members = [member.reachable(key, position, head, geometry) for member in self.of]
+        return functools.reduce(operator.or_, members)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """Blocks of any member; constant where all members are."""

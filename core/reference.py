@@ -6,6 +6,9 @@ nothing of a pattern but `Pattern.multiplicity`, so that every faster path can b
 
 from __future__ import annotations
 
+import itertools
+
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +47,8 @@ def attention(
     kv_offset: int = 0,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the multiset of keys that `pattern` names, differentiable by autograd through both results.
 
@@ -60,6 +65,9 @@ def attention(
         kv_offset: absolute position of the first key.
         dropout_p: probability with which each counted occurrence is dropped after normalisation; lse is undropped.
         generator: source of the dropout draw; torch's default one if None.
+        key_padding_mask: (B, T) bool, True where a key is padding; the tokens left in a row are one sequence with
+            positions from 0, its queries the last S of all T places.
+        cu_seqlens: (documents + 1,), cumulative lengths of sequences packed in a row, each with positions from 0.
 
     Returns:
         out (B, S, H, E) and lse (B, H, S), both float64; rows without keys give 0 and -inf, and no gradient.
@@ -68,7 +76,14 @@ def attention(
         ConfigError: shapes that do not fit together, or a pattern that does not take these heads.
     """
     geometry = _geometry(query, key, value, is_causal, q_offset, kv_offset)
-    counts = multiplicity(Full() if pattern is None else pattern, geometry).to(query.device, torch.float64)
+    chosen = Full() if pattern is None else pattern
+    if key_padding_mask is None and cu_seqlens is None:
+        counts = multiplicity(chosen, geometry)[None]
+    elif q_offset is not None or kv_offset:
+        raise ConfigError(f"sequences of their own have positions from 0, got offsets {q_offset} and {kv_offset}")
+    else:
+        counts = _document_counts(chosen, geometry, query.shape[0], key_padding_mask, cu_seqlens)
+    counts = counts.to(query.device, torch.float64)
     q_bhsd, k_bhtd, v_bhte = (x.to(torch.float64).transpose(1, 2) for x in (query, key, value))
     k_bhtd, v_bhte = (x.repeat_interleave(geometry.group_size, dim=1) for x in (k_bhtd, v_bhte))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -86,6 +101,25 @@ def attention(
         )
         shares = shares * kept / (counts.clamp(min=1) * (1 - dropout_p) if dropout_p < 1 else 1.0)
     return (shares @ v_bhte).transpose(1, 2), lse
+
+
+def _document_counts(
+    pattern: Pattern, geometry: Geometry, batch: int, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """How often each query counts each key of its own sequence: (B, H, S, T) int64, 0 for everything else."""
+    counts = torch.zeros(batch, geometry.num_heads, geometry.q_len, geometry.kv_len, dtype=torch.int64)
+    if key_padding_mask is not None:
+        documents = [(row, torch.nonzero(~key_padding_mask[row].cpu())[:, 0]) for row in range(batch)]
+    else:
+        assert cu_seqlens is not None
+        ends = cu_seqlens.tolist()
+        documents = [(row, torch.arange(*pair)) for row in range(batch) for pair in itertools.pairwise(ends)]
+    for row, keys in documents:
+        queries = keys - (geometry.kv_len - geometry.q_len)
+        queries = queries[queries >= 0]
+        own = attrs.evolve(geometry, q_len=len(queries), kv_len=len(keys), q_offset=len(keys) - len(queries))
+        counts[row][:, queries[:, None], keys] = multiplicity(pattern, attrs.evolve(own, kv_offset=0))
+    return counts
 
 
 def _geometry(

@@ -172,6 +172,26 @@ def branch_counts(branches: Sequence[Branch], query: IntArray, key: IntArray, he
     return total
 
 
+def branch_reachable(branches: Sequence[Branch] | None, key: IntArray, position: int, head: int) -> NDArray[np.bool_]:
+    """`Pattern.reachable` of a sum of branches: kept keys with a kept place at `position` or later in their segment.
+
+    Without branches nothing is known, and every key is kept.
+    """
+    if branches is None:
+        return np.ones(key.shape, dtype=np.bool_)
+    reached = np.zeros(key.shape, dtype=np.bool_)
+    for branch in branches:
+        offset, w, r = branch.offsets[head], branch.segment_length, branch.stride
+        if offset is None:
+            continue
+        segment, place = segment_and_place(key, w)
+        kept = (place - offset) % r == 0
+        if w is not None:
+            kept &= segment * w + (w - 1 - (w - 1 - offset) % r) >= position
+        reached |= kept
+    return reached
+
+
 def branch_overlap(
     branches: Sequence[Branch], query_low: IntArray, key_low: IntArray, block_size: int, head: int
 ) -> NDArray[np.bool_]:

@@ -11,6 +11,9 @@ from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..core.pattern import IntArray
 
 
@@ -46,6 +49,10 @@ class Global(Pattern):
         low, high = np.where(some, first, 0), np.where(some, last, self.tokens)
         inner_low, inner_high = np.where(every, first, 0), np.where(every, last, self.tokens)
         return single_span(low, high, inner_low, inner_high)
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """The global keys; all keys while a global query is still to come."""
+        return key < (self.tokens if position >= self.tokens else position)
 
     def block_signature(
         self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry

@@ -13,6 +13,9 @@ from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..core.pattern import IntArray
 
 
@@ -69,6 +72,10 @@ class Local(Pattern):
 
         left, right = self.window_size
         return single_span(query_low - left, query_high + right + 1, query_high - left, query_low + right + 1)
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """The keys in the window of the next query."""
+        return key >= position - self.window_size[0]
 
     def block_signature(
         self, query_low: IntArray, key_low: IntArray, block_size: int, head: int, geometry: Geometry

@@ -16,6 +16,7 @@ from ..core.pattern import Branch, KeySpans, Pattern
 from ._paths import SUFFIX, path_of, read, write
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..core.layout import BlockGrid, BlockSupport
@@ -323,6 +324,10 @@ class Stored(Pattern):
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """See `multiplicity`."""
         return self._pattern.key_spans(query_low, query_high, head, geometry)
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """See `multiplicity`."""
+        return self._pattern.reachable(key, position, head, geometry)
 
     def block_support(self, grid: BlockGrid, head: int, geometry: Geometry) -> BlockSupport:
         """See `multiplicity`."""

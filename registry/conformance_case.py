@@ -152,10 +152,22 @@ class Subject:
         )
         return out, lse
 
-    def run(self, inputs: Sequence[Tensor], *, through_lse: bool = False) -> dict[str, Tensor]:
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        *,
+        through_lse: bool = False,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """out and lse, and dq, dk and dv where gradients are asked for."""
         leaves = [x.detach().requires_grad_(self.case.requires_grad) for x in inputs]
-        out, lse = self.call(leaves[0], leaves[1], leaves[2])
+        if key_padding_mask is None and cu_seqlens is None:
+            out, lse = self.call(leaves[0], leaves[1], leaves[2])
+        else:
+            out, lse = self.attention(
+                *leaves, return_lse=True, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens
+            )
         results = {"out": out.detach(), "lse": lse.detach()}
         if self.case.requires_grad:
             results |= gradients(out, lse, leaves, self.torch_dtype, through_lse=through_lse)
@@ -171,7 +183,14 @@ class Subject:
         """What the float64 oracle computes from the same values."""
         return self.oracle(self.inputs, through_lse=False)
 
-    def oracle(self, inputs: Sequence[Tensor], *, through_lse: bool) -> dict[str, Tensor]:
+    def oracle(
+        self,
+        inputs: Sequence[Tensor],
+        *,
+        through_lse: bool,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """out, lse, dq, dk and dv by the definition, in float64."""
         case = self.case
         leaves = [x.detach().double().requires_grad_(case.requires_grad) for x in inputs]
@@ -181,8 +200,10 @@ class Subject:
             leaves[2],
             pattern=case.pattern,
             is_causal=case.is_causal,
-            q_offset=case.geometry.q_offset,
+            q_offset=case.q_offset,
             kv_offset=case.kv_offset,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
         )
         results = {"out": out.detach(), "lse": lse.detach()}
         if case.requires_grad:

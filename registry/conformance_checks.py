@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import attrs
 import torch
 
+from ..core.kernel import CALL_AXES
 from . import conformance_contract as contract
 from . import conformance_geometry as geometry
 from . import conformance_memory as memory
@@ -127,8 +128,8 @@ def _free_bytes() -> int:
 
 
 def _needs_undeclared_call(kit: Kit, case: Case | None) -> str:
-    every = kit.declares("unequal_lengths") and kit.declares("offsets")
-    return "unequal_lengths and offsets are declared" if every else ""
+    every = all(kit.declares(axis) for axis in CALL_AXES)
+    return f"{', '.join(CALL_AXES)} are declared" if every else ""
 
 
 def _deterministic(kit: Kit, case: Case) -> Case:
@@ -177,6 +178,7 @@ CHECKS: Final = (
     Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
     Check("empty-rows", "few cases", geometry.empty_rows),
+    Check("documents", "few cases", geometry.documents, _needs("varlen")),
     Check("refused-calls", "one case", geometry.refused_calls, _needs_undeclared_call),
     Check("strided", "few cases", memory.strided),
     Check("fresh-memory", "few cases", memory.fresh_memory),

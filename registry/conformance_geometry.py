@@ -15,6 +15,11 @@ RAGGED: Final = (1, 2, 3, 15, 17, 33, 63, 65, 127, 129)
 UNEQUAL: Final = ((1, 40), (33, 77), (70, 71), (12, 5))
 OFFSETS: Final = ((40, 40, 3, 3), (40, 40, 1000, 1000), (37, 64, 30, 0), (64, 37, 5, 17), (20, 50, -7, -4))
 
+# Sequences of one call, few and many, alike and not: places before the tokens and tokens of each row, and lengths.
+PLACES: Final = 40
+PADDED: Final = ((0, 40), (7, 33), (16, 24), (9, 24), (2, 24), (0, 0), (0, 31))
+PACKED: Final = (0, 37, 16, 16, 16, 1, 0, 23)
+
 
 def ragged(subject: Subject) -> Iterator[Finding]:
     """Lengths that are a multiple of nothing."""
@@ -62,17 +67,34 @@ def _empty(subject: Subject, where: str) -> Iterator[Finding]:
         yield Finding(what=f"{name} {where}", problem=problem)
 
 
+def documents(subject: Subject) -> Iterator[Finding]:
+    """Padded rows and packed documents: each sequence is alone, and what is padding takes no part."""
+    device, length = subject.case.device, sum(PACKED)
+    place = torch.arange(PLACES, device=device)
+    mask = torch.stack([(place < before) | (place >= before + tokens) for before, tokens in PADDED])
+    ends = torch.tensor([0, *PACKED], device=device).cumsum(0)
+    padded = subject.at(batch=len(PADDED), q_len=PLACES, kv_len=PLACES)
+    packed = subject.at(batch=1, q_len=length, kv_len=length)
+    results = padded.run(padded.inputs, key_padding_mask=mask)
+    expected = padded.oracle(padded.inputs, through_lse=False, key_padding_mask=mask)
+    yield from padded.compared(results, expected, "of padded rows")
+    results = packed.run(packed.inputs, cu_seqlens=ends)
+    expected = packed.oracle(packed.inputs, through_lse=False, cu_seqlens=ends)
+    yield from packed.compared(results, expected, "of packed documents")
+
+
 def refused_calls(subject: Subject) -> Iterator[Finding]:
-    """Lengths and offsets that the backend does not declare are an error, not a result."""
+    """Lengths, offsets and documents that the backend does not declare are an error, not a result."""
     from ..core.errors import ConfigError
 
-    wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}}
+    wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}, "varlen": {"batch": 1}}
     for axis, changes in wanted.items():
         if subject.takes(axis):
             continue
         other = subject.at(**changes)
+        ends = torch.tensor([0, other.case.kv_len], device=other.case.device) if axis == "varlen" else None
         try:
-            other.call(*other.inputs)
+            other.run(other.inputs, cu_seqlens=ends)
         except ConfigError:
             yield Finding(what=axis)
         else:

@@ -16,7 +16,6 @@ from .specs import AXES
 
 # Axes that no configuration of this release can ask for, so that nothing can be checked about them.
 UNASKED: tuple[str, ...] = (
-    "varlen",
     "window",
     "mask",
     "bias",

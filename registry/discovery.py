@@ -107,7 +107,8 @@ class Registry:
             plugins=tuple(rows),
             notices=tuple(notices),
             strict=strict,
-            rankers=tuple(rankers),
+            # A site's own preference comes before ours.
+            rankers=tuple(sorted(rankers, key=lambda loaded: loaded.source.distribution == OUR_DISTRIBUTION)),
         )
 
     def rank(self, request: Request, candidates: Sequence[BackendSpec]) -> tuple[tuple[str, ...], list[PluginRow]]:

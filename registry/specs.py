@@ -61,7 +61,7 @@ AXES: Final[Mapping[str, str]] = {
     "gqa": "fewer key-value heads than query heads",
     "causal": "the causal diagonal",
     "unequal_lengths": "queries and keys of different lengths",
-    "varlen": "packed sequences with cumulative lengths",
+    "varlen": "sequences of several lengths in one call: padded rows, packed documents",
     "offsets": "queries and keys at any absolute position",
     "alignment_bytes": "what pointers and strides must be multiples of",
     "window": "a sliding window inside the kernel",

@@ -107,6 +107,12 @@ def refusals() -> dict[str, Any]:
         "gradient": lambda: unshard_sequence(torch.zeros(1, 3, requires_grad=True), mesh),
         "offsets": lambda: attention(q, q, q, q_offset=3),
         "alone": lambda: ring_engine(attention).forward(q, q, q, 0, 0, None, None),
+        "padding": lambda: attention(q, q, q, key_padding_mask=torch.tensor([[False, False, True]])),
+        "packing": lambda: attention(q, q, q, cu_seqlens=torch.tensor([0, 1, 3])),
+        "received": lambda: attention.received(q, q, torch.zeros(1, 2, 3)),
+        "cache": lambda: build_attention(
+            num_heads=2, head_dim=8, is_causal=True, context_parallel=parallel[4], mesh=mesh
+        ).make_cache(1),
     }
     for name, attempt in attempts.items():
         try:

@@ -168,7 +168,6 @@ def test_compiles_without_a_graph_break_and_without_recompiling_for_lengths() ->
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of inductor's own making
 def test_compiles_with_inductor() -> None:
     torch.compiler.reset()
     model = Block(build())

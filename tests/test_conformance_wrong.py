@@ -46,6 +46,7 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.HalvedDv, DENSE, {"dv"}),
     (wrong_backends.HeadsTakeTurns, DENSE, {"out", "one-token"}),
     (wrong_backends.ReadsInOrder, DENSE, {"strided"}),
+    (wrong_backends.ReadsInOrder, {**DENSE, "varlen": True}, {"documents"}),
     (wrong_backends.DropsTheLastKey, DENSE, {"ragged", "one-token"}),
     (wrong_backends.IgnoresOffsets, WHOLE, {"offsets"}),
     (wrong_backends.AlignsAtTheStart, WHOLE, {"unequal-lengths"}),

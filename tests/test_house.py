@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FACE = ROOT / "src" / "dilated_attention"
-FOLDERS = ("core", "exchange", "registry", "patterns", "backends")
+FOLDERS = ("core", "exchange", "registry", "patterns", "backends", "models")
 MAX_LINES = 400
 
 # What a floor may import of ours, besides itself.
@@ -30,6 +30,7 @@ LOWER_FLOORS = {
     # The store reads patterns back from their mapping form, as config files do.
     "patterns": ("core", "registry.specs", "registry.hooks", "registry.discovery", "registry.patterns"),
     "backends": ("core", "registry.specs", "registry.hooks"),
+    "models": ("core", "registry"),
 }
 PLUGIN_NAME = re.compile(r"(?:dilated_attention)?\.?((?:patterns|backends)\.\w+)")
 

@@ -138,6 +138,8 @@ def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
         assert "gathers values, not gradients" in said["gradient"]
         assert "take shards of equal lengths and no offsets" in said["offsets"]
         assert "a ring of 4 ranks computes whole calls of one sequence only" in said["alone"]
+        assert "a ring of 4 ranks" in said["received"]
+        assert {"padding", "packing", "cache"} <= said.keys()
 
 
 def test_one_ring_serves_a_model_and_leaves_no_trace_in_it(ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .core.version import VERSION
 
 if TYPE_CHECKING:
-    from . import errors, presets, reference, registry
+    from . import errors, models, presets, reference, registry
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.context_parallel import ContextParallel
@@ -72,6 +72,7 @@ _HOMES: dict[str, str | None] = {
     "explain": "registry.build",
     "load_pattern": "patterns.store",
     "local_positions": "exchange.mesh",
+    "models": None,
     "preflight": "registry.build",
     "presets": None,
     "rebuild": "exchange.rebuild",
@@ -114,6 +115,7 @@ __all__ = [
     "explain",
     "load_pattern",
     "local_positions",
+    "models",
     "preflight",
     "presets",
     "rebuild",

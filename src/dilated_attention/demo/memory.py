@@ -16,7 +16,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     Read off the profiler's record of every allocation and release, so it is exact and does not depend on what the
     allocator or the operating system keep.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -1,0 +1,79 @@
+"""Tables of blocks as the kernels read them: by rows for queries, by columns for keys, blocks with a mask last."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...core.layout import BlockLayout
+
+
+@attrs.frozen(eq=False)
+class BlockTables:
+    """One direction of a `BlockLayout` on a device.
+
+    Shapes: H heads, T tables, R block rows (of keys where transposed), E blocks, M masks, b block size.
+
+    Attributes:
+        block_size: b.
+        block_rows: R.
+        tensors: head_table (H,) int32; starts (2·T·R + 1,) int32, where each row's blocks and, among them, those with a
+            mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32; masks
+            (M, b, b) uint8, rows of queries, columns of keys.
+    """
+
+    block_size: int
+    block_rows: int
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool) -> BlockTables:
+        """Sort the blocks by table, row and whether they have a mask."""
+        tables, rows = layout.row_ptr.shape[0], layout.row_ptr.shape[1] - 1
+        counts = np.diff(layout.row_ptr, axis=1).ravel()
+        table = np.repeat(np.arange(tables), np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel())
+        row = np.repeat(np.tile(np.arange(rows), tables), counts)
+        col = layout.cols.astype(np.int64)
+        mask_ids, masks = _with_edges(layout, row, col)
+        if transposed:
+            row, col = col, row
+            rows = -(-layout.geometry.kv_len // layout.block_size)
+        masked = mask_ids >= 0
+        key = 2 * (table * rows + row) + masked
+        order = np.argsort(key, kind="stable")
+        starts = np.searchsorted(key[order], np.arange(2 * tables * rows + 1))
+        weights = np.maximum(layout.weights[order], 1)
+        arrays: tuple[NDArray[np.generic], ...] = (
+            layout.head_table,
+            starts.astype(np.int32),
+            col[order].astype(np.int32),
+            np.log2(weights).astype(np.float32),
+            mask_ids[order],
+            masks,
+        )
+        padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
+        tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
+        return cls(layout.block_size, rows, tensors)
+
+
+def _with_edges(
+    layout: BlockLayout, row: NDArray[np.int64], col: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Mask ids and masks, with one for each full block that reaches past an end of the queries or keys."""
+    size, geometry = layout.block_size, layout.geometry
+    rows = np.minimum(geometry.q_len - row * size, size)
+    cols = np.minimum(geometry.kv_len - col * size, size)
+    ids, masks = layout.mask_ids.copy(), [layout.masks]
+    edges = np.flatnonzero((ids < 0) & ((rows < size) | (cols < size)))
+    kinds, kind = np.unique(
+        np.stack([rows[edges], cols[edges], layout.weights[edges]], axis=1), axis=0, return_inverse=True
+    )
+    ids[edges] = len(layout.masks) + kind.ravel()
+    for r, c, weight in kinds:
+        mask = np.zeros((1, size, size), dtype=np.uint8)
+        mask[0, :r, :c] = weight
+        masks.append(mask)
+    return ids, np.concatenate([mask.reshape(-1, size, size) for mask in masks])

@@ -1,0 +1,146 @@
+"""The kernel that runs the fused launches over a layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+from torch import Tensor
+
+from ...core.composer import merge_
+from . import kernels
+from .launches import BlockPart, BranchPart, Part
+from .tiles import Tiles
+
+if TYPE_CHECKING:
+    from ...core.kernel import LayoutPiece
+    from ...core.layout import Layout
+
+_LOG2_E: Final = 1.4426950408889634
+_STATS_ROWS: Final = 64
+
+
+class FusedKernel:
+    """Computes a `LayoutPiece`: a launch forward for each kind of part that it has.
+
+    Nothing is added atomically, so that every run gives the same bits.
+
+    Args:
+        name: the pinned sub-kernel, as the plan shows it.
+        tiles: of the kernels.
+    """
+
+    def __init__(self, name: str, tiles: Tiles) -> None:
+        self.name = name
+        self.tiles = tiles
+        self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
+        self.parts(layout, device)
+
+    def parts(self, layout: Layout, device: torch.device) -> tuple[Part, ...]:
+        """The parts of a layout with their tables on the device; made once."""
+        known = self._parts.setdefault(layout, {})
+        if device not in known:
+            found: list[Part] = []
+            if layout.branches:
+                found.append(BranchPart(layout.branches, layout.geometry, self.tiles, device))
+            if layout.blocks is not None:
+                found.append(BlockPart(layout.blocks, self.tiles, device))
+            known[device] = tuple(found)
+        return known[device]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        """As `LayoutKernel.forward`."""
+        batch, length, heads, _ = query.shape
+        parts = self.parts(piece.layout, query.device)
+        if query.numel() == 0 or key.numel() == 0 or not parts:
+            lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=query.device)
+            return torch.zeros(query.shape, dtype=query.dtype, device=query.device), lse
+        if piece.scale < 0:
+            query = -query
+        merged: tuple[Tensor, Tensor] | None = None
+        for part in parts:
+            out = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
+            lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+            scales = (abs(piece.scale) * _LOG2_E,)
+            part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales)
+            if merged is None:
+                merged = out, lse
+            else:
+                merge_(*merged, out, lse)
+        assert merged is not None
+        return merged[0].to(query.dtype), merged[1]
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        piece: LayoutPiece,
+        *,
+        dlse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LayoutKernel.backward`."""
+        batch, _, heads, head_dim = query.shape
+        kv_len, kv_heads = key.shape[1:3]
+        parts = self.parts(piece.layout, query.device)
+        if query.numel() == 0 or key.numel() == 0 or not parts:
+            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        stats = _stats(dout, out, lse, dlse)
+        scale = abs(piece.scale)
+        if piece.scale < 0:
+            query = -query
+        inputs, strided = (query, key, value, dout, stats), (query, key, value, dout)
+        # Query heads that share a key-value head write apart and are summed after.
+        key_dtype = _part_dtype(key, parts) if heads == kv_heads else torch.float32
+        sums: list[Tensor] = []
+        for part in parts:
+            dq = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
+            dk, dv = (
+                torch.empty((batch, kv_len, heads, head_dim), dtype=key_dtype, device=key.device) for _ in range(2)
+            )
+            part.run("queries", (*inputs, dq), (*strided, dq), (scale * _LOG2_E, scale))
+            part.run("keys", (*inputs, dk, dv), (*strided, dk), (scale * _LOG2_E, scale))
+            grads = [dq, dk, dv]
+            sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
+        dq, dk, dv = sums
+        if piece.scale < 0:
+            dq = -dq
+        if heads > kv_heads:
+            grouped = (batch, kv_len, kv_heads, heads // kv_heads, head_dim)
+            dk, dv = (x.view(grouped).sum(3) for x in (dk, dv))
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _part_dtype(x: Tensor, parts: tuple[Part, ...]) -> torch.dtype:
+    """What a part writes: float32 where there are others to be added."""
+    return x.dtype if len(parts) == 1 else torch.float32
+
+
+def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+    """What backward needs of each row, (B, H, S) pairs of float32 as int64: lse in base 2 and delta."""
+    batch, length, heads, head_dim = out.shape
+    stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
+    kernels.prepare_rows[(triton.cdiv(length, _STATS_ROWS) * heads, batch)](
+        dout,
+        out,
+        lse,
+        lse if dlse is None else dlse.contiguous(),
+        stats,
+        *dout.stride()[:3],
+        *out.stride()[:3],
+        length,
+        heads,
+        HAS_DLSE=dlse is not None,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_M=_STATS_ROWS,
+    )
+    return stats.view(torch.int64).squeeze(-1)

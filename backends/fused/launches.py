@@ -1,0 +1,186 @@
+"""What is launched for the two kinds of parts that a layout has: its branches, and its table of blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+
+from ...core.errors import ConfigError
+from . import block_kernels, kernels
+from .block_tables import BlockTables
+from .tiles import Tile, Tiles
+from .walks import Tables, make_tables
+
+if TYPE_CHECKING:
+    from ...core.geometry import Geometry
+    from ...core.layout import BlockLayout
+    from ...core.pattern import Branch
+
+Pass = Literal["forward", "queries", "keys"]
+MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a segment around each
+
+
+class Part(Protocol):
+    """One part of a layout with its tables on the device."""
+
+    def run(
+        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+    ) -> None:
+        """Launch one program a tile of rows, query head and batch row.
+
+        Args:
+            which: forward, or the gradients of queries or keys (and values).
+            pointers: the kernel's tensors, query first, key second.
+            strided: those whose batch, row and head strides it takes.
+            scales: what it takes of scales.
+        """
+
+
+def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str, Any]:
+    """What all kernels are compiled for."""
+    head_dim = query.shape[3]
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "WIDE": any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **({"maxnreg": tile.registers} if tile.registers else {}),
+    }
+
+
+def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(stride for x in strided for stride in x.stride()[:3])
+
+
+@attrs.frozen(eq=False)
+class _Walks:
+    """`Tables` where the kernels read them."""
+
+    host: Tables
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, host: Tables, device: torch.device) -> _Walks:
+        arrays = (
+            host.head_kind,
+            host.slot_group,
+            host.slot_index,
+            host.group_size,
+            host.group_start,
+            host.residues,
+            host.counts,
+            host.walks,
+            host.bias,
+        )
+        return cls(host, tuple(torch.from_numpy(array).to(device) for array in arrays))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Period, groups and walks: how the tables are strided."""
+        return self.host.period, self.host.counts.shape[1], self.host.walks.shape[2]
+
+
+class BranchPart:
+    """All branches of a layout.
+
+    Raises:
+        ConfigError: for positions beyond `MAX_POSITION`.
+    """
+
+    _KERNELS: Final = {
+        "forward": kernels.attend,
+        "queries": kernels.gradients_of_queries,
+        "keys": kernels.gradients_of_keys,
+    }
+
+    def __init__(self, branches: tuple[Branch, ...], geometry: Geometry, tiles: Tiles, device: torch.device) -> None:
+        positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
+        if max(map(abs, positions)) >= MAX_POSITION:
+            raise ConfigError(
+                f"positions from {min(positions):,} to {max(positions):,}: the fused kernel takes positions below "
+                f"{MAX_POSITION:,}; use another backend"
+            )
+        span = 0 if min(positions) < 0 else geometry.seq_len
+        self._geometry = geometry
+        self._tiles = tiles
+        self._by_rows, self._by_columns = (
+            _Walks.of(make_tables(branches, is_causal=geometry.is_causal, transposed=side, span=span), device)
+            for side in (False, True)
+        )
+
+    def run(
+        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+    ) -> None:
+        """As `Part.run`."""
+        geometry, query = self._geometry, pointers[0]
+        tile: Tile = getattr(self._tiles, which)
+        tables = self._by_columns if which == "keys" else self._by_rows
+        q_low, k_low = geometry.q_offset, geometry.kv_offset
+        q_high, k_high = q_low + geometry.q_len, k_low + geometry.kv_len
+        low, high = (k_low, k_high) if which == "keys" else (q_low, q_high)
+        period = tables.host.period
+        origin = low // period * period
+        tiles = triton.cdiv(high - origin, tile.rows * period) * period
+        self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](
+            *pointers,
+            *tables.tensors,
+            *_strides(strided),
+            q_low,
+            q_high,
+            k_low,
+            k_high,
+            origin,
+            *scales,
+            query.shape[2],
+            geometry.group_size,
+            *tables.sizes,
+            SPLIT=tile.split,
+            **_options(query, strided, tile),
+        )
+
+
+class BlockPart:
+    """The table of blocks of a layout."""
+
+    _KERNELS: Final = {
+        "forward": block_kernels.attend_blocks,
+        "queries": block_kernels.block_gradients_of_queries,
+        "keys": block_kernels.block_gradients_of_keys,
+    }
+
+    def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device) -> None:
+        self._geometry = layout.geometry
+        self._tiles = tiles.within(layout.block_size)
+        self._by_rows, self._by_columns = (
+            BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
+        )
+
+    def run(
+        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+    ) -> None:
+        """As `Part.run`."""
+        geometry, query = self._geometry, pointers[0]
+        tile: Tile = getattr(self._tiles, which)
+        tables = self._by_columns if which == "keys" else self._by_rows
+        tiles = tables.block_rows * (tables.block_size // tile.rows)
+        self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](
+            *pointers,
+            *tables.tensors,
+            *_strides(strided),
+            geometry.q_len,
+            geometry.kv_len,
+            *scales,
+            query.shape[2],
+            geometry.group_size,
+            tables.block_rows,
+            BLOCK=tables.block_size,
+            **_options(query, strided, tile),
+        )

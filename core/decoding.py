@@ -1,0 +1,323 @@
+"""Attention token by token: a cache of the keys and values that a later query can still reach, and the steps over it.
+
+Shapes: B batch, C new tokens, H query heads, K key-value heads, G = H / K, D head_dim, R rows that the cache has room
+for, W columns of scores. Which rows a head keeps depends on the head, so each has positions of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .block_product import bmm
+from .checks import require_int
+from .composer import accumulator_dtype
+from .errors import ConfigError
+from .geometry import Geometry
+from .pattern import Pattern
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .config import AttentionConfig
+    from .engine import Engine
+    from .gate import Gate
+    from .pattern import IntArray
+
+_SLACK = 16  # rows of room that an eviction leaves, and a 64th of what it keeps: so many tokens until the next
+_FAR = 1 << 40  # a position far behind every window and segment
+_PAIRS_AT_ONCE = 1 << 22  # multiplicities evaluated in one step: some tens of megabytes of temporaries
+
+
+class Reach:
+    """What later queries can see, for one configuration.
+
+    Attributes:
+        keeps_all: no key is ever out of reach, as far as the pattern says.
+    """
+
+    def __init__(self, config: AttentionConfig, pattern: Pattern) -> None:
+        self._pattern = pattern.unwrap()
+        self._geometry = Geometry(
+            q_len=1, kv_len=1, num_heads=config.num_heads, num_kv_heads=config.kv_heads, is_causal=True
+        )
+        self._groups = self._pattern.head_groups(config.num_heads, config.kv_heads)
+        some = np.arange(_FAR // 2, _FAR // 2 + 1024, dtype=np.int64)
+        self.keeps_all = all(bool(kept.all()) for kept in self.kept([some] * config.kv_heads, _FAR))
+
+    def kept(self, positions: list[IntArray], length: int) -> list[NDArray[np.bool_]]:
+        """For each key-value head, which of its positions a query at `length` or later may see."""
+        known: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        size, result = self._geometry.group_size, []
+        for kv_head, own in enumerate(positions):
+            keep = np.zeros(own.shape, dtype=np.bool_)
+            for head in range(kv_head * size, (kv_head + 1) * size):
+                place = self._groups[head], id(own)
+                if place not in known:
+                    known[place] = self._pattern.reachable(own, length, head, self._geometry)
+                keep = keep | known[place]
+            result.append(keep)
+        return result
+
+    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
+        """How often each query counts each key, causality included; keys before position 0 are none."""
+        counts = self._pattern.multiplicity(query, np.maximum(key, 0), head, geometry)
+        return counts * ((key >= 0) & (key <= query))
+
+    def rows(self, length: int) -> list[int]:
+        """How many keys each key-value head must keep once `length` tokens are known."""
+        every = np.arange(length, dtype=np.int64)
+        return [int(kept.sum()) for kept in self.kept([every] * self._geometry.num_kv_heads, length)]
+
+
+class DecodingCache:
+    """The keys and values that later tokens can still see. `attention.make_cache` makes one, `attention.step` fills it.
+
+    Rows are dropped as segments close and windows pass, a few at a time: what is held exceeds what is needed by 16 rows
+    and a 64th at most.
+
+    Attributes:
+        batch_size: B.
+        max_seq_len: most tokens that it may see, or None.
+        seq_len: tokens that it has seen.
+        engine: of the attention that it belongs to.
+        reach: what later tokens can see.
+    """
+
+    def __init__(self, engine: Engine, gate: Gate | None, device: torch.device, batch: int, most: int | None) -> None:
+        config = engine.config
+        _check_request(engine, batch, most)
+        self.batch_size, self.max_seq_len, self.seq_len = batch, most, 0
+        self.engine = engine
+        self.reach = Reach(config, engine.pattern)
+        self._gate = gate
+        self._config = config
+        self._heads = config.kv_heads
+        room = most if most is not None and self.reach.keeps_all else 0
+        shape = (batch, self._heads, room, config.head_dim)
+        self._keys = torch.empty(shape, dtype=getattr(torch, config.dtype), device=device)
+        self._values = torch.empty_like(self._keys)
+        self._positions = np.full((self._heads, 0 if self.reach.keeps_all else room), -1, dtype=np.int64)
+        self._used = np.zeros(self._heads, dtype=np.int64)
+        self._block_query: Tensor | None = None  # of a learned pattern: the first query of the block that is not full
+
+    def __repr__(self) -> str:
+        return (
+            f"DecodingCache(batch_size={self.batch_size}, seq_len={self.seq_len}, rows={self.rows}, "
+            f"nbytes={self.nbytes:,}, dense_nbytes={self.dense_nbytes:,})"
+        )
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows that each key-value head holds, those included that are out of reach and not yet dropped."""
+        return tuple(int(used) for used in self._used)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies: keys, values and their positions, unused room included."""
+        query = 0 if self._block_query is None else self._block_query.nbytes
+        return self._keys.nbytes + self._values.nbytes + self._positions.nbytes + query
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Memory that the keys and values of all tokens seen would occupy, without room for more."""
+        row = self._config.head_dim * self._keys.itemsize
+        return 2 * self.batch_size * self._heads * self.seq_len * row
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The next tokens' out (B, C, H, D), and what they leave behind; see `Attention.step`.
+
+        Args:
+            query: (B, C, H, D).
+            key: (B, C, K, D).
+            value: (B, C, K, D).
+
+        Raises:
+            ConfigError: another batch size, unequal lengths, or more tokens than `max_seq_len`.
+        """
+        if query.shape[1] != key.shape[1]:
+            raise ConfigError(
+                f"a step takes query, key and value of the same new tokens, got {query.shape[1]} queries and "
+                f"{key.shape[1]} keys"
+            )
+        if self.reach.keeps_all:
+            self.extend(key, value)
+            return self._attend_to_all(query)
+        self._check_room(key)
+        out = self._attend_to_reachable(query, key, value) if self.seq_len else self._run(query, key, value)
+        self.extend(key, value)
+        return out
+
+    def _check_room(self, key: Tensor) -> None:
+        """Raise `ConfigError` where new tokens do not fit."""
+        if key.shape[0] != self.batch_size:
+            raise ConfigError(f"the cache was made for batch_size={self.batch_size}, got {key.shape[0]} batch rows")
+        if self.max_seq_len is not None and self.seq_len + key.shape[1] > self.max_seq_len:
+            raise ConfigError(
+                f"the cache was made for max_seq_len={self.max_seq_len} and has seen {self.seq_len} tokens; "
+                f"{key.shape[1]} more do not fit; make a larger cache"
+            )
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The backend's own way, for the last tokens of a sequence and all of its keys."""
+        shift = key.shape[1] - query.shape[1]
+        tables = None if self._gate is None else self._gate(query, key, q_offset=shift)
+        return self.engine.forward(query, key, value, shift, 0, None, tables)[0]
+
+    def _attend_to_all(self, query: Tensor) -> Tensor:
+        """The last tokens against every key; a learned pattern's block of queries is completed from its first."""
+        keys, values = (x[:, :, : self.seq_len].transpose(1, 2) for x in (self._keys, self._values))
+        size = self.engine.pattern.block_size
+        if self._gate is None or size is None:
+            return self._run(query, keys, values)
+        new = query.shape[1]
+        lead = (self.seq_len - new) % size
+        if lead:
+            assert self._block_query is not None
+            between = query.new_zeros(query.shape[0], lead - 1, *query.shape[2:])  # only the first chooses
+            query = torch.cat([self._block_query, between, query], dim=1)
+        begun = self.seq_len % size
+        if begun:
+            first = query.shape[1] - begun
+            self._block_query = query[:, first : first + 1].clone()
+        return self._run(query, keys, values)[:, lead:]
+
+    def extend(self, key: Tensor, value: Tensor) -> None:
+        """Take in new tokens (B, C, K, D) as far as later ones can reach them; `step` does, after attending.
+
+        By itself it serves tokens whose output is not asked for, of a pattern that is not learned.
+        """
+        self._check_room(key)
+        new = key.shape[1]
+        end = self.seq_len + new
+        if self.reach.keeps_all:
+            self._make_room([np.arange(self.seq_len)] * self._heads, new)
+            for held, x in ((self._keys, key), (self._values, value)):
+                held[:, :, self.seq_len : end] = x.transpose(1, 2)
+            self._used[:] = end
+        else:
+            self._append_reachable(key, value, np.arange(self.seq_len, end, dtype=np.int64))
+        self.seq_len = end
+
+    def _append_reachable(self, key: Tensor, value: Tensor, positions: IntArray) -> None:
+        end = int(positions[-1]) + 1 if positions.size else self.seq_len
+        taken = [np.flatnonzero(kept) for kept in self.reach.kept([positions] * self._heads, end)]
+        counts = np.array([tokens.size for tokens in taken])
+        if (self._used + counts).max(initial=0) > self._positions.shape[1]:
+            old = [self._positions[head, : self._used[head]] for head in range(self._heads)]
+            kept = [np.flatnonzero(keep) for keep in self.reach.kept(old, end)]
+            self._used[:] = [rows.size for rows in kept]
+            self._make_room(kept, int((self._used + counts).max()) - int(self._used.max()))
+        heads = np.repeat(np.arange(self._heads), counts)
+        slots = np.concatenate([used + np.arange(n) for used, n in zip(self._used, counts, strict=True)])
+        tokens = np.concatenate(taken)
+        self._positions[heads, slots] = positions[tokens]
+        head, slot, token = (torch.from_numpy(x).to(self._keys.device) for x in (heads, slots, tokens))
+        for held, x in ((self._keys, key), (self._values, value)):
+            held[:, head, slot] = x[:, token, head]
+        self._used += counts
+
+    def _make_room(self, kept: list[IntArray], new: int) -> None:
+        """Hold the rows `kept` of each head, in that order, and room for `new` more."""
+        most = max(rows.size for rows in kept)
+        if self.reach.keeps_all:
+            if most + new <= self._keys.shape[2]:
+                return
+            room = max(most + new, 2 * most)
+        else:
+            room = most + new + _SLACK + most // 64
+            positions = np.full((self._heads, room), -1, dtype=np.int64)
+            for head, rows in enumerate(kept):
+                positions[head, : rows.size] = self._positions[head, rows]
+            self._positions = positions
+        indices = [torch.from_numpy(rows).to(self._keys.device) for rows in kept]
+        self._keys = _moved(self._keys, indices, room)
+        self._values = _moved(self._values, indices, room)
+
+    def _attend_to_reachable(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """New tokens against the rows held and themselves: out (B, C, H, D).
+
+        Every pair is counted as the pattern's multiplicity says, so that rows held too long do not matter.
+
+        Args:
+            query: (B, C, H, D).
+            key: (B, C, K, D), of the new tokens, which are not yet in the cache.
+            value: as key.
+        """
+        width = int(self._used.max(initial=0))
+        keys = [_wide(x).flatten(0, 1) for x in (self._keys[:, :, :width], key.transpose(1, 2))]
+        values = [_wide(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
+        new = np.arange(self.seq_len, self.seq_len + query.shape[1], dtype=np.int64)
+        positions = np.concatenate([self._positions[:, :width], np.tile(new, (self._heads, 1))], axis=1)
+        positions[:, :width][np.arange(width) >= self._used[:, None]] = -1
+        batch, count, heads, _ = query.shape
+        columns = positions.shape[1]
+        itemsize = accumulator_dtype(query.dtype).itemsize
+        step = self._config.limits.workspace_bytes // (3 * itemsize * max(batch, 1) * heads * columns)
+        step = max(1, min(step, _PAIRS_AT_ONCE // (heads * columns)))
+        out = [
+            self._attend(query[:, i : i + step], keys, values, new[i : i + step], positions)
+            for i in range(0, count, step)
+        ]
+        return torch.cat(out, dim=1)
+
+    def _attend(
+        self, query: Tensor, keys: list[Tensor], values: list[Tensor], places: IntArray, positions: IntArray
+    ) -> Tensor:
+        """Queries (B, C, H, D) at `places` (C,) against the rows held and the new ones, at `positions` (K, W).
+
+        `keys` and `values` are both parts, (B * K, rows, D) each, of which the larger is a view.
+        """
+        batch, count, heads, head_dim = query.shape
+        dtype, columns = accumulator_dtype(query.dtype), positions.shape[1]
+        bias = torch.from_numpy(self._counts(places, positions)).to(query.device, dtype).log_()
+        q = _wide(query).transpose(1, 2).reshape(batch * self._heads, heads // self._heads * count, head_dim)
+        scores = torch.cat([bmm(q, key.mT) for key in keys], dim=-1).mul_(self.engine.scale)
+        scores = scores.view(batch, heads, count, columns).add_(bias)
+        top = scores.amax(dim=-1, keepdim=True)
+        weights = scores.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        shares = weights.view(*q.shape[:2], columns).to(q.dtype)
+        held = values[0].shape[1]
+        out = bmm(shares[..., :held], values[0]) + bmm(shares[..., held:], values[1])
+        out = out.view(batch, heads, count, head_dim) / torch.where(total == 0, 1.0, total)  # 0 where nothing is seen
+        return out.transpose(1, 2).to(query.dtype)
+
+    def _counts(self, places: IntArray, positions: IntArray) -> IntArray:
+        """How often each query counts each row, (H, C, W); unused room counts 0."""
+        heads = self._config.num_heads
+        end = self.seq_len + 1 if not places.size else int(places[-1]) + 1
+        geometry = Geometry(q_len=places.size, kv_len=end, num_heads=heads, num_kv_heads=self._heads, is_causal=True)
+        query = places[None, :, None]
+        key = np.repeat(positions, heads // self._heads, axis=0)[:, None, :]
+        return self.reach.multiplicity(query, key, np.arange(heads)[:, None, None], geometry)
+
+
+def _check_request(engine: Engine, batch: int, most: int | None) -> None:
+    """Raise `ConfigError` for a cache that cannot be."""
+    require_int("batch_size", batch, minimum=0)
+    if most is not None:
+        require_int("max_seq_len", most, minimum=1)
+    if not engine.config.is_causal:
+        raise ConfigError("decoding token by token needs is_causal=True: without it earlier tokens see later ones")
+    if "unequal_lengths" not in engine.call_axes:
+        raise ConfigError(
+            f"decoding needs queries and keys of different lengths, and the backend of kernel {engine.kernel.name!r} "
+            "does not declare unequal_lengths; build with another backend"
+        )
+
+
+def _moved(held: Tensor, rows: list[Tensor], room: int) -> Tensor:
+    """The rows of each head (B, K, R, D) in a tensor with `room` for more; room is 0, since 0 * NaN would be NaN."""
+    new = held.new_zeros(held.shape[0], held.shape[1], room, held.shape[3])
+    for head, index in enumerate(rows):
+        new[:, head, : index.shape[0]] = held[:, head].index_select(1, index)
+    return new
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What the products take: half precision on a CPU becomes float32, as its products have no other sums."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda else x

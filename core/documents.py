@@ -1,0 +1,196 @@
+"""Which tokens of a call belong together: padded rows and packed documents, read once on the host.
+
+Shapes: B batch, S query length, T key length, H heads, D head_dim, N documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+@attrs.frozen
+class Document:
+    """One sequence of its own within a call: its queries and keys as ranges of one batch row.
+
+    Its keys stand at positions 0 ... kv_len - 1 and its queries at the last q_len of them.
+    """
+
+    row: int
+    q_start: int
+    q_len: int
+    kv_start: int
+    kv_len: int
+
+
+@attrs.frozen
+class Stack:
+    """Documents of equal lengths at equal distances: one batched call on views, nothing copied.
+
+    Document i is `first` moved by i * row_step batch rows, i * q_step queries and i * kv_step keys.
+    """
+
+    first: Document
+    count: int = 1
+    row_step: int = 0
+    q_step: int = 0
+    kv_step: int = 0
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The queries' part of x (B, S, H, D) as (count, q_len, H, D)."""
+        return self._view(x, self.first.q_start, self.q_step, self.first.q_len)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys' part of x (B, T, H, D) as (count, kv_len, H, D)."""
+        return self._view(x, self.first.kv_start, self.kv_step, self.first.kv_len)
+
+    def query_values(self, x: Tensor) -> Tensor:
+        """The queries' part of x (B, H, S) as (count, H, q_len)."""
+        return self.queries(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+
+    def key_values(self, x: Tensor) -> Tensor:
+        """The keys' part of x (B, H, T) as (count, H, kv_len)."""
+        return self.keys(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+
+    def _view(self, x: Tensor, start: int, step: int, length: int) -> Tensor:
+        s_batch, s_row, s_head, s_dim = x.stride()
+        return x.as_strided(
+            (self.count, length, x.shape[2], x.shape[3]),
+            (self.row_step * s_batch + step * s_row, s_row, s_head, s_dim),
+            x.storage_offset() + self.first.row * s_batch + start * s_row,
+        )
+
+
+def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Raise `ConfigError` for arguments whose shape or dtype says already that they cannot be honoured.
+
+    Args:
+        key_padding_mask: to be (B, T) bool, or None.
+        cu_seqlens: to be (N + 1,) int32 or int64, or None.
+        query: (B, S, H, D).
+        key: (B, T, K, D).
+    """
+    if key_padding_mask is not None and cu_seqlens is not None:
+        raise ConfigError("give key_padding_mask or cu_seqlens, not both: documents without padding need no mask")
+    batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise ConfigError(
+                f"key_padding_mask must be bool, True where a key is padding, got {key_padding_mask.dtype}; "
+                "of a mask with ones for tokens and zeros for padding pass `mask == 0`"
+            )
+        if key_padding_mask.shape != (batch, kv_len):
+            raise ConfigError(
+                f"key_padding_mask must be (batch, kv_len) = ({batch}, {kv_len}), got {tuple(key_padding_mask.shape)}"
+            )
+        if q_len > kv_len:
+            raise ConfigError(
+                f"key_padding_mask: queries are the last tokens of the keys' sequence, but there are {q_len} queries "
+                f"and {kv_len} keys"
+            )
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
+            raise ConfigError(
+                "cu_seqlens must be (documents + 1,) int32 or int64, the first number 0 and the last the length, got "
+                f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        if batch != 1 or q_len != kv_len:
+            raise ConfigError(
+                "cu_seqlens divides one row of tokens, so batch must be 1 and queries and keys equally many; got batch "
+                f"{batch}, {q_len} queries and {kv_len} keys; flatten the batch into the length"
+            )
+
+
+def read_documents(
+    key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, q_len: int, kv_len: int
+) -> tuple[Stack, ...]:
+    """The documents that hold a query, in stacks; the one place where the host waits for the device.
+
+    Args:
+        key_padding_mask: (B, T) bool, True where a key is padding, or None.
+        cu_seqlens: (N + 1,) cumulative lengths, or None; one of the two is given.
+        q_len: S.
+        kv_len: T.
+
+    Raises:
+        ConfigError: tokens of a row that are not one run, lengths that do not add up, or a CUDA graph being captured.
+    """
+    given = cu_seqlens if key_padding_mask is None else key_padding_mask
+    assert given is not None
+    if given.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "key_padding_mask and cu_seqlens are read by the host, which a CUDA graph cannot capture; capture calls of "
+            "one length, or none"
+        )
+    if key_padding_mask is not None:
+        return stacked(_rows(key_padding_mask, q_len, kv_len))
+    return stacked(_packed(given.tolist(), kv_len))
+
+
+def _rows(mask: Tensor, q_len: int, kv_len: int) -> list[Document]:
+    """The run of tokens in each row."""
+    if not mask.numel():
+        return []
+    token = (~mask).to(torch.int8)
+    first, behind = token.argmax(dim=1), kv_len - token.flip(1).argmax(dim=1)
+    documents = []
+    for row, (low, high, count) in enumerate(torch.stack([first, behind, token.sum(dim=1)], dim=1).tolist()):
+        if not count:
+            continue
+        if high - low != count:
+            hole = low + int(mask[row, low:].to(torch.int8).argmax())
+            raise ConfigError(
+                f"key_padding_mask: row {row} has padding at position {hole} between its tokens; a row's tokens must "
+                "be one run, with padding before or behind it"
+            )
+        skipped = kv_len - q_len  # keys that stand before the first query
+        q_start = max(0, low - skipped)
+        if high - skipped > q_start:
+            documents.append(Document(row, q_start, high - skipped - q_start, low, count))
+    return documents
+
+
+def _packed(bounds: Sequence[int], length: int) -> list[Document]:
+    """The documents between cumulative lengths."""
+    if bounds[0] != 0 or bounds[-1] != length:
+        raise ConfigError(
+            f"cu_seqlens must begin with 0 and end with the number of tokens, {length}; got {bounds[0]} and "
+            f"{bounds[-1]}"
+        )
+    documents = []
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+        if high < low:
+            raise ConfigError(f"cu_seqlens must not decrease, but number {number + 1} is {high}, after {low}")
+        if high > low:
+            documents.append(Document(0, low, high - low, low, high - low))
+    return documents
+
+
+def stacked(documents: Iterable[Document]) -> tuple[Stack, ...]:
+    """Documents of equal lengths joined wherever they lie at equal distances."""
+    alike: dict[tuple[int, int], list[Document]] = {}
+    for document in documents:
+        alike.setdefault((document.q_len, document.kv_len), []).append(document)
+    stacks: list[Stack] = []
+    for group in alike.values():
+        stack = Stack(group[0])
+        for before, document in itertools.pairwise(group):
+            steps = (
+                document.row - before.row,
+                document.q_start - before.q_start,
+                document.kv_start - before.kv_start,
+            )
+            goes_on = stack.count == 1 or (stack.row_step, stack.q_step, stack.kv_step) == steps
+            if min(steps) >= 0 and goes_on:
+                stack = Stack(stack.first, stack.count + 1, *steps)
+            else:
+                stacks.append(stack)
+                stack = Stack(document)
+        stacks.append(stack)
+    return tuple(stacks)

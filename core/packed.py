@@ -1,0 +1,306 @@
+"""Padded rows and packed documents: each is attended to as a sequence of its own, on views of one call's tensors.
+
+Shapes as in `engine`. Results of tokens that belong to no document are 0, and -inf in lse. The tensors that say where
+documents lie go through an operator as they are, so that `torch.compile` needs no break; the host reads them inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .composer import accumulator_dtype
+from .documents import Stack, read_documents
+from .errors import ConfigError
+from .ops import engine_of, without_autocast
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_LIBRARY: Any = torch.library.Library("dilated_attention", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "attend_documents(Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? key_padding_mask,"
+    " Tensor? cu_seqlens, str engine, bool recompute) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "attend_documents_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? out,"
+    " Tensor? lse, Tensor? seed, Tensor? key_padding_mask, Tensor? cu_seqlens, str engine)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+Tables = Sequence[Tensor] | None
+
+
+def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """A seed for each stack, the same in every pass."""
+    if seed is None:
+        return [None] * count
+    generator = torch.Generator().manual_seed(int(seed))
+    return list(torch.randint(1 << 62, (count,), dtype=torch.int64, generator=generator))
+
+
+def _forward(
+    engine: Engine,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stacks: Sequence[Stack],
+    seed: Tensor | None,
+    tables: Tables,
+) -> tuple[Tensor, Tensor]:
+    """Return out (B, S, H, D) and lse (B, H, S), contiguous."""
+    batch, length, heads, _ = query.shape
+    out = query.new_zeros(query.shape)
+    dtype = accumulator_dtype(query.dtype)
+    lse = torch.full((batch, heads, length), -math.inf, dtype=dtype, device=query.device)
+    for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
+        part, part_lse = engine.forward(
+            stack.queries(query),
+            stack.keys(key),
+            stack.keys(value),
+            stack.first.kv_len - stack.first.q_len,
+            0,
+            own_seed,
+            None if tables is None else tables[i],
+        )
+        stack.queries(out).copy_(part)
+        stack.query_values(lse).copy_(part_lse)
+    return out, lse
+
+
+def _backward(
+    engine: Engine,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    stacks: Sequence[Stack],
+    seed: Tensor | None,
+    tables: Tables,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv, contiguous; without `out` and `lse` they are computed again."""
+    if out is None or lse is None:  # activation checkpointing
+        out, lse = _forward(engine, query, key, value, stacks, seed, tables)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
+    for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
+        grads = engine.backward(
+            stack.queries(dout),
+            None if dlse is None else stack.query_values(dlse).contiguous(),
+            stack.queries(query),
+            stack.keys(key),
+            stack.keys(value),
+            stack.queries(out),
+            stack.query_values(lse).contiguous(),
+            stack.first.kv_len - stack.first.q_len,
+            0,
+            own_seed,
+            None if tables is None else tables[i],
+        )
+        for view, grad in zip((stack.queries(dq), stack.keys(dk), stack.keys(dv)), grads, strict=True):
+            view.copy_(grad)
+    return dq, dk, dv
+
+
+def _attend_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    engine: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    with without_autocast(query.device):
+        return _forward(engine_of(engine), query, key, value, stacks, seed, None)
+
+
+def _attend_documents_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    seed: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    with without_autocast(query.device):
+        return _backward(engine_of(engine), dout, dlse, query, key, value, out, lse, stacks, seed, None)
+
+
+def _fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=accumulator_dtype(query.dtype))
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs, and the outputs unless they are to be recomputed."""
+    *tensors, engine, recompute = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *((None, None) if recompute else output))
+    ctx.key, ctx.owner = engine, engine_of(engine)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operator's backward: the other operator."""
+    query, key, value, seed, key_padding_mask, cu_seqlens, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(query) if dout is None else dout
+    grads = torch.ops.dilated_attention.attend_documents_backward.default(
+        dout, dlse, query, key, value, out, lse, seed, key_padding_mask, cu_seqlens, ctx.key
+    )
+    return (*grads, None, None, None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("dilated_attention has no second derivative: its backward cannot be differentiated again")
+
+
+_LIBRARY.impl("attend_documents", _attend_documents, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend_documents_backward", _attend_documents_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dilated_attention::attend_documents", _fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend_documents_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend_documents", _gradients, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend_documents_backward", _no_second_derivative, lib=_LIBRARY)
+
+
+class _AttendDocuments(torch.autograd.Function):
+    """The operator without the dispatcher: eager calls read where the documents lie once for both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        engine, stacks, seed, tables, recompute = rest
+        out, lse = _forward(engine, query, key, value, stacks, seed, tables)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, *((None, None) if recompute else (out, lse)))
+        ctx.rest = (engine, stacks, seed, tables)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        engine, stacks, seed, tables = ctx.rest
+        dout = torch.zeros_like(query) if dout is None else dout
+        with without_autocast(query.device):
+            grads = _backward(engine, dout, dlse, query, key, value, out, lse, stacks, seed, tables)
+        return (*grads, None)
+
+
+def attend_documents(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    engine: Engine,
+    *,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    gate: Callable[..., Tensor] | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable attention within documents. Autocast must be off.
+
+    Args:
+        query: (B, S, H, D).
+        key: (B, T, K, D).
+        value: (B, T, K, D).
+        engine: computes each document.
+        key_padding_mask: (B, T) bool, True where a key is padding, or None.
+        cu_seqlens: (N + 1,) cumulative lengths of documents, or None; one of the two is given, and has passed
+            `check_forms`.
+        seed: int64 scalar that determines the dropout, or None.
+        gate: chooses the blocks of a learned pattern, for each document by itself.
+        recompute: keep only the inputs for the backward.
+
+    Returns:
+        out (B, S, H, D) and lse (B, H, S), contiguous.
+
+    Raises:
+        ConfigError: a backend that declares no varlen, or documents that cannot be.
+    """
+    _check_varlen(engine, key_padding_mask)
+    if torch.compiler.is_compiling():
+        if gate is not None:
+            raise ConfigError(
+                "a learned pattern chooses blocks for each document by itself, which torch.compile cannot trace; call "
+                "it with key_padding_mask or cu_seqlens outside the compiled function"
+            )
+        out, lse = torch.ops.dilated_attention.attend_documents.default(
+            query, key, value, seed, key_padding_mask, cu_seqlens, engine.key, recompute
+        )
+        return out, lse
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    tables = _tables(gate, query, key, stacks)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, lse = _AttendDocuments.apply(  # type: ignore[no-untyped-call]
+            query, key, value, (engine, stacks, seed, tables, recompute)
+        )
+        return out, lse
+    return _forward(engine, query, key, value, stacks, seed, tables)
+
+
+def received_in_documents(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    engine: Engine,
+    *,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: Callable[..., Tensor] | None,
+) -> Tensor:
+    """The attention that each key receives within its document, (B, H, T) in lse's dtype; 0 for padding.
+
+    Arguments and errors as `attend_documents`; lse (B, H, S).
+    """
+    _check_varlen(engine, key_padding_mask)
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    tables = _tables(gate, query, key, stacks)
+    total = lse.new_zeros(query.shape[0], query.shape[2], key.shape[1])
+    for i, stack in enumerate(stacks):
+        q, k, own_lse = stack.queries(query), stack.keys(key), stack.query_values(lse)
+        shift = stack.first.kv_len - stack.first.q_len
+        part = engine.received(q, k, own_lse, shift, 0, None if tables is None else tables[i])
+        stack.key_values(total).copy_(part)
+    return total
+
+
+def _check_varlen(engine: Engine, key_padding_mask: Tensor | None) -> None:
+    if "varlen" not in engine.call_axes:
+        given = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+        raise ConfigError(
+            f"{given}: the backend of kernel {engine.kernel.name!r} takes no padded rows and packed documents (it does "
+            "not declare varlen); build with another backend"
+        )
+
+
+def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Sequence[Stack]) -> Tables:
+    """The blocks that a gate chooses in each stack."""
+    if gate is None:
+        return None
+    shifts = [stack.first.kv_len - stack.first.q_len for stack in stacks]
+    query, key = query.detach(), key.detach()
+    return [
+        gate(stack.queries(query), stack.keys(key), q_offset=shift) for stack, shift in zip(stacks, shifts, strict=True)
+    ]

@@ -1,0 +1,175 @@
+"""The attention inside a module: built for the dtype, device and causality it is called with, and kept.
+
+Modules change after they are made (`.to(torch.bfloat16)`, `.cuda()`, autocast), an `Attention` does not: it was chosen
+for one dtype and one kind of device. Shapes: B batch, S query length, T key length, H query heads, K key-value heads,
+D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ..core.attention import Attention
+from ..core.config import AttentionConfig
+from ..core.decoding import DecodingCache
+from ..core.errors import ConfigError
+from ..core.pattern import Full, LearnedPattern, Pattern
+from ..registry.build import build_attention
+from ..registry.discovery import default_registry
+from ..registry.patterns import resolve_pattern
+from .zero_keys import check_zero_padding, with_zero_keys
+
+_Key = tuple[torch.dtype, str, bool]
+
+ZERO_PADDING = "torchscale_zero_padding"
+
+
+class BuiltAttention(nn.Module):
+    """One attention for whatever dtype, device and causality it is called with; each is built once, on first use.
+
+    Under torch.compile that happens while tracing, so that graphs stay whole. A learned pattern has parameters, which
+    belong to one dtype and device: it is built at once, and other calls are refused.
+
+    Args:
+        fields: fields of `AttentionConfig`, `is_causal` among them where no call may be other than causal.
+        compatibility: "torchscale_zero_padding" adds the zero keys that torchscale pads ragged lengths with to every
+            softmax (`zero_keys`), for weights that were trained so; None is the exact definition.
+        device: where the module's parameters are made.
+        dtype: theirs.
+
+    Attributes:
+        pattern: the pattern, resolved.
+        learned: the only attention, where the pattern is learned; otherwise None.
+    """
+
+    learned: Attention | None
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        *,
+        compatibility: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = AttentionConfig.from_dict(fields)
+        self.pattern: Pattern = resolve_pattern(config.pattern, default_registry())
+        self.config = attrs.evolve(config, pattern=self.pattern)
+        if compatibility not in (None, ZERO_PADDING):
+            raise ConfigError(f"compatibility must be None or {ZERO_PADDING!r}, got {compatibility!r}")
+        if compatibility is not None:
+            check_zero_padding(self.config)
+        self.compatibility = compatibility
+        self._built: dict[_Key, Attention] = {}
+        is_learned = isinstance(self.pattern.unwrap(), LearnedPattern)
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        key = (dtype or torch.get_default_dtype(), device.type, config.is_causal)
+        self.learned = self._make(key) if is_learned else None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether queries and keys may come from different sequences: only `Full` asks nothing of positions."""
+        return isinstance(self.pattern.unwrap(), Full)
+
+    def extra_repr(self) -> str:
+        """The pattern, and what it was built for so far."""
+        built = ", ".join(f"{dtype} on {device}: {a.plan.backend}" for (dtype, device, _), a in self._built.items())
+        mode = f", compatibility={self.compatibility!r}" if self.compatibility else ""
+        return f"{self.pattern!r}{mode}, built for ({built})"
+
+    def attention_for(self, dtype: torch.dtype, device_type: str, *, is_causal: bool) -> Attention:
+        """The attention for these inputs, built now if it was not before; `plan.explain()` says what was chosen.
+
+        Raises:
+            ConfigError, NoBackendError: as `build_attention`; for a learned pattern, for all but what it was made for.
+        """
+        key = (dtype, device_type, is_causal)
+        if key not in self._built:
+            if self.learned is not None:
+                (made,) = self._built
+                raise ConfigError(
+                    f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
+                    f"is_causal={made[2]} and called with {dtype}, {device_type}, is_causal={is_causal}; make the "
+                    f"module with that dtype=, device= and is_causal="
+                )
+            self._make(key)
+        return self._built[key]
+
+    def _make(self, key: _Key) -> Attention:
+        dtype, device_type, is_causal = key
+        self._built[key] = build_attention(self.config, dtype=dtype, device=device_type, is_causal=is_causal)
+        return self._built[key]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        is_cross: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, S, H, D).
+            key: (B, T, K, D).
+            value: (B, T, K, D).
+            is_causal: no query sees a later key; also where the configuration says so.
+            key_padding_mask: (B, T) bool, True for padding.
+            is_cross: queries are not the tokens that the mask speaks of; all of them attend.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in a batch of one row.
+
+        Returns:
+            (B, S, H, D).
+        """
+        is_causal = is_causal or self.config.is_causal
+        built_for = (query.dtype, query.device.type, is_causal)
+        if torch.compiler.is_compiling():
+            _build_while_tracing(self, *built_for)
+        elif built_for not in self._built:
+            self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
+        attention = self._built[built_for]
+        if is_cross and key_padding_mask is not None:
+            return _row_by_row(attention, query, key, value, key_padding_mask)
+        if self.compatibility is None or is_causal:
+            out: Tensor = attention(query, key, value, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+            return out
+        if key_padding_mask is not None or cu_seqlens is not None:
+            raise ConfigError(
+                f"compatibility={self.compatibility!r} takes no key_padding_mask: the original ignored it; run the "
+                f"sequences one by one, or without compatibility"
+            )
+        out, lse = attention(query, key, value, return_lse=True)
+        return with_zero_keys(out, lse, self.pattern, self.config.kv_heads)
+
+    def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor) -> DecodingCache:
+        """An empty cache for decoding, causal, in the dtype and on the device of `like`; see `Attention.make_cache`."""
+        attention = self.attention_for(like.dtype, like.device.type, is_causal=True)
+        return attention.make_cache(batch_size, max_seq_len)
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
+        """The next tokens' output (B, S, H, D), causal; see `Attention.step`."""
+        return self.attention_for(query.dtype, query.device.type, is_causal=True).step(query, key, value, cache)
+
+
+def _row_by_row(attention: Attention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+    """Each row's queries over its keys that are not padding. The lengths are read, so a graph breaks here."""
+    rows = []
+    for b, real in enumerate(~padding):
+        rows.append(attention(query[b : b + 1], key[b : b + 1, real], value[b : b + 1, real]))
+    return torch.cat(rows) if rows else torch.empty_like(query)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _build_while_tracing(built: BuiltAttention, dtype: torch.dtype, device_type: str, is_causal: bool) -> bool:
+    """Run by the compiler while it traces, not traced itself: choosing a backend is nothing for a graph."""
+    return built.attention_for(dtype, device_type, is_causal=is_causal) is not None

@@ -1,0 +1,128 @@
+"""The mask function that stands beside our attention in transformers' registry: None or 2-D padding, never N × N.
+
+transformers describes a mask by a function of (query, key) positions that it composes from known pieces. Causality and
+windows reach the attention by other ways (`is_causal`, `sliding_window`), so all there is to do here is to make sure
+that the function says nothing else, and to cut the padding mask to the keys that there are.
+
+Shapes: B batch, S query length, T key length as the cache has it, F the filled part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError
+
+_PLAIN = ("causal_mask_function", "bidirectional_mask_function")
+# Pieces that a causal mask may be met with, and what the attention knows them by.
+_WINDOW = "sliding_window_overlay.<locals>.inner_mask"
+_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
+_REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
+_BOTH = "and_masks.<locals>.and_mask"
+
+
+@torch.compiler.disable(reason="a graph cannot look into transformers' mask functions")  # type: ignore[untyped-decorator, no-untyped-call]
+def padding_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    cache_position: Tensor | None = None,
+    **ignored: Any,
+) -> Tensor | None:
+    """What transformers calls to make a mask; arguments as its `AttentionMaskInterface` has them.
+
+    Args:
+        batch_size: B.
+        q_length: S; transformers before 5.4 gives cache_position instead.
+        kv_length: T, in a static cache its whole length.
+        q_offset: position of the first query.
+        kv_offset: position of the first key that the cache still has.
+        mask_function: must be causal or bidirectional, windowed or packed, and nothing else.
+        attention_mask: (B, positions so far) bool, False for padding.
+        cache_position: (S,) positions of the queries.
+        ignored: what other kinds of masks need (dtype, device, whether they may be left out, ...).
+
+    Returns:
+        None where every key is filled and none is padding; otherwise (B, F) bool, False for padding: the attention
+        takes the first F keys.
+
+    Raises:
+        ConfigError: for a mask function that says more.
+    """
+    if mask_function is not None:
+        require_known(mask_function)
+    if q_length is None:
+        if cache_position is None:
+            raise ConfigError("a mask needs q_length or cache_position; this version of transformers gives neither")
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+    if isinstance(q_offset, Tensor):
+        q_offset = int(q_offset)
+    filled = min(kv_length, q_offset + q_length - kv_offset) if _is_causal(mask_function) else kv_length
+    if attention_mask is None:
+        return (
+            None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=_device(ignored))
+        )
+    if attention_mask.dim() != 2:
+        raise ConfigError(f"attention_mask must be (batch, seq_len), got {tuple(attention_mask.shape)}")
+    # generate makes the masks of static caches ahead, and the model then hands them in once more: cut already.
+    start = 0 if attention_mask.shape[1] == filled else kv_offset
+    mask = attention_mask[:, start : start + filled].bool()
+    if mask.shape[1] < filled:
+        raise ConfigError(
+            f"attention_mask has {attention_mask.shape[1]} columns, too few for the keys up to position "
+            f"{kv_offset + filled}; give it one column for each token seen so far"
+        )
+    return None if filled == kv_length and bool(mask.all()) else mask
+
+
+def require_known(function: Callable[..., Any]) -> None:
+    """Raise `ConfigError` unless the mask function says only what our attention is told by other ways."""
+    name = _name(function)
+    if name in _PLAIN or name == _PACKED:
+        return
+    if name == _REMAPPED:
+        require_known(_captured(function)["mask_function"])
+        return
+    if name == _BOTH:
+        parts = _captured(function)["mask_functions"]
+        names = [_name(part) for part in parts]
+        if names == [_WINDOW, "causal_mask_function"] or names[0] == _PACKED:
+            for part in parts:
+                if _name(part) != _WINDOW:
+                    require_known(part)
+            return
+        name = " & ".join(names)
+    raise ConfigError(
+        f"the model's mask function {name!r} is none that this attention can honour: it takes causal and bidirectional "
+        f"masks, causal sliding windows and packed sequences, and says by its pattern who attends to whom. Use "
+        f"set_attn_implementation('eager') for this model"
+    )
+
+
+def _is_causal(function: Callable[..., Any] | None) -> bool:
+    """Whether no key beyond the last query is seen, so that a static cache can be cut there."""
+    return function is None or _name(function) != "bidirectional_mask_function"
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return function.__qualname__
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that a closure holds, by name."""
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _device(given: dict[str, Any]) -> torch.device | str:
+    device: torch.device | str = given.get("device") or torch.get_default_device()
+    return device

@@ -1,0 +1,73 @@
+"""Documents packed in a row, as transformers tells of them: cumulative lengths, or positions that start again.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..core.errors import ConfigError
+from .requirements import require
+
+# What was read off a tensor that all layers of a forward share, for as long as it lives.
+_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def is_plain(mask: Tensor) -> bool:
+    """Whether a mask (B, F) bool is True everywhere; read once a tensor."""
+    if mask not in _READ:
+        _READ[mask] = bool(mask.all())
+    return bool(_READ[mask])
+
+
+def document_starts(position_ids: Tensor) -> Tensor | None:
+    """Cumulative lengths over the flattened rows, (documents + 1,) int64; None where each row is one document.
+
+    Read once a tensor. A graph cannot look: it asserts that no row starts again.
+    """
+    if position_ids.dim() != 2:
+        raise ConfigError(f"position_ids must be (batch, seq_len), got {tuple(position_ids.shape)}")
+    breaks = position_ids.diff(dim=-1) != 1
+    if torch.compiler.is_compiling():
+        require(~breaks.any(), "packed position_ids in a compiled graph: give cu_seq_lens_q and cu_seq_lens_k too")
+        return None
+    if position_ids not in _READ:
+        _READ[position_ids] = _cumulative(breaks) if bool(breaks.any()) else None
+    starts: Tensor | None = _READ[position_ids]
+    return starts
+
+
+def _cumulative(breaks: Tensor) -> Tensor:
+    first = torch.ones_like(breaks[:, :1]) if breaks.shape[1] else breaks.new_ones(breaks.shape[0], 1)
+    starts = torch.cat([first, breaks], dim=-1).flatten()
+    return torch.cat([starts.nonzero().squeeze(-1), starts.new_tensor([starts.numel()], dtype=torch.int64)])
+
+
+def packed_lengths(arguments: dict[str, Any], *, batch: int, is_self: bool) -> Tensor | None:
+    """The cumulative lengths that a call speaks of, or None.
+
+    Args:
+        arguments: what the attention function was given by name.
+        batch: B.
+        is_self: as many queries as keys and no padding, so that positions may start again within a row.
+
+    Raises:
+        ConfigError: lengths of queries and keys that differ, or lengths for several rows.
+    """
+    queries, keys = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")
+    if queries is not None or keys is not None:
+        if queries is None or keys is None or (queries is not keys and not torch.equal(queries, keys)):
+            raise ConfigError("cu_seq_lens_q and cu_seq_lens_k must be equal: documents attend to themselves only")
+        if batch != 1:
+            raise ConfigError(f"cu_seq_lens_q packs documents in a batch of one row, got {batch} rows")
+        lengths: Tensor = queries
+        return lengths
+    position_ids = arguments.get("position_ids")
+    if position_ids is None or not is_self:
+        return None
+    return document_starts(position_ids.expand(batch, -1) if position_ids.shape[0] != batch else position_ids)

@@ -1,0 +1,273 @@
+"""LongNet encoders, decoders and language models (arXiv 2307.02486).
+
+Shapes: B batch, S sequence, M memory length, E embed_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from ..core.decoding import DecodingCache
+from ..core.errors import ConfigError
+from .layers import LongNetDecoderLayer, LongNetEncoderLayer
+from .longnet_config import LongNetConfig
+from .positions import Rotation, make_rotation
+
+_Device = torch.device | str | None
+
+
+@attrs.define
+class LongNetCache:
+    """What a language model keeps while it decodes: `LongNetLM.make_cache` makes one, `step` fills it.
+
+    Attributes:
+        layers: one cache a layer.
+        centre: where xPos' scales are 1.
+    """
+
+    layers: list[DecodingCache]
+    centre: int
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens that it has seen."""
+        return self.layers[0].seq_len
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class _Stack(nn.Module):
+    """Layers one after the other: positions worked out once, activations checkpointed layer by layer."""
+
+    def __init__(self, config: LongNetConfig, layers: nn.ModuleList, made: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = layers
+        has_norm = config.final_norm and config.norm != "deep"
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps, **made) if has_norm else None
+
+    def _run(
+        self, x_BSE: Tensor, padding: Tensor | None, *memory: Tensor | None, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        """The residual stream after layers and last norm; `keep` collects it before each layer and after the last."""
+        if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
+            raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
+        rotation = self._rotation(x_BSE, padding)
+        recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            if keep is not None:
+                keep.append(x_BSE)
+            arguments = (x_BSE, padding, rotation, *memory)
+            x_BSE = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        if keep is not None:
+            keep.append(x_BSE)
+        return self.norm(x_BSE) if self.norm is not None else x_BSE
+
+    def _rotation(self, x_BSE: Tensor, padding: Tensor | None) -> Rotation | None:
+        if self.config.positions == "none":
+            return None
+        find: Callable[[Tensor, Tensor | None], Rotation] = self.layers[0].self_attn.rotation  # type: ignore[assignment, union-attr]
+        return find(x_BSE, padding)
+
+
+class LongNetEncoder(_Stack):
+    """A stack of encoder layers over embeddings.
+
+    Args:
+        config: its shape.
+        is_causal: no position sees a later one.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        is_causal: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        depths = range(config.num_layers)
+        layers = nn.ModuleList(LongNetEncoderLayer(config, depth=i, is_causal=is_causal, **made) for i in depths)
+        super().__init__(config, layers, made)
+
+    def forward(self, x_BSE: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, S, E) to (B, S, E); `key_padding_mask` (B, S) bool is True for padding."""
+        return self._run(x_BSE, key_padding_mask)
+
+    def hidden_states(self, x_BSE: Tensor, key_padding_mask: Tensor | None = None) -> list[Tensor]:
+        """The residual stream before the first layer and after each, without the last norm: num_layers + 1 tensors."""
+        kept: list[Tensor] = []
+        self._run(x_BSE, key_padding_mask, keep=kept)
+        return kept
+
+
+class LongNetDecoder(_Stack):
+    """A stack of decoder layers over embeddings.
+
+    Args:
+        config: its shape.
+        has_memory: attend to an encoder's output too.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        has_memory: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        depths = range(config.num_layers)
+        layers = nn.ModuleList(LongNetDecoderLayer(config, depth=i, has_memory=has_memory, **made) for i in depths)
+        super().__init__(config, layers, made)
+        self.has_memory = has_memory
+
+    def forward(
+        self,
+        x_BSE: Tensor,
+        key_padding_mask: Tensor | None = None,
+        memory_BME: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S, E) to (B, S, E).
+
+        Args:
+            x_BSE: embeddings.
+            key_padding_mask: (B, S) bool, True for padding.
+            memory_BME: an encoder's output; given exactly where the decoder has a memory.
+            memory_padding_mask: (B, M) bool, True for padding.
+        """
+        if (memory_BME is not None) != self.has_memory:
+            raise ConfigError(
+                f"this decoder was made with has_memory={self.has_memory} and called "
+                f"{'without a' if memory_BME is None else 'with a'} memory"
+            )
+        return self._run(x_BSE, key_padding_mask, memory_BME, memory_padding_mask)
+
+
+class LongNetLM(nn.Module):
+    """A language model: embedding, stack, logits.
+
+    Args:
+        config: its shape, with a vocab_size.
+        is_causal: predict the next token; False makes a model for masked tokens.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    stack: LongNetDecoder | LongNetEncoder
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        is_causal: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("LongNetLM needs LongNetConfig.vocab_size, got None")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config, self.is_causal = config, is_causal
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim, **made)
+        self.dropout = nn.Dropout(config.dropout)
+        self.stack = LongNetDecoder(config, **made) if is_causal else LongNetEncoder(config, **made)
+        self.output = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, False, **made)
+        for layer in (self.embedding, self.output):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=config.embed_dim**-0.5)
+
+    def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
+        return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:
+        """An empty cache for `step`.
+
+        Args:
+            batch_size: sequences decoded together, all of one length.
+            max_seq_len: most tokens that it will see.
+        """
+        layers: list[LongNetDecoderLayer] = self._decoder_layers()
+        like = self.embedding.weight
+        caches = [layer.self_attn.attention.make_cache(batch_size, max_seq_len, like=like) for layer in layers]
+        return LongNetCache(layers=caches, centre=max_seq_len // 2)
+
+    @torch.no_grad()
+    def step(self, tokens_BS: Tensor, cache: LongNetCache) -> Tensor:
+        """Logits (B, S, V) of the next tokens, or at first of a prompt: what `forward` over all tokens gives for them.
+
+        Raises:
+            ConfigError: in training mode, or as `Attention.step`.
+        """
+        if self.training:
+            raise ConfigError("decoding wants evaluation mode; call eval() first")
+        x_BSE = self.embedding(tokens_BS)
+        rotation = self._rotation_at(cache, x_BSE)
+        for layer, held in zip(self._decoder_layers(), cache.layers, strict=True):
+            x_BSE = layer.step(x_BSE, held, rotation)
+        norm = self.stack.norm
+        return self.logits(x_BSE if norm is None else norm(x_BSE))
+
+    def _decoder_layers(self) -> list[LongNetDecoderLayer]:
+        if not self.is_causal:
+            raise ConfigError("a model made with is_causal=False sees later tokens and cannot decode")
+        return list(self.stack.layers)  # type: ignore[arg-type]
+
+    def _rotation_at(self, cache: LongNetCache, x_BSE: Tensor) -> Rotation | None:
+        """Positions of new tokens; xPos is centred where the cache says, since keys are kept as they were turned."""
+        if self.config.positions == "none":
+            return None
+        return make_rotation(
+            self.config.positions,
+            torch.arange(cache.seq_len, cache.seq_len + x_BSE.shape[1], device=x_BSE.device),
+            self.config.head_dim,
+            dtype=x_BSE.dtype,
+            base=self.config.rotary_base,
+            xpos_base=self.config.xpos_base,
+            centre=cache.centre,
+        )
+
+    def generate(
+        self,
+        tokens_BS: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts of one length; see `generation.generate`."""
+        from .generation import generate
+
+        return generate(
+            self,
+            tokens_BS,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            stop_token=stop_token,
+            generator=generator,
+        )
+
+    def logits(self, x_BSE: Tensor) -> Tensor:
+        """Scores of each token of the vocabulary, (B, S, V)."""
+        return linear(x_BSE, self.embedding.weight if self.output is None else self.output.weight)

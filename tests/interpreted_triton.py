@@ -1,0 +1,102 @@
+"""The fused kernels under Triton's interpreter on the CPU; `test_backend_triton` runs this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention.backends.fused import launches
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.tiles import Tile, Tiles
+from dilated_attention.backends.fused.walks import make_tables
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.ops import attend, intern
+
+from .support import NAMES, error, inputs, oracle, with_gradients
+
+LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
+
+
+def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, **fields: Any) -> None:
+    """Out, lse and all gradients, through lse too, in float32 against the oracle."""
+    config = AttentionConfig(
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=head_dim,
+        pattern=pattern,
+        is_causal=geometry.is_causal,
+        **fields,
+    )
+    tile = Tile(16, 16, 4, 1)
+    fused = FusedKernel("interpreted", Tiles(tile, tile, tile, tile))
+    engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
+    tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
+    query, key, value = tensors
+    out, lse = attend(
+        query,
+        key,
+        value,
+        engine,
+        q_offset=geometry.q_offset,
+        kv_offset=geometry.kv_offset,
+        seed=None,
+        tables=None,
+        recompute=False,
+    )
+    actual = with_gradients(out, lse, tensors, through_lse=True)
+    if engine.scale < 0:  # the oracle has the default scale
+        tensors = [-tensors[0], *tensors[1:]]
+    expected = oracle(pattern, tensors, geometry, through_lse=True)
+    if engine.scale < 0:
+        expected[2] = -expected[2]
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert error(a, e) < 1e-5, (name, error(a, e))
+
+
+def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
+    )  # short segments, weighted all the same
+    check_interpreted(LONGNET, Geometry.self_attention(21, 2, is_causal=True))
+    check_interpreted(LONGNET, Geometry.self_attention(21, 2))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rates_that_do_not_divide_and_grouped_heads(is_causal: bool) -> None:
+    geometry = Geometry(q_len=18, kv_len=18, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check_interpreted(Dilated((7, 12), (2, 3)), geometry, head_dim=24)
+
+
+def test_offsets_lengths_and_rows_without_keys() -> None:
+    pattern = Dilated((8, 12), (1, 3))
+    later = Geometry(q_len=20, kv_len=15, num_heads=2, num_kv_heads=1, is_causal=True, q_offset=9, kv_offset=21)
+    check_interpreted(pattern, later)
+    before = Geometry(q_len=20, kv_len=8, num_heads=1, num_kv_heads=1, is_causal=True)
+    assert before.q_offset < 0
+    check_interpreted(pattern, before)
+
+
+def test_dense_with_a_negative_scale() -> None:
+    check_interpreted(Full(), Geometry.self_attention(21, 1), scale=-0.25)
+
+
+def test_positions_beyond_its_arithmetic_are_an_error() -> None:
+    geometry = Geometry(q_len=4, kv_len=4, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=1 << 29)
+    with pytest.raises(ConfigError, match="takes positions below 536,870,912"):
+        check_interpreted(LONGNET, geometry)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks(is_causal: bool) -> None:
+    geometry = Geometry(q_len=45, kv_len=45, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+    check_interpreted(Random(blocks_per_row=2, block_size=16, seed=3), geometry)
+
+
+def test_blocks_with_masks_beside_branches() -> None:
+    pattern = Dilated((8, 16), (1, 2)) + (Local(window_size=9) | Global(tokens=3))
+    check_interpreted(pattern, Geometry(q_len=21, kv_len=37, num_heads=1, num_kv_heads=1, is_causal=True))

@@ -1,0 +1,207 @@
+"""The backend `triton`: its walks against the patterns' own counts, and its kernels on a CPU and on the card."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilated_attention import Dilated, Full, Global, Learned, Local, Pattern, Random, Strided, build_attention, explain
+from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.lowering import lower
+from dilated_attention.registry.specs import Device
+
+from .kernel_kit import build, check, check_graph, codes, on_card, verdict
+from .strategies import dilated
+from .support import NAMES, ours
+
+LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
+PATTERNS: list[Pattern] = [
+    LONGNET,
+    Full(),
+    Strided(stride=3),
+    Dilated(segment_lengths=(7, 24, 10), dilation_rates=(2, 3, 4)),
+    Dilated(segment_lengths=(8, 16), dilation_rates=(2, 4), heads="split"),
+    Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), offsets="blocked"),
+    LONGNET + Dilated(segment_lengths=(8,), dilation_rates=(1,)) + Full(),
+]
+
+
+def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How often each row of a head walks over each column."""
+    kind = tables.head_kind[head]
+    found = np.zeros((len(rows), len(columns)), dtype=np.int64)
+    column = np.arange(columns.start, columns.stop)
+    for place, p in enumerate(rows):
+        at = list(tables.residues[kind]).index(p % tables.period)
+        group = tables.slot_group[kind, at]
+        assert tables.group_start[kind, group] + tables.slot_index[kind, at] == at
+        for index in range(tables.counts[kind, group]):
+            length, stride, residue, mode, inner, row_rate, _ = map(int, tables.walks[kind, group, index])
+            start = p // length * length if length else min(columns.start, 0)
+            end = start + length if length else columns.stop
+            if row_rate and (p - start) % row_rate != residue:
+                continue
+            seen = (column >= start) & (column < end) & ((column - residue - (start if row_rate else 0)) % stride == 0)
+            inner_start = p // inner * inner
+            seen &= {
+                Mode.ALL: column >= start,
+                Mode.UP_TO_ROW: column <= p,
+                Mode.FROM_ROW: column >= p,
+                Mode.BEFORE_INNER: column < inner_start,
+                Mode.AFTER_INNER: column >= inner_start + inner,
+            }[Mode(mode)]
+            found[place] += seen * round(2 ** float(tables.bias[kind, group, index]))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(dilated(), st.sampled_from(PATTERNS)), st.booleans(), st.booleans(), st.sampled_from([1, 1 << 30]))
+def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
+    pattern: Pattern, is_causal: bool, transposed: bool, merge_from: int
+) -> None:
+    length, heads = 41, 6
+    geometry = Geometry.self_attention(length, heads, is_causal=is_causal)
+    branches = lower(pattern, geometry).branches
+    try:
+        tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=length, merge_from=merge_from)
+    except ValueError:
+        assert np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD
+        return
+    place = np.arange(length)
+    for head in range(heads):
+        expected = pattern.multiplicity(place[:, None], place[None, :], np.array(head), geometry)
+        if is_causal:
+            expected = expected * (place[None, :] <= place[:, None])
+        actual = counted(tables, range(length), range(length), head)
+        assert np.array_equal(actual.T if transposed else actual, expected)
+
+
+def test_a_column_of_several_branches_is_met_once() -> None:
+    geometry = Geometry.self_attention(4096, 4)
+    pattern = Dilated(segment_lengths=(512, 1024, 2048), dilation_rates=(1, 2, 4))
+    tables = make_tables(lower(pattern, geometry).branches, is_causal=True, transposed=False, span=4096)
+    position = 2044 + 4  # of all three branches for head 0
+    met = counted(tables, range(position, position + 1), range(4096), 0)[0]
+    walks = tables.counts[tables.head_kind[0], tables.slot_group[0, list(tables.residues[0]).index(position % 4)]]
+    assert walks > 3
+    assert met.max() == 3
+    assert tables.bias.max() == pytest.approx(np.log2(3))
+
+
+def test_its_kernels_interpreted_on_a_cpu() -> None:
+    """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("on this machine the compiled kernels are tested")
+    path = Path(__file__).with_name("interpreted_triton.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    found = subprocess.run(
+        command, cwd=path.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"pattern": Random(blocks_per_row=2, block_size=24)}, "block_sizes"),
+        ({"pattern": Learned(block_size=16, blocks_per_row=2)}, "dynamic_tables"),
+        ({"pattern": Strided(stride=67)}, "dilation_rates"),
+        ({"dtype": "float64"}, "dtypes"),
+        ({"head_dim": 20}, "head_dims"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"device": Device(type="cuda", arch="sm_80", torch_name="cuda:0")}, "arch"),
+        ({"device": Device(type="cpu", arch="x86_64", torch_name="cpu")}, "device_types"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> None:
+    assert codes(verdict("triton", **fields)) == {code}
+
+
+def test_listing_it_imports_nothing_of_it() -> None:
+    from .distributions import run
+
+    code = (
+        "import sys; from dilated_attention.registry.discovery import default_registry\n"
+        "print('triton' in default_registry().backends, [m for m in sys.modules if m.startswith(('torch', 'triton'))])"
+    )
+    assert run(None, "-c", code).stdout.split(maxsplit=1) == ["True", "[]\n"]
+
+
+def test_on_a_cpu_it_is_refused() -> None:
+    (row,) = [row for row in explain(num_heads=8, head_dim=64, device="cpu").rows if row.name == "triton"]
+    assert [refusal.code for refusal in row.refusals] == ["device_types"]
+
+
+# On the card.
+
+CARD = [
+    Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4)),
+    Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 2)),
+    Dilated(segment_lengths=(64, 256), dilation_rates=(2, 4), heads="split"),
+    Full(),
+    Strided(stride=3),
+    Random(blocks_per_row=2, block_size=32, seed=7),
+    Local(window_size=70) | Global(tokens=3),
+    Dilated(segment_lengths=(64, 128), dilation_rates=(1, 2)) + Local(window_size=30),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", CARD, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [("bfloat16", 64), ("float16", 48), ("bfloat16", 128), ("bfloat16", 256), ("bfloat16", 16), ("float32", 40)],
+)
+def test_it_agrees_with_the_oracle(dtype: str, head_dim: int, pattern: Pattern, is_causal: bool) -> None:
+    geometry = Geometry(q_len=517, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check(build("triton", pattern, geometry, dtype, head_dim), geometry)
+
+
+@pytest.mark.gpu
+def test_offsets_and_unequal_lengths() -> None:
+    geometry = Geometry(q_len=300, kv_len=700, num_heads=4, num_kv_heads=4, is_causal=True, q_offset=520, kv_offset=64)
+    check(build("triton", CARD[0], geometry, "bfloat16", 64), geometry)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_on_every_run_and_strided_inputs() -> None:
+    geometry = Geometry.self_attention(2000, 4, is_causal=True)
+    attention = build("triton", CARD[0], geometry, "bfloat16", 64, deterministic=True)
+    tensors = on_card(geometry, "bfloat16", 64)
+    first = ours(attention, tensors, geometry, through_lse=True)
+    packed = torch.stack([x.detach() for x in tensors], dim=2)
+    views = [packed[:, :, i].requires_grad_() for i in range(3)]
+    again = ours(attention, views, geometry, through_lse=True)
+    for name, a, b in zip(NAMES, first, again, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
+def test_it_replays_in_a_graph_and_compiles() -> None:
+    geometry = Geometry.self_attention(1024, 4, is_causal=True)
+    attention = build("triton", CARD[0], geometry, "bfloat16", 64)
+    check_graph(attention, geometry)
+    compiled = torch.compile(attention, fullgraph=True)
+    tensors = on_card(geometry, "bfloat16", 64)
+    assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
+@pytest.mark.gpu
+def test_auto_takes_it_for_several_branches_and_not_for_dense_attention() -> None:
+    fields: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "dtype": "bfloat16", "device": "cuda"}
+    assert build_attention(pattern=CARD[0], **fields).plan.backend == "triton"
+    assert build_attention(pattern=Local(window_size=64), **fields).plan.backend == "triton"
+    assert build_attention(pattern=Full(), **fields).plan.backend != "triton"
+    assert build_attention(pattern=CARD[0], **fields | {"dtype": "float32"}).plan.backend != "triton"

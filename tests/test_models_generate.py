@@ -1,0 +1,94 @@
+"""Decoding with LongNet's cache: the same logits as without, in less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention import ConfigError, Dilated, Local
+from dilated_attention.models import LongNetConfig, LongNetLM
+
+from .support import error
+
+VOCAB = 23
+
+
+def language_model(dtype: torch.dtype = torch.float64, is_causal: bool = True, **fields: Any) -> LongNetLM:
+    torch.manual_seed(0)
+    shape = {"embed_dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "vocab_size": VOCAB}
+    config = LongNetConfig(**{"pattern": Dilated((8, 16), (1, 2)), **shape, **fields})
+    return LongNetLM(config, is_causal=is_causal, dtype=dtype).eval()
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "xpos"])
+@pytest.mark.parametrize("norm", ["sub", "deep"])
+def test_steps_are_the_forward(positions: str, norm: str) -> None:
+    model, seen = language_model(positions=positions, norm=norm, num_kv_heads=2), tokens(2, 40)
+    expected = model(seen)
+    cache = model.make_cache(2, 40)
+    parts = [model.step(part, cache) for part in torch.split(seen, [11, 1, 1, 5, 1, 21], dim=1)]
+    assert error(torch.cat(parts, dim=1), expected) < 1e-11
+    assert cache.seq_len == 40
+
+
+def test_generation_is_forward_by_forward() -> None:
+    model, seen = language_model(positions="rotary"), tokens(2, 9)
+    expected = seen
+    for _ in range(30):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(seen, 30), expected)
+
+
+def test_draws() -> None:
+    model, seen = language_model(torch.float32), tokens(1, 5)
+    likeliest = model(seen)[0, -1].topk(3).indices.tolist()
+    drawn = [
+        int(model.generate(seen, 1, temperature=3.0, top_k=3, generator=torch.Generator().manual_seed(i))[0, -1])
+        for i in range(40)
+    ]
+    assert set(drawn) == set(likeliest)
+    again = [model.generate(seen, 8, temperature=1.0, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_rows_stop() -> None:
+    model, seen = language_model(), tokens(2, 9)
+    full = model.generate(seen, 12)
+    stop = int(full[0, 11])
+    stopped = model.generate(seen, 12, stop_token=stop)
+    for row, whole in zip(stopped, full, strict=True):
+        ends = (whole[9:] == stop).nonzero().flatten()
+        until = 9 + int(ends[0]) + 1 if len(ends) else 21
+        assert torch.equal(row[:until], whole[: min(until, len(row))])
+        assert (row[until:] == stop).all()
+
+
+def test_the_cache_keeps_what_can_be_seen() -> None:
+    model = language_model(pattern=Local((7, 0)))
+    cache = model.make_cache(1, 4096)
+    model.step(tokens(1, 1024), cache)
+    dense = sum(layer.dense_nbytes for layer in cache.layers)
+    assert cache.nbytes < dense / 4
+
+
+def test_what_cannot_be_decoded() -> None:
+    model, seen = language_model(), tokens(1, 5)
+    with pytest.raises(ConfigError, match=r"call eval\(\) first"):
+        language_model().train().generate(seen, 3)
+    with pytest.raises(ConfigError, match="is_causal=False"):
+        language_model(is_causal=False).generate(seen, 3)
+    for arguments, words in (
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 3, "temperature": -1.0}, "temperature"),
+        ({"max_new_tokens": 3, "top_k": 0}, "top_k"),
+        ({"max_new_tokens": 3, "tokens_BS": seen[:, :0]}, "at least one token"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            model.generate(**{"tokens_BS": seen, **arguments})  # type: ignore[arg-type]

@@ -1,0 +1,270 @@
+"""LongNet layers and models: ragged batches, what broke predecessors, gradients checkpointed, compiled, sharded."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+
+from dilated_attention import ConfigError, Dilated
+from dilated_attention.models import (
+    LongNetConfig,
+    LongNetDecoder,
+    LongNetDecoderLayer,
+    LongNetEncoder,
+    LongNetEncoderLayer,
+    LongNetLM,
+)
+from dilated_attention.models.layers import DropPath
+
+from .model_kit import data, gradients, padding
+from .support import error
+
+E, S, VOCAB = 32, 24, 19
+DILATED = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
+
+
+def config(**fields: Any) -> LongNetConfig:
+    return LongNetConfig(
+        **{"embed_dim": E, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "pattern": DILATED, **fields}
+    )
+
+
+def language_model(dtype: torch.dtype = torch.float32, **fields: Any) -> LongNetLM:
+    torch.manual_seed(0)
+    return LongNetLM(config(vocab_size=VOCAB, positions="rotary", **fields), dtype=dtype)
+
+
+def tokens(batch: int = 2, length: int = S, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("positions", ["none", "xpos"])
+def test_ragged_batches_are_each_sequence_alone(positions: str, is_causal: bool, left: bool) -> None:
+    torch.manual_seed(0)
+    model = LongNetEncoder(config(positions=positions), is_causal=is_causal, dtype=torch.float64)
+    x, lengths = data(3, S, E, dtype=torch.float64).requires_grad_(), (S, 1, 17)
+    mask = padding(*lengths, length=S, left=left)
+    alone = []
+    for row, length in enumerate(lengths):
+        mine = x[row : row + 1, S - length :] if left else x[row : row + 1, :length]
+        alone.append(model(mine).squeeze(0))
+    actual, expected = model(x, mask)[~mask], torch.cat(alone)
+    leaves = [x, *model.parameters()]
+    pairs = zip([actual, *gradients(actual, *leaves)], [expected, *gradients(expected, *leaves)], strict=True)
+    assert max(error(a, e) for a, e in pairs) < 1e-11
+
+
+def test_the_hundredth_forward_is_the_first() -> None:
+    model, seen = language_model(), tokens()
+    with torch.no_grad():
+        first = model(seen)
+        for _ in range(99):
+            again = model(seen)
+        assert torch.equal(first, again)
+        assert torch.equal(model(tokens(1, 11)), model(tokens(1, 11)))  # another length on the way
+        assert torch.equal(model(seen), first)
+
+
+def test_copies_and_state_dicts() -> None:
+    model, seen = language_model(), tokens()
+    expected = model(seen)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(seen), expected)
+    with torch.no_grad():
+        twin.embedding.weight.add_(1.0)
+    assert torch.equal(model(seen), expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(1)
+    other = LongNetLM(model.config)
+    assert not torch.equal(other(seen), expected)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(seen), expected)
+    assert LongNetConfig.from_dict(model.config.to_dict()) == model.config
+
+
+def test_dtypes_change_after_construction() -> None:
+    model, seen = language_model(torch.float64), tokens()
+    weights, expected = copy.deepcopy(model.state_dict()), model(seen)
+    assert error(model.to(torch.float32)(seen), expected) < 1e-5
+    assert error(model.to(torch.bfloat16)(seen), expected) < 0.05
+    assert model(seen).dtype == torch.bfloat16
+    meta = LongNetLM(model.config, device="meta")
+    meta.to_empty(device="cpu").load_state_dict(weights)
+    assert error(meta(seen), expected) < 1e-5
+
+
+def test_training_and_evaluation_mode() -> None:
+    model, seen = language_model(dropout=0.3, drop_path=0.5, activation_dropout=0.2), tokens()
+    torch.manual_seed(3)
+    assert not torch.equal(model(seen), model(seen))
+    model.eval()
+    assert torch.equal(model(seen), model(seen))
+    assert not torch.equal(model.train()(seen), model(seen))
+    kept = DropPath(0.5).train()(torch.ones(4000, 1, 1))
+    assert set(kept.flatten().tolist()) == {0.0, 2.0}
+    assert abs(float(kept.mean()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointed_layers_have_the_same_gradients(dropout: float) -> None:
+    model, seen = language_model(torch.float64, dropout=dropout), tokens()
+    again = LongNetLM(
+        LongNetConfig.from_dict(model.config.to_dict() | {"activation_checkpointing": True}), dtype=torch.float64
+    )
+    again.load_state_dict(model.state_dict())
+    grads = []
+    for m in (model, again):
+        torch.manual_seed(7)
+        grads.append(gradients(m(seen), *m.parameters()))
+    assert max(error(a, e) for a, e in zip(*grads, strict=True)) < 1e-12
+
+
+def saved_bytes(model: nn.Module, seen: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, parameters aside."""
+    held: dict[int, int] = {}
+    known = {p.data_ptr() for p in model.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.data_ptr() not in known:
+            held[x.data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = model(seen)
+    assert kept.requires_grad
+    return sum(held.values())
+
+
+def test_checkpointing_saves_memory() -> None:
+    plain = language_model(num_layers=4)
+    lean = language_model(num_layers=4, activation_checkpointing=True)
+    assert saved_bytes(lean, tokens()) < saved_bytes(plain, tokens()) / 3
+    lean.eval()
+    with torch.no_grad():
+        assert torch.equal(lean(tokens()), plain.eval()(tokens()))
+
+
+def test_compiled_without_graph_breaks() -> None:
+    for is_checkpointed, mask in ((False, padding(S, 9, length=S)), (True, None)):
+        model, seen = language_model(num_layers=1, activation_checkpointing=is_checkpointed), tokens()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected, actual = model(seen, mask), compiled(seen, mask)
+        leaves = list(model.parameters())
+        pairs = zip([actual, *gradients(actual, *leaves)], [expected, *gradients(expected, *leaves)], strict=True)
+        assert max(error(a, e) for a, e in pairs) < 1e-5
+
+
+def test_causal_models_do_not_see_the_future() -> None:
+    model, seen = language_model(torch.float64), tokens(1)
+    changed = seen.clone()
+    changed[0, 13] = (changed[0, 13] + 1) % VOCAB
+    difference = (model(seen) - model(changed)).abs().amax(-1)[0]
+    assert difference[:13].max() == 0
+    assert difference[13] > 0
+    both = LongNetLM(model.config, is_causal=False, dtype=torch.float64)
+    assert (both(seen) - both(changed)).abs().amax(-1)[0, :13].max() > 0
+
+
+def test_decoders_read_a_memory() -> None:
+    torch.manual_seed(0)
+    decoder = LongNetDecoder(config(norm="sub"), has_memory=True, dtype=torch.float64)
+    x, memory = data(2, S, E, dtype=torch.float64), data(2, 7, E, seed=1, dtype=torch.float64)
+    mask = padding(7, 4, length=7)
+    both = decoder(x, None, memory, mask)
+    assert error(both[1:], decoder(x[1:], None, memory[1:, :4])) < 1e-12
+    assert error(both[:1], decoder(x[:1], None, memory[:1])) < 1e-12
+    assert error(both[:1], decoder(x[:1], None, memory[:1] + 1)) > 1e-3
+    with pytest.raises(ConfigError, match="has_memory=True and called without a memory"):
+        decoder(x)
+    layer = LongNetDecoderLayer(config(), has_memory=True)
+    assert layer(x.float(), memory_BME=memory.float()).shape == x.shape
+    assert LongNetEncoderLayer(config())(x.float()).shape == x.shape
+
+
+@pytest.mark.parametrize("norm", ["pre", "sub", "deep"])
+def test_first_weights_keep_signals_in_bounds(norm: str) -> None:
+    torch.manual_seed(0)
+    model = LongNetEncoder(config(num_layers=12, norm=norm))
+    x = data(2, S, E)
+    out = model(x)
+    assert 0.5 < float(out.detach().std()) < 2
+    (grad,) = gradients(out, model.get_parameter("layers.0.ffn.up.weight"))
+    assert 0 < float(grad.norm()) < 1e3
+    scales = {layer.residual_scale for layer in model.layers}
+    assert scales == ({24**0.25} if norm == "deep" else {1.0})
+
+
+def test_it_learns() -> None:
+    model, seen = language_model(tie_embeddings=True), tokens(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = cross_entropy(model(seen[:, :-1]).flatten(0, 1), seen[:, 1:].flatten())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert "output.weight" not in model.state_dict()
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_with_fsdp() -> None:
+    plain, sharded, seen = language_model(), language_model(activation_checkpointing=True), tokens()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in sharded.stack.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    grads = []
+    for model in (plain, sharded):
+        loss = cross_entropy(model(seen[:, :-1]).flatten(0, 1), seen[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()])
+    assert max(error(a, e) for a, e in zip(*grads, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"embed_dim": 30}, "multiple of num_heads"),
+        ({"norm": "post"}, "norm must be one of pre, sub, deep"),
+        ({"dropout": 1.0}, "from 0 to below 1"),
+        ({"attention": {"pattern": DILATED}}, "field of LongNetConfig"),
+        ({"attention": {"backnd": "sdpa"}}, "did you mean 'backend'"),
+        ({"pattern": {"kind": "dilatd"}}, "did you mean 'dilated'"),
+        ({"xpos_base": 0.0}, "positive number"),
+    ],
+)
+def test_bad_configurations_say_so(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config(**fields)
+
+
+def test_bad_calls_say_so() -> None:
+    with pytest.raises(ConfigError, match=r"x must be \(batch, seq_len, 32\), got \(2, 24, 5\)"):
+        LongNetEncoder(config())(data(2, S, 5))
+    with pytest.raises(ConfigError, match="vocab_size"):
+        LongNetLM(config())
+    with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
+        LongNetConfig.from_dict({"num_layer": 3})
