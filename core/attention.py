@@ -53,6 +53,10 @@ class Attention(nn.Module):
         self._query_tail = (config.num_heads, config.head_dim)
         self._key_tail = (config.kv_heads, config.head_dim)
 
+    def _rebind(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
+        """Compute with another engine from now on; heads, widths and dtype are as before."""
+        self.config, self.plan, self._engine = config, plan, intern(engine)
+
     def extra_repr(self) -> str:
         """Backend, kernel and the main fields of the configuration."""
         config = self.config

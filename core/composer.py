@@ -163,6 +163,18 @@ class Composer:
                     merge_(slab.view(out, rows), slab.view_lse(lse, rows), part, part_lse)
         return out, lse
 
+    def merge_into(
+        self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule
+    ) -> None:
+        """Merge every call into `out` (B, S, H, D) and `lse` (B, H, S), both of the accumulator's dtype, in place.
+
+        `out` is contiguous and `lse` is (B, S, H) in memory.
+        """
+        for call in schedule.calls:
+            for slab in slabs_of(call, (query,), (key, value)):
+                part, part_lse = self._forward(call, slab, query, key, value)
+                merge_(slab.view(out, call.query), slab.view_lse(lse, call.query), part, part_lse)
+
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
         out, lse = self.kernel.forward(*views, self._pieces[call.is_causal])
@@ -199,6 +211,25 @@ class Composer:
                     else:
                         slab.view(total, rows).add_(grad)
         return totals[0], totals[1], totals[2]
+
+    def backward_into(
+        self,
+        totals: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+    ) -> None:
+        """Add the gradients of every call to `totals`, shaped like query, key and value and contiguous, in place."""
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        for call in schedule.calls:
+            for slab in slabs_of(call, (query, dout, out), (key, value)):
+                grads = self._backward(call, slab, dout, query, key, value, out, lse)
+                for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
+                    slab.view(total, rows).add_(grad)
 
     def _backward(
         self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor

@@ -14,6 +14,7 @@ from typing import Any, Final
 import attrs
 
 from .checks import positive_int, require_choice
+from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
 from .pattern import Full, Pattern
@@ -113,9 +114,11 @@ def _limits(_: object, attribute: attrs.Attribute[Limits], value: object) -> Non
         raise ConfigError(f"limits must be a Limits value or, in a file, a table; got {value!r}")
 
 
-def _no_context_parallel(_: object, attribute: attrs.Attribute[None], value: object) -> None:
-    if value is not None:
-        raise ConfigError(f"context_parallel must be None: this release has no context-parallel backend, got {value!r}")
+def _context_parallel(_: object, attribute: attrs.Attribute[ContextParallel | None], value: object) -> None:
+    if value is not None and not isinstance(value, ContextParallel):
+        raise ConfigError(
+            f"context_parallel must be None, a ContextParallel(size=...) or, in a file, a table; got {value!r}"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -133,14 +136,15 @@ class AttentionConfig:
         dtype: one of `DTYPES`, or a torch dtype.
         device: "type" or "type:index", or a torch device. None: torch's default device when it is built.
         tensor_layout: "bshd" for (batch, seq_len, heads, head_dim), "bhsd" for (batch, heads, seq_len, head_dim).
-        seq_len: length that the choice is made for, where it is known; other lengths stay usable.
+        seq_len: length that the choice is made for, where it is known; other lengths stay usable. Of the whole
+            sequence, where ranks share it.
         requires_grad: the attention will be differentiated.
         deterministic: the same bits on every run, forward and backward.
         activation_checkpointing: keep no intermediate of the attention for backward but its inputs.
         token_order: "natural", or "kept" when tokens already stand in the order of `plan.order(seq_len)`.
         backend: a backend's name, which is used or refused, or "auto", which chooses.
         backend_options: options by backend name, judged by the backend.
-        context_parallel: None; this release shards no sequences.
+        context_parallel: how many ranks share a sequence; None: one has it all.
         limits: bounds on memory.
 
     Raises:
@@ -166,7 +170,7 @@ class AttentionConfig:
     backend_options: Mapping[str, Mapping[str, Any]] = attrs.field(
         factory=dict, converter=_copied, validator=_options, hash=False
     )
-    context_parallel: None = attrs.field(default=None, validator=_no_context_parallel)
+    context_parallel: ContextParallel | None = attrs.field(default=None, validator=_context_parallel)
     limits: Limits = attrs.field(factory=Limits, validator=_limits)
 
     def __attrs_post_init__(self) -> None:
@@ -178,6 +182,16 @@ class AttentionConfig:
             )
         if isinstance(self.pattern, Pattern):
             self.pattern.validate(self.num_heads, self.kv_heads)
+        if self.ring_size > 1 and self.seq_len is not None and self.seq_len % self.ring_size:
+            raise ConfigError(
+                f"seq_len must be a multiple of context_parallel.size, got {self.seq_len} and {self.ring_size}; "
+                f"the next multiple is {-(-self.seq_len // self.ring_size) * self.ring_size}"
+            )
+
+    @property
+    def ring_size(self) -> int:
+        """Ranks that share a sequence, as a number in either case."""
+        return 1 if self.context_parallel is None else self.context_parallel.size
 
     @property
     def kv_heads(self) -> int:
@@ -216,6 +230,7 @@ class AttentionConfig:
         return fields | {
             "pattern": pattern,
             "backend_options": {name: _copied(options) for name, options in self.backend_options.items()},
+            "context_parallel": None if self.context_parallel is None else attrs.asdict(self.context_parallel),
             "limits": attrs.asdict(self.limits),
         }
 

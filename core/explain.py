@@ -13,6 +13,11 @@ def explain_plan(plan: AttentionPlan) -> str:
     """The text of `AttentionPlan.explain`."""
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
     lines += [f"  layout  {line}" for line in _layout_words(plan.layout)]
+    if plan.exchange is not None:
+        ring = plan.exchange
+        lines.append(
+            f"  ring    {ring.transport} over {ring.size} ranks, timeout {ring.timeout_s:g} s, around each rank's own"
+        )
     lines += ["  with    " + ", ".join(f"{name} {version}" for name, version in plan.versions.items()), ""]
     header = ("backend", "status", "kernel", "from")
     cells = [(row.name, row.status, row.kernel or "-", _origin(row)) for row in plan.rows]

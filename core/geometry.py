@@ -17,7 +17,8 @@ class Geometry:
     """The shape of one attention call, without its data.
 
     Query index i stands at absolute position i + q_offset, key index j at j + kv_offset, for pattern and causality
-    alike. The default q_offset aligns the last query with the last key (kv_len - q_len).
+    alike. The default q_offset aligns the last query with the last key (kv_len - q_len). A call that holds parts of a
+    sequence says in `whole_len` how long the whole is.
     """
 
     q_len: int = attrs.field(validator=non_negative_int)
@@ -27,6 +28,7 @@ class Geometry:
     is_causal: bool
     q_offset: int = attrs.field(default=attrs.Factory(_default_q_offset, takes_self=True))
     kv_offset: int = 0
+    whole_len: int = attrs.field(default=0, validator=non_negative_int)
 
     def __attrs_post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -37,6 +39,16 @@ class Geometry:
     @property
     def seq_len(self) -> int:
         """Length of the whole sequence as far as this call knows it: one past the last position."""
+        return max(self._reach, self.whole_len)
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """The fields, for digests; `whole_len` only where it adds something."""
+        fields: tuple[int, ...] = attrs.astuple(self)
+        return fields if self.whole_len > self._reach else fields[:-1]
+
+    @property
+    def _reach(self) -> int:
         return max(self.q_offset + self.q_len, self.kv_offset + self.kv_len, 0)
 
     @property

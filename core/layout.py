@@ -105,7 +105,7 @@ class BlockLayout:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over geometry, block size, tables and masks, in hexadecimal."""
-        sha = hashlib.sha256(repr((attrs.astuple(self.geometry), self.block_size)).encode())
+        sha = hashlib.sha256(repr((self.geometry.identity, self.block_size)).encode())
         for array in self._arrays():
             sha.update(repr((array.dtype.str, array.shape)).encode())
             sha.update(np.ascontiguousarray(array).data)
@@ -162,7 +162,7 @@ class Layout:
         """SHA-256 over geometry, branches and blocks, in hexadecimal: equal digests compute the same attention."""
         blocks = self.blocks.digest if self.blocks is not None else ""
         branches = [attrs.astuple(branch) for branch in self.branches]
-        return hashlib.sha256(repr((attrs.astuple(self.geometry), branches, blocks)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.geometry.identity, branches, blocks)).encode()).hexdigest()
 
     @cached_property
     def pairs(self) -> int:

@@ -15,10 +15,13 @@ class Limits:
         pattern_cache_bytes: lowered layouts kept per attention for lengths already seen (least recently used go first).
         layout_bytes: one lowered layout; a pattern that needs more at a given length is refused before it is built.
         workspace_bytes: temporary tensors of the batched block computation, per step.
+        exchange_buffer_bytes: rows that a rank receives from others in one forward pass; where any rank would receive
+            more, shards travel hop by hop instead.
         reference_mask_bytes: the dense multiplicity of the `reference` backend, (num_heads, q_len, kv_len) in float64.
     """
 
     pattern_cache_bytes: int = attrs.field(default=256 << 20, validator=positive_int)
     layout_bytes: int = attrs.field(default=2 << 30, validator=positive_int)
     workspace_bytes: int = attrs.field(default=64 << 20, validator=positive_int)
+    exchange_buffer_bytes: int = attrs.field(default=2 << 30, validator=positive_int)
     reference_mask_bytes: int = attrs.field(default=1 << 30, validator=positive_int)

@@ -197,6 +197,9 @@ def attend(
     Returns:
         out (B, S, H, D) and lse (B, H, S), contiguous.
     """
+    if (attend_together := getattr(engine, "attend", None)) is not None:  # ranks that share a sequence
+        out, lse = attend_together(query, key, value, q_offset=q_offset, kv_offset=kv_offset, recompute=recompute)
+        return out, lse
     if torch.compiler.is_compiling():
         out, lse = torch.ops.dilated_attention.attend.default(
             query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute

@@ -95,6 +95,21 @@ class LayoutSummary:
 
 
 @attrs.frozen(kw_only=True)
+class ExchangeSummary:
+    """What is wrapped around the chosen backend where ranks share a sequence.
+
+    Attributes:
+        transport: "gloo_cpu" or "ring_nccl".
+        size: ranks that share a sequence.
+        timeout_s: longest wait for another rank in one pass.
+    """
+
+    transport: str
+    size: int
+    timeout_s: float
+
+
+@attrs.frozen(kw_only=True)
 class AttentionPlan:
     """Which backend computes an attention, and why.
 
@@ -107,6 +122,7 @@ class AttentionPlan:
         layout: what the pattern needs.
         compile_class: "fullgraph", "opaque" (one operator inside the graph) or "none".
         versions: of Python, torch and this package.
+        exchange: what moves rows between ranks, around the backend; None where one rank has the whole sequence.
     """
 
     config: dict[str, Any] = attrs.field(converter=_plain, hash=False)
@@ -117,6 +133,7 @@ class AttentionPlan:
     layout: LayoutSummary
     compile_class: str
     versions: dict[str, str] = attrs.field(hash=False)
+    exchange: ExchangeSummary | None = None
 
     def order(self, seq_len: int) -> range:
         """The token order that its layouts want: the place i of the kept order holds token `order[i]`.

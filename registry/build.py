@@ -12,7 +12,7 @@ from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING
 from ..core.pattern import LearnedPattern, Pattern
-from ..core.plan import AttentionPlan, LayoutSummary
+from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
 from .capabilities import make_request
 from .device import describe_device
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.attention import Attention
+    from ..core.engine import Engine
     from ..core.kernel import DenseKernel, LayoutKernel
+    from ..exchange.preflight import Preflight
 
 
 def build_attention(
@@ -43,7 +45,8 @@ def build_attention(
         config: the configuration, or a mapping of it.
         like: queries to build for, (batch, seq_len, num_heads, head_dim) or as `tensor_layout` says; gives num_heads,
             head_dim, dtype and device to those of `fields` that do not.
-        mesh: a device mesh for context parallelism; None, as this release has no backend for it.
+        mesh: a torch DeviceMesh of one dimension (of a larger one: `mesh["name"]`), where `context_parallel` asks for
+            ranks that share a sequence. All its ranks build at once, and alike.
         fields: fields of `AttentionConfig`; beside `config` they replace its own.
 
     Returns:
@@ -53,33 +56,63 @@ def build_attention(
         ConfigError: for an input that no backend could honour.
         NoBackendError: when no backend, or not the one asked for by name, takes the request; the message is the table.
         PluginError: when the chosen backend breaks its contract while building.
+        RingBroken: when not all ranks of the mesh build, or can be connected, in time.
     """
-    if mesh is not None:
-        raise ConfigError(f"mesh must be None: this release has no context-parallel backend, got {mesh!r}")
     if like is not None:
         fields = _fields_of(like, config, fields) | fields
-    return build_from(_config(config, fields), default_registry())
+    return build_from(_config(config, fields), default_registry(), mesh=mesh)
 
 
-def build_from(config: AttentionConfig, registry: Registry) -> Attention:
+def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = None) -> Attention:
     """`build_attention` with the backends and patterns of `registry`."""
     from ..core.attention import Attention
     from ..core.engine import Engine
 
+    _check_parallel(config, mesh)
     config, request, selection = _select(config, registry)
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
     capabilities = selection.chosen.registered.spec.capabilities
-    engine = Engine(
-        config=config,
-        pattern=request.pattern,
-        kernel=_kernel(selection.chosen, request),
-        takes_layout="dense" not in capabilities["layouts"],
-        has_dlse=_has_dlse(selection.chosen, request),
-        call_axes=frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
+    kernel = _kernel(selection.chosen, request)
+    traits: dict[str, Any] = {
+        "has_dlse": _has_dlse(selection.chosen, request),
+        "call_axes": frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
+    }
+    if config.ring_size > 1:
+        return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))
+    takes_layout = "dense" not in capabilities["layouts"]
+    return Attention(config, plan, Engine(config, request.pattern, kernel, takes_layout=takes_layout, **traits))
+
+
+def _check_parallel(config: AttentionConfig, mesh: object) -> None:
+    """A mesh exactly where ranks share a sequence, and fit for it."""
+    if config.context_parallel is None:
+        if mesh is not None:
+            raise ConfigError(
+                f"mesh is for context_parallel=ContextParallel(size=...), which the config has not, got {mesh!r}"
+            )
+        return
+    if config.ring_size == 1 and mesh is None:
+        return
+    from ..exchange.mesh import check_mesh
+
+    check_mesh(mesh, config.ring_size)
+
+
+def _ring_engine(
+    config: AttentionConfig, request: Request, plan: AttentionPlan, kernel: Any, mesh: Any, traits: dict[str, Any]
+) -> Engine:
+    """The chosen kernel inside the ring that this rank belongs to."""
+    from ..exchange.engine import RingEngine
+    from ..exchange.mesh import plan_facts, ring_of
+
+    assert config.context_parallel is not None
+    assert plan.exchange is not None
+    communicator = ring_of(
+        mesh, config.context_parallel, plan_facts(plan), transport=plan.exchange.transport, generation=0
     )
-    return Attention(config, plan, engine)
+    return RingEngine(config, request.pattern, kernel, communicator=communicator, **traits)
 
 
 def explain(
@@ -102,6 +135,33 @@ def explain(
         ConfigError: for an input that no backend could honour.
     """
     return _plan(*_select(_config(config, fields), registry or default_registry()))
+
+
+def preflight(
+    config: AttentionConfig | Mapping[str, Any] | None = None,
+    /,
+    *,
+    ranks: int,
+    batch: int = 1,
+    registry: Registry | None = None,
+    **fields: Any,
+) -> Preflight:
+    """What sharing a sequence between `ranks` ranks will cost each of them; nothing is built and none is needed.
+
+    Args:
+        config: the configuration, or a mapping of it, with a seq_len; its context_parallel is not looked at.
+        ranks: any number that divides the length.
+        batch: batch size.
+        registry: where patterns are looked up; by default the process's own.
+        fields: fields of `AttentionConfig`; beside `config` they replace its own.
+
+    Raises:
+        ConfigError: a length that cannot be shared so, or an input that no backend could honour.
+    """
+    from ..exchange.preflight import preflight as simulate
+
+    resolved = _config(config, fields | {"context_parallel": None})
+    return simulate(resolved, resolve_pattern(resolved.pattern, registry or default_registry()), ranks, batch=batch)
 
 
 def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str, Any]) -> AttentionConfig:
@@ -147,12 +207,29 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
         kernel=chosen.kernel if chosen else "",
         rows=selection.rows,
         layout=_layout_summary(config, request.pattern, request.needs["layouts"]),
-        compile_class=compiles,
+        compile_class="none" if config.ring_size > 1 else compiles,
+        exchange=_exchange_summary(config, request),
         versions={
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "dilated_attention": VERSION,
         },
+    )
+
+
+def _exchange_summary(config: AttentionConfig, request: Request) -> ExchangeSummary | None:
+    if config.context_parallel is None or config.ring_size == 1:
+        return None
+    if isinstance(request.pattern.unwrap(), LearnedPattern):
+        raise ConfigError(
+            f"a {request.pattern.kind} pattern chooses its blocks from the whole sequence, which no rank of a "
+            "context_parallel ring has; use what attention.gate.freeze(query, key) returns"
+        )
+    device_type = request.device.torch_name.partition(":")[0]
+    return ExchangeSummary(
+        transport=config.context_parallel.transport_for(device_type),
+        size=config.ring_size,
+        timeout_s=float(config.context_parallel.timeout_s),
     )
 
 

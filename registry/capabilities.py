@@ -18,7 +18,7 @@ from .specs import BackendSpec, Device, Range, Request
 _NARROWING: Final = frozenset({"arch"})
 # What core's composer makes of dense pieces, and what it sees to by itself on the way.
 _COMPOSED: Final = frozenset({"branch", "block"})
-_COMPOSED_TRAITS: Final = frozenset({"weights", "per_head"})
+_COMPOSED_TRAITS: Final = frozenset({"weights", "per_head", "context_parallel"})
 
 
 def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> Request:
@@ -43,6 +43,8 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         needs["causal"] = True
     if config.dropout_p > 0:
         needs["dropout"] = True
+    if config.ring_size > 1:
+        needs["context_parallel"] = True
     if config.requires_grad:
         needs["backward"] = True
     if config.deterministic:
@@ -172,6 +174,8 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
         return f"a table of blocks for each head ({request.pattern.kind} pattern)"
     if axis == "dynamic_tables":
         return f"blocks chosen at every call ({request.pattern.kind} pattern)"
+    if axis == "context_parallel":
+        return f"pieces of a sequence shared by {config.ring_size} ranks"
     if axis == "dropout":
         return f"dropout_p={config.dropout_p:g}"
     if axis == "backward":

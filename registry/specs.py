@@ -70,6 +70,7 @@ AXES: Final[Mapping[str, str]] = {
     "softcap": "tanh-capped scores",
     "sink": "attention sinks",
     "dropout": "dropout of counted occurrences",
+    "context_parallel": "sequences shared by ranks; dense pieces have it by core's composing",
     "layouts": "dense (pieces that core composes), branch, block: what a kernel computes in one go",
     "block_sizes": "block sizes of block layouts",
     "repeated_blocks": "a block listed more than once",

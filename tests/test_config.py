@@ -102,7 +102,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"backend_options": {"sdpa": {"hook": print}}}, ["backend_options", "plain values"]),
         ({"pattern": "dilated"}, ["pattern", "'dilated'"]),
         ({"pattern": {"segment_lengths": [4]}}, ["kind", "segment_lengths"]),
-        ({"context_parallel": 2}, ["context_parallel", "None", "2"]),
+        ({"context_parallel": "2"}, ["context_parallel", "ContextParallel(size=...)", "'2'"]),
         ({"limits": 5}, ["limits", "5"]),
         ({"pattern": Dilated((64, 64, 64), (1, 2, 4), heads="split"), "num_heads": 2}, ["heads"]),
     ],

@@ -19,13 +19,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FACE = ROOT / "src" / "dilated_attention"
-FOLDERS = ("core", "registry", "patterns", "backends", "models")
+FOLDERS = ("core", "exchange", "registry", "patterns", "backends", "models")
 MAX_LINES = 400
 
 # What a floor may import of ours, besides itself.
 LOWER_FLOORS = {
     "core": (),
-    "registry": ("core",),
+    "exchange": ("core",),
+    "registry": ("core", "exchange"),
     # The store reads patterns back from their mapping form, as config files do.
     "patterns": ("core", "registry.specs", "registry.hooks", "registry.discovery", "registry.patterns"),
     "backends": ("core", "registry.specs", "registry.hooks"),

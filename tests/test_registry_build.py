@@ -83,7 +83,7 @@ def test_like_gives_heads_head_dim_dtype_and_device() -> None:
         build_attention(like=query[0, 0])
     with pytest.raises(ConfigError, match="either a config or like"):
         build_attention(AttentionConfig(num_heads=4, head_dim=16), like=query)
-    with pytest.raises(ConfigError, match="mesh must be None"):
+    with pytest.raises(ConfigError, match="mesh is for context_parallel"):
         build_attention(like=query, mesh=object())
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import errors, models, presets, reference, registry
     from .core.attention import Attention
     from .core.config import AttentionConfig
+    from .core.context_parallel import ContextParallel
     from .core.errors import (
         ConfigError,
         DilatedAttentionError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .core.limits import Limits
     from .core.pattern import Full, Pattern, Sum, Union
     from .core.plan import AttentionPlan
+    from .exchange.mesh import local_positions, shard_sequence, unshard_sequence
+    from .exchange.rebuild import Membership, agree, rebuild
     from .patterns.dilated import Dilated
     from .patterns.global_tokens import Global
     from .patterns.learned import Learned
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from .patterns.random import Random
     from .patterns.store import PatternStore, load_pattern, save_pattern
     from .patterns.strided import Strided
-    from .registry.build import build_attention, explain
+    from .registry.build import build_attention, explain, preflight
 
 __version__ = VERSION
 
@@ -42,6 +45,7 @@ _HOMES: dict[str, str | None] = {
     "Attention": "core.attention",
     "AttentionConfig": "core.config",
     "AttentionPlan": "core.plan",
+    "ContextParallel": "core.context_parallel",
     "ConfigError": "core.errors",
     "Dilated": "patterns.dilated",
     "DilatedAttentionError": "core.errors",
@@ -50,6 +54,7 @@ _HOMES: dict[str, str | None] = {
     "Learned": "patterns.learned",
     "Limits": "core.limits",
     "Local": "patterns.local",
+    "Membership": "exchange.rebuild",
     "NoBackendError": "core.errors",
     "Pattern": "core.pattern",
     "PatternFileError": "core.errors",
@@ -61,15 +66,21 @@ _HOMES: dict[str, str | None] = {
     "Sum": "core.pattern",
     "Union": "core.pattern",
     "UnsafePathError": "core.errors",
+    "agree": "exchange.rebuild",
     "build_attention": "registry.build",
     "errors": None,
     "explain": "registry.build",
     "load_pattern": "patterns.store",
+    "local_positions": "exchange.mesh",
     "models": None,
+    "preflight": "registry.build",
     "presets": None,
+    "rebuild": "exchange.rebuild",
     "reference": None,
     "registry": None,
     "save_pattern": "patterns.store",
+    "shard_sequence": "exchange.mesh",
+    "unshard_sequence": "exchange.mesh",
 }
 
 __all__ = [
@@ -77,6 +88,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionPlan",
     "ConfigError",
+    "ContextParallel",
     "Dilated",
     "DilatedAttentionError",
     "Full",
@@ -84,6 +96,7 @@ __all__ = [
     "Learned",
     "Limits",
     "Local",
+    "Membership",
     "NoBackendError",
     "Pattern",
     "PatternFileError",
@@ -96,15 +109,21 @@ __all__ = [
     "Union",
     "UnsafePathError",
     "__version__",
+    "agree",
     "build_attention",
     "errors",
     "explain",
     "load_pattern",
+    "local_positions",
     "models",
+    "preflight",
     "presets",
+    "rebuild",
     "reference",
     "registry",
     "save_pattern",
+    "shard_sequence",
+    "unshard_sequence",
 ]
 
 

@@ -138,6 +138,10 @@ def explain(
         bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="A backend's name, or auto.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Also simulate this many ranks that share the sequence: bytes, FLOPs, memory.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Batch size, for --ranks.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say which backend a configuration gets, and why.
@@ -146,6 +150,7 @@ def explain(
     broken. Nothing is built and no tensor allocated. Exit status 3 when no backend fits.
     """
     from .registry.build import explain as explain_plan
+    from .registry.build import preflight
 
     fields = read_mapping(config) if config else {}
     fields |= _given(
@@ -169,8 +174,15 @@ def explain(
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
         raise ConfigError("give a config file, or at least --heads and --head-dim")
+    shown: list[str] = []
+    data: dict[str, Any] = {}
+    if ranks is not None:
+        costs = preflight(fields, ranks=ranks, batch=batch, registry=registry())
+        shown, data = ["", str(costs)], {"preflight": costs.to_dict()}
+        fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
+        fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     plan = explain_plan(fields, registry=registry())
-    show(plan.explain(), json.loads(plan.to_json()), as_json=as_json)
+    show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
         raise typer.Exit(_EXIT[NoBackendError])
 

@@ -1,0 +1,55 @@
+"""The request to shard a sequence over ranks, as a value. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import attrs
+
+from .checks import positive_int, require_choice
+from .errors import ConfigError
+
+TRANSPORTS: Final = {"gloo_cpu": "cpu", "ring_nccl": "cuda"}  # what moves the rows, by the device type that it serves
+
+
+def _transport(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    require_choice("ContextParallel.transport", value, ("auto", *TRANSPORTS))
+
+
+def _timeout(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"ContextParallel.timeout_s must be a number of seconds above 0, got {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class ContextParallel:
+    """One sequence over several ranks, each holding a contiguous shard of queries, keys and values.
+
+    Attributes:
+        size: ranks that share a sequence; 1 shards nothing. It must divide the mesh it is built with.
+        transport: "gloo_cpu" or "ring_nccl", which move rows between CPUs and between CUDA devices; "auto": by device.
+        timeout_s: longest wait for another rank in one pass, after which the ring is broken.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    size: int = attrs.field(validator=positive_int)
+    transport: str = attrs.field(default="auto", validator=_transport)
+    timeout_s: float = attrs.field(default=60.0, validator=_timeout)
+
+    def transport_for(self, device_type: str) -> str:
+        """The transport for a type of device, as torch calls it.
+
+        Raises:
+            ConfigError: where none, or not the one asked for, serves it.
+        """
+        fitting = [name for name, served in TRANSPORTS.items() if served == device_type]
+        wanted = fitting if self.transport == "auto" else [self.transport]
+        if not wanted or wanted[0] not in fitting:
+            served = ", ".join(f"{name} serves {kind}" for name, kind in TRANSPORTS.items())
+            raise ConfigError(
+                f"context_parallel has no transport {self.transport!r} for device {device_type!r}: {served}"
+            )
+        return wanted[0]

@@ -1,0 +1,174 @@
+"""A ring of ranks: passes that either happen on all of them or break the ring, and counters of what was moved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..core.errors import RingBroken
+from .control import Control, Failure, Header
+
+if TYPE_CHECKING:
+    from .transport import Pending, Transport
+
+ROWS, GRADIENTS, HOPS, HOPS_BACK = range(4)
+# A broken connection may be the wake of another rank's end: so long one waits to hear whose.
+_LAST_WORDS_S: Final = 0.25
+_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@attrs.define(eq=False)
+class Counters:
+    """What one rank has moved since it was built; bytes of rows and gradients, headers apart.
+
+    Attributes:
+        passes: forward and backward passes begun.
+        forward_sent, forward_received: bytes of keys and values.
+        backward_sent, backward_received: bytes of gradients, and of keys and values that travel again beside them.
+        header_bytes: bytes of headers sent.
+        waited_s: time spent waiting for rows after the local work was done (on CPUs).
+    """
+
+    passes: int = 0
+    forward_sent: int = 0
+    forward_received: int = 0
+    backward_sent: int = 0
+    backward_received: int = 0
+    header_bytes: int = 0
+    waited_s: float = 0.0
+
+    def count(self, kind: int, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
+        """Add the messages of one exchange."""
+        sent, received = (sum(x.nbytes for _, x in messages) for messages in (sends, receives))
+        if kind in (ROWS, HOPS):
+            self.forward_sent += sent
+            self.forward_received += received
+        else:
+            self.backward_sent += sent
+            self.backward_received += received
+
+
+class Pass:
+    """One pass of one rank: everything posted in it is waited for before it ends."""
+
+    def __init__(self, communicator: Communicator, kind: int, deadline: float) -> None:
+        self._communicator = communicator
+        self._kind = kind
+        self._deadline = deadline
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+        """Start an exchange; messages of 0 elements are left out on both sides."""
+        sends = [(peer, x) for peer, x in sends if x.numel()]
+        receives = [(peer, x) for peer, x in receives if x.numel()]
+        self._communicator.counters.count(self._kind, sends, receives)
+        return self._communicator.transport.post(sends, receives)
+
+    def wait(self, pending: Pending) -> None:
+        """Wait for an exchange, until the pass's deadline."""
+        before = time.perf_counter()
+        pending.wait(self._deadline)
+        self._communicator.counters.waited_s += time.perf_counter() - before
+
+
+class Communicator:
+    """The ranks of one ring, in one generation. All passes of a rank go through it, one after another.
+
+    Attributes:
+        rank: this rank, within the ring.
+        size: ranks in the ring.
+        generation: 0 as built; every rebuild is a later one.
+        timeout_s: longest wait in a pass.
+        counters: what was moved.
+    """
+
+    def __init__(
+        self, control: Control, transport: Transport, *, rank: int, size: int, generation: int, timeout_s: float
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.generation = generation
+        self.timeout_s = timeout_s
+        self.transport = transport
+        self.counters = Counters()
+        self._control = control
+        self._step = 0
+        self._broken: RingBroken | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        return self
+
+    @property
+    def broken(self) -> RingBroken | None:
+        """Why it is closed, or None while it works."""
+        return self._broken
+
+    @contextmanager
+    def begin(self, kind: int, *, digest: bytes, batch: int, length: int, dtype: torch.dtype) -> Iterator[Pass]:
+        """Enter a pass together with all ranks; whatever goes wrong inside breaks the ring.
+
+        Raises:
+            RingBroken: it was broken before, a rank is gone or silent or in another pass, or the body raised.
+        """
+        with self._lock:
+            if self._broken is not None:
+                old = self._broken
+                reason = f"{old.reason}; nothing is retried in place: rebuild it over the ranks that are left"
+                raise RingBroken(old.generation, old.step, old.peer, reason) from old
+            self._step += 1
+            self.counters.passes += 1
+            deadline = time.monotonic() + self.timeout_s
+            header = Header(
+                generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
+                dtype=_DTYPES.index(dtype),
+            )  # fmt: skip
+            try:
+                self._control.agree(header, deadline)
+                self.counters.header_bytes = self._control.bytes_sent
+                yield Pass(self, kind, deadline)
+            except Exception as error:
+                raise self._break(error) from error
+            except BaseException as error:  # an interrupt goes on as it is; the others still hear of it
+                self._break(error)
+                raise
+
+    def _break(self, error: BaseException) -> RingBroken:
+        """Close at once, telling the others; returns what to raise."""
+        self.transport.close()
+        if isinstance(error, Failure):
+            peer, reason = error.peer, error.reason
+            blamed = None if error.is_certain else self._control.blame(_LAST_WORDS_S)
+            if blamed is not None and blamed[0] != self.rank:
+                peer, reason = blamed
+        else:
+            peer, reason = self.rank, f"{type(error).__name__}: {error}"
+        self._broken = RingBroken(self.generation, self._step, peer, reason)
+        self._control.close(peer, failed=True)
+        return self._broken
+
+    def close(self) -> None:
+        """Leave the ring in peace; the next pass of any rank raises `RingBroken`."""
+        with self._lock:
+            if self._broken is None:
+                self._broken = RingBroken(self.generation, self._step, self.rank, "it was closed")
+                self.transport.close()
+                self._control.close(None, failed=False)
+
+
+def digest_bytes(text: str) -> bytes:
+    """16 bytes of SHA-256."""
+    from hashlib import sha256
+
+    return sha256(text.encode()).digest()[:16]
+
+
+def plain_counters(counters: Counters) -> dict[str, Any]:
+    """The counters as plain values."""
+    return attrs.asdict(counters)

@@ -1,0 +1,291 @@
+"""The control plane of a ring: a TCP connection between every two ranks, which tells at once who is there.
+
+Data moves through torch's process groups, which notice a dead neighbour but not a dead stranger, match messages by
+order alone, and cannot say who broke. So before each pass every rank hands every other a header; a header that differs,
+a closed connection, a notice of failure or silence beyond the deadline ends the pass. Frames have a fixed length.
+"""
+
+from __future__ import annotations
+
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from ..core.errors import RingBroken
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_FRAME: Final = struct.Struct("!4sBIQB16sIIB3x")
+_HELLO: Final = struct.Struct("!16sI")
+_MAGIC: Final = b"daR1"
+_HEADER, _NOTICE, _GOODBYE = 0, 1, 2
+NOBODY: Final = 0xFFFFFFFF
+
+
+@attrs.frozen(kw_only=True)
+class Header:
+    """What all ranks of a pass must agree on.
+
+    Attributes:
+        generation: of the communicator.
+        step: the pass, counted from 1.
+        kind: what is exchanged: 0 rows forward, 1 gradients back, 2 and 3 the same hop by hop.
+        digest: 16 bytes that identify configuration and length.
+        batch: batch size.
+        length: tokens of a shard.
+        dtype: number of the dtype.
+    """
+
+    generation: int
+    step: int
+    kind: int
+    digest: bytes
+    batch: int
+    length: int
+    dtype: int
+
+    def frame(self) -> bytes:
+        """The header as it travels."""
+        return _FRAME.pack(
+            _MAGIC, _HEADER, self.generation, self.step, self.kind, self.digest, self.batch, self.length, self.dtype
+        )
+
+    def difference(self, other: Header) -> str:
+        """The fields in which `other` differs, in words."""
+        mine, theirs = attrs.asdict(self), attrs.asdict(other)
+        return ", ".join(
+            f"{name} {_word(theirs[name])} (here {_word(mine[name])})" for name in mine if mine[name] != theirs[name]
+        )
+
+
+def _word(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+class Failure(Exception):  # noqa: N818 - never leaves this folder: communicators turn it into RingBroken
+    """What a pass failed of: `peer` is who did, or None where that is not known.
+
+    `is_certain` where that rank was seen to fail; otherwise it may have closed because another one did.
+    """
+
+    def __init__(self, peer: int | None, reason: str, *, is_certain: bool = False) -> None:
+        super().__init__(reason)
+        self.peer = peer
+        self.reason = reason
+        self.is_certain = is_certain
+
+
+class Control:
+    """Connections from one rank to all others."""
+
+    def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
+        self.rank = rank
+        self._sockets = sockets
+        self._buffers = {peer: bytearray() for peer in sockets}
+        self.bytes_sent = 0
+
+    @classmethod
+    def connect(cls, store: Store, rank: int, size: int, deadline: float) -> Control:
+        """Connect every two ranks through addresses left in `store`.
+
+        Raises:
+            OSError: a connection was refused, or was not there by the deadline (`time.monotonic`).
+            RuntimeError: the store failed, or an address was not there by the deadline.
+        """
+        sockets: dict[int, socket.socket] = {}
+        with socket.create_server(("", 0), backlog=size) as server:
+            if rank == 0:
+                store.set("secret", secrets.token_hex(8))
+            store.set(f"address/{rank}", f"{_own_address(store)}:{server.getsockname()[1]}")
+            try:
+                secret = bytes(_get(store, "secret", deadline))
+                for peer in range(rank):
+                    host, _, port = _get(store, f"address/{peer}", deadline).decode().rpartition(":")
+                    link = socket.create_connection((host, int(port)), timeout=_left(deadline))
+                    sockets[peer] = link
+                    link.sendall(_HELLO.pack(secret, rank))
+                while len(sockets) < size - 1:
+                    server.settimeout(_left(deadline))
+                    link, _ = server.accept()
+                    link.settimeout(_left(deadline))
+                    guest = _welcome(link, secret)
+                    if guest is None or guest in sockets or not rank < guest < size:
+                        link.close()  # a stranger
+                        continue
+                    sockets[guest] = link
+            except BaseException:
+                for link in sockets.values():
+                    link.close()
+                raise
+        for link in sockets.values():
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.setblocking(False)
+        return cls(rank, sockets)
+
+    def agree(self, header: Header, deadline: float) -> None:
+        """Send `header` to everyone and wait for everyone's.
+
+        Raises:
+            Failure: a rank is gone, has failed, is elsewhere, or is silent at the deadline.
+        """
+        frame = header.frame()
+        self._send_all(frame)
+        missing = set(self._sockets)
+        with selectors.DefaultSelector() as selector:
+            for peer, link in self._sockets.items():
+                selector.register(link, selectors.EVENT_READ, peer)
+            while missing:
+                for peer in [peer for peer in missing if len(self._buffers[peer]) >= _FRAME.size]:
+                    self._check(peer, header)
+                    missing.discard(peer)
+                    selector.unregister(self._sockets[peer])
+                if missing:
+                    self._read(selector.select(max(0.0, deadline - time.monotonic())), missing)
+
+    def blame(self, patience_s: float) -> tuple[int, str] | None:
+        """Who failed first and of what, where another rank has told or vanished within `patience_s`."""
+        deadline = time.monotonic() + patience_s
+        gone: tuple[int, str] | None = None
+        with selectors.DefaultSelector() as selector:
+            for peer, link in self._sockets.items():
+                selector.register(link, selectors.EVENT_READ, peer)
+            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    peer = key.data
+                    if not self._receive(peer):
+                        gone = gone or (peer, "it is gone")
+                        selector.unregister(key.fileobj)
+                    notice = self._find_notice(peer)
+                    if notice is not None:
+                        return notice
+                if gone is not None:
+                    deadline = min(deadline, time.monotonic() + patience_s / 5)  # its last words may still be under way
+        return gone
+
+    def close(self, culprit: int | None, *, failed: bool) -> None:
+        """Tell the others who failed, or that this rank leaves in peace, and close all connections."""
+        kind = _NOTICE if failed else _GOODBYE
+        who = NOBODY if culprit is None else culprit
+        frame = _FRAME.pack(_MAGIC, kind, 0, 0, 0, bytes(16), who, 0, 0)
+        for link in self._sockets.values():
+            try:
+                link.send(frame)
+            except OSError:
+                continue  # it is gone, which is why we close
+        for link in self._sockets.values():
+            link.close()
+        self._sockets = {}
+
+    def _send_all(self, frame: bytes) -> None:
+        for peer, link in self._sockets.items():
+            try:
+                sent = link.send(frame)
+            except OSError as error:
+                raise Failure(peer, f"it is gone ({error})") from error  # or it left a notice first
+            if sent != len(frame):
+                raise Failure(peer, "it has not read the headers of many passes", is_certain=True)
+            self.bytes_sent += sent
+
+    def _read(self, ready: Iterable[tuple[selectors.SelectorKey, int]], missing: set[int]) -> None:
+        """Receive from those that are ready; nobody being so means that the deadline has passed."""
+        silent = True
+        for key, _ in ready:
+            silent = False
+            if not self._receive(key.data) and len(self._buffers[key.data]) < _FRAME.size:
+                raise Failure(key.data, "it is gone (its connection is closed)", is_certain=True)
+        if silent:
+            first, *others = sorted(missing)
+            more = f", nor did ranks {', '.join(map(str, others))}" if others else ""
+            reason = f"rank {first} did not enter the pass before the timeout{more}"
+            raise Failure(None if others else first, reason, is_certain=True)
+
+    def _receive(self, peer: int) -> bool:
+        """Read what is there; False where the connection has ended."""
+        try:
+            data = self._sockets[peer].recv(4096)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._buffers[peer] += data
+        return bool(data)
+
+    def _check(self, peer: int, header: Header) -> None:
+        """Take one frame of `peer`, which must be our header."""
+        frame = bytes(self._buffers[peer][: _FRAME.size])
+        del self._buffers[peer][: _FRAME.size]
+        magic, kind, *fields = _FRAME.unpack(frame)
+        if magic != _MAGIC:
+            raise Failure(peer, "what it sent is no header", is_certain=True)
+        if kind == _GOODBYE:
+            raise Failure(peer, "it has closed its attention while others still use theirs", is_certain=True)
+        if kind == _NOTICE:
+            raise Failure(*_blamed(peer, fields[4]), is_certain=True)
+        names = ("generation", "step", "kind", "digest", "batch", "length", "dtype")
+        theirs = Header(**dict(zip(names, fields, strict=True)))
+        if theirs != header:
+            raise Failure(peer, f"it is in another pass: {header.difference(theirs)}", is_certain=True)
+
+    def _find_notice(self, peer: int) -> tuple[int, str] | None:
+        """The failure that the frames read from `peer` tell of."""
+        buffer = self._buffers[peer]
+        for begin in range(0, len(buffer) - _FRAME.size + 1, _FRAME.size):
+            _, kind, *fields = _FRAME.unpack(bytes(buffer[begin : begin + _FRAME.size]))
+            if kind == _NOTICE:
+                return _blamed(peer, fields[4])
+        return None
+
+
+def _blamed(peer: int, who: int) -> tuple[int, str]:
+    if who in (NOBODY, peer):
+        return peer, "it failed, and said so"
+    return who, f"rank {peer} says that it failed"
+
+
+def broken(generation: int, step: int, failure: Failure) -> RingBroken:
+    """The public form of a failure."""
+    return RingBroken(generation, step, failure.peer, failure.reason)
+
+
+def _left(deadline: float) -> float:
+    return max(0.001, deadline - time.monotonic())
+
+
+def _get(store: Store, key: str, deadline: float) -> bytes:
+    """What another rank leaves under `key`, waiting for it until the deadline."""
+    from datetime import timedelta
+
+    store.wait([key], timedelta(seconds=_left(deadline)))
+    return bytes(store.get(key))
+
+
+def _welcome(link: socket.socket, secret: bytes) -> int | None:
+    """The rank of who has connected, if it knows the secret."""
+    data = bytearray()
+    while len(data) < _HELLO.size:
+        part = link.recv(_HELLO.size - len(data))
+        if not part:
+            return None
+        data += part
+    said, peer = _HELLO.unpack(bytes(data))
+    return int(peer) if secrets.compare_digest(said, secret) else None
+
+
+def _own_address(store: Store) -> str:
+    """Where others reach this host: the address from which it reaches the store, or that of its own name."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, TCPStore):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((store.host, store.port))  # sends nothing
+            return str(probe.getsockname()[0])
+    return socket.gethostbyname(socket.gethostname())

@@ -1,0 +1,266 @@
+"""The engine of a sharded attention: each pass an exchange with the other ranks around the rank's own computation.
+
+Shapes: B batch, S queries of the shard (S = N / R), H query heads, K key-value heads, D head_dim, U received rows.
+
+Selective passes move exactly the named rows (see `plan`): rows are posted first, local pieces are computed meanwhile,
+received ones after, all merged by log-sum-exp. Received rows are kept for the backward, which then sends their
+gradients home in the accumulator's dtype while the local backward runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..core.cache import ByteLRU
+from ..core.composer import Composer
+from ..core.engine import Engine
+from ..core.errors import ConfigError
+from ..core.lowering import lower
+from ..core.ops import without_autocast
+from .communicator import GRADIENTS, ROWS, digest_bytes
+from .compute import Compute, Merged, RankProgram
+from .hops import HopProgram, hop_backward, hop_forward
+from .plan import plan_rank
+from .rows import largest_receive
+from .shards import Shards, shard_length
+
+if TYPE_CHECKING:
+    from ..core.config import AttentionConfig
+    from ..core.kernel import DenseKernel
+    from ..core.layout import Layout
+    from ..core.pattern import Pattern
+    from .communicator import Communicator
+
+
+@attrs.frozen(eq=False)
+class _Program:
+    """What is known of one length: either kind of pass, prepared when first needed."""
+
+    shards: Shards
+    digest: bytes
+    most_received: int
+    selective: RankProgram | None
+    hops: HopProgram | None
+
+    @property
+    def nbytes(self) -> int:
+        return 1024 + sum(part.nbytes for part in (self.selective, self.hops) if part is not None)
+
+
+class RingEngine(Engine):
+    """Computes a rank's shard of one configuration's attention, together with the other ranks of its ring.
+
+    Args:
+        config: the configuration, the same on every rank.
+        pattern: its pattern, resolved.
+        kernel: of the local backend, for dense pieces.
+        has_dlse: see `Engine`.
+        call_axes: those of the local backend, for when it computes alone again.
+        communicator: the ring.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        pattern: Pattern,
+        kernel: DenseKernel,
+        *,
+        has_dlse: bool,
+        call_axes: frozenset[str],
+        communicator: Communicator,
+    ) -> None:
+        # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
+        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=frozenset())
+        self.local_axes = call_axes
+        self.communicator = communicator
+        self.plan_key = self.key
+        self.key += f"/{id(communicator)}"
+        self.rings: ByteLRU[tuple[int, bool, torch.device], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
+        self._most_received: dict[int, int] = {}
+        self._composer_for_pieces = Composer(kernel, self.scale, config.deterministic)
+
+    def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
+        """Plan a whole sequence of `q_len` tokens for a batch of one; returns the layout of this rank's own keys.
+
+        Raises:
+            ConfigError: for a length that the ranks cannot share, other lengths of keys, or other offsets.
+        """
+        self._check_offsets(q_len, kv_len, q_offset, kv_offset)
+        program = self._ring_program(shard_length(q_len, self.communicator.size), 1, device)
+        own = program.shards.against(self.communicator.rank, self.communicator.rank)
+        return lower(self.pattern, own, limit_bytes=self.config.limits.layout_bytes)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, q_offset: int, kv_offset: int, recompute: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiable attention of the shard's queries to the whole sequence; collective.
+
+        Args:
+            query: (B, S, H, D).
+            key: (B, S, K, D).
+            value: (B, S, K, D).
+            q_offset: 0; where a shard stands follows from the rank.
+            kv_offset: 0.
+            recompute: keep neither results nor received rows for the backward.
+
+        Raises:
+            RingBroken: the pass failed on some rank.
+        """
+        self._check_offsets(query.shape[1], key.shape[1], q_offset, kv_offset)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            out, lse = _RingAttend.apply(query, key, value, (self, recompute))  # type: ignore[no-untyped-call]
+            return out, lse
+        out, lse, _ = self.ring_forward(query, key, value)
+        return out, lse
+
+    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> NoReturn:
+        """Whatever would compute on this rank's keys alone is an error, not a local answer."""
+        raise ConfigError(
+            f"a ring of {self.communicator.size} ranks computes whole calls of one sequence only: no padding masks, "
+            "packed documents, steps of decoding or other reads of a single rank's keys"
+        )
+
+    def _check_offsets(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
+        if q_len != kv_len or q_offset or kv_offset:
+            raise ConfigError(
+                f"ranks that share a sequence take shards of equal lengths and no offsets (positions follow from the "
+                f"rank), got {q_len} queries, {kv_len} keys, q_offset={q_offset}, kv_offset={kv_offset}"
+            )
+
+    def _ring_program(self, length: int, batch: int, device: torch.device) -> _Program:
+        shards = Shards(length, self.communicator.size, self.config.num_heads, self.num_kv_heads, self.config.is_causal)
+        limits = self.config.limits
+        row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
+        if length not in self._most_received:
+            self._most_received[length] = largest_receive(self.pattern, shards, limit_bytes=limits.layout_bytes)
+        most = self._most_received[length]
+        hops = most * row_bytes > limits.exchange_buffer_bytes
+        return self.rings.get_or_make(
+            (length, hops, device), lambda: self._make_ring_program(shards, most, hops, device)
+        )
+
+    def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
+        limits, rank = self.config.limits, self.communicator.rank
+        compute = Compute(self._composer_for_pieces, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        selective = travelling = None
+        if hops:
+            travelling = HopProgram.prepare(self.pattern, shards, rank, compute, limit_bytes=limits.layout_bytes)
+        else:
+            plan = plan_rank(self.pattern, shards, rank, limit_bytes=limits.layout_bytes)
+            selective = RankProgram.prepare(plan, compute)
+        digest = digest_bytes(f"{self.plan_key} {shards!r} {hops}")
+        return _Program(shards, digest, most, selective, travelling)
+
+    def ring_forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out in the inputs' dtype and lse, both contiguous, and what was received, (U, 2, B, D)."""
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        with without_autocast(query.device), torch.no_grad():
+            program = self._ring_program(query.shape[1], query.shape[0], query.device)
+            if program.hops is not None:
+                out, lse = hop_forward(self.communicator, program.hops, program.digest, query, key, value)
+                return out.to(query.dtype), lse.contiguous(), None
+            assert program.selective is not None
+            out, lse, received = self._selective_forward(program.selective, program.digest, query, key, value)
+            return out.to(query.dtype), lse.contiguous(), received
+
+    def _selective_forward(
+        self, program: RankProgram, digest: bytes, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, _, _, head_dim = key.shape
+        received = key.new_empty((program.plan.received.size, 2, batch, head_dim))
+        with self._pass(ROWS, digest, query) as current:
+            pending = current.post(
+                [(to, program.pack(key, value, to)) for to in self._others()],
+                list(enumerate(received.split_with_sizes(program.plan.receive_counts.tolist()))),
+            )
+            out, lse = program.local.forward(query, key, value)
+            current.wait(pending)
+            program.merge_received(out, lse, query, received)
+        return out, lse, received
+
+    def ring_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        received: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of the shard in the inputs' dtype, with what all ranks' queries contribute; collective."""
+        if dlse is not None and not self.has_dlse:
+            raise ConfigError(
+                f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
+                f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
+            )
+        query, key, value, dout = (x.contiguous() for x in (query, key, value, dout))
+        with without_autocast(query.device), torch.no_grad():
+            program = self._ring_program(query.shape[1], query.shape[0], query.device)
+            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+            merged = Merged.of(dout, dlse, query, out, lse)
+            if program.hops is not None:
+                dk, dv = hop_backward(self.communicator, program.hops, program.digest, merged, key, value)
+            else:
+                assert program.selective is not None
+                assert received is not None
+                dk, dv = self._selective_backward(program.selective, program.digest, merged, key, value, received)
+            dq = merged.dq[..., : merged.head_dim]
+            return dq.to(query.dtype).contiguous(), dk.to(key.dtype), dv.to(value.dtype)
+
+    def _selective_backward(
+        self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        shape = (2, key.shape[0], key.shape[3])
+        with self._pass(GRADIENTS, digest, key) as current:
+            grads = program.received_backward(merged, received)
+            home = {
+                to: torch.empty((program.sent[to].numel(), *shape), dtype=grads.dtype, device=key.device)
+                for to in self._others()
+            }
+            sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
+            pending = current.post(sends, list(home.items()))
+            dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
+            current.wait(pending)
+            for to, grad in home.items():
+                program.unpack(dk, dv, grad, to)
+        return dk, dv
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.communicator.size) if rank != self.communicator.rank]
+
+    def _pass(self, kind: int, digest: bytes, x: Tensor) -> Any:
+        return self.communicator.begin(kind, digest=digest, batch=x.shape[0], length=x.shape[1], dtype=x.dtype)
+
+
+class _RingAttend(torch.autograd.Function):
+    """Autograd around a ring's passes. What is no tensor to be differentiated travels as one argument."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        engine, recompute = rest
+        out, lse, received = engine.ring_forward(query, key, value)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, *((None,) * 3 if recompute else (out, lse, received)))
+        ctx.engine = engine
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "dilated_attention has no second derivative: its backward cannot be differentiated again"
+            )
+        query, key, value, out, lse, received = ctx.saved_tensors
+        engine: RingEngine = ctx.engine
+        if out is None:
+            out, lse, received = engine.ring_forward(query, key, value)
+        if dout is None:
+            dout = torch.zeros_like(query)
+        return (*engine.ring_backward(dout, dlse, query, key, value, out, lse, received), None)

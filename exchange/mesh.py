@@ -1,0 +1,193 @@
+"""Rings over a device mesh: which ranks form one, its communicator, and tensors cut into and joined from shards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from ..core.checks import require_int
+from ..core.errors import ConfigError
+from .communicator import Communicator
+from .setup import compare_plans, connect
+from .shards import shard_length
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..core.context_parallel import ContextParallel
+    from ..core.plan import AttentionPlan
+
+
+@attrs.define(eq=False)
+class _Built:
+    """What was built over one process group: how often, and the communicators that are shared."""
+
+    count: int = 0
+    rings: dict[tuple[object, ...], Communicator] = attrs.field(factory=dict)
+
+
+# By torch's group, so that a new one after a failure starts from nothing, on old and new ranks alike.
+_BUILT: Final[WeakKeyDictionary[Any, _Built]] = WeakKeyDictionary()
+_LOCK: Final = threading.Lock()
+
+
+@attrs.frozen
+class Place:
+    """Where this rank stands: ring `ring` of those that the mesh is cut into, at `rank` of `size`."""
+
+    ring: int
+    rank: int
+    size: int
+
+
+def check_mesh(mesh: object, size: int | None) -> Place:
+    """The place of this rank among rings of `size` consecutive ranks of `mesh`; None: one ring of all.
+
+    Raises:
+        ConfigError: no mesh, one of several dimensions, or a size that does not divide it.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise ConfigError(
+            f"mesh must be a torch DeviceMesh such as init_device_mesh('cpu', (4,)), got {mesh!r} "
+            f"({type(mesh).__name__})"
+        )
+    if mesh.ndim != 1:
+        names = ", ".join(repr(name) for name in mesh.mesh_dim_names or ())
+        raise ConfigError(
+            f"mesh must have one dimension, got {mesh.ndim} ({names or 'unnamed'}); pass one of them, as mesh['name']"
+        )
+    ranks = mesh.size()
+    if size is None:
+        size = ranks
+    if size > ranks or ranks % size:
+        divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ConfigError(
+            f"context_parallel.size must divide the {ranks} ranks of the mesh, got {size}; it can be {divisors}"
+        )
+    return Place(mesh.get_local_rank() // size, mesh.get_local_rank() % size, size)
+
+
+def plan_facts(plan: AttentionPlan) -> dict[str, Any]:
+    """What must be equal on all ranks of a mesh, as plain values."""
+    facts = {f"config.{name}": value for name, value in plan.config.items() if name != "device"}
+    facts |= {"device type": plan.device["type"], "backend": plan.backend, "kernel": plan.kernel}
+    return facts | {f"version of {name}": version for name, version in plan.versions.items() if name != "python"}
+
+
+def ring_of(
+    mesh: DeviceMesh, parallel: ContextParallel, facts: Mapping[str, Any], *, transport: str, generation: int
+) -> Communicator:
+    """The communicator of this rank's ring, after all ranks of the mesh have found that they build the same.
+
+    Attentions that are built alike over one mesh share a communicator. It is a group of its own: torch's groups stay
+    their owner's.
+
+    Args:
+        mesh: one-dimensional.
+        parallel: what was asked for.
+        facts: plain values that must be equal on all ranks.
+        transport: "gloo_cpu" or "ring_nccl".
+        generation: 0 for a first build.
+
+    Raises:
+        ConfigError: `check_mesh`'s, or the ranks build different things.
+        RingBroken: a rank did not build with the others, or could not be connected in time.
+    """
+    group: Any = mesh.get_group()
+    with _LOCK:
+        built = _BUILT.setdefault(group, _Built())
+        built.count += 1
+        count = built.count
+    prefix = PrefixStore(f"dilated_attention/generation-{generation}", _store_of(group))
+    told = dict(facts) | {"mesh": mesh.size(), "generation": generation, "transport": transport}
+    compare_plans(PrefixStore(f"build-{count}", prefix), mesh.get_local_rank(), mesh.size(), told, parallel.timeout_s)
+    place = check_mesh(mesh, parallel.size)
+    key = (parallel, transport, generation)
+    with _LOCK:
+        ring = built.rings.get(key)
+    if ring is None or ring.broken is not None:
+        members = dist.get_process_group_ranks(group)[place.ring * place.size :][: place.size]
+        ring = connect(
+            PrefixStore(f"ring-{count}-{place.ring}", prefix),
+            place.rank,
+            place.size,
+            transport=transport,
+            ranks=members,
+            generation=generation,
+            timeout_s=parallel.timeout_s,
+        )
+        with _LOCK:
+            built.rings[key] = ring
+    return ring
+
+
+def _store_of(group: Any) -> Any:
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_process_group_store(group)
+
+
+def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | None = None) -> Tensor:
+    """The contiguous shard of this rank, of a tensor that every rank has whole.
+
+    Args:
+        x: with the sequence along `dim`; its length is a multiple of the ring's size.
+        mesh: one-dimensional.
+        dim: the sequence's dimension.
+        size: ranks that share a sequence, where they are not all of the mesh (`ContextParallel.size`).
+
+    Raises:
+        ConfigError: a length that cannot be cut, naming the nearest ones, or a mesh that does not fit.
+    """
+    place = check_mesh(mesh, size)
+    length = shard_length(x.shape[dim], place.size)
+    return x.narrow(dim, place.rank * length, length).contiguous()
+
+
+def unshard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | None = None) -> Tensor:
+    """The whole tensor from the ranks' shards, on every rank; collective over the mesh, with its own group.
+
+    Args:
+        x: this rank's shard, as long as the others'; detached, since a loss belongs on the shards.
+        mesh: one-dimensional.
+        dim: the sequence's dimension.
+        size: ranks that share a sequence, where they are not all of the mesh.
+
+    Raises:
+        ConfigError: `x` requires a gradient, which would be lost, or a mesh that does not fit.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(
+            "unshard_sequence gathers values, not gradients: compute the loss on the shards, or pass x.detach()"
+        )
+    place = check_mesh(mesh, size)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    dist.all_gather(parts, x.contiguous(), group=mesh.get_group())
+    return torch.cat(parts[place.ring * place.size :][: place.size], dim)
+
+
+def local_positions(seq_len: int, mesh: DeviceMesh, *, size: int | None = None) -> Tensor:
+    """Absolute positions of this rank's shard, (seq_len / size,) int64 on the mesh's device.
+
+    Args:
+        seq_len: of the whole sequence.
+        mesh: one-dimensional.
+        size: ranks that share a sequence, where they are not all of the mesh.
+
+    Raises:
+        ConfigError: a length that cannot be cut, naming the nearest ones, or a mesh that does not fit.
+    """
+    require_int("seq_len", seq_len, minimum=0)
+    place = check_mesh(mesh, size)
+    length = shard_length(seq_len, place.size)
+    return torch.arange(place.rank * length, (place.rank + 1) * length, device=mesh.device_type)

@@ -1,0 +1,202 @@
+"""After a failure, or to change the number of ranks: agree who is there, then rebuild a model's rings over them.
+
+A transaction of the caller's: a broken pass is never retried. Survivors (and newcomers) agree on members and
+generation, the caller makes a new process group and mesh from that, `rebuild` rebinds the model's attentions, and the
+whole step is run again on shards cut anew. Nothing of this touches parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from ..core.attention import Attention
+from ..core.context_parallel import ContextParallel
+from ..core.engine import Engine
+from ..core.errors import ConfigError, RingBroken
+from ..core.plan import AttentionPlan, ExchangeSummary
+from .engine import RingEngine
+from .mesh import check_mesh, plan_facts, ring_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_ROOM: Final = "dilated_attention/agreement"
+_LOOK_EVERY_S: Final = 0.02
+
+
+@attrs.frozen(kw_only=True)
+class Membership:
+    """Who forms a generation.
+
+    Attributes:
+        generation: its number.
+        rank: this process's number among the members.
+        size: how many they are.
+        members: their identities, sorted; a member's rank is its place here.
+        local: all have agreed that each computes whole sequences by itself.
+        store: for `torch.distributed.init_process_group(store=..., rank=rank, world_size=size)`.
+    """
+
+    generation: int
+    rank: int
+    size: int
+    members: tuple[str, ...]
+    local: bool
+    store: Store = attrs.field(eq=False, repr=False)
+
+
+def agree(
+    store: Store,
+    *,
+    identity: str,
+    generation: int | None = None,
+    size: int | None = None,
+    local: bool = False,
+    settle_s: float = 2.0,
+    timeout_s: float = 30.0,
+) -> Membership:
+    """Find out, with all others that call this for the same generation, who they are.
+
+    Args:
+        store: a torch store that outlives every rank (a TCPStore of its own process, torchrun's, or a FileStore).
+        identity: a name that this process keeps, different from all others'.
+        generation: the one to form; survivors give `error.generation + 1`. None: the next after the last one formed,
+            for newcomers.
+        size: how many must come; None: whoever comes until nobody new has come for `settle_s`.
+        local: agree that each computes whole sequences by itself from now on; all must say so.
+        settle_s: see `size`.
+        timeout_s: longest wait for the outcome.
+
+    Raises:
+        ConfigError: the participants want different things, or two have one identity.
+        RingBroken: fewer than `size` came, the outcome was not there in time, or it was settled without this process.
+    """
+    formed = PrefixStore(_ROOM, store)
+    if generation is None:
+        generation = _last_formed(formed) + 1
+    deadline = time.monotonic() + timeout_s
+    room = PrefixStore(f"{_ROOM}/{generation}", store)
+    number = room.add("count", 1)
+    room.set(f"joined/{number}", json.dumps({"identity": identity, "size": size, "local": local}))
+    if number == 1:  # the first to come waits for the others and writes down who is in
+        room.set("verdict", json.dumps(_verdict(room, size, settle_s, deadline)))
+        formed.set("generation", str(max(generation, _last_formed(formed))))
+    try:
+        room.wait(["verdict"], timedelta(seconds=max(0.001, deadline + 1.0 - time.monotonic())))
+    except RuntimeError as error:
+        reason = f"its members were not settled within {timeout_s:g} s; agree on generation {generation + 1}"
+        raise RingBroken(generation, 0, None, reason) from error
+    verdict = json.loads(room.get("verdict"))
+    if verdict["error"]:
+        kind = ConfigError if verdict["conflict"] else None
+        if kind is not None:
+            raise kind(verdict["error"])
+        raise RingBroken(generation, 0, None, verdict["error"])
+    members = verdict["members"]
+    if identity not in members:
+        reason = f"{identity!r} came after its members were settled ({', '.join(members)}); join the next generation"
+        raise RingBroken(generation, 0, None, reason)
+    return Membership(
+        generation=generation,
+        rank=members.index(identity),
+        size=len(members),
+        members=tuple(members),
+        local=local,
+        store=PrefixStore(f"dilated_attention/members-{generation}", store),
+    )
+
+
+def _last_formed(formed: Store) -> int:
+    return int(formed.get("generation")) if formed.check(["generation"]) else 0
+
+
+def _verdict(room: Store, size: int | None, settle_s: float, deadline: float) -> dict[str, Any]:
+    """Wait until enough have come, or nobody new for `settle_s`, and judge what they want."""
+    count, changed = 1, time.monotonic()
+    while (now := time.monotonic()) < deadline:
+        found = room.add("count", 0)
+        if found != count:
+            count, changed = found, now
+        if count >= size if size is not None else now - changed >= settle_s:
+            break
+        time.sleep(_LOOK_EVERY_S)
+    left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    room.wait([f"joined/{number}" for number in range(1, count + 1)], left)
+    said = [json.loads(room.get(f"joined/{number}")) for number in range(1, count + 1)]
+    members = sorted(record["identity"] for record in said)
+    if len(set(members)) < len(members):
+        return {"error": f"two participants have the same identity among {members}", "conflict": True}
+    for wish in ("size", "local"):
+        wishes = {record["identity"]: record[wish] for record in said}
+        if len(set(wishes.values())) > 1:
+            return {"error": f"the participants want different things, {wish} by identity: {wishes}", "conflict": True}
+    if size is not None and count != size:
+        return {"error": f"{count} came where {size} were to: {', '.join(members)}", "conflict": False}
+    return {"error": "", "conflict": False, "members": members}
+
+
+def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> None:
+    """Rebind every context-parallel attention of `model` to a ring over all ranks of `mesh`; collective over it.
+
+    Either all of them are rebound or none: what cannot be honoured is found before anything changes. Attentions built
+    with `ContextParallel(size=1)` take part too, so that newcomers can build a model before they know their ring.
+
+    Args:
+        model: with `Attention` modules, or one itself.
+        mesh: one-dimensional, over the members of the generation; None where they have agreed on `local`: each rank
+            then computes whole sequences by itself, with the results that the ring gave.
+        generation: from `agree`.
+
+    Raises:
+        ConfigError: nothing to rebind, a mesh that does not fit, or a configured seq_len that the new size does not
+            divide.
+        RingBroken: a rank did not take part, or could not be connected.
+    """
+    found = [m for m in model.modules() if isinstance(m, Attention) and m.config.context_parallel is not None]
+    if not found:
+        raise ConfigError("rebuild found no attention that was built with context_parallel=ContextParallel(size=...)")
+    size = 1 if mesh is None else check_mesh(mesh, None).size
+    plans = [_evolved(attention, size) for attention in found]
+    engines = [_engine(a, plan, mesh, generation) for a, plan in zip(found, plans, strict=True)]
+    for attention, plan, engine in zip(found, plans, engines, strict=True):
+        old = attention._engine
+        attention._rebind(engine.config, plan, engine)
+        if isinstance(old, RingEngine):
+            old.communicator.close()
+
+
+def _evolved(attention: Attention, size: int) -> AttentionPlan:
+    """The attention's plan for another number of ranks."""
+    parallel = attrs.evolve(_parallel(attention), size=size)
+    config = attrs.evolve(attention.config, context_parallel=parallel)  # judges seq_len
+    exchange = None
+    if size > 1:
+        transport = parallel.transport_for(attention.plan.device["torch_name"].partition(":")[0])
+        exchange = ExchangeSummary(transport=transport, size=size, timeout_s=float(parallel.timeout_s))
+    return attrs.evolve(attention.plan, config=config.to_dict(), exchange=exchange)
+
+
+def _parallel(attention: Attention) -> ContextParallel:
+    parallel = attention.config.context_parallel
+    assert parallel is not None
+    return parallel
+
+
+def _engine(attention: Attention, plan: AttentionPlan, mesh: DeviceMesh | None, generation: int) -> Engine:
+    old = attention._engine
+    size = 1 if plan.exchange is None else plan.exchange.size
+    parallel = attrs.evolve(_parallel(attention), size=size)
+    config = attrs.evolve(attention.config, context_parallel=parallel)
+    axes = old.local_axes if isinstance(old, RingEngine) else old.call_axes
+    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes}
+    if plan.exchange is None or mesh is None:
+        return Engine(config, old.pattern, old.kernel, takes_layout=False, **traits)
+    communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)
+    return RingEngine(config, old.pattern, old.kernel, communicator=communicator, **traits)  # type: ignore[arg-type]

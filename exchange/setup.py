@@ -1,0 +1,164 @@
+"""Setting up a ring: its ranks agree on what they build, and connect, trying again with growing pauses.
+
+Nothing has been posted yet, so trying again is safe here, and only here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from torch.distributed.distributed_c10d import PrefixStore
+
+from ..core.errors import ConfigError, RingBroken
+from .communicator import Communicator
+from .control import Control
+from .transport import GlooTransport, NcclTransport, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 2.0
+_FAULTS: Final = (RuntimeError, OSError)  # torch's store and group errors are RuntimeErrors
+
+
+def pauses(draw: Callable[[], float] = random.random) -> Iterable[float]:
+    """Seconds to wait before each further try: doubling from 0.05 up to 2, each drawn from its upper half."""
+    longest = _FIRST_PAUSE_S
+    while True:
+        yield longest * (0.5 + 0.5 * draw())
+        longest = min(2 * longest, _LONGEST_PAUSE_S)
+
+
+def with_backoff(attempt: Callable[[int], T], deadline: float) -> T:
+    """The result of `attempt(n)`, n = 0, 1, ..., tried until it succeeds or the deadline (`time.monotonic`) passes.
+
+    Raises:
+        RuntimeError, OSError: the last failure.
+    """
+    for number, pause in enumerate(pauses()):
+        try:
+            return attempt(number)
+        except _FAULTS:
+            if time.monotonic() + pause >= deadline:
+                raise
+        time.sleep(pause)
+    raise AssertionError("pauses never end")
+
+
+def connect(
+    store: Store,
+    rank: int,
+    size: int,
+    *,
+    transport: str,
+    ranks: Sequence[int],
+    generation: int,
+    timeout_s: float,
+) -> Communicator:
+    """A communicator over `size` ranks that share `store`.
+
+    Every try has a prefix of its own in the store and counts only when all ranks succeed in it, so that none goes on
+    with connections that another has given up.
+
+    Args:
+        store: what is put there must not have been used by another ring.
+        rank: this rank within the ring.
+        size: ranks in the ring.
+        transport: "gloo_cpu" or "ring_nccl".
+        ranks: their numbers in torch's default group, for NCCL.
+        generation: 0 for a first build.
+        timeout_s: of set-up and of every pass.
+
+    Raises:
+        RingBroken: not all ranks were there in time.
+    """
+    deadline = time.monotonic() + timeout_s
+
+    def attempt(number: int) -> tuple[Control, Transport]:
+        here = PrefixStore(f"try-{number}", store)
+        control, data = None, None
+        # A third of the time that is left, so that a try of which one rank has dropped out is not the last.
+        until = time.monotonic() + max(0.5, (deadline - time.monotonic()) / 3)
+        try:
+            control = Control.connect(PrefixStore("control", here), rank, size, until)
+            data = _transport(transport, PrefixStore("data", here), rank, size, ranks, until)
+            verdict = "ok"
+        except _FAULTS as error:
+            verdict = f"{type(error).__name__}: {error}"
+        here.set(f"verdict/{rank}", verdict)
+        verdicts = [_wait_for(here, f"verdict/{peer}", deadline) for peer in range(size)]
+        if control is None or data is None or any(said != "ok" for said in verdicts):
+            for part in (data, control):
+                if isinstance(part, Control):
+                    part.close(None, failed=True)
+                elif part is not None:
+                    part.close()
+            raise RuntimeError("; ".join(f"rank {i}: {said}" for i, said in enumerate(verdicts) if said != "ok"))
+        return control, data
+
+    try:
+        control, data = with_backoff(attempt, deadline)
+    except _FAULTS as error:
+        raise RingBroken(generation, 0, None, f"not all {size} ranks could be connected: {error}") from error
+    return Communicator(control, data, rank=rank, size=size, generation=generation, timeout_s=timeout_s)
+
+
+def _transport(name: str, store: Store, rank: int, size: int, ranks: Sequence[int], deadline: float) -> Transport:
+    timeout_s = max(1.0, deadline - time.monotonic())
+    if name == NcclTransport.name:
+        return NcclTransport(ranks, timeout_s)
+    return GlooTransport(store, rank, size, timeout_s)
+
+
+def _wait_for(store: Store, key: str, deadline: float) -> str:
+    store.wait([key], timedelta(seconds=max(0.001, deadline - time.monotonic())))
+    return bytes(store.get(key)).decode()
+
+
+def compare_plans(store: Store, rank: int, size: int, facts: Mapping[str, Any], timeout_s: float) -> None:
+    """Compare what all ranks are about to build.
+
+    Args:
+        store: what is put there must not have been used before.
+        rank: this rank.
+        size: ranks that must agree.
+        facts: what must be equal, plain values.
+        timeout_s: how long to wait for the others.
+
+    Raises:
+        ConfigError: something differs; the message, the same on every rank, names what on which rank.
+        RingBroken: a rank did not say in time what it builds.
+    """
+    deadline = time.monotonic() + timeout_s
+    store.set(f"facts/{rank}", json.dumps(facts, sort_keys=True))
+    said: list[dict[str, Any]] = []
+    for peer in range(size):
+        try:
+            said.append(json.loads(_wait_for(store, f"facts/{peer}", deadline)))
+        except RuntimeError as error:
+            reason = f"it did not call build_attention within {timeout_s:g} s, or not as often as rank {rank}"
+            raise RingBroken(0, 0, peer, reason) from error
+    differences = list(_differences(said))
+    if differences:
+        raise ConfigError("the ranks build different attentions: " + "; ".join(differences))
+
+
+def _differences(said: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """One phrase a fact that is not the same everywhere, with the ranks that have each value."""
+    for name in sorted({name for facts in said for name in facts}):
+        holders: dict[str, list[int]] = {}
+        for rank, facts in enumerate(said):
+            holders.setdefault(json.dumps(facts.get(name), sort_keys=True), []).append(rank)
+        if len(holders) > 1:
+            sides = [f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in holders.items()]
+            yield f"{name} is {' but '.join(sides)}"

@@ -1,0 +1,160 @@
+"""How sharded attention is asked for, and what is refused; real ranks where ranks are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import (
+    AttentionConfig,
+    ConfigError,
+    ContextParallel,
+    Dilated,
+    Learned,
+    NoBackendError,
+    build_attention,
+    explain,
+    rebuild,
+)  # fmt: skip
+from dilated_attention.core.errors import RingBroken
+from dilated_attention.core.plan import AttentionPlan
+from dilated_attention.exchange.setup import pauses, with_backoff
+
+from .ring_cases import behaviour, perturbed, refusals
+from .ring_ranks import Ranks
+
+FIELDS: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+def test_the_request_is_a_value_that_files_hold() -> None:
+    config = AttentionConfig(**FIELDS, context_parallel=ContextParallel(size=4, timeout_s=5))
+    assert AttentionConfig.from_dict(config.to_dict()).context_parallel == config.context_parallel
+    assert AttentionConfig.from_dict(FIELDS | {"context_parallel": {"size": 4, "timeout_s": 5}}) == config
+    assert (config.ring_size, AttentionConfig(**FIELDS).ring_size) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"size": 0}, "ContextParallel.size must be at least 1, got 0"),
+        ({"size": 2, "timeout_s": 0}, "timeout_s must be a number of seconds above 0, got 0"),
+        ({"size": 2, "transport": "gloo"}, r"gloo_cpu, ring_nccl; got 'gloo' \(did you mean 'gloo_cpu'\?\)"),
+        (4, "ContextParallel must be a mapping of names to values, got 4"),
+    ],
+)
+def test_wrong_requests_are_refused(value: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AttentionConfig.from_dict(FIELDS | {"context_parallel": value})
+
+
+def test_lengths_devices_patterns_and_backends_that_cannot_be_shared_are_refused() -> None:
+    ring = ContextParallel(size=4)
+    with pytest.raises(ConfigError, match=r"multiple of context_parallel.size, got 90 and 4; the next multiple is 92"):
+        AttentionConfig(**FIELDS, context_parallel=ring, seq_len=90)
+    with pytest.raises(ConfigError, match=r"no transport 'ring_nccl' for device 'cpu'.*gloo_cpu serves cpu"):
+        explain(**FIELDS, context_parallel={"size": 4, "transport": "ring_nccl"})
+    with pytest.raises(ConfigError, match=r"learned pattern chooses its blocks from the whole sequence"):
+        explain(**FIELDS, context_parallel=ring, pattern=Learned(block_size=16, blocks_per_row=2))
+    plan = explain(**FIELDS, context_parallel=ring, backend="reference")
+    (refusal,) = plan.rows[-1].refusals if plan.rows[-1].name == "reference" else plan.rows[0].refusals
+    assert str(refusal) == "context_parallel: needs pieces of a sequence shared by 4 ranks, has none declared"
+
+
+def test_the_plan_is_a_tree() -> None:
+    plan = explain(**FIELDS, context_parallel=ContextParallel(size=4, timeout_s=7))
+    assert plan.backend == "sdpa"
+    assert plan.exchange is not None
+    assert (plan.exchange.transport, plan.exchange.size, plan.exchange.timeout_s) == ("gloo_cpu", 4, 7.0)
+    assert "  ring    gloo_cpu over 4 ranks, timeout 7 s, around each rank's own" in plan.explain().splitlines()
+    assert AttentionPlan.from_json(plan.to_json()) == plan
+    assert plan.compile_class == "none"
+
+
+def test_a_mesh_is_needed_exactly_where_ranks_share() -> None:
+    with pytest.raises(ConfigError, match=r"mesh must be a torch DeviceMesh.*got None"):
+        build_attention(**FIELDS, context_parallel=ContextParallel(size=2))
+    with pytest.raises(ConfigError, match="mesh is for context_parallel=ContextParallel"):
+        build_attention(**FIELDS, mesh="cp")
+    alone = build_attention(**FIELDS, context_parallel=ContextParallel(size=1))
+    x = torch.randn(1, 6, 2, 8)
+    assert torch.equal(alone(x, x, x), build_attention(**FIELDS)(x, x, x))
+    with pytest.raises(ConfigError, match="rebuild found no attention"):
+        rebuild(build_attention(**FIELDS), mesh=None, generation=1)
+    with pytest.raises(NoBackendError):
+        build_attention(**FIELDS, dropout_p=0.5, backend="sdpa")
+
+
+def test_set_up_is_tried_again_with_growing_pauses_until_its_deadline() -> None:
+    drawn = iter([0.0, 1.0] * 6)
+    found = [pause for pause, _ in zip(pauses(lambda: next(drawn)), range(8), strict=False)]
+    assert found == [0.025, 0.1, 0.1, 0.4, 0.4, 1.6, 1.0, 2.0]
+    import time
+
+    tries: list[int] = []
+
+    def flaky(number: int) -> str:
+        tries.append(number)
+        if number < 2:
+            raise OSError("connection refused")
+        return "connected"
+
+    assert with_backoff(flaky, time.monotonic() + 10) == "connected"
+    assert tries == [0, 1, 2]
+
+    def hopeless(number: int) -> str:
+        raise OSError("connection refused")
+
+    before = time.monotonic()
+    with pytest.raises(OSError, match="connection refused"):
+        with_backoff(hopeless, before + 0.3)
+    assert time.monotonic() - before < 0.5
+
+
+def test_ring_broken_travels_between_processes() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(RingBroken(3, 7, 2, "it is gone")))
+    assert (error.generation, error.step, error.peer, error.reason) == (3, 7, 2, "it is gone")
+    assert str(error) == "the ring is broken (generation 3, pass 7, rank 2): it is gone"
+
+
+def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
+    for rank, said in enumerate(ranks.run(refusals)):
+        assert said["positions"] == [3 * rank + i for i in range(3)]
+        assert said["whole"]
+        assert "cannot be cut into 4 equal shards; the nearest lengths are 8 and 12" in said["length"]
+        assert "must divide the 4 ranks of the mesh, got 3; it can be 1, 2, 4" in said["size"]
+        assert "must have one dimension, got 2 ('dp', 'cp')" in said["dims"]
+        assert "gathers values, not gradients" in said["gradient"]
+        assert "take shards of equal lengths and no offsets" in said["offsets"]
+        assert "a ring of 4 ranks computes whole calls of one sequence only" in said["alone"]
+        assert "a ring of 4 ranks" in said["received"]
+        assert {"padding", "packing", "cache"} <= said.keys()
+
+
+def test_one_ring_serves_a_model_and_leaves_no_trace_in_it(ranks: Ranks) -> None:
+    for said in ranks.run(behaviour):
+        assert said["state_dict"] == []
+        assert said["shared"]
+        assert said["checkpoint_equal"]
+        assert said["submesh"] < 1e-6
+        assert said["groups_kept"]
+        assert said["prepared"] == [24, 48]
+
+
+def test_a_remote_key_moves_exactly_the_rows_that_see_it(ranks: Ranks) -> None:
+    pattern = Dilated((8, 48), (1, 4))
+    moved = [row for part in ranks.run(perturbed, pattern, 48, 4) for row in part]
+    # Position 4 is kept at rate 4 by head 0 (offset 0), at rate 1 in its segment 0..7 by both heads.
+    expected = {(p, h) for p in range(4, 8) for h in (0, 1)} | {(p, 0) for p in range(4, 48, 4)}
+    assert set(moved) == expected

@@ -1,0 +1,119 @@
+"""Sharded attention on real processes over Gloo, forward and backward, against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import (
+    AttentionConfig,
+    ContextParallel,
+    Dilated,
+    Full,
+    Global,
+    Limits,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+)  # fmt: skip
+from dilated_attention.core import reference
+
+from .ring_cases import exact, tensors_of
+from .ring_ranks import Ranks
+from .support import error
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+def expected(config: AttentionConfig, batch: int, *, through_lse: bool, seed: int = 0) -> list[torch.Tensor]:
+    """The oracle's five results."""
+    query, key, value, dout, dlse = (x.double() for x in tensors_of(config, batch, seed))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    assert isinstance(config.pattern, Pattern)
+    out, lse = reference.attention(*leaves, pattern=config.pattern, is_causal=config.is_causal)
+    outputs, grads = ([out, lse], [dout, dlse]) if through_lse else ([out], [dout])
+    return [out, lse, *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def joined(results: list[Any], ring: int) -> list[torch.Tensor]:
+    """Whole tensors from the shards of the first `ring` ranks."""
+    shards = [[torch.from_numpy(x) for x in result[0]] for result in results[:ring]]
+    return [torch.cat(parts, dim) for parts, dim in zip(zip(*shards, strict=True), (1, 2, 1, 1, 1), strict=True)]
+
+
+def worst(ranks: Ranks, fields: dict[str, Any], size: int, *, batch: int = 1, through_lse: bool = False) -> float:
+    """The largest error over out, lse, dq, dk, dv on `size` ranks."""
+    results = ranks.run(exact, fields, size, batch, through_lse)
+    parallel = fields.get("context_parallel")
+    config = AttentionConfig(**{**fields, "context_parallel": None})
+    ring = size if parallel is None else parallel.size
+    truth = expected(config, batch, through_lse=through_lse)
+    return max(error(a, e) for a, e in zip(joined(results, ring), truth, strict=True))
+
+
+LONGNET = Dilated((16, 32, 64, 256), (1, 2, 4, 8))
+PATTERNS: list[Pattern] = [
+    LONGNET, Full(), Strided(5), Local(9) | Global(3), Random(2, 16), Random(2, 8) + Dilated((24, 120), (2, 5)),
+]  # fmt: skip
+
+
+def config_of(pattern: Pattern, **fields: Any) -> dict[str, Any]:
+    return {"pattern": pattern, "num_heads": 4, "head_dim": 8, "is_causal": True, "seq_len": 240, **fields}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_results_and_gradients_are_the_oracles(ranks: Ranks, pattern: Pattern, size: int) -> None:
+    for is_causal, kv_heads, batch in ((True, 4, 1), (False, 2, 2)):
+        fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads)
+        assert worst(ranks, fields, size, batch=batch, through_lse=batch == 2) < 1e-5
+
+
+def test_float64_is_exact_and_checkpointing_changes_nothing(ranks: Ranks) -> None:
+    for checkpointing in (False, True):
+        fields = config_of(LONGNET + Local(5), dtype="float64", activation_checkpointing=checkpointing)
+        assert worst(ranks, fields, 3, through_lse=True) < 1e-12
+
+
+def test_bfloat16_keeps_its_precision(ranks: Ranks) -> None:
+    assert worst(ranks, config_of(LONGNET, dtype="bfloat16"), 4) < 1e-2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_a_small_budget_makes_shards_travel_hop_by_hop(ranks: Ranks, pattern: Pattern) -> None:
+    for is_causal, size in ((True, 4), (False, 3)):
+        fields = config_of(pattern, is_causal=is_causal, num_kv_heads=2, limits=Limits(exchange_buffer_bytes=1))
+        assert worst(ranks, fields, size, batch=2, through_lse=True) < 1e-5
+        row = 2 * 2 * 2 * 8 * 4  # batch 2, K and V, 2 heads of 8 floats
+        for _, counters in ranks.run(exact, fields, size, 2, False)[:size]:
+            assert counters["forward_sent"] == counters["forward_received"] == (size - 1) * (240 // size) * row
+            assert counters["backward_sent"] == (2 * size - 1) * (240 // size) * row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:
+    pool = Ranks(8, tmp_path)
+    for is_causal, budget in ((True, 1 << 30), (False, 1 << 30), (True, 1)):
+        limits = Limits(exchange_buffer_bytes=budget)
+        assert worst(pool, config_of(pattern, is_causal=is_causal, limits=limits), 8, batch=2) < 1e-5
+    pool.close()
+
+
+def test_two_rings_in_one_mesh(ranks: Ranks) -> None:
+    fields = config_of(LONGNET, context_parallel=ContextParallel(size=2))
+    results = ranks.run(exact, fields, 4, 1, False)
+    config = AttentionConfig(**{**fields, "context_parallel": None})
+    truth = expected(config, 1, through_lse=False)
+    for ring in (results[:2], results[2:]):
+        assert max(error(a, e) for a, e in zip(joined(ring, 2), truth, strict=True)) < 1e-5

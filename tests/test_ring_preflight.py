@@ -1,0 +1,141 @@
+"""What is said of a ring before it runs: counted without listing, and equal to the counters of real ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilated_attention import (
+    AttentionConfig,
+    ConfigError,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Limits,
+    Local,
+    Pattern,
+    Random,
+    preflight,
+)  # fmt: skip
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.lowering import lower
+from dilated_attention.exchange.plan import plan_rank
+from dilated_attention.exchange.rows import RowCounter, largest_receive
+from dilated_attention.exchange.shards import Shards
+
+from .conftest import Invoke
+from .ring_cases import exact
+from .ring_ranks import Ranks
+from .strategies import patterns
+
+
+@given(pattern=patterns(), size=st.integers(1, 6), length=st.integers(1, 20), is_causal=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_counts_equal_the_plans_lists(pattern: Pattern, size: int, length: int, is_causal: bool) -> None:
+    shards = Shards(length, size, 4, 2, is_causal)
+    counter = RowCounter(pattern, shards)
+    plans = [plan_rank(pattern, shards, rank) for rank in range(size)]
+    for rank, plan in enumerate(plans):
+        assert counter.received(rank).tolist() == plan.receive_counts.tolist()
+    assert largest_receive(pattern, shards) == max(plan.received.size for plan in plans)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_are_shared_out_whole(is_causal: bool) -> None:
+    for pattern in (Dilated((7, 24, 96), (1, 2, 5)), Full(), Local(5) | Global(2)):
+        fields: dict[str, Any] = {"pattern": pattern, "num_heads": 4, "num_kv_heads": 2, "is_causal": is_causal}
+        costs = preflight(**fields, head_dim=8, seq_len=96, ranks=6, batch=3)
+        geometry = Geometry(q_len=96, kv_len=96, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+        assert sum(load.flops for load in costs.loads) == 3 * 4 * 8 * lower(pattern, geometry).pairs
+        assert costs.imbalance >= 1
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "pattern", [Dilated((8, 64, 240), (1, 2, 12)), Random(2, 8) + Dilated((240,), (3,)), Full(), Local(9)], ids=repr
+)
+def test_counters_of_real_ranks_are_equal_to_the_byte(ranks: Ranks, pattern: Pattern) -> None:
+    for dtype, budget in (("float32", 1 << 30), ("bfloat16", 1 << 30), ("float32", 1)):
+        fields: dict[str, Any] = {
+            "pattern": pattern, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "is_causal": True, "seq_len": 240,
+            "dtype": dtype, "limits": Limits(exchange_buffer_bytes=budget),
+        }  # fmt: skip
+        costs = preflight(**fields, ranks=4, batch=2)
+        for load, (_, counters) in zip(costs.loads, ranks.run(exact, fields, 4, 2, False), strict=True):
+            for name in ("forward_received", "forward_sent", "backward_received", "backward_sent"):
+                assert counters[name] == getattr(load, name), (name, load)
+            assert counters["passes"] == 2
+            assert counters["header_bytes"] == 2 * 3 * 46
+
+
+def test_dilated_attention_moves_a_hundredth_of_what_a_full_ring_does() -> None:
+    lengths, rates = tuple(512 << i for i in range(8)), tuple(1 << i for i in range(8))
+    costs = preflight(pattern=Dilated(lengths, rates), num_heads=8, head_dim=64, is_causal=True, seq_len=65536, ranks=4)
+    assert lengths[-1] == 65536
+    assert costs.saving == 96
+    dense = preflight(num_heads=8, head_dim=64, is_causal=True, seq_len=65536, ranks=4, pattern=Full())
+    assert dense.saving == 1
+
+
+def test_the_published_volume_of_a_million_tokens() -> None:
+    # w = 2048 * 2**i, r = 2**i up to the whole sequence: the last of 8 ranks gets 3072 rows a head, nested ones once.
+    lengths, rates = tuple(2048 << i for i in range(10)), tuple(1 << i for i in range(10))
+    costs = preflight(
+        pattern=Dilated(lengths, rates), num_heads=1, head_dim=64, is_causal=True, seq_len=1 << 20, ranks=8
+    )
+    row = 2 * 64 * 4
+    assert max(load.forward_received for load in costs.loads) == 3072 * row
+    assert costs.full_ring_bytes == 917_504 * row
+
+
+def test_a_thousand_ranks_and_a_billion_tokens_take_seconds() -> None:
+    lengths, rates = tuple(2048 << i for i in range(20)), tuple(1 << i for i in range(20))
+    before = time.process_time()
+    costs = preflight(
+        pattern=Dilated(lengths, rates), num_heads=2, head_dim=64, is_causal=True, seq_len=1 << 30, ranks=1024
+    )
+    assert time.process_time() - before < 30
+    assert len(costs.loads) == 1024
+    assert sum(load.forward_sent for load in costs.loads) == sum(load.forward_received for load in costs.loads) > 0
+
+
+def test_what_cannot_be_simulated_is_said() -> None:
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "ranks": 3}
+    with pytest.raises(ConfigError, match="give seq_len"):
+        preflight(**fields)
+    with pytest.raises(ConfigError, match=r"100 tokens cannot be cut into 3 equal shards.*99 and 102"):
+        preflight(**fields, seq_len=100)
+    with pytest.raises(ConfigError, match=r"learned pattern chooses its blocks from the whole sequence"):
+        preflight(**fields, seq_len=99, pattern=Learned(block_size=3, blocks_per_row=2))
+
+
+def test_explain_shows_ranks(invoke: Invoke) -> None:
+    arguments = "explain --heads 4 --head-dim 8 --causal --seq-len 4096 --segment-lengths 64,4096 --dilation-rates 1,64"
+    done = invoke(*arguments.split(), "--ranks", "4", "--batch", "2", "--json")
+    assert done.returncode == 0
+    data = json.loads(done.stdout)
+    assert data["exchange"] == {"transport": "gloo_cpu", "size": 4, "timeout_s": 60.0}
+    config = AttentionConfig(
+        num_heads=4, head_dim=8, is_causal=True, seq_len=4096, pattern=Dilated((64, 4096), (1, 64))
+    )
+    costs = preflight(config, ranks=4, batch=2)
+    assert [load["forward_received"] for load in data["preflight"]["loads"]] == [
+        load.forward_received for load in costs.loads
+    ]
+    text = invoke(*arguments.split(), "--ranks", "64").stdout
+    assert "gloo_cpu over 64 ranks" in text
+    assert "4,096 tokens over 64 ranks, batch 1, selective" in text
+    assert len([line for line in text.splitlines() if line[:2].strip().isdigit()]) < 10  # the telling ones of 64
