@@ -64,6 +64,8 @@ def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # short segments, weighted all the same
     check_interpreted(LONGNET, Geometry.self_attention(19, 2, is_causal=True))
     check_interpreted(LONGNET, Geometry.self_attention(19, 2))
+    # The inner two do not nest, the outer two do.
+    check_interpreted(Dilated((5, 8, 16), (1, 2, 2)), Geometry.self_attention(19, 1))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
