@@ -34,6 +34,7 @@ class TestReference(Conformance):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_the_whole_grid(backend: str) -> None:
     report = run(backend)

@@ -90,7 +90,8 @@ def test_in_a_fresh_environment(tmp_path: Path) -> None:
     python = environment / "bin" / "python"
     (lib,) = (environment / "lib").glob("python*/site-packages")
     (lib / "lent.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
-    for name in ("core", "registry", "patterns", "backends", "src"):
+    rooms = [path.name for path in (ROOT / "src" / "dilated_attention").iterdir() if path.is_symlink()]
+    for name in (*rooms, "src"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=SOURCES)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
