@@ -13,12 +13,14 @@ In memory lse is (B, S, H), so that segments of lse stack over the batch exactly
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .kernel import DenseKernel, DensePiece
+from .kernel import WIDENING, DenseKernel, DensePiece
 from .schedule import Call, Rows, Schedule
 
 
@@ -36,6 +38,23 @@ def merge_(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> No
     share.nan_to_num_(nan=0.0)  # -inf against -inf: the piece has no share
     out.lerp_(out_piece.to(out.dtype), share.transpose(1, 2).unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, lse_piece))
+
+
+def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
+    """sum(dout * out) - dlse, (B, H, S) in the accumulator's dtype: what backward takes off each row's dout·v."""
+    delta = (dout * out).sum(dim=-1, dtype=accumulator_dtype(out.dtype)).transpose(1, 2)
+    return delta if dlse is None else delta - dlse
+
+
+def widen_rows(dout: Tensor, dlse: Tensor, query: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`WIDENING` more columns that make a kernel's delta, sum(dout * out), into delta - dlse.
+
+    Keys and values get as many columns of zeros; gradients then have them too. Returns dout, query and out.
+    """
+    dout, query, out = (functional.pad(x, (0, WIDENING)) for x in (dout, query, out))
+    dout[..., -WIDENING] = dlse.transpose(1, 2)
+    out[..., -WIDENING] = -1.0
+    return dout, query, out
 
 
 @attrs.frozen
@@ -102,8 +121,11 @@ def _is_stack(rows: Rows, segments: int, x: Tensor) -> bool:
 
 
 def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab]) -> bool:
-    """True where the first call covers everything in one launch: its results, reshaped, are then the first sums."""
-    if schedule.cover != 1 or len(slabs) != 1:
+    """True where the first call covers everything in one launch: its results, reshaped, are then the first sums.
+
+    `slabs` are those of that call, none where it does not cover everything.
+    """
+    if len(slabs) != 1:
         return False
     call = schedule.calls[0]
     return _is_stack(call.query, call.segments, query) and _is_stack(call.key, call.segments, key)
@@ -139,11 +161,11 @@ class Composer:
             return self.kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
-        slabs = [slabs_of(call, (query,), (key, value)) for call in calls]
         start = 0
-        if calls and _adoptable(schedule, query, key, slabs[0]):
+        slabs = slabs_of(calls[0], (query,), (key, value)) if schedule.cover == 1 else []
+        if _adoptable(schedule, query, key, slabs):
             start = 1
-            first, first_lse = self._forward(calls[0], slabs[0][0], query, key, value)
+            first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
             out = first.reshape(query.shape)
             lse = first_lse.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
             if len(calls) == 1:
@@ -152,28 +174,34 @@ class Composer:
         else:
             out = (torch.empty if schedule.cover else torch.zeros)(query.shape, dtype=dtype, device=query.device)
             lse = torch.full((batch, length, heads), -math.inf, dtype=dtype, device=query.device).transpose(1, 2)
-        for index in range(start, len(calls)):
-            rows = calls[index].query
-            for slab in slabs[index]:
-                part, part_lse = self._forward(calls[index], slab, query, key, value)
-                if index < schedule.cover:
-                    slab.view(out, rows).copy_(part)
-                    slab.view_lse(lse, rows).copy_(part_lse)
-                else:
-                    merge_(slab.view(out, rows), slab.view_lse(lse, rows), part, part_lse)
+        self.merge_into(out, lse, query, key, value, calls[start:], written=schedule.cover - start)
         return out, lse
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule
+        self,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        calls: Sequence[Call],
+        *,
+        written: int = 0,
     ) -> None:
-        """Merge every call into `out` (B, S, H, D) and `lse` (B, H, S), both of the accumulator's dtype, in place.
+        """Merge calls into `out` (B, S, H, D) and `lse` (B, H, S), both of the accumulator's dtype, in place.
 
-        `out` is contiguous and `lse` is (B, S, H) in memory.
+        `out` is contiguous and `lse` is (B, S, H) in memory. The results of the first `written` calls replace what
+        is there.
         """
-        for call in schedule.calls:
+        for index, call in enumerate(calls):
             for slab in slabs_of(call, (query,), (key, value)):
                 part, part_lse = self._forward(call, slab, query, key, value)
-                merge_(slab.view(out, call.query), slab.view_lse(lse, call.query), part, part_lse)
+                into, into_lse = slab.view(out, call.query), slab.view_lse(lse, call.query)
+                if index < written:
+                    into.copy_(part)
+                    into_lse.copy_(part_lse)
+                else:
+                    merge_(into, into_lse, part, part_lse)
 
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
@@ -190,27 +218,21 @@ class Composer:
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        slabs = [slabs_of(call, (query, dout, out), (key, value)) for call in calls]
         start = 0
-        if calls and _adoptable(schedule, query, key, slabs[0]):
+        slabs = slabs_of(calls[0], (query, dout, out), (key, value)) if schedule.cover == 1 else []
+        if _adoptable(schedule, query, key, slabs):
             start = 1
-            grads = self._backward(calls[0], slabs[0][0], dout, query, key, value, out, lse)
+            grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
             totals = [grad.reshape(x.shape) for grad, x in zip(grads, inputs, strict=True)]
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
         else:
             fill = torch.empty if schedule.cover else torch.zeros
             totals = [fill(x.shape, dtype=dtype, device=x.device) for x in inputs]
-        for index in range(start, len(calls)):
-            call = calls[index]
-            for slab in slabs[index]:
-                grads = self._backward(call, slab, dout, query, key, value, out, lse)
-                for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
-                    if index < schedule.cover:
-                        slab.view(total, rows).copy_(grad)
-                    else:
-                        slab.view(total, rows).add_(grad)
-        return totals[0], totals[1], totals[2]
+        dq, dk, dv = totals
+        sums = (dq, dk, dv)
+        self.backward_into(sums, dout, query, key, value, out, lse, calls[start:], written=schedule.cover - start)
+        return sums
 
     def backward_into(
         self,
@@ -221,15 +243,24 @@ class Composer:
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        schedule: Schedule,
+        calls: Sequence[Call],
+        *,
+        written: int = 0,
     ) -> None:
-        """Add the gradients of every call to `totals`, shaped like query, key and value and contiguous, in place."""
+        """Add the gradients of calls to `totals`, shaped like query, key and value and contiguous, in place.
+
+        Those of the first `written` calls replace what is there.
+        """
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        for call in schedule.calls:
+        for index, call in enumerate(calls):
             for slab in slabs_of(call, (query, dout, out), (key, value)):
                 grads = self._backward(call, slab, dout, query, key, value, out, lse)
                 for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
-                    slab.view(total, rows).add_(grad)
+                    into = slab.view(total, rows)
+                    if index < written:
+                        into.copy_(grad)
+                    else:
+                        into.add_(grad)
 
     def _backward(
         self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor

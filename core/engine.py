@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .block_product import BlockProduct
 from .cache import ByteLRU
-from .composer import Composer, accumulator_dtype, merge_
+from .composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
 from .config import AttentionConfig
 from .dynamic_tables import DynamicTables
 from .errors import ConfigError
@@ -242,11 +242,7 @@ class Engine:
         tables: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
-        if dlse is not None and not self.has_dlse:
-            raise ConfigError(
-                f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
-                f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
-            )
+        self._check_dlse(dlse)
         if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
             dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
         program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
@@ -277,17 +273,18 @@ class Engine:
             lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
         grads = None
         if program.schedule.calls:
-            inputs = (dout, query, key, value, out)
-            if dlse is not None:
-                inputs = _widen(dout, dlse, query, key, value, out)
-            grads = self._composer.backward(*inputs, lse, program.schedule)
-            if dlse is not None:
-                grads = tuple(grad[..., : query.shape[3]] for grad in grads)  # type: ignore[assignment]
+            if dlse is None:
+                grads = self._composer.backward(dout, query, key, value, out, lse, program.schedule)
+            else:
+                wide_dout, wide_query, wide_out = widen_rows(dout, dlse, query, out)
+                wide_key, wide_value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
+                wide = self._composer.backward(
+                    wide_dout, wide_query, wide_key, wide_value, wide_out, lse, program.schedule
+                )
+                dq, dk, dv = (grad[..., : query.shape[3]] for grad in wide)
+                grads = dq, dk, dv
         if program.blocks is not None:
-            delta = (dout * out).sum(dim=-1, dtype=lse.dtype).transpose(1, 2)
-            if dlse is not None:
-                delta = delta - dlse
-            more = program.blocks.backward(dout, query, key, value, delta, lse)
+            more = program.blocks.backward(dout, query, key, value, delta_of(dout, dlse, out), lse)
             return more if grads is None else (more[0] + grads[0], more[1] + grads[1], more[2] + grads[2])
         if grads is None:
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -315,6 +312,14 @@ class Engine:
         total = received_from(query, key, lse, program.schedule, scale=self.scale, workspace_bytes=limit)
         return total if program.blocks is None else total + program.blocks.received(query, key, lse)
 
+    def _check_dlse(self, dlse: Tensor | None) -> None:
+        """Raise `ConfigError` for a gradient through lse that the kernel cannot carry."""
+        if dlse is not None and not self.has_dlse:
+            raise ConfigError(
+                f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
+                f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
+            )
+
     def _piece(self, program: _Program, seed: Tensor | None, tables: Tensor | None) -> LayoutPiece:
         return LayoutPiece(
             layout=program.layout,
@@ -324,14 +329,3 @@ class Engine:
             seed=seed,
             tables=tables,
         )
-
-
-def _widen(
-    dout: Tensor, dlse: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Eight more columns that make a kernel's delta, sum(dout * out), into delta - dlse: the gradient through lse."""
-    dout, query, key, value, out = (functional.pad(x, (0, WIDENING)) for x in (dout, query, key, value, out))
-    column = -WIDENING
-    dout[..., column] = dlse.transpose(1, 2)
-    out[..., column] = -1.0
-    return dout, query, key, value, out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -94,14 +94,16 @@ def _attend_backward(
         return runner.backward(dout, dlse, query, key, value, out, lse, q_offset, kv_offset, seed, tables)
 
 
-def _attend_fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def attend_fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The shapes of out and lse."""
     batch, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=accumulator_dtype(query.dtype))
 
 
-def _attend_backward_fake(
+def attend_backward_fake(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of dq, dk and dv."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -129,16 +131,17 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     return (*grads, None, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def no_second_derivative(*_: object) -> NoReturn:
+    """The backward of every backward."""
     raise NotImplementedError("dilated_attention has no second derivative: its backward cannot be differentiated again")
 
 
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("dilated_attention::attend", _attend_fake, lib=_LIBRARY)
-torch.library.register_fake("dilated_attention::attend_backward", _attend_backward_fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend", attend_fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend_backward", attend_backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("dilated_attention::attend", _backward, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("dilated_attention::attend_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend_backward", no_second_derivative, lib=_LIBRARY)
 
 
 class _Attend(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .composer import accumulator_dtype
 from .documents import Stack, read_documents
 from .errors import ConfigError
-from .ops import engine_of, without_autocast
+from .ops import attend_backward_fake, attend_fake, engine_of, no_second_derivative, without_autocast
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -143,17 +143,6 @@ def _attend_documents_backward(
         return _backward(engine_of(engine), dout, dlse, query, key, value, out, lse, stacks, seed, None)
 
 
-def _fake(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=accumulator_dtype(query.dtype))
-
-
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, and the outputs unless they are to be recomputed."""
     *tensors, engine, recompute = inputs
@@ -172,16 +161,12 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tens
     return (*grads, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("dilated_attention has no second derivative: its backward cannot be differentiated again")
-
-
 _LIBRARY.impl("attend_documents", _attend_documents, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_documents_backward", _attend_documents_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("dilated_attention::attend_documents", _fake, lib=_LIBRARY)
-torch.library.register_fake("dilated_attention::attend_documents_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend_documents", attend_fake, lib=_LIBRARY)
+torch.library.register_fake("dilated_attention::attend_documents_backward", attend_backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("dilated_attention::attend_documents", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("dilated_attention::attend_documents_backward", _no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("dilated_attention::attend_documents_backward", no_second_derivative, lib=_LIBRARY)
 
 
 class _AttendDocuments(torch.autograd.Function):

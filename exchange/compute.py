@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer, accumulator_dtype, merge_
-from ..core.kernel import WIDENING
+from ..core.composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
 from ..core.layout import BlockLayout, Layout
 from ..core.schedule import Schedule, schedule
 from .plan import BlockPart, RankPlan
@@ -81,12 +80,9 @@ class Merged:
     def of(cls, dout: Tensor, dlse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor) -> Merged:
         """From the gradients of out and lse; dlse may be None."""
         head_dim, dtype = query.shape[3], accumulator_dtype(query.dtype)
-        delta = (dout * out).sum(dim=-1, dtype=dtype).transpose(1, 2)
+        delta = delta_of(dout, dlse, out)
         if dlse is not None:
-            delta = delta - dlse
-            dout, query, out = (functional.pad(x, (0, WIDENING)) for x in (dout, query, out))
-            dout[..., head_dim] = dlse.transpose(1, 2)
-            out[..., head_dim] = -1.0
+            dout, query, out = widen_rows(dout, dlse, query, out)
         dq = torch.zeros(query.shape, dtype=dtype, device=query.device)
         return cls(dout, query, out, torch.where(lse == -math.inf, math.inf, lse), delta, dq, head_dim)
 
@@ -122,12 +118,12 @@ class Piece:
         else:
             out, lse = self.blocks.forward(query, key, value)
             out, lse = out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-            self.compute.composer.merge_into(out, lse, query, key, value, self.schedule)
+            self.compute.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
         return out, lse
 
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Merge this piece into what `forward` returned."""
-        self.compute.composer.merge_into(out, lse, query, key, value, self.schedule)
+        self.compute.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
         if self.blocks is not None:
             merge_(out, lse, *self.blocks.forward(query, key, value))
 
@@ -148,14 +144,14 @@ class Piece:
     def _dense_backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`backward` of the dense calls, on widened keys and values."""
         composer, head_dim = self.compute.composer, merged.head_dim
-        row = (merged.out, merged.lse, self.schedule)
+        inputs = (merged.dout, merged.query, key, value, merged.out, merged.lse)
         if self.schedule.cover:
-            dq, dk, dv = composer.backward(merged.dout, merged.query, key, value, *row)
+            dq, dk, dv = composer.backward(*inputs, self.schedule)
             merged.dq.add_(dq)
             dk, dv = (x.to(merged.dq.dtype) for x in (dk, dv))
         else:
             dk, dv = (torch.zeros(x.shape, dtype=merged.dq.dtype, device=x.device) for x in (key, value))
-            composer.backward_into((merged.dq, dk, dv), merged.dout, merged.query, key, value, *row)
+            composer.backward_into((merged.dq, dk, dv), *inputs, self.schedule.calls)
         return dk[..., :head_dim], dv[..., :head_dim]
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.cache import ByteLRU
-from ..core.composer import Composer
 from ..core.engine import Engine
 from ..core.errors import ConfigError
 from ..core.lowering import lower
-from ..core.ops import without_autocast
+from ..core.ops import no_second_derivative, without_autocast
 from .communicator import GRADIENTS, ROWS, digest_bytes
 from .compute import Compute, Merged, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
@@ -81,7 +80,6 @@ class RingEngine(Engine):
         self.key += f"/{id(communicator)}"
         self.rings: ByteLRU[tuple[int, bool, torch.device], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         self._most_received: dict[int, int] = {}
-        self._composer_for_pieces = Composer(kernel, self.scale, config.deterministic)
 
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Plan a whole sequence of `q_len` tokens for a batch of one; returns the layout of this rank's own keys.
@@ -146,7 +144,8 @@ class RingEngine(Engine):
 
     def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
         limits, rank = self.config.limits, self.communicator.rank
-        compute = Compute(self._composer_for_pieces, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        assert self._composer is not None
+        compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
         selective = travelling = None
         if hops:
             travelling = HopProgram.prepare(self.pattern, shards, rank, compute, limit_bytes=limits.layout_bytes)
@@ -195,11 +194,7 @@ class RingEngine(Engine):
         received: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the shard in the inputs' dtype, with what all ranks' queries contribute; collective."""
-        if dlse is not None and not self.has_dlse:
-            raise ConfigError(
-                f"the backend's kernel {self.kernel.name!r} cannot carry a gradient through lse at "
-                f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
-            )
+        self._check_dlse(dlse)
         query, key, value, dout = (x.contiguous() for x in (query, key, value, dout))
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
@@ -254,9 +249,7 @@ class _RingAttend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "dilated_attention has no second derivative: its backward cannot be differentiated again"
-            )
+            no_second_derivative()
         query, key, value, out, lse, received = ctx.saved_tensors
         engine: RingEngine = ctx.engine
         if out is None:

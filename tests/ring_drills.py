@@ -74,7 +74,7 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
     if kind == "hang":
         time.sleep(seconds)
     if kind == "raise":
-        object.__setattr__(ring_engine(attention)._composer_for_pieces, "kernel", FailingKernel())
+        object.__setattr__(ring_engine(attention)._composer, "kernel", FailingKernel())
     if kind == "raise before sending":
         RankProgram.pack = FailingKernel().forward  # type: ignore[method-assign, assignment]
 
