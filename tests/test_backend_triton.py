@@ -31,6 +31,7 @@ PATTERNS: list[Pattern] = [
     Strided(stride=3),
     Dilated(segment_lengths=(7, 24, 10), dilation_rates=(2, 3, 4)),
     Dilated(segment_lengths=(8, 20, 64, 128), dilation_rates=(1, 2, 4, 8)),  # only the outer ones nest
+    Dilated(segment_lengths=(50, 60, 71), dilation_rates=(3, 7, 11)),  # more classes than groups, all in one segment
     Dilated(segment_lengths=(8, 16), dilation_rates=(2, 4), heads="split"),
     Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4), offsets="blocked"),
     LONGNET + Dilated(segment_lengths=(8,), dilation_rates=(1,)) + Full(),
@@ -47,7 +48,7 @@ def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarra
         group = tables.slot_group[kind, at]
         assert tables.group_start[kind, group] + tables.slot_index[kind, at] == at
         for index in range(tables.counts[kind, group]):
-            length, stride, residue, mode, inner, row_rate, _ = map(int, tables.walks[kind, group, index])
+            length, stride, residue, mode, inner, row_rate = map(int, tables.walks[kind, group, index])
             start = p // length * length if length else min(columns.start, 0)
             end = start + length if length else columns.stop
             if row_rate and (p - start) % row_rate != residue:
@@ -78,6 +79,7 @@ def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
     except ValueError:
         assert np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD
         return
+    assert tables.period <= MAX_PERIOD
     place = np.arange(length)
     for head in range(heads):
         expected = pattern.multiplicity(place[:, None], place[None, :], np.array(head), geometry)
@@ -85,6 +87,25 @@ def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
             expected = expected * (place[None, :] <= place[:, None])
         actual = counted(tables, range(length), range(length), head)
         assert np.array_equal(actual.T if transposed else actual, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(dilated(), st.booleans(), st.booleans())
+def test_the_walks_count_positions_before_0(pattern: Pattern, is_causal: bool, transposed: bool) -> None:
+    rows, columns, heads = range(-23, 7), range(30), 4
+    if transposed:
+        rows, columns = columns, rows
+    geometry = Geometry(q_len=30, kv_len=30, num_heads=heads, num_kv_heads=heads, is_causal=is_causal, q_offset=-23)
+    branches = lower(pattern, geometry).branches
+    if np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD:
+        return
+    tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=0)
+    row, column = np.array(rows)[:, None], np.array(columns)[None, :]
+    query, key = (column, row) if transposed else (row, column)
+    for head in range(heads):
+        expected = pattern.multiplicity(query, key, np.array(head), geometry)
+        expected = expected * (key <= query) if is_causal else expected
+        assert np.array_equal(counted(tables, rows, columns, head), expected)
 
 
 def test_a_column_of_several_branches_is_met_once() -> None:

@@ -28,19 +28,28 @@ def _ceil_div(x, y):
 
 
 @triton.jit
-def _row_positions(
-    slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups,
-    BLOCK_M: tl.constexpr,
+def _tile_of_rows(
+    head_kind, slot_group, slot_index, group_size, group_start, residues,
+    low, high, origin, num_heads, period, groups, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The group of a tile of rows and their absolute positions (M,), ascending."""
-    block = tile // period
-    slot = tile % period
-    group = tl.load(slot_group + kind * period + slot)
-    size = tl.load(group_size + kind * groups + group)
-    start = tl.load(group_start + kind * groups + group)
-    element = tl.load(slot_index + kind * period + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """What this program computes, of rows at the positions from `low` up to `high`.
+
+    Returns head, batch row, the place of its group in the tables, the positions (M,) of its rows, ascending, which of
+    them are valid, and the first and last that are; the first is past the last where none is.
+    """
+    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
+    kind = tl.load(head_kind + head)
+    slot = kind * period + tile % period
+    table = kind * groups + tl.load(slot_group + slot)
+    size = tl.load(group_size + table)
+    start = tl.load(group_start + table)
+    element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
     residue = tl.load(residues + kind * period + start + element % size)
-    return group, origin + block * BLOCK_M * period + (element // size) * period + residue
+    position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
+    valid = (position >= low) & (position < high)
+    first = tl.min(tl.where(valid, position, _FAR), 0)
+    last = tl.max(tl.where(valid, position, -_FAR), 0)
+    return head, batch, table, position, valid, first, last
 
 
 @triton.jit
@@ -148,14 +157,10 @@ def attend(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
-    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
-    kind = tl.load(head_kind + head)
-    group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
-    )
-    valid = (position >= q_low) & (position < q_high)
-    first = tl.min(tl.where(valid, position, _FAR), 0)
-    last = tl.max(tl.where(valid, position, -_FAR), 0)
+    head, batch, table, position, valid, first, last = _tile_of_rows(
+        head_kind, slot_group, slot_index, group_size, group_start, residues,
+        q_low, q_high, origin, num_heads, period, groups, BLOCK_M,
+    )  # fmt: skip
     if first > last:
         return
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -165,10 +170,9 @@ def attend(
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
-    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * most_walks + index) * 7
+        walk = walks + (table * most_walks + index) * 6
         bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
@@ -259,14 +263,10 @@ def gradients_of_queries(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
-    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
-    kind = tl.load(head_kind + head)
-    group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
-    )
-    valid = (position >= q_low) & (position < q_high)
-    first = tl.min(tl.where(valid, position, _FAR), 0)
-    last = tl.max(tl.where(valid, position, -_FAR), 0)
+    head, batch, table, position, valid, first, last = _tile_of_rows(
+        head_kind, slot_group, slot_index, group_size, group_start, residues,
+        q_low, q_high, origin, num_heads, period, groups, BLOCK_M,
+    )  # fmt: skip
     if first > last:
         return
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
@@ -278,10 +278,9 @@ def gradients_of_queries(
     place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
     lse, delta = _unpack(tl.load(stats_ptr + place, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * most_walks + index) * 7
+        walk = walks + (table * most_walks + index) * 6
         bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):
@@ -339,14 +338,10 @@ def gradients_of_keys(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
-    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
-    kind = tl.load(head_kind + head)
-    group, position = _row_positions(
-        slot_group, slot_index, group_size, group_start, residues, kind, tile, origin, period, groups, BLOCK_M
-    )
-    valid = (position >= k_low) & (position < k_high)
-    first = tl.min(tl.where(valid, position, _FAR), 0)
-    last = tl.max(tl.where(valid, position, -_FAR), 0)
+    head, batch, table, position, valid, first, last = _tile_of_rows(
+        head_kind, slot_group, slot_index, group_size, group_start, residues,
+        k_low, k_high, origin, num_heads, period, groups, BLOCK_M,
+    )  # fmt: skip
     if first > last:
         return
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -358,10 +353,9 @@ def gradients_of_keys(
     stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table = kind * groups + group
     offset = tl.arange(0, BLOCK_N)
     for index in range(tl.load(counts + table)):
-        walk = walks + (table * most_walks + index) * 7
+        walk = walks + (table * most_walks + index) * 6
         bias = tl.load(bias_ptr + table * most_walks + index)
         segment_from, segment_to = _segments(walk, first, last)
         for segment in range(segment_from, segment_to + 1):

@@ -71,7 +71,7 @@ class Tables:
         group_size, group_start: (N, G) int32, how many residues the group has, and where they start in `residues`.
         residues: (N, P) int32, ascending in each group.
         counts: (N, G) int32, walks of each group.
-        walks: (N, G, W, 7) int32, the fields of `Walk` but its weight.
+        walks: (N, G, W, 6) int32, the fields of `Walk` but its weight.
         bias: (N, G, W) float32, binary logarithm of the weight.
     """
 
@@ -87,15 +87,30 @@ class Tables:
     bias: NDArray[np.float32]
 
 
-def period_of(branches: Sequence[Branch], span: int | None = None) -> int:
-    """Least common multiple of the rates of branches whose classes stay the same over all segments."""
-    return math.lcm(1, *(branch.stride for branch in branches if _is_regular(branch, span)))
+def period_of(branches: Sequence[Branch]) -> int:
+    """Least common multiple of the rates of branches whose classes are the same in every segment, at any length."""
+    return math.lcm(1, *(branch.stride for branch in branches if _repeats(branch)))
 
 
-def _is_regular(branch: Branch, span: int | None) -> bool:
-    """Whether a row's place modulo the rate is its position modulo the rate: in one segment, or r divides w."""
-    length = branch.segment_length
-    return length is None or length % branch.stride == 0 or (span is not None and length >= span)
+def _repeats(branch: Branch) -> bool:
+    """Whether a place modulo the rate is the position modulo the rate in every segment."""
+    return branch.segment_length is None or branch.segment_length % branch.stride == 0
+
+
+def _classes(branches: Sequence[Branch], span: int) -> tuple[int, tuple[bool, ...]]:
+    """The period of the groups of rows, and which branches they go by; the others look at each row by itself.
+
+    Besides those of `period_of` a branch may go by classes where the first segment holds all positions.
+    """
+    period, regular = period_of(branches), []
+    for branch in branches:
+        fits = _repeats(branch)
+        if not fits and 0 < span <= (branch.segment_length or 0):
+            joined = math.lcm(period, branch.stride)
+            fits = joined <= MAX_PERIOD
+            period = joined if fits else period
+        regular.append(fits)
+    return period, tuple(regular)
 
 
 def make_tables(
@@ -107,16 +122,16 @@ def make_tables(
         branches: all with offsets for the same heads.
         is_causal: no query meets a later key.
         transposed: rows are keys and columns queries.
-        span: one past the last position; negative positions make segments irregular, so there pass a span of 0.
+        span: one past the last position; 0 where some are negative.
         merge_from: fewest columns that a progression must have in a segment for columns of several branches to be
             met once.
     """
-    period = period_of(branches, span)
+    period, regular = _classes(branches, span)
     if period > MAX_PERIOD:
         raise ValueError(f"the rates' least common multiple is {period}, allowed are {MAX_PERIOD}")
     heads = list(zip(*(branch.offsets for branch in branches), strict=True))
     kinds = sorted(set(heads), key=heads.index)
-    planner = _Planner(tuple(branches), is_causal, transposed, span, period, merge_from)
+    planner = _Planner(tuple(branches), regular, is_causal, transposed, span, period, merge_from)
     groups = [planner.groups(offsets) for offsets in kinds]
     most_groups = max(len(of_kind) for of_kind in groups)
     most_walks = max(1, *(len(walks) for of_kind in groups for _, walks in of_kind))
@@ -130,7 +145,7 @@ def make_tables(
         group_start=np.zeros(shape, dtype=np.int32),
         residues=np.zeros((len(kinds), period), dtype=np.int32),
         counts=np.zeros(shape, dtype=np.int32),
-        walks=np.zeros((*shape, most_walks, 7), dtype=np.int32),
+        walks=np.zeros((*shape, most_walks, 6), dtype=np.int32),
         bias=np.zeros((*shape, most_walks), dtype=np.float32),
     )
     for kind, of_kind in enumerate(groups):
@@ -149,7 +164,7 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]])
         tables.group_size[kind, group] = len(residues)
         tables.counts[kind, group] = len(walks)
         for index, walk in enumerate(walks):
-            fields = (walk.segment, walk.stride, walk.residue, walk.mode, walk.inner, walk.row_rate, 0)
+            fields = (walk.segment, walk.stride, walk.residue, walk.mode, walk.inner, walk.row_rate)
             tables.walks[kind, group, index] = fields
             tables.bias[kind, group, index] = math.log2(walk.weight)
         start = end
@@ -158,6 +173,7 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]])
 @attrs.frozen
 class _Planner:
     branches: tuple[Branch, ...]
+    regular: tuple[bool, ...]
     is_causal: bool
     transposed: bool
     span: int
@@ -166,9 +182,9 @@ class _Planner:
 
     def groups(self, offsets: tuple[int | None, ...]) -> list[tuple[list[int], list[Walk]]]:
         """Residues and walks of each group of rows of a head with these offsets, those with most branches first."""
-        used = [(branch, offset) for branch, offset in zip(self.branches, offsets, strict=True) if offset is not None]
-        regular = [(b, o) for b, o in used if _is_regular(b, self.span)]
-        others = [walk for b, o in used if not _is_regular(b, self.span) for walk in self._plain(b, o)]
+        used = [(b, o, by) for b, o, by in zip(self.branches, offsets, self.regular, strict=True) if o is not None]
+        regular = [(b, o) for b, o, by in used if by]
+        others = [self._row_by_row(b, o) for b, o, by in used if not by]
         members: dict[tuple[int, ...], list[int]] = {}
         for residue in range(self.period):
             keep = tuple(i for i, (b, o) in enumerate(regular) if (residue - o) % b.stride == 0)
@@ -190,13 +206,17 @@ class _Planner:
         walks: list[Walk] = []
         for chain in chains:
             merged = self._merged(chain)
-            walks += [walk for b, o in chain for walk in self._plain(b, o)] if merged is None else merged
+            walks += [self._plain(b, o) for b, o in chain] if merged is None else merged
         return walks
 
-    def _plain(self, branch: Branch, offset: int) -> Iterator[Walk]:
+    def _plain(self, branch: Branch, offset: int) -> Walk:
         """One branch by itself."""
-        row_rate = 0 if _is_regular(branch, self.span) else branch.stride
-        yield Walk(self._length(branch), branch.stride, offset, self._own_mode(), 1, branch.weight, row_rate)
+        return Walk(self._length(branch), branch.stride, offset, self._own_mode(), weight=branch.weight)
+
+    def _row_by_row(self, branch: Branch, offset: int) -> Walk:
+        """A branch that the groups do not go by; its classes count from the start of each segment."""
+        length = self._length(branch) or self.span
+        return Walk(length, branch.stride, offset, self._own_mode(), weight=branch.weight, row_rate=branch.stride)
 
     def _length(self, branch: Branch) -> int:
         """Its segment length, 0 where all positions lie in one segment."""
