@@ -191,6 +191,15 @@ def test_it_agrees_with_the_oracle(dtype: str, head_dim: int, pattern: Pattern, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1.0, 4.0, 30.0])
+def test_scores_with_and_without_a_bound(factor: float) -> None:
+    """Enough pairs a key for the bound to be taken; queries four times as large meet it in some tiles, then in none."""
+    geometry = Geometry.self_attention(2048, 2, is_causal=False)
+    pattern = Dilated(segment_lengths=(1024, 2048), dilation_rates=(1, 2))
+    check(build("triton", pattern, geometry, "bfloat16", 64), geometry, factor=factor)
+
+
+@pytest.mark.gpu
 def test_offsets_and_unequal_lengths() -> None:
     geometry = Geometry(q_len=300, kv_len=700, num_heads=4, num_kv_heads=4, is_causal=True, q_offset=520, kv_offset=64)
     check(build("triton", CARD[0], geometry, "bfloat16", 64), geometry)
