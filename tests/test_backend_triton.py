@@ -48,7 +48,7 @@ def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarra
         group = tables.slot_group[kind, at]
         assert tables.group_start[kind, group] + tables.slot_index[kind, at] == at
         for index in range(tables.counts[kind, group]):
-            length, stride, residue, mode, inner, row_rate = map(int, tables.walks[kind, group, index])
+            length, stride, residue, mode, inner, row_rate = map(int, tables.walks[kind, group, index, :6])
             start = p // length * length if length else min(columns.start, 0)
             end = start + length if length else columns.stop
             if row_rate and (p - start) % row_rate != residue:
