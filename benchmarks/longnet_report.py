@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dilated_attention.demo.pictures import smooth
+
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = {"dense": "#6B6B6B", "sparse": "#0072B2", "dilated": "#D55E00"}
 
@@ -48,12 +50,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
     lengths, step_tokens = report["shape"]["lengths"], report["shape"]["stretches"] * report["shape"]["lengths"][-1]
     figure = Figure(figsize=(3.6 * len(lengths) + 0.6, 6.4), dpi=160, layout="constrained")
     axes = figure.subplots(2, len(lengths), sharey="row", squeeze=False)
+    drawn: dict[str, Any] = {}
+    seen: list[float] = []
     for column, length in enumerate(lengths):
         above, below = axes[0][column], axes[1][column]
         for row in (row for row in report["rows"] if row["trained_at"] == length):
-            style: dict[str, Any] = {"color": _COLOURS[row["name"]], "label": row["name"], "linewidth": 1.6}
+            style: dict[str, Any] = {"color": _COLOURS[row["name"]], "linewidth": 1.6}
             steps, bits = zip(*row["curve"], strict=True)
-            above.plot([step * step_tokens / 1e6 for step in steps], bits, **style)
+            smoothed = smooth(bits, max(1, len(bits) // 12))
+            seen += [float(value) for value in smoothed]
+            drawn[row["name"]] = above.plot([step * step_tokens / 1e6 for step in steps], smoothed, **style)[0]
             firsts, by_position = zip(*row["bits_by_position"], strict=True)
             below.step([*firsts, lengths[-1]], [*by_position, by_position[-1]], where="post", **style)
         if length < lengths[-1]:
@@ -67,11 +73,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
-    seen = [bits for row in report["rows"] for _, bits in row["curve"]]
-    axes[0][0].set(ylabel="bits per byte, training")
+    axes[0][0].set(ylabel="bits per byte, training, smoothed")
     if seen:
         axes[0][0].set_ylim(min(seen) - 0.1, min(max(seen), min(seen) + 2.5) + 0.1)
     axes[1][0].set(ylabel="bits per byte, held out")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False)
+    figure.legend(
+        [*drawn.values()], [*drawn], loc="outside lower center", ncols=max(1, len(drawn)), frameon=False
+    )  # fmt: skip
     figure.savefig(path)
