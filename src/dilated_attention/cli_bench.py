@@ -31,6 +31,16 @@ def bench(
         float, typer.Option(help="Fewer rounds (at least three) where a case's would take longer.")
     ] = 10.0,
     slowest: Annotated[float, typer.Option(help="Leave a peer out whose step would take more seconds.")] = 10.0,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Measure one sequence over several ranks instead.")
+    ] = False,
+    gpus: Annotated[str, typer.Option(help="Numbers of ranks for --scaling: 1,2,4.")] = "1,2",
+    weak_tokens: Annotated[int | None, typer.Option(help="Tokens a rank, growing with the ranks.")] = None,
+    strong_tokens: Annotated[int | None, typer.Option(help="Tokens in all, shared by the ranks.")] = None,
+    longest: Annotated[
+        bool, typer.Option("--longest", help="Also double a LongNet layer's sequence to the end.")
+    ] = False,
+    longest_limit: Annotated[int | None, typer.Option(help="Tokens at which --longest stops; a CPU needs it.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every backend on named cases, correct results only.
@@ -41,6 +51,11 @@ def bench(
     if list_cases:
         _list(as_json=as_json)
         return
+    if scaling:
+        _scale(
+            _device(device), gpus, weak_tokens, strong_tokens, rounds, longest, longest_limit, output, as_json=as_json
+        )
+        return
     _load(load_library or ())
     failed = _run(
         case or (), tuple(backend or ()), rounds, _device(device), output, save, peer or (), case_seconds, slowest,
@@ -48,6 +63,54 @@ def bench(
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)
+
+
+def _scale(
+    device: str,
+    gpus: str,
+    weak_tokens: int | None,
+    strong_tokens: int | None,
+    rounds: int,
+    longest: bool,
+    longest_limit: int | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """`--scaling`; a CPU gets a small case unless it is told otherwise."""
+    from .bench.output import require_matplotlib
+    from .bench.ring_settings import RingSettings
+    from .bench.scaling import run_scaling, text_of, write_scaling
+
+    try:
+        sizes = tuple(int(part) for part in gpus.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--gpus must be integers with commas between them, got {gpus!r}") from error
+    if output is not None:
+        require_matplotlib()
+        output.mkdir(parents=True, exist_ok=True)
+    on_cpu = device == "cpu"
+    settings = RingSettings(
+        sizes=sizes,
+        device="cpu" if on_cpu else "cuda",
+        weak_tokens=weak_tokens or (4096 if on_cpu else 1 << 17),
+        strong_tokens=strong_tokens or (8192 if on_cpu else 1 << 20),
+        num_heads=4 if on_cpu else 16,
+        dtype="float32" if on_cpu else "bfloat16",
+        first=256 if on_cpu else 2048,
+        rounds=rounds,
+        longest=longest,
+        longest_limit=longest_limit,
+        trace=str(output.resolve()) if output is not None and not on_cpu else None,
+    )
+    report = run_scaling(settings, lambda line: typer.echo(line, err=True))
+    files = write_scaling(output, report) if output is not None else []
+    if as_json:
+        typer.echo(json.dumps(report | {"files": [str(path) for path in files]}, indent=2))
+        return
+    typer.echo(text_of(report))
+    if files:
+        typer.echo("written: " + ", ".join(str(path) for path in files))
 
 
 def _list(*, as_json: bool) -> None:

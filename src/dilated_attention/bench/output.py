@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -169,32 +169,40 @@ def write_files(folder: Path, run: Run) -> list[Path]:
 
 
 def draw(run: Run, path: Path) -> None:
-    """A group of bars a case: milliseconds on a logarithmic axis, ours and peers, quartiles as whiskers."""
+    """A row a case, a column a phase: milliseconds from zero, quartiles as whiskers, peers hatched."""
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(result.case for result in run.results))
-    figure = Figure(
-        figsize=(11, 1.2 + 0.42 * max(1, len(run.results)) / 2 + 0.5 * len(cases)), dpi=120, layout="constrained"
-    )
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, phase, title in zip(axes, PHASES, ("forward", "forward and backward"), strict=True):
-        rows = [r for case in cases for r in run.results if (r.case, r.phase) == (case, phase)]
-        middle = [r.median_ms for r in rows]
-        spread = [[r.median_ms - r.low_ms for r in rows], [r.high_ms - r.median_ms for r in rows]]
-        axis.barh(
-            range(len(rows)), middle, xerr=spread, color=[_PEER if r.peer else _OURS for r in rows],
-            hatch=["//" if r.peer else "" for r in rows], edgecolor="white", error_kw={"elinewidth": 1},
-        )  # fmt: skip
-        axis.set_yticks(range(len(rows)), _labels(rows), fontsize=8)
-        axis.set(xscale="log", xlabel="milliseconds, median and quartiles", title=title)
-        axis.grid(axis="x", color="#E5E5E5", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    if run.results:
-        axes[0].invert_yaxis()
+    cases = list(dict.fromkeys(result.case for result in run.results)) or [""]
+    counts = [max(1, sum((r.case, r.phase) == (case, PHASES[0]) for r in run.results)) for case in cases]
+    height = 0.9 + 0.85 * len(cases) + 0.3 * sum(counts)
+    figure = Figure(figsize=(11, height), dpi=100, layout="constrained")
+    grid = figure.subplots(len(cases), 2, squeeze=False, height_ratios=[1 + 0.6 * count for count in counts])
+    for axes, case in zip(grid, cases, strict=True):
+        for axis, phase, words in zip(axes, PHASES, ("forward", "forward and backward"), strict=True):
+            rows = [r for r in run.results if (r.case, r.phase) == (case, phase)]
+            _draw_bars(axis, rows)
+            axis.set_title(f"{case}, {words}", fontsize=10, loc="left")
+    for axis in grid[-1]:
+        axis.set_xlabel("milliseconds, median and quartiles")
     figure.suptitle(f"{run.machine.name}, {run.when[:10]}; hatched: what ours are compared with", fontsize=10)
     figure.savefig(path)
 
 
-def _labels(rows: Iterable[Result]) -> list[str]:
-    return [f"{r.case}  {r.backend}" for r in rows]
+def _draw_bars(axis: Any, rows: Sequence[Result]) -> None:
+    middle = [r.median_ms for r in rows]
+    spread = [[r.median_ms - r.low_ms for r in rows], [r.high_ms - r.median_ms for r in rows]]
+    bars = axis.barh(
+        range(len(rows)), middle, xerr=spread, color=[_PEER if r.peer else _OURS for r in rows],
+        hatch=["//" if r.peer else "" for r in rows], edgecolor="white", error_kw={"elinewidth": 1},
+    )  # fmt: skip
+    axis.bar_label(bars, [f"  {_short(ms)}" for ms in middle], fontsize=8)
+    axis.set_yticks(range(len(rows)), [_label(r) for r in rows], fontsize=8)
+    axis.set_xlim(0, 1.18 * max((r.high_ms for r in rows), default=1.0))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.invert_yaxis()
+
+
+def _label(result: Result) -> str:
+    short = result.kernel if len(result.kernel) <= 24 else f"{result.kernel[:21]}..."
+    return f"{result.backend}: {short}" if short else result.backend

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 _ROWS = 1 << 14  # compared at once, so that the comparison of long sequences takes no memory to speak of
-_PRODUCT = {"cpu": 2048, "cuda": 8192}
+_PRODUCT = {"cpu": 1024, "cuda": 8192}
 
 
 def milliseconds(call: Call, device_type: str) -> float:
@@ -97,7 +97,7 @@ def matrix_tflops(dtype: torch.dtype, device: torch.device | str) -> float:
     The best of several, since what slows one down is other work, and a floor is what nothing gets below.
     """
     device = torch.device(device)
-    size = _PRODUCT.get(device.type, 2048)
+    size = _PRODUCT.get(device.type, 1024)
     a = torch.randn(size, size, device=device).to(dtype)
     times = [milliseconds(lambda: a @ a, device.type) for _ in range(9)]
     return 2 * size**3 / min(times) / 1e9
