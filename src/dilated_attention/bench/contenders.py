@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -16,12 +17,17 @@ from ..core.plan import AttentionPlan
 from ..registry.build import build_attention, explain
 from .cases import BenchCase
 from .peers import Peer, PeerMaker
-from .timing import difference, random_inputs, training
+from .timing import difference, milliseconds, random_inputs, training
 
 BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 # Kernels among which a backend chooses on CUDA; where it is not told which, each is measured.
 _KERNELS: Final = {"sdpa": ("cudnn", "flash"), "xformers": ("flash", "cutlass")}
 _ORACLE: Final = "reference"
+# One of ours is left out where a pass takes this long, and that many times as long as another of ours.
+_SLOW_MS: Final = 250.0
+_SLOWER: Final = 10.0
+# Beyond this, launching is less than a hundredth of a call.
+_LAUNCHES_MATTER_MS: Final = 50.0
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -39,7 +45,7 @@ class Contender:
         distinct_flops: the same, each pair once.
         error: distance to the oracle; None where it cannot be said.
         is_peer: whether ours are compared with it.
-        can_be_captured: whether its backend declares CUDA graphs.
+        can_be_captured: whether it is worth being replayed from a CUDA graph.
     """
 
     name: str
@@ -146,6 +152,7 @@ def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callab
 def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> Iterator[Contender]:
     """Our backends, as `candidates` names them, that pass the gate."""
     case, device = gate.case, gate.device
+    fastest = math.inf
     for name in dict.fromkeys(names):
         backend, _, kernel = name.partition(":")
         plan = explain(case.config(backend, kernel, device=device))
@@ -157,8 +164,14 @@ def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> Itera
             continue
         attention = build_attention(case.config(backend, kernel, device=device))
         contender = _contender(gate, backend, plan.kernel, attention, error, plan)
-        if gate.agrees(name, contender.forward()):
-            yield contender
+        if not gate.agrees(name, contender.forward()):
+            continue
+        taken = milliseconds(contender.forward, device.partition(":")[0])
+        fastest = min(fastest, taken)
+        if taken > max(_SLOW_MS, _SLOWER * fastest):
+            note(f"{case.name}: {name} left out: {taken / fastest:.0f} times as long as the fastest before it")
+            continue
+        yield attrs.evolve(contender, can_be_captured=contender.can_be_captured and taken < _LAUNCHES_MATTER_MS)
 
 
 def admitted(gate: Gate, peer: Peer, make: PeerMaker) -> Contender | None:

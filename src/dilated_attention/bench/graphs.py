@@ -9,7 +9,7 @@ from torch import Tensor
 from .contenders import BOUNDS, Contender
 from .timing import Call, difference
 
-# Beyond this, launches are less than a hundredth of a call, while the graphs' own memory is no longer small.
+# Beyond this the memory that a graph keeps for itself is no longer small.
 LONGEST = 1 << 17
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.attention import Attention
+from ..core.config import AttentionConfig
 from ..core.errors import RingBroken
 from ..models.built import BuiltAttention
 from ..models.layers import LongNetDecoderLayer
@@ -27,16 +27,14 @@ LOG = "longest.jsonl"
 class _OverRing(BuiltAttention):
     """A layer's attention, over the ring of a mesh."""
 
-    def __init__(self, fields: dict[str, Any], mesh: DeviceMesh) -> None:
-        super().__init__(fields)
-        self.mesh = mesh
+    def __init__(self, config: AttentionConfig, mesh: DeviceMesh) -> None:
+        super().__init__(config.to_dict())
+        self.over = build_attention(config, mesh=mesh if mesh.size() > 1 else None)
 
-    def _make(self, key: tuple[torch.dtype, str, bool]) -> Attention:
-        dtype, device_type, is_causal = key
-        mesh = self.mesh if self.config.ring_size > 1 else None
-        made = build_attention(self.config, dtype=dtype, device=device_type, is_causal=is_causal, mesh=mesh)
-        self._built[key] = made
-        return made
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        """Shards (B, S, H, D), causal as configured."""
+        out: Tensor = self.over(query, key, value)
+        return out
 
 
 def make_layer(settings: RingSettings, mesh: DeviceMesh, tokens: int) -> LongNetDecoderLayer:
@@ -50,7 +48,7 @@ def make_layer(settings: RingSettings, mesh: DeviceMesh, tokens: int) -> LongNet
     )
     torch.manual_seed(0)
     layer = LongNetDecoderLayer(config, device=settings.device, dtype=getattr(torch, settings.dtype))
-    layer.self_attn.attention = _OverRing(settings.config("longnet", tokens, mesh.size()).to_dict(), mesh)
+    layer.self_attn.attention = _OverRing(settings.config("longnet", tokens, mesh.size()), mesh)
     return layer
 
 
