@@ -117,6 +117,10 @@ def _on_cpu() -> Iterator[BenchCase]:
             f"longnet-{length}k", _CPU_LENGTHS, length << 10,
             offsets="blocked", is_causal=True, is_default=is_default, **shape,
         )  # fmt: skip
+    yield _dilated(
+        "longnet-1k", [width // 8 for width in _CPU_LENGTHS], 1024, offsets="blocked", is_causal=True,
+        is_default=False, **shape,
+    )  # fmt: skip
     for name, pattern, small, is_causal in (
         ("random-4k", Random(density=0.1), Random(density=0.3), False),
         ("local-global-4k", Local((511, 0)) | Global(16), Local((127, 0)) | Global(16), True),
