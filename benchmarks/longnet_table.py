@@ -30,13 +30,14 @@ import attrs
 import torch
 
 from dilated_attention import Dilated, Full, Local, Pattern, Random, reference
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.demo.pictures import can_draw
 from dilated_attention.models import LongNetConfig, LongNetLM
 
-from .dilated import BOUNDS, difference, numbers
 from .longnet_report import draw, markdown
 from .longnet_training import Outcome, Training, compute_dtype, synchronize
 from .source_text import SourceText, installed_roots, read, xz_bits_per_byte
@@ -287,6 +288,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Shape]:
     shape = Shape(**{field.name: getattr(args, field.name) for field in attrs.fields(Shape)})
     shape.check()
     return args, shape
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The integers of "1,2,4"."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> None:
