@@ -135,13 +135,6 @@ class AttentionPlan:
     versions: dict[str, str] = attrs.field(hash=False)
     exchange: ExchangeSummary | None = None
 
-    def order(self, seq_len: int) -> range:
-        """The token order that its layouts want: the place i of the kept order holds token `order[i]`.
-
-        Every layout of this release wants the natural order.
-        """
-        return range(seq_len)
-
     def explain(self) -> str:
         """What was chosen and why, for people: one row a backend with every reason, neither wrapped nor cut."""
         from .explain import explain_plan
