@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from typing import Any, Literal
 
 import attrs
@@ -134,6 +135,15 @@ class AttentionPlan:
     compile_class: str
     versions: dict[str, str] = attrs.field(hash=False)
     exchange: ExchangeSummary | None = None
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits: the same request, answered by the same kernel of the same releases.
+
+        Counters and traces name the plan so.
+        """
+        what = json.dumps([self.config, self.backend, self.kernel, self.versions], sort_keys=True)
+        return sha256(what.encode()).hexdigest()[:12]
 
     def explain(self) -> str:
         """What was chosen and why, for people: one row a backend with every reason, neither wrapped nor cut."""

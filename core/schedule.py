@@ -9,6 +9,7 @@ elements. Nothing is gathered, padded or indexed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import attrs
 import numpy as np
@@ -18,6 +19,11 @@ from .geometry import Geometry
 from .pattern import Branch
 
 _IntArray = NDArray[np.int64]
+
+
+def branch_name(segment_length: int | None, stride: int) -> str:
+    """A branch as traces show it."""
+    return f"branch w={'all' if segment_length is None else segment_length} r={stride}"
 
 
 @attrs.frozen
@@ -40,13 +46,23 @@ class Rows:
 
 @attrs.frozen
 class Call:
-    """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times."""
+    """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
+
+    `segment_length` and `stride` are those of the branch that it belongs to.
+    """
 
     query: Rows
     key: Rows
     segments: int
     is_causal: bool
     weight: int
+    segment_length: int | None
+    stride: int
+
+    @cached_property
+    def name(self) -> str:
+        """Its branch, as traces show it."""
+        return branch_name(self.segment_length, self.stride)
 
     @property
     def pairs(self) -> int:
@@ -70,6 +86,11 @@ class Schedule:
     calls: tuple[Call, ...]
     cover: int
     is_whole: bool = False
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs that all calls count."""
+        return sum(call.pairs for call in self.calls)
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +192,7 @@ def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
         head_shift=heads.offset_step,
         num_heads=kv_count,
     )
-    return Call(query, key, run.segments, run.is_causal, branch.weight)
+    return Call(query, key, run.segments, run.is_causal, branch.weight, branch.segment_length, branch.stride)
 
 
 def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:

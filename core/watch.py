@@ -1,0 +1,33 @@
+"""The counters of many attentions at once: of a model's, or of all that are alive in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .attention import Attention
+from .counters import AttentionCounters
+from .engine import Engine
+from .ops import living_engines
+
+
+def counters_of(*modules: nn.Module) -> tuple[AttentionCounters, ...]:
+    """What the attentions in `modules` have done, one for each plan, in the order in which plans are met.
+
+    Without modules: all attentions that are alive in this process, those that `register_with_transformers` keeps
+    outside of modules included, in the order of their plans' digests.
+    """
+    if not modules:
+        return tuple(sorted(_by_plan(living_engines()), key=lambda counters: counters.plan))
+    attentions = (part for module in modules for part in module.modules() if isinstance(part, Attention))
+    return _by_plan(dict.fromkeys(attention._engine for attention in attentions))
+
+
+def _by_plan(engines: Iterable[Engine]) -> tuple[AttentionCounters, ...]:
+    """Several engines have one plan where ranks share sequences over more than one mesh."""
+    found: dict[str, AttentionCounters] = {}
+    for engine in engines:
+        counters = engine.counters()
+        found[counters.plan] = found[counters.plan] + counters if counters.plan in found else counters
+    return tuple(found.values())
