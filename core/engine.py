@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from .lowering import lower
 from .pattern import LearnedPattern, Pattern
 from .received import received_from
 from .schedule import Schedule, schedule
-from .tracing import span
+from .tracing import is_tracing, span
 
 if TYPE_CHECKING:
     from typing import Any
@@ -36,22 +35,23 @@ if TYPE_CHECKING:
 class _Program:
     """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
 
-    Where the blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them.
+    Where blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them. A batch row
+    counts `pairs` over all query heads.
     """
 
     layout: Layout
     schedule: Schedule
     blocks: BlockProduct | None = None
     dynamic: DynamicTables | None = None
+    pairs: int = attrs.field()
 
     @property
     def nbytes(self) -> int:
         parts = (self.layout, self.schedule, self.blocks, self.dynamic)
         return sum(part.nbytes for part in parts if part is not None)
 
-    @cached_property
-    def pairs(self) -> int:
-        """Pairs that a batch row counts over all query heads."""
+    @pairs.default
+    def _count_pairs(self) -> int:
         pattern = self.layout.pattern.unwrap()
         if isinstance(pattern, LearnedPattern):
             return dynamic_pairs(pattern, self.layout.geometry)
@@ -245,12 +245,15 @@ class Engine:
         `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
         every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already.
         """
-        with span(self._forward_name):
-            if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides
-                query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-            batch, q_len = query.shape[:2]
-            program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
-            bound = program if tables is None else program.bound(tables)
+        if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        batch, q_len, _, _ = query.shape
+        program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
+        bound = program if tables is None else program.bound(tables)
+        if is_tracing():  # not `with span(...)`: on this path every 0.1 us shows in a tiny call
+            with span(self._forward_name):
+                results = self._forward(bound, query, key, value, seed, tables)
+        else:
             results = self._forward(bound, query, key, value, seed, tables)
         self.forwards.add(calls, batch * q_len, batch * program.pairs)
         return results
@@ -304,7 +307,7 @@ class Engine:
         with span(self._backward_name):
             if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
                 dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
-            batch, q_len = query.shape[:2]
+            batch, q_len, _, _ = query.shape
             program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
             bound = program if tables is None else program.bound(tables)
             if self._layout_kernel is not None:

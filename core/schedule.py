@@ -9,7 +9,6 @@ elements. Nothing is gathered, padded or indexed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 
 import attrs
 import numpy as np
@@ -48,7 +47,7 @@ class Rows:
 class Call:
     """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
 
-    `segment_length` and `stride` are those of the branch that it belongs to.
+    `name` is that of its branch, as traces show it.
     """
 
     query: Rows
@@ -56,13 +55,7 @@ class Call:
     segments: int
     is_causal: bool
     weight: int
-    segment_length: int | None
-    stride: int
-
-    @cached_property
-    def name(self) -> str:
-        """Its branch, as traces show it."""
-        return branch_name(self.segment_length, self.stride)
+    name: str
 
     @property
     def pairs(self) -> int:
@@ -81,15 +74,16 @@ class Schedule:
         cover: how many leading calls together touch every query row of every head exactly once and every key row of
             every key-value head exactly once; their results can be written instead of merged. 0 where none do.
         is_whole: the only call is dense attention of all queries to all keys; no view is needed for it.
+        pairs: that all calls count. (Not a cached_property, which in attrs slows down every other attribute.)
     """
 
     calls: tuple[Call, ...]
     cover: int
     is_whole: bool = False
+    pairs: int = attrs.field(init=False)
 
-    @cached_property
-    def pairs(self) -> int:
-        """Pairs that all calls count."""
+    @pairs.default
+    def _count_pairs(self) -> int:
         return sum(call.pairs for call in self.calls)
 
     @property
@@ -192,7 +186,8 @@ def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
         head_shift=heads.offset_step,
         num_heads=kv_count,
     )
-    return Call(query, key, run.segments, run.is_causal, branch.weight, branch.segment_length, branch.stride)
+    name = branch_name(branch.segment_length, branch.stride)
+    return Call(query, key, run.segments, run.is_causal, branch.weight, name)
 
 
 def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:

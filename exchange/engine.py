@@ -10,7 +10,6 @@ gradients home in the accumulator's dtype while the local backward runs.
 from __future__ import annotations
 
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
@@ -48,15 +47,15 @@ class _Program:
     most_received: int
     selective: RankProgram | None
     hops: HopProgram | None
+    pairs: int = attrs.field(init=False)  # that a batch row of the rank counts
+
+    @pairs.default
+    def _count_pairs(self) -> int:
+        return sum(part.pairs for part in (self.selective, self.hops) if part is not None)
 
     @property
     def nbytes(self) -> int:
         return 1024 + sum(part.nbytes for part in (self.selective, self.hops) if part is not None)
-
-    @cached_property
-    def pairs(self) -> int:
-        """Pairs that a batch row of the rank counts."""
-        return sum(part.pairs for part in (self.selective, self.hops) if part is not None)
 
 
 class RingEngine(Engine):
