@@ -68,7 +68,7 @@ def test_lowering_and_steps_have_ranges() -> None:
 
 def test_the_fused_kernel_names_its_launches() -> None:
     pytest.importorskip("triton")
-    from dilated_attention.backends.fused.launches import BlockPart, BranchPart
+    from dilated_attention.backends.fused.launches import BOUND_FROM, BlockPart, BranchPart
     from dilated_attention.backends.fused.tiles import Tile, Tiles
     from dilated_attention.core.lowering import lower
 
@@ -76,7 +76,9 @@ def test_the_fused_kernel_names_its_launches() -> None:
     layout = lower(LONGNET | Local(9), Geometry.self_attention(256, 2))
     assert layout.blocks is not None
     tiles = Tiles(tile, tile, tile, tile)
-    assert BranchPart(layout.branches, layout.geometry, tiles, cpu).name == "branch w=64 r=1, branch w=128 r=2"
+    assert (
+        BranchPart(layout.branches, layout.geometry, tiles, cpu, BOUND_FROM).name == "branch w=64 r=1, branch w=128 r=2"
+    )
     assert BlockPart(layout.blocks, tiles, cpu).name == "blocks of 128"
 
 
