@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -10,6 +11,14 @@ from .attention import Attention
 from .counters import AttentionCounters
 from .engine import Engine
 from .ops import living_engines
+
+
+@runtime_checkable
+class BuildsAttentions(Protocol):
+    """A module that keeps attentions which are none of its submodules, because it shares them with others, say."""
+
+    def built_attentions(self) -> Sequence[Attention]:
+        """Those that it has built by now."""
 
 
 def counters_of(*modules: nn.Module) -> tuple[AttentionCounters, ...]:
@@ -20,8 +29,15 @@ def counters_of(*modules: nn.Module) -> tuple[AttentionCounters, ...]:
     """
     if not modules:
         return tuple(sorted(_by_plan(living_engines()), key=lambda counters: counters.plan))
-    attentions = (part for module in modules for part in module.modules() if isinstance(part, Attention))
-    return _by_plan(dict.fromkeys(attention._engine for attention in attentions))
+    parts = (part for module in modules for part in module.modules())
+    return _by_plan(dict.fromkeys(attention._engine for part in parts for attention in _attentions_of(part)))
+
+
+def _attentions_of(part: nn.Module) -> Iterator[Attention]:
+    if isinstance(part, Attention):
+        yield part
+    elif isinstance(part, BuildsAttentions):
+        yield from part.built_attentions()
 
 
 def _by_plan(engines: Iterable[Engine]) -> tuple[AttentionCounters, ...]:
