@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ..registry.discovery import Registry
     from .page import Gathered
 
-HISTORY_BYTES: Final = 8 << 20
+HISTORY_BYTES: Final = 5 << 20
+HISTORY_RUNS: Final = 2000
+HISTORY_RESULTS: Final = 11_000
 _LIBRARIES: Final = {"bokeh": "bokeh", "jinja2": "Jinja2"}
 
 
@@ -89,14 +91,21 @@ def read_runs(path: Path) -> list[Run]:
     from ..bench.history import read_history
 
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            content = file.read(HISTORY_BYTES + 1)  # not the size it claims: a device or a pipe claims none
     except OSError as error:
         raise ConfigError(f"cannot read the history {str(path)!r}: {error.strerror or error}") from error
-    if size > HISTORY_BYTES:
-        raise ConfigError(
-            f"the history {str(path)!r} holds {size:,} bytes, a page shows at most {HISTORY_BYTES:,}; give it the "
-            f"newest runs: tail -n 100 {shlex.quote(str(path))} > newest.jsonl"
-        )
+    counts = (
+        (len(content), HISTORY_BYTES, "bytes"),
+        (content.count(b"\n"), HISTORY_RUNS, "runs"),
+        (content.count(b'"median_ms"'), HISTORY_RESULTS, "results"),
+    )
+    for count, most, what in counts:
+        if count > most:
+            raise ConfigError(
+                f"the history {str(path)!r} has more than the {most:,} {what} that a page shows; give it the newest "
+                f"runs: tail -n 100 {shlex.quote(str(path))} > newest.jsonl"
+            )
     return read_history(path)
 
 

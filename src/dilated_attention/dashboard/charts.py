@@ -6,7 +6,7 @@ No text of a history reaches a model as markup or as a formula: titles and label
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from bokeh.embed import json_item
 from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter
@@ -15,7 +15,9 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from ..core.explain import amount
-from .machine import RingCost
+
+if TYPE_CHECKING:
+    from .machine import RingCost
 
 _Axis: TypeAlias = Literal["linear", "log", "datetime"]
 

@@ -35,8 +35,9 @@ class Counter:
 
     @property
     def title(self) -> str:
-        """Its name as words."""
-        return short(self.name.replace("_", " "))
+        """Its name as words, without the unit that the value carries."""
+        words = self.name.replace("_", " ")
+        return short(words.removesuffix(" s").removesuffix(" seconds"))
 
     @property
     def text(self) -> str:
@@ -69,6 +70,13 @@ class Counters:
 
     rows: tuple[Counter, ...]
     plans: tuple[Mapping[str, Any], ...]
+
+    def groups(self) -> list[tuple[str, list[Counter]]]:
+        """The rows by the mappings that they are in, in the order of the file."""
+        found: dict[str, list[Counter]] = {}
+        for row in self.rows:
+            found.setdefault(row.group, []).append(row)
+        return list(found.items())
 
 
 def read_counters(path: Path) -> Counters:

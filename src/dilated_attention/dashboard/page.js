@@ -247,6 +247,7 @@
 
   function start() {
     document.querySelectorAll(".needs-script").forEach((node) => { node.hidden = false; });
+    document.querySelectorAll(".without-script").forEach((node) => { node.hidden = true; });
     document.querySelectorAll(".map").forEach(startPicture);
     document.querySelectorAll("#ring-legend .swatch").forEach((node) => node.append(swatch(node.dataset.series, node.dataset.marker, node.dataset.dash)));
     startHistory();

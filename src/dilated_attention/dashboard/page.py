@@ -21,7 +21,7 @@ from ..bench.history import Run
 from ..core.explain import amount, request_words, row_reasons
 from ..core.version import VERSION
 from . import charts, view
-from .series import MAX_GROUPS, RULE, THIN_RUNS, Group, group_runs, short
+from .series import REFERENCE_RUNS, RULE, Group, group_runs, short
 
 if TYPE_CHECKING:
     from ..core.plan import AttentionPlan
@@ -57,8 +57,7 @@ class Gathered:
 
 def render(gathered: Gathered) -> str:
     """The page as HTML."""
-    groups = group_runs(gathered.history or ())
-    shown = groups[:MAX_GROUPS]
+    shown, left_out = group_runs(gathered.history or ())
     data: dict[str, Any] = {
         "history": [view.group_data(group) for group in shown],
         "historyChart": charts.history_chart() if shown else None,
@@ -89,13 +88,14 @@ def render(gathered: Gathered) -> str:
         request_words=request_words,
         reasons=lambda row: list(row_reasons(row)),
         rule=RULE,
-        thin_runs=THIN_RUNS,
+        reference_runs=REFERENCE_RUNS,
         view=view,
-        **_tables(groups, shown),
+        groups_left_out=left_out,
+        **_tables(shown),
     )
 
 
-def _tables(groups: list[Group], shown: list[Group]) -> dict[str, Any]:
+def _tables(shown: list[Group]) -> dict[str, Any]:
     """The tables of a history, cut where a page would drown in them, and how much was cut."""
     latest: list[tuple[Group, list[view.Row]]] = []
     room = view.LATEST_ROWS
@@ -105,17 +105,17 @@ def _tables(groups: list[Group], shown: list[Group]) -> dict[str, Any]:
             latest.append((group, rows))
         room -= len(rows)
     marked, runs = view.marked_rows(shown), view.run_rows(shown)
-    now = [row for _, rows in latest for row in rows if not row.point.result.peer]
+    now = [row for _, rows in latest for row in rows if not row.series.peer]
     return {
         "groups": shown,
-        "groups_left_out": len(groups) - len(shown),
         "latest": latest,
         "latest_left_out": len(shown) - len(latest),
         "marked": marked[: view.MARKED_ROWS],
         "marked_left_out": max(0, len(marked) - view.MARKED_ROWS),
         "runs": runs[: view.RUN_ROWS],
         "runs_left_out": max(0, len(runs) - view.RUN_ROWS),
-        "slower_now": sum(row.point.mark == "slower" for row in now),
+        "slower_now": sum(row.series.recent[0] == "slower" for row in now),
+        "ours_now": len(now),
         "speedups": sorted(row.point.speedup for row in now if row.point.speedup is not None),
     }
 

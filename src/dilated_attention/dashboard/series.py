@@ -24,7 +24,7 @@ RULE: Final = (
     "it is marked faster when it lies below all of them. A first run has nothing to be compared with."
 )
 THIN_RUNS: Final = 400
-MAX_GROUPS: Final = 200
+MAX_GROUPS: Final = 100
 MAX_SERIES: Final = 40
 _NAME_LENGTH: Final = 80
 
@@ -75,6 +75,14 @@ class Series:
     versions: str
     points: tuple[Point, ...]
 
+    @property
+    def recent(self) -> tuple[Mark, int]:
+        """The last mark among the runs that the rule looks at, and how many runs ago that was."""
+        for ago, point in enumerate(reversed(self.points[-REFERENCE_RUNS:])):
+            if point.mark:
+                return point.mark, ago
+        return "", 0
+
 
 @attrs.frozen(kw_only=True)
 class Group:
@@ -96,22 +104,30 @@ class Group:
 
 
 def short(text: str) -> str:
-    """A name that someone else chose, cut where it is longer than a name has reason to be."""
-    return text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 1]}…"
+    """A name that someone else chose: cut where it is longer than a name has reason to be, and of signs that show.
+
+    A sign that turns the direction of writing would otherwise turn what stands beside the name, too.
+    """
+    cut = text if len(text) <= _NAME_LENGTH else f"{text[: _NAME_LENGTH - 1]}…"
+    return cut if cut.isprintable() else "".join(sign if sign.isprintable() else "\ufffd" for sign in cut)
 
 
-def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """The groups of a history, those measured last first."""
+def group_runs(runs: Iterable[Run]) -> tuple[list[Group], int]:
+    """The `MAX_GROUPS` groups that were measured last, the last one first, and how many more there are."""
     found: dict[object, dict[object, list[tuple[Run, Result]]]] = {}
+    peers: dict[object, Result] = {}
     for run in sorted(runs, key=lambda run: moment(run.when)):
         versions = tuple(sorted(run.versions.items()))
         for result in run.results:
             group = (result.case, *_workload_of(result), run.machine)
+            found[group] = found.pop(group, {})  # so that those measured last stand last
             series = (result.backend, result.phase, result.peer, versions)
-            found.setdefault(group, {}).setdefault(series, []).append((run, result))
-    peers = _fastest_peers(runs)
-    groups = [_group(list(members.values()), peers) for members in found.values()]
-    return sorted(groups, key=_last_moment, reverse=True)
+            found[group].setdefault(series, []).append((run, result))
+            key = _peer_key(run, result)
+            if result.peer and (key not in peers or result.median_ms < peers[key].median_ms):
+                peers[key] = result
+    newest = list(found.values())[::-1][:MAX_GROUPS]
+    return [_group(list(members.values()), peers) for members in newest], len(found) - len(newest)
 
 
 def moment(when: str) -> float:
@@ -131,14 +147,12 @@ def marked(results: Sequence[Result]) -> Iterator[Mark]:
             yield ""
 
 
-def newest(group: Group) -> list[Point]:
-    """The last point of each backend and phase, whatever its versions: ours first, then by time."""
-    last: dict[tuple[str, str, bool], Point] = {}
-    for series in group.series:
-        key, point = (series.backend, series.phase, series.peer), series.points[-1]
-        if key not in last or moment(last[key].run.when) < moment(point.run.when):
-            last[key] = point
-    return sorted(last.values(), key=lambda point: (point.result.phase, point.result.peer, point.result.median_ms))
+def newest(group: Group) -> list[Series]:
+    """The series that was measured last of each backend and phase: forward first, ours first, fastest first."""
+    last: dict[tuple[str, str, bool], Series] = {}
+    for series in group.series:  # the newest first
+        last.setdefault((series.backend, series.phase, series.peer), series)
+    return sorted(last.values(), key=lambda series: (series.phase, series.peer, series.points[-1].result.median_ms))
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
@@ -163,15 +177,9 @@ def _workload_of(result: Result) -> tuple[int, int, str, bool]:
     return result.seq_len, result.head_dim, result.dtype, result.is_causal
 
 
-def _fastest_peers(runs: Iterable[Run]) -> dict[object, Result]:
-    """The fastest peer of each run, case and phase, by the run's identity."""
-    fastest: dict[object, Result] = {}
-    for run in runs:
-        for result in run.results:
-            key = (id(run), result.case, _workload_of(result), result.phase)
-            if result.peer and (key not in fastest or result.median_ms < fastest[key].median_ms):
-                fastest[key] = result
-    return fastest
+def _peer_key(run: Run, result: Result) -> object:
+    """What a result shares with the peers that it is compared with."""
+    return id(run), result.case, _workload_of(result), result.phase
 
 
 def _group(members: list[list[tuple[Run, Result]]], peers: dict[object, Result]) -> Group:
@@ -199,15 +207,11 @@ def _series(pairs: list[tuple[Run, Result]], peers: dict[object, Result]) -> Ser
                 run=run,
                 result=result,
                 mark=mark,
-                peer=None if result.peer else peers.get((id(run), result.case, _workload_of(result), result.phase)),
+                peer=None if result.peer else peers.get(_peer_key(run, result)),
             )
             for (run, result), mark in zip(pairs, marks, strict=True)
         ),
     )
-
-
-def _last_moment(group: Group) -> float:
-    return moment(group.series[0].points[-1].run.when)
 
 
 def _workload_words(result: Result) -> str:

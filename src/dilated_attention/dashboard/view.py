@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import attrs
 
-from ..core.explain import amount
+from ..core.explain import amount, counted
 from .series import Group, Point, Series, moment, newest, short, thin
 
-LATEST_ROWS: Final = 300
+LATEST_ROWS: Final = 150
 MARKED_ROWS: Final = 100
-RUN_ROWS: Final = 200
+RUN_ROWS: Final = 100
 _DRAWN: Final = (1e-9, 1e15)  # what an axis can be labelled with; a table says any number
 
 
@@ -21,7 +21,7 @@ class Row:
     """One newest result, in words.
 
     Attributes:
-        point: the result.
+        series: which it is the last of.
         time, interval: milliseconds.
         time_share: of the slowest way of the same case and phase.
         rate: TFLOP/s.
@@ -31,7 +31,7 @@ class Row:
         memory_share: of the largest of the same case and phase.
     """
 
-    point: Point
+    series: Series
     time: str
     interval: str
     time_share: float
@@ -43,21 +43,27 @@ class Row:
     memory_share: float
 
     @property
-    def has_memory(self) -> bool:
-        """Whether its memory was measured."""
-        return self.point.result.peak_bytes is not None
+    def point(self) -> Point:
+        """The result."""
+        return self.series.points[-1]
+
+    @property
+    def mark(self) -> str:
+        """The last mark of the series, and how long ago, or nothing."""
+        mark, ago = self.series.recent
+        return f"{mark}, {counted(ago, 'run')} ago" if ago else mark
 
 
 def latest_rows(group: Group) -> list[Row]:
     """The newest result of each way of a case, forward first, ours first, fastest first."""
-    points = newest(group)
+    ways = newest(group)
     slowest: dict[str, float] = {}
     largest: dict[str, float] = {}
-    for point in points:
-        phase = point.result.phase
-        slowest[phase] = max(slowest.get(phase, 0.0), point.result.median_ms)
-        largest[phase] = max(largest.get(phase, 1.0), point.result.peak_bytes or 0)
-    return [_row(point, slowest[point.result.phase], largest[point.result.phase]) for point in points]
+    for series in ways:
+        phase, result = series.phase, series.points[-1].result
+        slowest[phase] = max(slowest.get(phase, 0.0), result.median_ms)
+        largest[phase] = max(largest.get(phase, 1.0), result.peak_bytes or 0)
+    return [_row(series, slowest[series.phase], largest[series.phase]) for series in ways]
 
 
 def marked_rows(groups: Iterable[Group]) -> list[tuple[Group, Series, Point]]:
@@ -110,11 +116,12 @@ def commit_words(point: Point) -> str:
     return f"{commit} + changes" if point.run.modified else commit
 
 
-def _row(point: Point, slowest: float, largest: float) -> Row:
+def _row(series: Series, slowest: float, largest: float) -> Row:
+    point = series.points[-1]
     result = point.result
     ratio, memory_ratio = point.speedup, point.memory_ratio
     return Row(
-        point=point,
+        series=series,
         time=milliseconds(result.median_ms),
         interval=interval_words(point),
         time_share=result.median_ms / slowest,
