@@ -6,8 +6,9 @@
 
 Two parts: one layer's attention, and the whole model, each forward and as a training step (forward and backward). The
 original attends to the zeros that lengths are padded with, so ours is checked in its compatibility mode against it, and
-timed in that mode and in the exact one; what disagrees prints no time. The original keeps a table of positions of 3 GB
-besides, which is not counted here.
+timed in that mode and in the exact one; what disagrees prints no time. Ours computes norms and activations again in the
+backward (activation_checkpointing="pointwise"); "all kept" is ours without that, as the original does it. The original
+keeps a table of positions of 3 GB besides, which is not counted here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dilated_attention.backends.aten import CudaFlash
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference, extra_bytes, milliseconds
 from dilated_attention.models import LongNetConfig, SlideEncoder, SlideEncoderConfig
 from dilated_attention.models.built import ZERO_PADDING, BuiltAttention
 from dilated_attention.models.gigapath import gigapath_segment_lengths
+from dilated_attention.models.longnet_config import Checkpointing
 
-from .dilated import _KERNELS, BOUNDS, _differentiable, difference, extra_bytes, milliseconds
-from .torchscale_algorithm import dilated_attention
+from .torchscale_algorithm import aten_kernel, dilated_attention
 
 RATES = (1, 2, 4, 8, 16)
 
@@ -47,7 +49,7 @@ class Case:
     heads: int = 16
     backend: str = "auto"
 
-    def model(self, compatibility: str | None) -> SlideEncoder:
+    def model(self, compatibility: str | None, checkpointing: Checkpointing) -> SlideEncoder:
         """The slide encoder with weights that depend on nothing but its shape."""
         torch.manual_seed(0)
         pattern = {
@@ -62,6 +64,7 @@ class Case:
             num_heads=self.heads,
             pattern=pattern,
             compatibility=compatibility,
+            activation_checkpointing=checkpointing,
             attention={"backend": self.backend},
         )
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -82,7 +85,8 @@ class Original(BuiltAttention):
     def __init__(self, ours: BuiltAttention, case: Case) -> None:
         super().__init__(ours.config.to_dict())
         attention = ours.attention_for(getattr(torch, case.dtype), torch.device(case.device).type, is_causal=False)
-        self._kernel = _differentiable(_KERNELS.get(attention.plan.kernel, CudaFlash()))
+        on_cpu = case.device == "cpu"
+        self._kernel = aten_kernel("cpu" if on_cpu else "cudnn" if attention.plan.kernel == "cudnn" else "flash")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         """(B, S, H, D), non-causal, zero padding attended."""
@@ -93,7 +97,7 @@ class Original(BuiltAttention):
 
 def original(case: Case) -> SlideEncoder:
     """The model with the official algorithm in every layer."""
-    model = case.model(ZERO_PADDING)
+    model = case.model(ZERO_PADDING, checkpointing=False)
     for layer in model.encoder.layers:
         layer.self_attn.attention = Original(layer.self_attn.attention, case)  # type: ignore[union-attr, arg-type]
     return model
@@ -110,6 +114,8 @@ def attention_calls(case: Case) -> tuple[Calls, float]:
     q, k, v, dout = (torch.randn(shape, generator=generator, dtype=dtype, device=case.device) for _ in range(4))
     modules: dict[str, nn.Module] = {}
     for name, model in models(attrs.evolve(case, layers=1)).items():
+        if name == "ours, all kept":
+            continue  # the same attention
         modules[name] = model.get_submodule("encoder.layers.0.self_attn.attention")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     calls: Calls = {}
@@ -148,7 +154,12 @@ def model_calls(case: Case) -> tuple[Calls, float]:
 
 def models(case: Case) -> dict[str, SlideEncoder]:
     """The contenders, ours first."""
-    return {"ours": case.model(None), "ours, zero padding": case.model(ZERO_PADDING), "original": original(case)}
+    return {
+        "ours": case.model(None, "pointwise"),
+        "ours, all kept": case.model(None, checkpointing=False),
+        "ours, zero padding": case.model(ZERO_PADDING, "pointwise"),
+        "original": original(case),
+    }
 
 
 def measure(case: Case, calls: Calls, rounds: int) -> list[dict[str, object]]:

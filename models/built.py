@@ -8,7 +8,8 @@ D head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import attrs
 import torch
@@ -24,16 +25,54 @@ from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
 from .zero_keys import check_zero_padding, with_zero_keys
 
-_Key = tuple[torch.dtype, str, bool]
+_Key = tuple[torch.dtype, str, bool, bool]  # dtype, device type, causal, with dropout
 
 ZERO_PADDING = "torchscale_zero_padding"
+
+
+class _Builds:
+    """The attentions of one configuration, by what they are called with; equal modules share them."""
+
+    def __init__(self, config: AttentionConfig, token: str) -> None:
+        self.config = config
+        self.token = token
+        self.made: dict[_Key, Attention] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _builds_of, (self.config,)  # copies of a module share too, and nothing built is pickled
+
+    def attention_for(self, dtype: torch.dtype, device_type: str, is_causal: bool, drops: bool) -> Attention:
+        """The attention for these inputs, built now if it was not before."""
+        key = (dtype, device_type, is_causal, drops)
+        if key not in self.made:
+            self.made[key] = build_attention(
+                self.config,
+                dtype=dtype,
+                device=device_type,
+                is_causal=is_causal,
+                dropout_p=self.config.dropout_p if drops else 0.0,
+            )
+        return self.made[key]
+
+
+# By a name that a graph can hold: torch 2.11 gives a function that runs while tracing no module.
+_BUILDS: Final[WeakValueDictionary[str, _Builds]] = WeakValueDictionary()
+
+
+def _builds_of(config: AttentionConfig) -> _Builds:
+    token = repr(config)
+    while (known := _BUILDS.get(token)) is not None and known.config != config:
+        token += "'"  # patterns read from a file may look alike
+    made = known or _Builds(config, token)
+    return _BUILDS.setdefault(token, made)
 
 
 class BuiltAttention(nn.Module):
     """One attention for whatever dtype, device and causality it is called with; each is built once, on first use.
 
-    Under torch.compile that happens while tracing, so that graphs stay whole. A learned pattern has parameters, which
-    belong to one dtype and device: it is built at once, and other calls are refused.
+    Under torch.compile that happens while tracing, so that graphs stay whole. Dropout is while training: in evaluation
+    mode the attention is built without it. A learned pattern has parameters, which belong to one dtype and device: it
+    is built at once, and other calls are refused.
 
     Args:
         fields: fields of `AttentionConfig`, `is_causal` among them where no call may be other than causal.
@@ -66,11 +105,13 @@ class BuiltAttention(nn.Module):
         if compatibility is not None:
             check_zero_padding(self.config)
         self.compatibility = compatibility
-        self._built: dict[_Key, Attention] = {}
-        is_learned = isinstance(self.pattern.unwrap(), LearnedPattern)
-        device = torch.device(device) if device is not None else torch.get_default_device()
-        key = (dtype or torch.get_default_dtype(), device.type, config.is_causal)
-        self.learned = self._make(key) if is_learned else None
+        self.learned = None
+        self._builds = _builds_of(self.config)
+        if isinstance(self.pattern.unwrap(), LearnedPattern):
+            device = torch.device(device) if device is not None else torch.get_default_device()
+            made = dtype or torch.get_default_dtype(), device.type, config.is_causal
+            self._learned_for = made
+            self.learned = build_attention(self.config, dtype=made[0], device=made[1])
 
     @property
     def is_full(self) -> bool:
@@ -79,7 +120,8 @@ class BuiltAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The pattern, and what it was built for so far."""
-        built = ", ".join(f"{dtype} on {device}: {a.plan.backend}" for (dtype, device, _), a in self._built.items())
+        made = self._builds.made.items()
+        built = ", ".join(f"{dtype} on {device}: {a.plan.backend}" for (dtype, device, *_), a in made)
         mode = f", compatibility={self.compatibility!r}" if self.compatibility else ""
         return f"{self.pattern!r}{mode}, built for ({built})"
 
@@ -89,22 +131,20 @@ class BuiltAttention(nn.Module):
         Raises:
             ConfigError, NoBackendError: as `build_attention`; for a learned pattern, for all but what it was made for.
         """
-        key = (dtype, device_type, is_causal)
-        if key not in self._built:
-            if self.learned is not None:
-                (made,) = self._built
-                raise ConfigError(
-                    f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
-                    f"is_causal={made[2]} and called with {dtype}, {device_type}, is_causal={is_causal}; make the "
-                    f"module with that dtype=, device= and is_causal="
-                )
-            self._make(key)
-        return self._built[key]
+        if self.learned is None:
+            return self._builds.attention_for(dtype, device_type, is_causal, self._drops)
+        made = self._learned_for
+        if (dtype, device_type, is_causal) != made:
+            raise ConfigError(
+                f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
+                f"is_causal={made[2]} and called with {dtype}, {device_type}, is_causal={is_causal}; make the "
+                f"module with that dtype=, device= and is_causal="
+            )
+        return self.learned
 
-    def _make(self, key: _Key) -> Attention:
-        dtype, device_type, is_causal = key
-        self._built[key] = build_attention(self.config, dtype=dtype, device=device_type, is_causal=is_causal)
-        return self._built[key]
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.config.dropout_p > 0
 
     def forward(
         self,
@@ -132,12 +172,12 @@ class BuiltAttention(nn.Module):
             (B, S, H, D).
         """
         is_causal = is_causal or self.config.is_causal
-        built_for = (query.dtype, query.device.type, is_causal)
-        if torch.compiler.is_compiling():
-            _build_while_tracing(self, *built_for)
-        elif built_for not in self._built:
-            self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
-        attention = self._built[built_for]
+        if self.learned is None and torch.compiler.is_compiling():
+            built_for = (query.dtype, query.device.type, is_causal, self._drops)
+            _build_while_tracing(self._builds.token, *built_for)
+            attention = self._builds.made[built_for]
+        else:
+            attention = self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
         if is_cross and key_padding_mask is not None:
             return _row_by_row(attention, query, key, value, key_padding_mask)
         if self.compatibility is None or is_causal:
@@ -170,6 +210,6 @@ def _row_by_row(attention: Attention, query: Tensor, key: Tensor, value: Tensor,
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _build_while_tracing(built: BuiltAttention, dtype: torch.dtype, device_type: str, is_causal: bool) -> bool:
+def _build_while_tracing(token: str, *built_for: Any) -> bool:
     """Run by the compiler while it traces, not traced itself: choosing a backend is nothing for a graph."""
-    return built.attention_for(dtype, device_type, is_causal=is_causal) is not None
+    return _BUILDS[token].attention_for(*built_for) is not None

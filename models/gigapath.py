@@ -21,7 +21,7 @@ from ..core.checks import positive_int
 from ..core.errors import ConfigError
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
-from .longnet_config import LongNetConfig
+from .longnet_config import Checkpointing, LongNetConfig
 from .requirements import require
 from .torchscale import dilated_pattern, layer_count, take_stack
 
@@ -171,7 +171,7 @@ def load_gigapath(
     dropout: float = 0.25,
     drop_path: float = 0.1,
     compatibility: str | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
     attention: Mapping[str, Any] | None = None,
 ) -> SlideEncoder:
     """Prov-GigaPath's slide encoder with its weights; width, depth and tile features are read off the checkpoint.
@@ -188,7 +188,7 @@ def load_gigapath(
         compatibility: "torchscale_zero_padding" reproduces the published embeddings, which attend to the zeros that
             lengths are padded with. None attends to tiles alone, which is what was meant and what the weights were not
             trained with.
-        activation_checkpointing: each layer keeps only its input for the backward.
+        activation_checkpointing: as in `LongNetConfig`.
         attention: further fields of `AttentionConfig` (backend, deterministic, ...).
 
     Returns:

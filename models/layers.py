@@ -15,6 +15,7 @@ from ..core.decoding import DecodingCache
 from .longnet_config import LongNetConfig
 from .multihead import MultiheadAttention
 from .positions import Rotation
+from .recomputing import chained
 
 
 class DropPath(nn.Module):
@@ -49,6 +50,7 @@ class FeedForward(nn.Module):
         self.activation = functional.gelu if config.activation == "gelu" else functional.relu
         self.dropout = nn.Dropout(config.activation_dropout)
         self.gain = gain
+        self.recompute = config.activation_checkpointing == "pointwise"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,13 +61,11 @@ class FeedForward(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        """(B, S, E) to (B, S, E)."""
-        inner = self.dropout(self.activation(self.up(x_BSE)))
-        if self.norm is not None:
-            inner = self.norm(inner)
-        out: Tensor = self.down(inner)
-        return out
+    def forward(self, x_BSE: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, S, E) to (B, S, E); `norm` is applied to x first."""
+        recompute, draws = self.recompute and self.training, self.dropout.p > 0
+        inner = chained(x_BSE, norm, self.up, recompute=recompute and norm is not None)
+        return chained(inner, self.activation, self.dropout, self.norm, self.down, recompute=recompute, draws=draws)
 
 
 class _Layer(nn.Module):
@@ -97,6 +97,7 @@ class _Layer(nn.Module):
             gain=gain,
             layer_norm_eps=config.layer_norm_eps,
             compatibility=config.compatibility,
+            recompute=config.activation_checkpointing == "pointwise",
             **shared,
             **config.attention_fields(is_causal=is_causal),
         )
@@ -120,12 +121,13 @@ class _Layer(nn.Module):
 
     def _after(self, x_BSE: Tensor, added_BSE: Tensor, norm: nn.Module) -> Tensor:
         """The residual stream with what a part adds."""
-        x_BSE = x_BSE * self.residual_scale + self.drop_path(self.dropout(added_BSE))
+        added_BSE = self.drop_path(self.dropout(added_BSE))
+        x_BSE = x_BSE + added_BSE if self.residual_scale == 1 else x_BSE * self.residual_scale + added_BSE
         return x_BSE if self.norm_first else norm(x_BSE)
 
     def _self_attention(self, x_BSE: Tensor, padding: Tensor | None, rotation: Rotation | None) -> Tensor:
-        read = self._before(x_BSE, self.self_attn_norm)
-        added, _ = self.self_attn(read, read, read, padding, rotation=rotation)
+        norm = self.self_attn_norm if self.norm_first else None
+        added, _ = self.self_attn(x_BSE, x_BSE, x_BSE, padding, rotation=rotation, norm=norm)
         return self._after(x_BSE, added, self.self_attn_norm)
 
     def step(self, x_BSE: Tensor, cache: DecodingCache, rotation: Rotation | None) -> Tensor:
@@ -134,7 +136,7 @@ class _Layer(nn.Module):
         return self._feed_forward(self._after(x_BSE, added, self.self_attn_norm))
 
     def _feed_forward(self, x_BSE: Tensor) -> Tensor:
-        return self._after(x_BSE, self.ffn(self._before(x_BSE, self.ffn_norm)), self.ffn_norm)
+        return self._after(x_BSE, self.ffn(x_BSE, self.ffn_norm if self.norm_first else None), self.ffn_norm)
 
 
 class LongNetEncoderLayer(_Layer):

@@ -63,7 +63,7 @@ class _Stack(nn.Module):
         if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
         rotation = self._rotation(x_BSE, padding)
-        recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.config.activation_checkpointing is True and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if keep is not None:
                 keep.append(x_BSE)

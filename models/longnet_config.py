@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -19,6 +19,7 @@ from .positions import POSITIONS
 
 NORMS = ("pre", "sub", "deep")
 ACTIVATIONS = ("gelu", "relu")
+Checkpointing = bool | Literal["pointwise"]
 # Fields of AttentionConfig that the layers set from fields of their own.
 _SET_BY_LAYERS = ("num_heads", "head_dim", "num_kv_heads", "pattern", "is_causal", "dropout_p", "tensor_layout")
 
@@ -28,6 +29,11 @@ def _choice(*allowed: str) -> Any:
         require_choice(attribute.name, value, allowed)
 
     return check
+
+
+def _checkpointing(_: object, attribute: attrs.Attribute[Checkpointing], value: object) -> None:
+    if not isinstance(value, bool) and value != "pointwise":
+        raise ConfigError(f"{attribute.name} must be False, True or 'pointwise', got {value!r}")
 
 
 def _probability(_: object, attribute: attrs.Attribute[float], value: object) -> None:
@@ -77,7 +83,9 @@ class LongNetConfig:
         drop_path: probability of leaving out a part, for each sequence; grows from 0 to this with depth.
         vocab_size: of token models.
         tie_embeddings: the output projection is the embedding.
-        activation_checkpointing: each layer keeps only its input for the backward.
+        activation_checkpointing: what the backward computes again instead of keeping it. "pointwise": what norms and
+            activations put out, so that matrix products and attention are computed once; where norm is "sub", half of
+            what a layer keeps. True: all of a layer but its input.
         compatibility: "torchscale_zero_padding", or None for the exact definition; see `zero_keys`.
         attention: further fields of `AttentionConfig` (backend, deterministic, limits, ...).
 
@@ -104,7 +112,7 @@ class LongNetConfig:
     drop_path: float = attrs.field(default=0.0, validator=_probability)
     vocab_size: int | None = attrs.field(default=None, validator=_optional(positive_int))
     tie_embeddings: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
-    activation_checkpointing: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    activation_checkpointing: Checkpointing = attrs.field(default=False, validator=_checkpointing)
     compatibility: str | None = None
     attention: Mapping[str, Any] = attrs.field(factory=dict, converter=_copied, hash=False)
 

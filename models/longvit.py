@@ -18,7 +18,7 @@ from ..core.checks import positive_int
 from ..core.errors import ConfigError
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
-from .longnet_config import LongNetConfig
+from .longnet_config import Checkpointing, LongNetConfig
 from .torchscale import dilated_pattern, layer_count, take_stack
 
 # The original's segment lengths by image size, at rates 1, 2, 4, 8, 16; other sizes take the first.
@@ -121,7 +121,7 @@ def load_longvit(
     dilation_rates: Sequence[int] = (1, 2, 4, 8, 16),
     drop_path: float = 0.0,
     compatibility: str | None = None,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Checkpointing = False,
     attention: Mapping[str, Any] | None = None,
 ) -> LongViT:
     """LongViT's encoder with its weights; width, depth and patches are read off the checkpoint.
@@ -134,7 +134,7 @@ def load_longvit(
         dilation_rates: as many.
         drop_path: while fine-tuning.
         compatibility: "torchscale_zero_padding" to attend to the zeros that ragged lengths are padded with.
-        activation_checkpointing: each layer keeps only its input for the backward.
+        activation_checkpointing: as in `LongNetConfig`.
         attention: further fields of `AttentionConfig`.
 
     Returns:

@@ -5,6 +5,7 @@ Shapes: B batch, S query length, T key length, E embed_dim, H query heads, K key
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .built import BuiltAttention
 from .positions import POSITIONS, Rotation, make_rotation, positions_of, rotate
+from .recomputing import chained
 from .requirements import require
 
 # Fields of AttentionConfig that follow from arguments of their own, and the argument to use instead.
@@ -52,6 +54,7 @@ class MultiheadAttention(nn.Module):
             N layers). None initialises as torch does.
         layer_norm_eps: of sub_norm.
         compatibility: "torchscale_zero_padding" for weights trained with torchscale; see `zero_keys`.
+        recompute: while training, norms before a projection are computed again in the backward instead of kept.
         fields: further fields of `AttentionConfig`: pattern, num_kv_heads, is_causal, scale, backend, ...
 
     Raises:
@@ -80,6 +83,7 @@ class MultiheadAttention(nn.Module):
         gain: float | None = None,
         layer_norm_eps: float = 1e-5,
         compatibility: str | None = None,
+        recompute: bool = False,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class MultiheadAttention(nn.Module):
         head_dim = embed_dim // num_heads
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
-        self.batch_first = batch_first
+        self.batch_first, self.recompute = batch_first, recompute
         self.positions, self.rotary_base, self.xpos_base, self.gain = positions, rotary_base, xpos_base, gain
         given = {"num_heads": num_heads, "head_dim": head_dim, "dropout_p": dropout, **fields}
         self.attention = BuiltAttention(given, compatibility=compatibility, device=device, dtype=dtype)
@@ -174,6 +178,7 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
         *,
         rotation: Rotation | None = None,
+        norm: nn.Module | None = None,
     ) -> tuple[Tensor, None]:
         """Attend.
 
@@ -189,6 +194,7 @@ class MultiheadAttention(nn.Module):
             is_causal: no query sees a later key.
             rotation: positions worked out before, of `make_rotation`; otherwise they are worked out here, counting
                 the tokens of each row that are not padding.
+            norm: of self-attention's tokens, before they are projected.
 
         Returns:
             The output, shaped like query, and None.
@@ -203,6 +209,8 @@ class MultiheadAttention(nn.Module):
                 "attn_mask is taken only beside is_causal=True, as the causal mask; say who attends to whom by pattern="
             )
         is_single, is_self = query.dim() == 2, query is key and key is value
+        if norm is not None and not is_self:
+            raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
         if is_single:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             key_padding_mask = key_padding_mask.unsqueeze(0) if key_padding_mask is not None else None
@@ -211,7 +219,7 @@ class MultiheadAttention(nn.Module):
         is_causal = is_causal or self.attention.config.is_causal
         self._check_shapes(query, key, value, key_padding_mask, is_causal)
         padding = _as_padding(key_padding_mask)
-        q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self)
+        q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self, norm=norm)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
             q_BSHD, k_BTKD = rotate(q_BSHD, k_BTKD, rotation)
@@ -251,11 +259,8 @@ class MultiheadAttention(nn.Module):
 
     def _project(self, out_BSHD: Tensor) -> Tensor:
         """Heads to (B, S, E)."""
-        out_BSE = out_BSHD.flatten(2)
-        if self.sub_norm is not None:
-            out_BSE = self.sub_norm(out_BSE)
-        projected: Tensor = self.out_proj(out_BSE)
-        return projected
+        recompute = self.recompute and self.training and self.sub_norm is not None
+        return chained(out_BSHD.flatten(2), self.sub_norm, self.out_proj, recompute=recompute)
 
     def rotation(self, like: Tensor, padding: Tensor | None = None) -> Rotation:
         """Positions for queries like (B, S, ...), counting from 0 over what is not padding."""
@@ -269,11 +274,15 @@ class MultiheadAttention(nn.Module):
             xpos_base=self.xpos_base,
         )
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, as (B, S, H, D), (B, T, K, D), (B, T, K, D)."""
         sizes = self._sizes
         if self.in_proj_weight is not None and is_self:
-            parts = linear(query, self.in_proj_weight, self.in_proj_bias).split_with_sizes(sizes, dim=-1)
+            project = partial(linear, weight=self.in_proj_weight, bias=self.in_proj_bias)
+            recompute = self.recompute and self.training and norm is not None
+            parts = chained(query, norm, project, recompute=recompute).split_with_sizes(sizes, dim=-1)
         else:
             packed = self.in_proj_weight
             weights = packed.split_with_sizes(sizes) if packed is not None else [w for _, w in self._input_weights()]

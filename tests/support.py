@@ -15,16 +15,17 @@ from dilated_attention.core.pattern import Pattern
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor, terms: float = 1.0) -> float:
     """Norm of the difference over the norm of the expected; infinities must agree, NaN is never equal.
 
-    Inputs are of order 1, so what should vanish (dq of a row with a single key) is measured against 0.1 an element.
+    Inputs are of order 1, so what should vanish (dq of a row with a single key) is measured against 0.1 an element;
+    where the sum of many terms should vanish, against 0.1 of `terms`, the size that such a sum has.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     finite = torch.isfinite(expected)
     if actual.shape != expected.shape or not torch.equal(actual[~finite], expected[~finite]):
         return float("inf")
-    expected_norm = expected[finite].norm().clamp_min(0.1 * max(1, int(finite.sum())) ** 0.5)
+    expected_norm = expected[finite].norm().clamp_min(0.1 * terms * max(1, int(finite.sum())) ** 0.5)
     difference = (actual - expected)[finite].norm() / expected_norm
     return float(difference) if torch.isfinite(difference) else float("inf")
 

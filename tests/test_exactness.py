@@ -46,14 +46,17 @@ def check(
     tensors = inputs(geometry, batch=batch, head_dim=8, dtype=dtype)
     actual = ours(attention, tensors, geometry, through_lse=through_lse)
     expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
+    # dk of a lone key vanishes: as many terms as dv has, each the rounding of a difference of numbers of order 1.
+    summed = {"dk": max(1.0, float(expected[4].square().mean().sqrt()))}
     for name, a, e in zip(NAMES, actual, expected, strict=True):
-        assert error(a, e) < bound, (name, pattern, geometry)
+        assert error(a, e, summed.get(name, 1.0)) < bound, (name, pattern, geometry)
 
 
 @given(strategies.patterns(), strategies.geometries(), st.sampled_from([1, 2, 3]), st.booleans())
 @example(Full(), Geometry(q_len=1, kv_len=40, num_heads=4, num_kv_heads=2, is_causal=True), 2, True)
 @example(LONGNET, Geometry(q_len=12, kv_len=11, num_heads=4, num_kv_heads=4, is_causal=True, kv_offset=1), 3, True)
 @example(Dilated((99,), (3,)), Geometry(q_len=99, kv_len=99, num_heads=4, num_kv_heads=2, is_causal=False), 2, True)
+@example(Full(), Geometry(q_len=24, kv_len=1, num_heads=4, num_kv_heads=1, is_causal=False), 1, False)
 @settings(max_examples=250, deadline=None)
 def test_random_configurations_agree_in_float32(
     pattern: Pattern, geometry: Geometry, batch: int, through_lse: bool

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from dilated_attention import ConfigError, Dilated
 from dilated_attention.models import (
@@ -119,11 +123,14 @@ def test_training_and_evaluation_mode() -> None:
     assert abs(float(kept.mean()) - 1) < 0.1
 
 
+@pytest.mark.parametrize("norm", ["pre", "sub", "deep"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_checkpointed_layers_have_the_same_gradients(dropout: float) -> None:
-    model, seen = language_model(torch.float64, dropout=dropout), tokens()
+@pytest.mark.parametrize("checkpointing", [True, "pointwise"])
+def test_checkpointed_layers_have_the_same_gradients(checkpointing: bool | str, dropout: float, norm: str) -> None:
+    model, seen = language_model(torch.float64, dropout=dropout, activation_dropout=dropout, norm=norm), tokens()
     again = LongNetLM(
-        LongNetConfig.from_dict(model.config.to_dict() | {"activation_checkpointing": True}), dtype=torch.float64
+        LongNetConfig.from_dict(model.config.to_dict() | {"activation_checkpointing": checkpointing}),
+        dtype=torch.float64,
     )
     again.load_state_dict(model.state_dict())
     grads = []
@@ -158,8 +165,50 @@ def test_checkpointing_saves_memory() -> None:
         assert torch.equal(lean(tokens()), plain.eval()(tokens()))
 
 
+def kept_by_a_layer(folder: Path, checkpointing: bool | str) -> float:
+    """Bytes that each layer of a stack without positions leaves allocated after a forward with gradients."""
+    held: list[int] = []
+    outs: list[Tensor] = []  # what is released while another forward is recorded would count
+    for layers in (2, 4):
+        fields: dict[str, Any] = {"num_layers": layers, "activation_checkpointing": checkpointing, "ffn_dim": 4 * E}
+        model = LongNetLM(config(vocab_size=VOCAB, **fields))
+        model(tokens())  # builds the attention
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+            outs.append(model(tokens()))
+        record.export_chrome_trace(str(folder / "trace.json"))
+        events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+        held.append(sum(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"))
+    return (held[1] - held[0]) / 2
+
+
+def test_pointwise_checkpointing_halves_what_a_layer_keeps(tmp_path: Path) -> None:
+    a_number = 4 * 2 * S  # for each token
+    vector, lse = E * a_number, 4 * a_number
+    # The input, query, key, value, attention's output, the second residual, four of the inner part.
+    assert kept_by_a_layer(tmp_path, "pointwise") == 10 * vector + lse
+    # Besides, what four norms and the activation put out, and each norm's mean and deviation.
+    assert kept_by_a_layer(tmp_path, checkpointing=False) == 21 * vector + lse + 4 * 2 * a_number
+
+
+def test_pointwise_checkpointing_multiplies_no_matrices_again() -> None:
+    def products(**fields: Any) -> int:
+        model = language_model(**fields).train()
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward(model(tokens()).square().mean())
+        return int(counter.get_total_flops())
+
+    assert products(activation_checkpointing="pointwise") == products() < products(activation_checkpointing=True)
+
+
+def test_pointwise_checkpointing_changes_no_weights_and_nothing_in_evaluation_mode() -> None:
+    model, plain = language_model(activation_checkpointing="pointwise"), language_model()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert saved_bytes(model, tokens()) < saved_bytes(plain, tokens())
+    assert saved_bytes(model.eval(), tokens()) == saved_bytes(plain.eval(), tokens())
+
+
 def test_compiled_without_graph_breaks() -> None:
-    for is_checkpointed, mask in ((False, padding(S, 9, length=S)), (True, None)):
+    for is_checkpointed, mask in ((False, padding(S, 9, length=S)), (True, None), ("pointwise", None)):
         model, seen = language_model(num_layers=1, activation_checkpointing=is_checkpointed), tokens()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         expected, actual = model(seen, mask), compiled(seen, mask)
@@ -230,8 +279,9 @@ def one_process(tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_sharded_with_fsdp() -> None:
-    plain, sharded, seen = language_model(), language_model(activation_checkpointing=True), tokens()
+@pytest.mark.parametrize("checkpointing", [True, "pointwise"])
+def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
+    plain, sharded, seen = language_model(), language_model(activation_checkpointing=checkpointing), tokens()
     mesh = init_device_mesh("cpu", (1,))
     for layer in sharded.stack.layers:
         fully_shard(layer, mesh=mesh)
@@ -254,6 +304,7 @@ def test_sharded_with_fsdp() -> None:
         ({"attention": {"backnd": "sdpa"}}, "did you mean 'backend'"),
         ({"pattern": {"kind": "dilatd"}}, "did you mean 'dilated'"),
         ({"xpos_base": 0.0}, "positive number"),
+        ({"activation_checkpointing": "layer"}, "False, True or 'pointwise', got 'layer'"),
     ],
 )
 def test_bad_configurations_say_so(fields: dict[str, Any], words: str) -> None:

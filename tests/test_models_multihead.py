@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -242,3 +244,35 @@ def test_compiled_without_graph_breaks() -> None:
     for given in (None, mask):
         expected, actual = ours(x, x, x, given, is_causal=True)[0], compiled(x, x, x, given, is_causal=True)[0]
         assert_close([actual, *gradients(actual, x)], [expected, *gradients(expected, x)])
+
+
+def test_dropout_is_for_training_only() -> None:
+    module, x = MultiheadAttention(E, H, dropout=0.5, batch_first=True), data(B, S, E)
+    assert error(module(x, x, x)[0], module(x, x, x)[0]) > 1e-2
+    module.eval()
+    plain = MultiheadAttention(E, H, batch_first=True)
+    plain.load_state_dict(module.state_dict())
+    assert error(module(x, x, x)[0], plain(x, x, x)[0]) < 1e-6
+
+
+def test_layers_compiled_one_by_one_share_a_graph() -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    layers = [MultiheadAttention(E, H, pattern=DILATED) for _ in range(10)]
+    x = data(S, B, E)
+    for layer in layers:
+        layer.compile(backend="eager", fullgraph=True)
+        layer(x, x, x)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_copies_build_for_themselves() -> None:
+    module = MultiheadAttention(E, H, pattern=DILATED)
+    x = data(S, B, E)
+    expected, copy = module(x, x, x)[0], deepcopy(module)
+    assert error(copy.double()(*[x.double()] * 3)[0], expected.double()) < 1e-5
+    again = pickle.loads(pickle.dumps(module))
+    del module, copy
+    assert torch.equal(again(x, x, x)[0], expected)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
 from .console import AsJson, registry, show
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 
 app.add_typer(pattern_app)
+app.command()(bench)
 app.command()(dashboard)
 
 
