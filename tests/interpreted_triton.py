@@ -22,8 +22,22 @@ from .support import NAMES, error, inputs, oracle, with_gradients
 LONGNET = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
 
 
-def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, **fields: Any) -> None:
-    """Out, lse and all gradients, through lse too, in float32 against the oracle."""
+NEVER = 1 << 30
+
+
+def check_interpreted(
+    pattern: Pattern,
+    geometry: Geometry,
+    head_dim: int = 16,
+    *,
+    bound_from: int = NEVER,
+    factor: float = 1.0,
+    **fields: Any,
+) -> None:
+    """Out, lse and all gradients, through lse too, in float32 against the oracle.
+
+    `bound_from` as `FusedKernel` takes it; the queries are multiplied by `factor`.
+    """
     config = AttentionConfig(
         num_heads=geometry.num_heads,
         num_kv_heads=geometry.num_kv_heads,
@@ -33,9 +47,11 @@ def check_interpreted(pattern: Pattern, geometry: Geometry, head_dim: int = 16, 
         **fields,
     )
     tile = Tile(16, 16, 4, 1)
-    fused = FusedKernel("interpreted", Tiles(tile, tile, tile, tile))
+    name = f"interpreted, bounded from {bound_from}"
+    fused = FusedKernel(name, Tiles(tile, tile, tile, tile), bound_from)
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
+    tensors = [tensors[0].detach().mul(factor).requires_grad_(), *tensors[1:]]
     query, key, value = tensors
     out, lse = attend(
         query,
@@ -91,6 +107,13 @@ def test_positions_beyond_its_arithmetic_are_an_error() -> None:
     geometry = Geometry(q_len=4, kv_len=4, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=1 << 29)
     with pytest.raises(ConfigError, match="takes positions below 536,870,912"):
         check_interpreted(LONGNET, geometry)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_a_bound_in_place_of_the_running_maximum(factor: float) -> None:
+    """Queries eight times as large are past it and take the other path, in some tiles or in all."""
+    causal = Geometry(q_len=25, kv_len=21, num_heads=2, num_kv_heads=1, is_causal=True)  # some rows without keys
+    check_interpreted(Dilated((8, 16), (1, 2)), causal, bound_from=0, factor=factor)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

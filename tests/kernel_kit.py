@@ -145,11 +145,20 @@ def dense_error(tensors: list[Tensor], geometry: Geometry) -> list[float]:
 
 
 def check(
-    attention: Attention, geometry: Geometry, bounds: list[float] | None = None, *, through_lse: bool = True
+    attention: Attention,
+    geometry: Geometry,
+    bounds: list[float] | None = None,
+    *,
+    through_lse: bool = True,
+    factor: float = 1.0,
 ) -> None:
-    """Out, lse and all gradients, through lse too, against the oracle; the bounds are dense attention's errors."""
+    """Out, lse and all gradients, through lse too, against the oracle; the bounds are dense attention's errors.
+
+    The queries are multiplied by `factor`.
+    """
     config = attention.config
     tensors = on_card(geometry, config.dtype, config.head_dim)
+    tensors = [tensors[0].detach().mul(factor).requires_grad_(), *tensors[1:]]
     if bounds is None:
         bounds = [1e-5] * 5 if config.dtype == "float32" else dense_error(tensors, geometry)
     pattern = config.pattern

@@ -48,7 +48,7 @@ def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarra
         group = tables.slot_group[kind, at]
         assert tables.group_start[kind, group] + tables.slot_index[kind, at] == at
         for index in range(tables.counts[kind, group]):
-            length, stride, residue, mode, inner, row_rate = map(int, tables.walks[kind, group, index])
+            length, stride, residue, mode, inner, row_rate = map(int, tables.walks[kind, group, index, :6])
             start = p // length * length if length else min(columns.start, 0)
             end = start + length if length else columns.stop
             if row_rate and (p - start) % row_rate != residue:
@@ -188,6 +188,15 @@ CARD = [
 def test_it_agrees_with_the_oracle(dtype: str, head_dim: int, pattern: Pattern, is_causal: bool) -> None:
     geometry = Geometry(q_len=517, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal)
     check(build("triton", pattern, geometry, dtype, head_dim), geometry)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1.0, 4.0, 30.0])
+def test_scores_with_and_without_a_bound(factor: float) -> None:
+    """Enough pairs a key for the bound to be taken; queries four times as large meet it in some tiles, then in none."""
+    geometry = Geometry.self_attention(2048, 2, is_causal=False)
+    pattern = Dilated(segment_lengths=(1024, 2048), dilation_rates=(1, 2))
+    check(build("triton", pattern, geometry, "bfloat16", 64), geometry, factor=factor)
 
 
 @pytest.mark.gpu

@@ -9,15 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import (
-    _attend_tile,
-    _key_gradient_tile,
-    _load_columns,
-    _load_rows,
-    _query_gradient_tile,
-    _store_rows,
-    _unpack,
-)
+from .addressing import load_columns, load_rows, store_rows
+from .gradient_kernels import _key_gradient_tile, _query_gradient_tile, _unpack
+from .kernels import _attend_tile
 
 _INF = tl.constexpr(float("inf"))
 
@@ -51,7 +45,7 @@ def attend_blocks(
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    q = _load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
@@ -64,13 +58,13 @@ def attend_blocks(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         out, row_sum, row_max = _attend_tile(
             q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, out, row_sum, row_max, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, False, PRECISION, WIDE,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
-        k = _load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
+        k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
         count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
         scores = tl.where(count > 0, scores, -_INF)
@@ -80,12 +74,12 @@ def attend_blocks(
         shrink = tl.exp2(row_max - shift)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         row_max = new_max
-        v = _load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    _store_rows(o_base, row, stride_os, valid, out / counted[:, None], HEAD_DIM, BLOCK_D)
+    store_rows(o_base, row, stride_os, valid, out / counted[:, None], HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + (batch * num_heads + head) * q_len + row, lse, mask=valid)
 
 
@@ -105,8 +99,8 @@ def block_gradients_of_queries(
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    q = _load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
-    dout = _load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
+    dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
     lse, delta = _unpack(tl.load(stats_ptr + (batch * num_heads + head) * q_len + row, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
@@ -124,15 +118,15 @@ def block_gradients_of_queries(
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
-        k = _load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
-        v = _load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
+        k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
         count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
         p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[:, None]) * count
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    _store_rows(o_base, row, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
+    store_rows(o_base, row, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -151,8 +145,8 @@ def block_gradients_of_keys(
     g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    k = _load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
-    v = _load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
     stats_base = stats_ptr + (batch * num_heads + head) * q_len
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -171,8 +165,8 @@ def block_gradients_of_keys(
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, q_len - 1)
-        q = _load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
-        dout = _load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
+        q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
+        dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = _unpack(tl.load(stats_base + column))
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
         count = _counts(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
@@ -181,5 +175,5 @@ def block_gradients_of_keys(
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh
-    _store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
-    _store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)
+    store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from ...core.composer import merge_
-from . import kernels
-from .launches import BlockPart, BranchPart, Part
+from . import gradient_kernels
+from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part
 from .tiles import Tiles
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...core.layout import Layout
 
 _LOG2_E: Final = 1.4426950408889634
-_STATS_ROWS: Final = 64
 
 
 class FusedKernel:
@@ -30,11 +29,13 @@ class FusedKernel:
     Args:
         name: the pinned sub-kernel, as the plan shows it.
         tiles: of the kernels.
+        bound_from: from how many pairs a key on `BranchPart` bounds the scores of branches before it attends.
     """
 
-    def __init__(self, name: str, tiles: Tiles) -> None:
+    def __init__(self, name: str, tiles: Tiles, bound_from: int = BOUND_FROM) -> None:
         self.name = name
         self.tiles = tiles
+        self._bound_from = bound_from
         self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
@@ -47,7 +48,7 @@ class FusedKernel:
         if device not in known:
             found: list[Part] = []
             if layout.branches:
-                found.append(BranchPart(layout.branches, layout.geometry, self.tiles, device))
+                found.append(BranchPart(layout.branches, layout.geometry, self.tiles, device, self._bound_from))
             if layout.blocks is not None:
                 found.append(BlockPart(layout.blocks, self.tiles, device))
             known[device] = tuple(found)
@@ -128,7 +129,7 @@ def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
     """What backward needs of each row, (B, H, S) pairs of float32 as int64: lse in base 2 and delta."""
     batch, length, heads, head_dim = out.shape
     stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
-    kernels.prepare_rows[(triton.cdiv(length, _STATS_ROWS) * heads, batch)](
+    gradient_kernels.prepare_rows[(triton.cdiv(length, STATS_ROWS) * heads, batch)](
         dout,
         out,
         lse,
@@ -141,6 +142,6 @@ def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
         HAS_DLSE=dlse is not None,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_M=_STATS_ROWS,
+        BLOCK_M=STATS_ROWS,
     )
     return stats.view(torch.int64).squeeze(-1)

@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
-from . import block_kernels, kernels
+from . import block_kernels, gradient_kernels, kernels
 from .block_tables import BlockTables
 from .tiles import Tile, Tiles
 from .walks import Tables, make_tables
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ...core.pattern import Branch
 
 Pass = Literal["forward", "queries", "keys"]
+STATS_ROWS: Final = 64  # a program of the kernels that only read rows
+# From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
+BOUND_FROM: Final = 768
 MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a segment around each
 
 
@@ -91,17 +95,22 @@ class _Walks:
 class BranchPart:
     """All branches of a layout.
 
+    Where they hold many pairs, the forward pass first finds the largest key of each head: with that bound of the
+    scores the softmax needs no running maximum. Float16 has too few exponents for it.
+
     Raises:
         ConfigError: for positions beyond `MAX_POSITION`.
     """
 
     _KERNELS: Final = {
         "forward": kernels.attend,
-        "queries": kernels.gradients_of_queries,
-        "keys": kernels.gradients_of_keys,
+        "queries": gradient_kernels.gradients_of_queries,
+        "keys": gradient_kernels.gradients_of_keys,
     }
 
-    def __init__(self, branches: tuple[Branch, ...], geometry: Geometry, tiles: Tiles, device: torch.device) -> None:
+    def __init__(
+        self, branches: tuple[Branch, ...], geometry: Geometry, tiles: Tiles, device: torch.device, bound_from: int
+    ) -> None:
         positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
         if max(map(abs, positions)) >= MAX_POSITION:
             raise ConfigError(
@@ -111,6 +120,8 @@ class BranchPart:
         span = 0 if min(positions) < 0 else geometry.seq_len
         self._geometry = geometry
         self._tiles = tiles
+        pairs = sum(branch_pairs(branch, geometry) for branch in branches)
+        self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         self._by_rows, self._by_columns = (
             _Walks.of(make_tables(branches, is_causal=geometry.is_causal, transposed=side, span=span), device)
             for side in (False, True)
@@ -129,6 +140,10 @@ class BranchPart:
         period = tables.host.period
         origin = low // period * period
         tiles = triton.cdiv(high - origin, tile.rows * period) * period
+        constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
+        if which == "forward":
+            constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
+            pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
         self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](
             *pointers,
             *tables.tensors,
@@ -142,9 +157,26 @@ class BranchPart:
             query.shape[2],
             geometry.group_size,
             *tables.sizes,
-            SPLIT=tile.split,
+            **constants,
             **_options(query, strided, tile),
         )
+
+
+def _largest(key: Tensor) -> Tensor:
+    """The largest squared norm of a key of each head, (B, K) float32."""
+    batch, length, heads, head_dim = key.shape
+    largest = torch.zeros((batch, heads), dtype=torch.int32, device=key.device)
+    kernels.largest_rows[(triton.cdiv(length, STATS_ROWS) * heads, batch)](
+        key,
+        largest,
+        *key.stride()[:3],
+        length,
+        heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_M=STATS_ROWS,
+    )
+    return largest.view(torch.float32)
 
 
 class BlockPart:

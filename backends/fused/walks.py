@@ -71,8 +71,10 @@ class Tables:
         group_size, group_start: (N, G) int32, how many residues the group has, and where they start in `residues`.
         residues: (N, P) int32, ascending in each group.
         counts: (N, G) int32, walks of each group.
-        walks: (N, G, W, 6) int32, the fields of `Walk` but its weight.
+        walks: (N, G, W, 9) int32, the fields of `Walk` but its weight, and the binary logarithms, rounded down, of its
+            segment, stride and inner.
         bias: (N, G, W) float32, binary logarithm of the weight.
+        shifts: segments, strides and inner segments are powers of two everywhere.
     """
 
     period: int
@@ -85,6 +87,7 @@ class Tables:
     counts: NDArray[np.int32]
     walks: NDArray[np.int32]
     bias: NDArray[np.float32]
+    shifts: bool = False
 
 
 def period_of(branches: Sequence[Branch]) -> int:
@@ -145,12 +148,13 @@ def make_tables(
         group_start=np.zeros(shape, dtype=np.int32),
         residues=np.zeros((len(kinds), period), dtype=np.int32),
         counts=np.zeros(shape, dtype=np.int32),
-        walks=np.zeros((*shape, most_walks, 6), dtype=np.int32),
+        walks=np.zeros((*shape, most_walks, 9), dtype=np.int32),
         bias=np.zeros((*shape, most_walks), dtype=np.float32),
     )
     for kind, of_kind in enumerate(groups):
         _fill(tables, kind, of_kind)
-    return tables
+    divisors = tables.walks[..., (0, 1, 4)]
+    return attrs.evolve(tables, shifts=bool((divisors & (divisors - 1) == 0).all()))
 
 
 def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]]) -> None:
@@ -165,7 +169,8 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]])
         tables.counts[kind, group] = len(walks)
         for index, walk in enumerate(walks):
             fields = (walk.segment, walk.stride, walk.residue, walk.mode, walk.inner, walk.row_rate)
-            tables.walks[kind, group, index] = fields
+            logs = (max(x, 1).bit_length() - 1 for x in (walk.segment, walk.stride, walk.inner))
+            tables.walks[kind, group, index] = (*fields, *logs)
             tables.bias[kind, group, index] = math.log2(walk.weight)
         start = end
 

@@ -1,0 +1,128 @@
+"""Where the fused kernels find what they compute: the rows of a tile, the columns of a walk, and their memory.
+
+Parts of kernels, in Triton. Letters: M rows of a tile (queries; keys where their gradients are computed), N columns of
+a tile, D head_dim. Rows of a tile are consecutive members of one group of `walks.Tables`; columns are arithmetic
+progressions, so that a tile of them is a strided block of memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def floor_div(x, y, log_y, SHIFTS: tl.constexpr):
+    """Floor division by a positive y, by a shift where y is 2^log_y; Triton's own rounds towards zero."""
+    if SHIFTS:
+        return x >> log_y
+    quotient = x // y
+    return tl.where(quotient * y > x, quotient - 1, quotient)
+
+
+@triton.jit
+def ceil_div(x, y):
+    """Ceiling division of what is not negative."""
+    return (x + y - 1) // y
+
+
+@triton.jit
+def tile_of_rows(
+    head_kind, slot_group, slot_index, group_size, group_start, residues,
+    low, high, origin, num_heads, period, groups, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What this program computes, of rows at the positions from `low` up to `high`.
+
+    Returns head, batch row, the place of its group in the tables, the positions (M,) of its rows, ascending, which of
+    them are valid, and the first and last that are; the first is past the last where none is.
+    """
+    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
+    kind = tl.load(head_kind + head)
+    slot = kind * period + tile % period
+    table = kind * groups + tl.load(slot_group + slot)
+    size = tl.load(group_size + table)
+    start = tl.load(group_start + table)
+    element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
+    residue = tl.load(residues + kind * period + start + element % size)
+    position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
+    valid = (position >= low) & (position < high)
+    first = tl.min(tl.where(valid, position, _FAR), 0)
+    last = tl.max(tl.where(valid, position, -_FAR), 0)
+    return head, batch, table, position, valid, first, last
+
+
+@triton.jit
+def segments(walk, first, last, SHIFTS: tl.constexpr):
+    """The first and the last segment of a walk that the rows from `first` to `last` reach into."""
+    length, log_length = tl.load(walk), tl.load(walk + 6)
+    divisor = tl.maximum(length, 1)
+    low = tl.where(length == 0, 0, floor_div(first, divisor, log_length, SHIFTS))
+    high = tl.where(length == 0, 0, floor_div(last, divisor, log_length, SHIFTS))
+    return low, high
+
+
+@triton.jit
+def columns(walk, segment, position, valid, low_column, high_column, SHIFTS: tl.constexpr):
+    """What a tile of rows walks in one segment: columns first + j * step for 0 <= j < count.
+
+    Within a segment only one end of a row's columns depends on the row, and j counts towards that end: a row meets
+    j < bound (M,), and every valid row meets j < full.
+
+    Returns (first, step, count, bound, full).
+    """
+    length, step, residue, mode = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
+    inner, row_rate = tl.load(walk + 4), tl.load(walk + 5)
+    log_step, log_inner = tl.load(walk + 7), tl.load(walk + 8)
+    start = tl.where(length == 0, -_FAR, segment * length)
+    end = tl.where(length == 0, _FAR, start + length)
+    member = (position >= start) & (position < end)
+    member &= (row_rate == 0) | ((position - start) % tl.maximum(row_rate, 1) == residue)
+    residue += tl.where(row_rate == 0, 0, start)
+    low, high = tl.maximum(low_column, start), tl.minimum(high_column, end)
+    inner_start = floor_div(position, inner, log_inner, SHIFTS) * inner
+    if (mode == 2) | (mode == 4):  # the row's columns start late: from the end of the segment downwards
+        begin = tl.where(mode == 2, position, inner_start + inner)
+        offset = high - 1 - residue
+        first = high - 1 - (offset - floor_div(offset, step, log_step, SHIFTS) * step)
+        bound = first - tl.maximum(begin, low)
+        factor = -1
+    else:
+        stop = tl.where(mode == 1, position + 1, tl.where(mode == 3, inner_start, high))
+        offset = residue - low
+        first = low + offset - floor_div(offset, step, log_step, SHIFTS) * step
+        bound = tl.minimum(stop, high) - 1 - first
+        factor = 1
+    bound = tl.where(member & (bound >= 0), floor_div(bound, step, log_step, SHIFTS) + 1, 0)
+    count = tl.max(tl.where(valid, bound, 0), 0)
+    full = tl.min(tl.where(valid, bound, _FAR), 0)
+    return first, step * factor, count, bound, full
+
+
+@triton.jit
+def load_rows(base, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows (M, D) of one head; zeros where a row is not valid and beyond head_dim."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Rows (N, D) that all exist; only `WIDE` ones lie 2^31 elements or more from the base."""
+    column = tl.arange(0, BLOCK_D)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    pointers = base + (rows[:, None] * stride + column[None, :])
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write x (M, D) to rows of one head, in their dtype, where a row is valid."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (column < HEAD_DIM)[None, :])

@@ -1,0 +1,192 @@
+"""The backward pass over branches, in Triton: what is needed of rows, then dq, then dk and dv, a launch each.
+
+Letters as in `kernels`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addressing import ceil_div, columns, load_columns, load_rows, segments, store_rows, tile_of_rows
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def prepare_rows(
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, stats_ptr, stride_gb, stride_gs, stride_gh,
+    stride_ob, stride_os, stride_oh, length, num_heads,
+    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Per row its lse in base 2, +inf without keys, and sum(dout * out) - dlse: grid (tiles * heads, batch)."""
+    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < length
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+    delta = tl.sum(dout * out, 1)
+    place = (batch * num_heads + head) * length + row
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + place, mask=valid, other=0.0)
+    lse = tl.load(lse_ptr + place, mask=valid, other=0.0) * 1.4426950408889634
+    tl.store(stats_ptr + 2 * place, tl.where(lse == -_INF, _INF, lse), mask=valid)
+    tl.store(stats_ptr + 2 * place + 1, delta, mask=valid)
+
+
+@triton.jit
+def _unpack(pair):
+    """The two float32 of an int64: lse in base 2 and delta of a row, which one load brings."""
+    lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    return lse, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _query_gradient_tile(
+    q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, scale, bias,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k."""
+    k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
+    v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
+    scores = tl.dot(q, k.trans(), input_precision=PRECISION)
+    p = tl.exp2(scores * scale + (bias - lse)[:, None])
+    if MASKED:
+        p = tl.where(index[None, :] < bound[:, None], p, 0.0)
+    dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def gradients_of_queries(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    period, groups, most_walks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
+    head, batch, table, position, valid, first, last = tile_of_rows(
+        head_kind, slot_group, slot_index, group_size, group_start, residues,
+        q_low, q_high, origin, num_heads, period, groups, BLOCK_M,
+    )  # fmt: skip
+    if first > last:
+        return
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    q = load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
+    dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
+    place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
+    lse, delta = _unpack(tl.load(stats_ptr + place, mask=valid, other=0))
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    offset = tl.arange(0, BLOCK_N)
+    for index in range(tl.load(counts + table)):
+        walk = walks + (table * most_walks + index) * 9
+        bias = tl.load(bias_ptr + table * most_walks + index)
+        segment_from, segment_to = segments(walk, first, last, SHIFTS)
+        for segment in range(segment_from, segment_to + 1):
+            begin, step, count, bound, full = columns(walk, segment, position, valid, k_low, k_high, SHIFTS)
+            begin -= k_low
+            row = begin + offset * step
+            unmasked = full // BLOCK_N if SPLIT else 0
+            for _ in range(unmasked):
+                dq = _query_gradient_tile(
+                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+                )  # fmt: skip
+                row += BLOCK_N * step
+            for number in range(unmasked, ceil_div(count, BLOCK_N)):
+                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
+                dq = _query_gradient_tile(
+                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
+                    row, offset, bound - number * BLOCK_N, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
+                )  # fmt: skip
+    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    store_rows(o_base, position - q_low, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _key_gradient_tile(
+    k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, scale, bias,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
+    q = load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
+    dout = load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
+    lse, delta = _unpack(tl.load(stats_base + rows))
+    scores = tl.dot(k, q.trans(), input_precision=PRECISION)
+    p = tl.exp2(scores * scale + (bias - lse)[None, :])
+    if MASKED:
+        p = tl.where(index[None, :] < bound[:, None], p, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    return tl.dot(ds, q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def gradients_of_keys(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    period, groups, most_walks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
+    head, batch, table, position, valid, first, last = tile_of_rows(
+        head_kind, slot_group, slot_index, group_size, group_start, residues,
+        k_low, k_high, origin, num_heads, period, groups, BLOCK_M,
+    )  # fmt: skip
+    if first > last:
+        return
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
+    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    offset = tl.arange(0, BLOCK_N)
+    for index in range(tl.load(counts + table)):
+        walk = walks + (table * most_walks + index) * 9
+        bias = tl.load(bias_ptr + table * most_walks + index)
+        segment_from, segment_to = segments(walk, first, last, SHIFTS)
+        for segment in range(segment_from, segment_to + 1):
+            begin, step, count, bound, full = columns(walk, segment, position, valid, q_low, q_high, SHIFTS)
+            begin -= q_low
+            row = begin + offset * step
+            unmasked = full // BLOCK_N if SPLIT else 0
+            for _ in range(unmasked):
+                dk, dv = _key_gradient_tile(
+                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
+                    row, offset, bound, scale, bias,
+                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+                )  # fmt: skip
+                row += BLOCK_N * step
+            for number in range(unmasked, ceil_div(count, BLOCK_N)):
+                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
+                dk, dv = _key_gradient_tile(
+                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
+                    row, offset, bound - number * BLOCK_N, scale, bias,
+                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
+                )  # fmt: skip
+    place = batch * stride_ob + head.to(tl.int64) * stride_oh
+    store_rows(dk_ptr + place, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + place, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)
