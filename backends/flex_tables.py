@@ -29,6 +29,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _LISTS = 4  # blocks with and without a mask, of queries and of keys
 _NUMBER_BYTES = 4
+_FULL, _ABSENT = -1, -2  # in the place of a mask's number
 
 
 def table_bytes(geometry: Geometry, block_size: int, tables: int) -> int:
@@ -60,8 +61,8 @@ class FlexTables:
         row = np.repeat(np.tile(np.arange(rows), tables), np.diff(layout.row_ptr, axis=1).ravel())
         col = layout.cols.astype(np.int64)
         ids, masks = _with_weights(layout)
-        numbers = np.full((tables, rows, cols), -1, dtype=np.int32)
-        numbers[table, row, col] = ids
+        numbers = np.full((tables, rows, cols), _ABSENT, dtype=np.int32)
+        numbers[table, row, col] = ids  # _FULL for blocks that need no mask
         heads = layout.head_table if tables > 1 else layout.head_table[:1]
 
         def lists(chosen: NDArray[np.bool_], *, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -114,11 +115,12 @@ def _lists(
 
 
 def _modifiers(heads: Tensor, numbers: Tensor, masks: Tensor, size: int) -> tuple[MaskMod, ScoreMod]:
-    """mask_mod of blocks with a mask; score_mod of all blocks, to which -1 in `numbers` means one of each pair."""
+    """mask_mod, true of whatever is seen, listed or not; score_mod, the logarithm of how often it counts."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         number = numbers[heads[head], query // size, key // size]
-        return masks[number.clamp(min=0), query % size, key % size] > 0
+        inside = masks[number.clamp(min=0), query % size, key % size] > 0
+        return torch.where(number < 0, number == _FULL, inside)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         number = numbers[heads[head], query // size, key // size]

@@ -53,7 +53,9 @@ def dense_attend(
         for pair in lists
     )
     assert int((masked + full).max()) <= 1
-    seen = (masked > 0) & mask.mask_mod(*place) | (full > 0)
+    inside = mask.mask_mod(*place)
+    seen = (masked > 0) & inside | (full > 0)
+    assert torch.equal(seen, inside.expand_as(seen))  # FlexAttention without a compiler knows no lists
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     if score_mod is not None:
