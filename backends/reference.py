@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.kernel import LayoutPiece
+    from ..core.layout import Layout
     from ..registry.specs import Request
 
 _NAME: Final = "dense float64"
@@ -33,10 +34,11 @@ class ReferenceBackend:
         config = request.config
         if config.seq_len is None:
             return
-        needed = mask_bytes(Geometry.self_attention(config.seq_len, config.num_heads))
+        length = config.seq_len // config.ring_size  # ranks meet a shard at a time
+        needed = mask_bytes(Geometry.self_attention(length, config.num_heads))
         allowed = config.limits.reference_mask_bytes
         if needed > allowed:
-            required = f"{needed:,} bytes for the dense mask of {config.seq_len:,} tokens"
+            required = f"{needed:,} bytes for the dense mask of {length:,} tokens"
             yield Refusal("reference_mask_bytes", required, f"{allowed:,} bytes", _REMEDY)
 
     def pin(self, request: Request) -> str:
@@ -81,19 +83,20 @@ class ReferenceKernel:
         with recording():
             q, k, v = (x.detach().to(torch.float64).requires_grad_() for x in (query, key, value))
             results = self._attention(q, k, v, piece)
-        used = results[:1] if dlse is None else results
-        upstream = [dout.to(torch.float64)] + ([] if dlse is None else [dlse.to(torch.float64)])
-        dq, dk, dv = torch.autograd.grad(used, (q, k, v), upstream)
+        upstream = (dout.to(torch.float64), None if dlse is None else dlse.to(torch.float64))
+        if piece.is_part:
+            upstream = _of_part(*upstream, out, lse, *(x.detach() for x in results))
+        used = [(x, grad) for x, grad in zip(results, upstream, strict=True) if grad is not None]
+        dq, dk, dv = torch.autograd.grad([x for x, _ in used], (q, k, v), [grad for _, grad in used])
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        """Nothing but the judgement whether the mask fits; raises `ConfigError` where it does not."""
+        self._check_mask(layout.geometry)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         geometry = piece.layout.geometry
-        needed = mask_bytes(geometry)
-        if needed > self.max_mask_bytes:
-            raise ConfigError(
-                f"the reference backend needs {needed:,} bytes for the dense mask of {geometry.q_len:,} queries and "
-                f"{geometry.kv_len:,} keys, allowed are {self.max_mask_bytes:,}; {_REMEDY}"
-            )
+        self._check_mask(geometry)
         generator = None
         if piece.seed is not None:
             generator = torch.Generator(query.device).manual_seed(int(piece.seed))
@@ -106,6 +109,28 @@ class ReferenceKernel:
             scale=piece.scale,
             q_offset=geometry.q_offset,
             kv_offset=geometry.kv_offset,
+            whole_len=geometry.whole_len,
             dropout_p=piece.dropout_p,
             generator=generator,
         )
+
+    def _check_mask(self, geometry: Geometry) -> None:
+        needed = mask_bytes(geometry)
+        if needed > self.max_mask_bytes:
+            raise ConfigError(
+                f"the reference backend needs {needed:,} bytes for the dense mask of {geometry.q_len:,} queries and "
+                f"{geometry.kv_len:,} keys, allowed are {self.max_mask_bytes:,}; {_REMEDY}"
+            )
+
+
+def _of_part(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of whole rows' `out` and `lse` to those of a part of them, in float64.
+
+    out = sum_i c_i out_i with c_i = exp(lse_i - lse), so d out / d out_i = c_i and d out / d lse_i = c_i (out_i - out).
+    """
+    share = torch.exp(part_lse - lse).nan_to_num(nan=0.0)  # -inf less -inf: a row without keys
+    through_share = (dout * (part - out)).sum(-1).transpose(1, 2)
+    dlse = through_share if dlse is None else through_share + dlse
+    return dout * share.transpose(1, 2)[..., None], share * dlse

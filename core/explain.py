@@ -18,6 +18,11 @@ def explain_plan(plan: AttentionPlan) -> str:
         lines.append(
             f"  ring    {ring.transport} over {ring.size} ranks, timeout {ring.timeout_s:g} s, around each rank's own"
         )
+        if ring.companion is not None:
+            kernel = f" ({ring.companion_kernel})" if ring.companion_kernel else ""
+            lines.append(
+                f"          {plan.backend} over a rank's own keys, {ring.companion}{kernel} over received ones"
+            )
     releases = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     lines += [f"  with    {releases}; plan {plan.digest}", ""]
     header = ("backend", "status", "kernel", "from")

@@ -51,6 +51,8 @@ class LayoutPiece:
         tables: the key blocks of each row of blocks where a gate chooses them per call, (B, H, R, k) int64 as
             `Gate.forward` describes them; the layout then has neither branches nor blocks. Given only to
             backends that declare dynamic_tables.
+        is_part: the layout has a part of each row's keys; backward's out and lse are those of the whole row. Given
+            only to backends that declare context_parallel.
     """
 
     layout: Layout
@@ -59,6 +61,7 @@ class LayoutPiece:
     dropout_p: float = 0.0
     seed: Tensor | None = None
     tables: Tensor | None = None
+    is_part: bool = False
 
 
 class DenseKernel(Protocol):
@@ -84,7 +87,17 @@ class DenseKernel(Protocol):
 
 
 class LayoutKernel(Protocol):
-    """Computes a whole `LayoutPiece`; same shapes as `DenseKernel`, rows without keys give out 0 and lse -inf."""
+    """Computes a whole `LayoutPiece`; same shapes as `DenseKernel`, rows without keys give out 0 and lse -inf.
+
+    backward gets lse contiguous, as forward returns it. The kernel of a backend that declares `context_parallel` also
+    computes parts of rows (`LayoutPiece.is_part`): the layout then holds a shard's keys at their absolute positions
+    (`Geometry.whole_len` says how long the sequence is), and backward gets the out and lse of the *whole* rows, which
+    mean what they mean for `DenseKernel.backward`; lse is -inf only in rows that have no key at all.
+
+    If it declares `staged_blocks` too, it takes layouts of `blocks` alone whose keys are blocks copied together from
+    anywhere: `blocks.cols` counts the copies, and what depends on positions (where keys end, causality) is in
+    `blocks.masks`. The pattern, offsets and is_causal say nothing about such keys; the table says it all.
+    """
 
     @property
     def name(self) -> str:

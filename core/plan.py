@@ -103,11 +103,16 @@ class ExchangeSummary:
         transport: "gloo_cpu" or "ring_nccl".
         size: ranks that share a sequence.
         timeout_s: longest wait for another rank in one pass.
+        companion: the backend that computes dense pieces over received rows, where the chosen one takes whole layouts
+            and computes each rank's own keys; else None, the chosen one computing everything.
+        companion_kernel: its pinned sub-kernel.
     """
 
     transport: str
     size: int
     timeout_s: float
+    companion: str | None = None
+    companion_kernel: str = ""
 
 
 @attrs.frozen(kw_only=True)
@@ -142,8 +147,11 @@ class AttentionPlan:
 
         Counters and traces name the plan so.
         """
-        what = json.dumps([self.config, self.backend, self.kernel, self.versions], sort_keys=True)
-        return sha256(what.encode()).hexdigest()[:12]
+        what: list[object] = [self.config, self.backend, self.kernel, self.versions]
+        if self.exchange is not None:
+            what += [self.exchange.companion, self.exchange.companion_kernel]
+        text = json.dumps(what, sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:12]
 
     def explain(self) -> str:
         """What was chosen and why, for people: one row a backend with every reason, neither wrapped nor cut."""

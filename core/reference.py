@@ -45,6 +45,7 @@ def attention(
     scale: float | None = None,
     q_offset: int | None = None,
     kv_offset: int = 0,
+    whole_len: int = 0,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     key_padding_mask: Tensor | None = None,
@@ -63,6 +64,7 @@ def attention(
         scale: factor on q·k, 1/sqrt(D) by default.
         q_offset: absolute position of the first query, T - S by default.
         kv_offset: absolute position of the first key.
+        whole_len: length of the sequence, where queries and keys are parts of it and others reach further.
         dropout_p: probability with which each counted occurrence is dropped after normalisation; lse is undropped.
         generator: source of the dropout draw; torch's default one if None.
         key_padding_mask: (B, T) bool, True where a key is padding; the tokens left in a row are one sequence with
@@ -75,12 +77,15 @@ def attention(
     Raises:
         ConfigError: shapes that do not fit together, or a pattern that does not take these heads.
     """
-    geometry = _geometry(query, key, value, is_causal, q_offset, kv_offset)
+    geometry = attrs.evolve(_geometry(query, key, value, is_causal, q_offset, kv_offset), whole_len=whole_len)
     chosen = Full() if pattern is None else pattern
     if key_padding_mask is None and cu_seqlens is None:
         counts = multiplicity(chosen, geometry)[None]
-    elif q_offset is not None or kv_offset:
-        raise ConfigError(f"sequences of their own have positions from 0, got offsets {q_offset} and {kv_offset}")
+    elif q_offset is not None or kv_offset or whole_len:
+        raise ConfigError(
+            "sequences of their own have positions from 0 and no whole_len, "
+            f"got offsets {q_offset} and {kv_offset}, whole_len {whole_len}"
+        )
     else:
         counts = _document_counts(chosen, geometry, query.shape[0], key_padding_mask, cu_seqlens)
     counts = counts.to(query.device, torch.float64)

@@ -7,6 +7,8 @@ of rows on its way is (U, 2, B, D): keys and values of a row side by side. lse i
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from typing import Protocol
 
 import attrs
 import numpy as np
@@ -16,9 +18,11 @@ from torch.nn import functional
 
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
+from ..core.kernel import LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
+from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
-from .plan import BlockPart, RankPlan
+from .plan import RankPlan
 
 
 @attrs.frozen(eq=False)
@@ -26,18 +30,47 @@ class Compute:
     """How pieces are computed.
 
     Attributes:
-        composer: the local backend's kernel, made to compute schedules.
+        composer: the kernel for dense pieces, made to compute schedules.
         device: of all tensors.
         dtype: of queries, keys and values.
-        workspace_bytes: bound on the temporaries of blocks.
+        workspace_bytes: bound on the temporaries of core's block product.
+        layout_kernel: computes keys that are there as shards, where the local backend takes whole layouts.
+        takes_staged: it takes tables of blocks over keys that were copied together too.
     """
 
     composer: Composer
     device: torch.device
     dtype: torch.dtype
     workspace_bytes: int
+    layout_kernel: LayoutKernel | None = None
+    takes_staged: bool = False
 
-    def product(self, layout: BlockLayout | None) -> BlockProduct | None:
+    def shard(self, layout: Layout) -> Piece:
+        """A layout over the keys of one shard, which are there as they stand in the sequence."""
+        if self.layout_kernel is not None:
+            return self._whole(self.layout_kernel, layout)
+        blocks = 0 if layout.blocks is None else layout.blocks.pairs
+        calls = schedule(layout.branches, layout.geometry)
+        return ComposedPiece(self, calls, self._product(layout.blocks), calls.pairs + blocks)
+
+    def staged_calls(self, calls: Schedule) -> Piece:
+        """Dense calls over keys that were copied together."""
+        return ComposedPiece(self, calls, None, calls.pairs)
+
+    def staged_blocks(self, pattern: Pattern, blocks: BlockLayout) -> Piece:
+        """A table of `pattern`'s blocks over keys that were copied together."""
+        if self.layout_kernel is not None and self.takes_staged:
+            return self._whole(self.layout_kernel, Layout(pattern, blocks.geometry, (), blocks))
+        return ComposedPiece(self, Schedule((), 0), self._product(blocks), blocks.pairs)
+
+    def _whole(self, kernel: LayoutKernel, layout: Layout) -> WholePiece:
+        if isinstance(kernel, Prepares):
+            kernel.prepare(layout, self.device)
+        scale, deterministic = self.composer.scale, self.composer.deterministic
+        piece = LayoutPiece(layout=layout, scale=scale, deterministic=deterministic, is_part=True)
+        return WholePiece(kernel, piece, layout.pairs)
+
+    def _product(self, layout: BlockLayout | None) -> BlockProduct | None:
         """A table of blocks on the device."""
         if layout is None or not layout.cols.size:
             return None
@@ -49,53 +82,103 @@ class Compute:
             workspace_bytes=self.workspace_bytes,
         )
 
-    def piece(self, layout: Layout) -> Piece:
-        """A layout over keys that are there as a tensor."""
-        blocks = 0 if layout.blocks is None else layout.blocks.pairs
-        calls = schedule(layout.branches, layout.geometry)
-        return Piece(self, calls, self.product(layout.blocks), calls.pairs + blocks)
+
+def mergeable(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` as pieces are merged into them: in the accumulator's dtype, both (B, S, H, ...) in memory."""
+    return out.to(lse.dtype).contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Merged:
-    """What the backward of every piece needs of the whole row.
+    """What the backward of every piece needs of the whole row, and the sum of their gradients of queries.
 
     Attributes:
-        dout: (B, S, H, D'), and query and out alike; D' has `WIDENING` more columns where lse has a gradient.
+        dout: (B, S, H, D), and query and out alike.
+        dlse: (B, H, S) contiguous, or None.
         query: see dout.
         out: see dout.
-        lse: +inf in rows without keys.
-        delta: (B, H, S), sum(dout * out) - dlse.
-        dq: (B, S, H, D') of zeros in the accumulator's dtype, to which pieces add.
-        head_dim: D.
+        lse: (B, H, S) contiguous, -inf in rows without keys.
     """
 
     dout: Tensor
+    dlse: Tensor | None
     query: Tensor
     out: Tensor
     lse: Tensor
-    delta: Tensor
-    dq: Tensor
-    head_dim: int
+    _dq: Tensor | None = attrs.field(default=None, init=False)
 
-    @classmethod
-    def of(cls, dout: Tensor, dlse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor) -> Merged:
-        """From the gradients of out and lse; dlse may be None."""
-        head_dim, dtype = query.shape[3], accumulator_dtype(query.dtype)
-        delta = delta_of(dout, dlse, out)
-        if dlse is not None:
-            dout, query, out = widen_rows(dout, dlse, query, out)
-        dq = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        return cls(dout, query, out, torch.where(lse == -math.inf, math.inf, lse), delta, dq, head_dim)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulator's."""
+        return accumulator_dtype(self.query.dtype)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """(B, H, S), sum(dout * out) - dlse."""
+        return delta_of(self.dout, self.dlse, self.out)
+
+    @cached_property
+    def row_lse(self) -> Tensor:
+        """`lse` as dense kernels take it: (B, S, H) in memory, +inf in rows without keys."""
+        lse = self.lse.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.where(lse == -math.inf, math.inf, lse)
+
+    @cached_property
+    def wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dout, query and out, with `WIDENING` more columns where lse has a gradient."""
+        if self.dlse is None:
+            return self.dout, self.query, self.out
+        return widen_rows(self.dout, self.dlse, self.query, self.out)
 
     def widened(self, x: Tensor) -> Tensor:
-        """Keys or values with as many columns as the query."""
-        return functional.pad(x, (0, self.query.shape[3] - x.shape[3]))
+        """Keys or values with as many columns as `wide`."""
+        return x if self.dlse is None else functional.pad(x, (0, self.wide[1].shape[3] - x.shape[3]))
+
+    def add(self, dq: Tensor) -> None:
+        """Add a gradient of all queries, (B, S, H, D), a tensor of its own; the first one is taken as it is."""
+        self._dq = dq if self._dq is None else self._dq.to(self.dtype).add_(dq)
+
+    def sums(self) -> Tensor:
+        """The sum so far, (B, S, H, D) contiguous in the accumulator's dtype, for gradients of some queries."""
+        if self._dq is None:
+            self._dq = torch.zeros(self.query.shape, dtype=self.dtype, device=self.query.device)
+        self._dq = self._dq.to(self.dtype).contiguous()
+        return self._dq
+
+    def dq(self) -> Tensor:
+        """The gradient of the queries, contiguous in their dtype."""
+        total = torch.zeros_like(self.query) if self._dq is None else self._dq
+        return total.to(self.query.dtype).contiguous()
+
+
+class Piece(Protocol):
+    """Queries of the shard against one tensor of keys; a batch row counts `pairs`."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that a batch row counts."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Fresh out and lse as the kernel gives them; `mergeable` prepares them for other pieces."""
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Merge this piece into what `mergeable` returned."""
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to `merged`; return dk and dv, (B, T, K, D) in the inputs' or the accumulator's dtype."""
 
 
 @attrs.frozen(eq=False)
-class Piece:
-    """Queries of the shard against one tensor of keys: dense calls and a table of blocks; `pairs` a batch row."""
+class ComposedPiece:
+    """A `Piece` of dense calls and a table of blocks, which core composes."""
 
     compute: Compute
     schedule: Schedule
@@ -104,58 +187,92 @@ class Piece:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to compute."""
+        """As `Piece.is_empty`."""
         return not self.schedule.calls and self.blocks is None
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tables."""
+        """As `Piece.nbytes`."""
         return self.schedule.nbytes + (0 if self.blocks is None else self.blocks.nbytes)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Fresh out and lse in the accumulator's dtype, ready for others to be merged into."""
-        dtype = accumulator_dtype(query.dtype)
+        """As `Piece.forward`."""
         if self.blocks is None:
-            out, lse = self.compute.composer.forward(query, key, value, self.schedule)
-            out, lse = out.to(dtype).contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-        else:
-            out, lse = self.blocks.forward(query, key, value)
-            out, lse = out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-            self.compute.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
+            return self.compute.composer.forward(query, key, value, self.schedule)
+        out, lse = mergeable(*self.blocks.forward(query, key, value))
+        self.compute.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
         return out, lse
 
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Merge this piece into what `forward` returned."""
+        """As `Piece.merge_into`."""
         self.compute.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
         if self.blocks is not None:
             merge_(out, lse, *self.blocks.forward(query, key, value))
 
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add to `merged.dq`; return dk and dv, (B, T, K, D) in the accumulator's dtype."""
-        head_dim = merged.head_dim
+        """As `Piece.backward`."""
+        if self.blocks is None:
+            return self._dense_backward(merged, key, value)
+        rows = merged.dout, merged.query, key, value, merged.delta, merged.row_lse
+        dq, dk, dv = self.blocks.backward(*rows)
+        merged.add(dq)
         if self.schedule.calls:
-            dk, dv = self._dense_backward(merged, merged.widened(key), merged.widened(value))
-        else:
-            dk, dv = (torch.zeros(x.shape, dtype=merged.dq.dtype, device=x.device) for x in (key, value))
-        if self.blocks is not None:
-            query, dout = merged.query[..., :head_dim], merged.dout[..., :head_dim]
-            dq, more_k, more_v = self.blocks.backward(dout, query, key, value, merged.delta, merged.lse)
-            merged.dq[..., :head_dim] += dq
+            more_k, more_v = self._dense_backward(merged, key, value)
             dk, dv = dk + more_k, dv + more_v
         return dk, dv
 
     def _dense_backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """`backward` of the dense calls, on widened keys and values."""
-        composer, head_dim = self.compute.composer, merged.head_dim
-        inputs = (merged.dout, merged.query, key, value, merged.out, merged.lse)
+        """`backward` of the dense calls."""
+        composer, head_dim = self.compute.composer, key.shape[3]
+        dout, query, out = merged.wide
+        key, value = merged.widened(key), merged.widened(value)
+        inputs = (dout, query, key, value, out, merged.row_lse)
         if self.schedule.cover:
             dq, dk, dv = composer.backward(*inputs, self.schedule)
-            merged.dq.add_(dq)
-            dk, dv = (x.to(merged.dq.dtype) for x in (dk, dv))
+            merged.add(dq[..., :head_dim])
         else:
-            dk, dv = (torch.zeros(x.shape, dtype=merged.dq.dtype, device=x.device) for x in (key, value))
-            composer.backward_into((merged.dq, dk, dv), *inputs, self.schedule.calls)
+            dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in (key, value))
+            if merged.dlse is None:
+                composer.backward_into((merged.sums(), dk, dv), *inputs, self.schedule.calls)
+            else:
+                dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)
+                composer.backward_into((dq, dk, dv), *inputs, self.schedule.calls)
+                merged.add(dq[..., :head_dim])
         return dk[..., :head_dim], dv[..., :head_dim]
+
+
+@attrs.frozen(eq=False)
+class WholePiece:
+    """A `Piece` that a kernel for whole layouts computes in one go."""
+
+    kernel: LayoutKernel
+    piece: LayoutPiece
+    pairs: int
+
+    @property
+    def is_empty(self) -> bool:
+        """As `Piece.is_empty`."""
+        return not self.pairs
+
+    @property
+    def nbytes(self) -> int:
+        """As `Piece.nbytes`, the kernel's own tables not known."""
+        return self.piece.layout.nbytes
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.forward`."""
+        return self.kernel.forward(query, key, value, self.piece)
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As `Piece.merge_into`."""
+        merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.backward`."""
+        rows = merged.dout, merged.query, key, value, merged.out, merged.lse
+        dq, dk, dv = self.kernel.backward(*rows, self.piece, dlse=merged.dlse)
+        merged.add(dq)
+        return dk, dv
 
 
 @attrs.frozen(eq=False)
@@ -192,7 +309,7 @@ class _Stage:
 
     def collect(self, grads: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add dk and dv (B, T, heads, D) to the rows they were copied from, grads (U, 2, B, D)."""
-        staged = torch.stack([dk, dv]).permute(3, 2, 0, 1, 4).flatten(0, 1)
+        staged = torch.stack([dk, dv]).permute(3, 2, 0, 1, 4).flatten(0, 1).to(grads.dtype)
         if self.target is not None:
             grads.index_add_(0, self.sources[0], staged.index_select(0, self.target))
             return
@@ -230,12 +347,14 @@ class RankProgram:
 
         stages = []
         if plan.branches.sources:
-            piece = Piece(compute, plan.branches.schedule, None, plan.branches.schedule.pairs)
+            piece = compute.staged_calls(plan.branches.schedule)
             sources = tuple(move(source) for source in plan.branches.sources)
             stages.append(_Stage(piece, None, sources, plan.branches.staged, 1, _is_copy(plan)))
         for part in plan.blocks:
-            stages.append(_block_stage(part, compute, move(part.target), move(part.source), plan.shards.num_kv_heads))
-        return cls(plan, compute.piece(plan.local), tuple(stages), tuple(move(index) for index in plan.sent))
+            heads, slots = plan.shards.num_kv_heads, part.slots
+            piece = compute.staged_blocks(plan.local.pattern, part.layout)
+            stages.append(_Stage(piece, move(part.target), (move(part.source),), heads * slots, heads))
+        return cls(plan, compute.shard(plan.local), tuple(stages), tuple(move(index) for index in plan.sent))
 
     @property
     def nbytes(self) -> int:
@@ -260,13 +379,13 @@ class RankProgram:
             x.view(x.shape[0], -1, x.shape[3]).index_add_(1, self.sent[to], grad.transpose(0, 1))
 
     def merge_received(self, out: Tensor, lse: Tensor, query: Tensor, received: Tensor) -> None:
-        """Merge what received rows (U, 2, B, D) contribute."""
+        """Merge what received rows (U, 2, B, D) contribute into what `mergeable` returned."""
         for stage in self.stages:
             stage.piece.merge_into(out, lse, query, *stage.fill(received))
 
     def received_backward(self, merged: Merged, received: Tensor) -> Tensor:
-        """Gradients of the received rows, (U, 2, B, D) in the accumulator's dtype; adds to `merged.dq`."""
-        grads = torch.zeros(received.shape, dtype=merged.dq.dtype, device=received.device)
+        """Gradients of the received rows, (U, 2, B, D) in the accumulator's dtype; adds to `merged`."""
+        grads = torch.zeros(received.shape, dtype=merged.dtype, device=received.device)
         for stage in self.stages:
             key, value = stage.fill(received)
             stage.collect(grads, *stage.piece.backward(merged, key, value))
@@ -276,8 +395,3 @@ class RankProgram:
 def _is_copy(plan: RankPlan) -> bool:
     sources = plan.branches.sources
     return len(sources) == 1 and np.array_equal(sources[0], np.arange(plan.received.size))
-
-
-def _block_stage(part: BlockPart, compute: Compute, target: Tensor, source: Tensor, heads: int) -> _Stage:
-    piece = Piece(compute, Schedule((), 0), compute.product(part.layout), part.layout.pairs)
-    return _Stage(piece, target, (source,), heads * part.slots, heads)

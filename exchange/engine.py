@@ -4,7 +4,8 @@ Shapes: B batch, S queries of the shard (S = N / R), H query heads, K key-value 
 
 Selective passes move exactly the named rows (see `plan`): rows are posted first, local pieces are computed meanwhile,
 received ones after, all merged by log-sum-exp. Received rows are kept for the backward, which then sends their
-gradients home in the accumulator's dtype while the local backward runs.
+gradients home in the accumulator's dtype while the local backward runs. A `RingKernel` computes the rank's own keys by
+its kernel for whole layouts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.cache import ByteLRU
+from ..core.composer import Composer
 from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError
@@ -24,9 +26,10 @@ from ..core.lowering import lower
 from ..core.ops import no_second_derivative, without_autocast
 from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
-from .compute import Compute, Merged, RankProgram
+from .compute import Compute, Merged, RankProgram, mergeable
 from .hops import HopProgram, hop_backward, hop_forward
 from .plan import plan_rank
+from .ring_kernel import RingKernel
 from .rows import largest_receive
 from .shards import Shards, shard_length
 
@@ -64,7 +67,7 @@ class RingEngine(Engine):
     Args:
         config: the configuration, the same on every rank.
         pattern: its pattern, resolved.
-        kernel: of the local backend, for dense pieces.
+        kernel: of the local backend, for dense pieces, or a `RingKernel`.
         has_dlse: see `Engine`.
         call_axes: those of the local backend, for when it computes alone again.
         communicator: the ring.
@@ -75,7 +78,7 @@ class RingEngine(Engine):
         self,
         config: AttentionConfig,
         pattern: Pattern,
-        kernel: DenseKernel,
+        kernel: DenseKernel | RingKernel,
         *,
         has_dlse: bool,
         call_axes: frozenset[str],
@@ -83,7 +86,9 @@ class RingEngine(Engine):
         **names: str,
     ) -> None:
         # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
-        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=frozenset(), **names)
+        traits: dict[str, Any] = {"has_dlse": has_dlse, "call_axes": frozenset(), **names}
+        super().__init__(config, pattern, kernel, takes_layout=isinstance(kernel, RingKernel), **traits)
+        self._dense: DenseKernel = kernel.dense if isinstance(kernel, RingKernel) else kernel
         self.local_axes = call_axes
         self.communicator = communicator
         self.plan_key = self.key
@@ -140,12 +145,16 @@ class RingEngine(Engine):
         out, lse, _ = self.ring_forward(query, key, value)
         return out, lse
 
-    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> NoReturn:
+    def _program(self, *_: object) -> NoReturn:
         """Whatever would compute on this rank's keys alone is an error, not a local answer."""
         raise ConfigError(
             f"a ring of {self.communicator.size} ranks computes whole calls of one sequence only: no padding masks, "
             "packed documents, steps of decoding or other reads of a single rank's keys"
         )
+
+    def _composed(self, *_: object) -> NoReturn:
+        """As `_program`."""
+        self._program()
 
     def _check_offsets(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
         if q_len != kv_len or q_offset or kv_offset:
@@ -172,9 +181,11 @@ class RingEngine(Engine):
             return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, most, hops, device))
 
     def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
-        limits, rank = self.config.limits, self.communicator.rank
-        assert self._composer is not None
-        compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        limits, rank, kernel = self.config.limits, self.communicator.rank, self.kernel
+        composer = Composer(self._dense, self.scale, self.config.deterministic)
+        compute = Compute(composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        if isinstance(kernel, RingKernel):
+            compute = attrs.evolve(compute, layout_kernel=kernel, takes_staged=kernel.takes_staged)
         selective = travelling = None
         if hops:
             travelling = HopProgram.prepare(self.pattern, shards, rank, compute, limit_bytes=limits.layout_bytes)
@@ -196,7 +207,7 @@ class RingEngine(Engine):
                 else:
                     assert program.selective is not None
                     out, lse, received = self._selective_forward(program.selective, program.digest, query, key, value)
-                out, lse = out.to(query.dtype), lse.contiguous()
+                out, lse = out.to(query.dtype).contiguous(), lse.contiguous()
         self.forwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
         return out, lse, received
 
@@ -212,6 +223,8 @@ class RingEngine(Engine):
             )
             with span("own keys"):
                 out, lse = program.local.forward(query, key, value)
+                if program.stages:
+                    out, lse = mergeable(out, lse)
             current.wait(pending)
             with span("received keys"):
                 program.merge_received(out, lse, query, received)
@@ -234,7 +247,7 @@ class RingEngine(Engine):
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
             with span(self._backward_name):
-                merged = Merged.of(dout, dlse, query, out, lse.transpose(1, 2).contiguous().transpose(1, 2))
+                merged = Merged(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse)
                 if program.hops is not None:
                     place = self.communicator, program.hops, program.digest, self._moved
                     dk, dv = hop_backward(*place, merged, key, value)
@@ -242,9 +255,9 @@ class RingEngine(Engine):
                     assert program.selective is not None
                     assert received is not None
                     dk, dv = self._selective_backward(program.selective, program.digest, merged, key, value, received)
-                dq = merged.dq[..., : merged.head_dim].to(query.dtype).contiguous()
+                dq = merged.dq()
         self.backwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
-        return dq, dk.to(key.dtype), dv.to(value.dtype)
+        return dq, dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
 
     def _selective_backward(
         self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
@@ -260,10 +273,13 @@ class RingEngine(Engine):
             sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
             pending = current.post(sends, list(home.items()))
             with span("own keys"):
-                dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
+                dk, dv = program.local.backward(merged, key, value)
+                if any(grad.numel() for grad in home.values()):
+                    dk, dv = (x.to(grads.dtype).contiguous() for x in (dk, dv))
             current.wait(pending)
             for to, grad in home.items():
-                program.unpack(dk, dv, grad, to)
+                if grad.numel():
+                    program.unpack(dk, dv, grad, to)
         return dk, dv
 
     def _others(self) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.lowering import lower
 from ..core.tracing import span
 from .communicator import HOPS, HOPS_BACK
-from .compute import Compute, Merged, Piece
+from .compute import Compute, Merged, Piece, mergeable
 
 if TYPE_CHECKING:
     from ..core.pattern import Pattern
@@ -42,7 +42,7 @@ class HopProgram:
     ) -> HopProgram:
         """Lower the pattern against every shard; raises `ConfigError` beyond `limit_bytes`."""
         geometries = (shards.against(rank, owner) for owner in range(shards.size))
-        return cls(tuple(compute.piece(lower(pattern, g, limit_bytes=limit_bytes)) for g in geometries))
+        return cls(tuple(compute.shard(lower(pattern, g, limit_bytes=limit_bytes)) for g in geometries))
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ def hop_forward(
     key: Tensor,
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the shard in the accumulator's dtype; collective."""
+    """out and lse of the shard; collective."""
     rank, size = communicator.rank, communicator.size
     held = torch.stack([key, value])
     with communicator.begin(
@@ -76,6 +76,7 @@ def hop_forward(
                 if step == 0:
                     out, lse = piece.forward(query, key, value)
                 elif not piece.is_empty:
+                    out, lse = mergeable(out, lse)
                     piece.merge_into(out, lse, query, held[0], held[1])
             if pending is not None:
                 current.wait(pending)
@@ -92,7 +93,7 @@ def hop_backward(
     key: Tensor,
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of the shard, in the accumulator's dtype; adds to `merged.dq`; collective."""
+    """dk and dv of the shard, in the accumulator's dtype; adds to `merged`; collective."""
     rank, size = communicator.rank, communicator.size
     after, before = (rank + 1) % size, (rank - 1) % size
     held = torch.stack([key, value])
@@ -101,7 +102,7 @@ def hop_backward(
         HOPS_BACK, digest=digest, batch=key.shape[0], length=key.shape[1], dtype=key.dtype, counters=counters
     ) as current:
         spare = torch.empty_like(held)
-        arriving = torch.empty(held.shape, dtype=merged.dq.dtype, device=key.device)
+        arriving = torch.empty(held.shape, dtype=merged.dtype, device=key.device)
         for step in range(size):
             pending = None
             if step < size - 1:
@@ -109,7 +110,9 @@ def hop_backward(
             owner = (rank - step) % size
             piece = program.pieces[owner]
             with span(f"keys of rank {owner}"):
-                own = None if piece.is_empty else torch.stack(piece.backward(merged, held[0], held[1]))
+                own = None
+                if not piece.is_empty:
+                    own = torch.stack(piece.backward(merged, held[0], held[1])).to(merged.dtype)
             if pending is not None:
                 current.wait(pending)
                 held, spare = spare, held

@@ -81,6 +81,8 @@ def plan_facts(plan: AttentionPlan) -> dict[str, Any]:
     """What must be equal on all ranks of a mesh, as plain values."""
     facts = {f"config.{name}": value for name, value in plan.config.items() if name != "device"}
     facts |= {"device type": plan.device["type"], "backend": plan.backend, "kernel": plan.kernel}
+    if plan.exchange is not None:
+        facts |= {"companion": plan.exchange.companion, "companion's kernel": plan.exchange.companion_kernel}
     return facts | {f"version of {name}": version for name, version in plan.versions.items() if name != "python"}
 
 

@@ -23,6 +23,7 @@ from ..core.errors import ConfigError, RingBroken
 from ..core.plan import AttentionPlan, ExchangeSummary
 from .engine import RingEngine
 from .mesh import check_mesh, plan_facts, ring_of
+from .ring_kernel import RingKernel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -180,6 +181,9 @@ def _evolved(attention: Attention, size: int) -> AttentionPlan:
     if size > 1:
         transport = parallel.transport_for(attention.plan.device["torch_name"].partition(":")[0])
         exchange = ExchangeSummary(transport=transport, size=size, timeout_s=float(parallel.timeout_s))
+        kernel = attention._engine.kernel
+        if isinstance(kernel, RingKernel):
+            exchange = attrs.evolve(exchange, companion=kernel.companion, companion_kernel=kernel.dense.name)
     return attrs.evolve(attention.plan, config=config.to_dict(), exchange=exchange)
 
 
@@ -202,6 +206,7 @@ def _engine(attention: Attention, plan: AttentionPlan, mesh: DeviceMesh | None, 
         "plan": plan.digest,
     }
     if plan.exchange is None or mesh is None:
-        return Engine(config, old.pattern, old.kernel, takes_layout=False, **traits)
+        takes_layout = isinstance(old.kernel, RingKernel)
+        return Engine(config, old.pattern, old.kernel, takes_layout=takes_layout, **traits)
     communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)
     return RingEngine(config, old.pattern, old.kernel, communicator=communicator, **traits)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from .device import describe_device
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
 from .plugins import PLUGIN_FAULTS, describe
-from .selection import Selection, Verdict, judge, select
+from .selection import Selection, Verdict, judge, select, takes_dense
 from .specs import Request
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..core.engine import Engine
     from ..core.kernel import DenseKernel, LayoutKernel
     from ..exchange.preflight import Preflight
+    from ..exchange.ring_kernel import RingKernel
 
 
 def build_attention(
@@ -75,15 +76,17 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
         raise NoBackendError(plan.explain())
     capabilities = selection.chosen.registered.spec.capabilities
     kernel = _kernel(selection.chosen, request)
+    if selection.companion is not None:
+        kernel = _ring_kernel(kernel, selection.chosen, selection.companion, request)
     traits: dict[str, Any] = {
-        "has_dlse": _has_dlse(selection.chosen, request),
+        "has_dlse": all(_has_dlse(v, request) for v in (selection.chosen, selection.companion) if v is not None),
         "call_axes": frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
         "backend": plan.backend,
         "plan": plan.digest,
     }
     if config.ring_size > 1:
         return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))
-    takes_layout = "dense" not in capabilities["layouts"]
+    takes_layout = not takes_dense(selection.chosen.registered.spec)
     return Attention(config, plan, Engine(config, request.pattern, kernel, takes_layout=takes_layout, **traits))
 
 
@@ -100,6 +103,15 @@ def _check_parallel(config: AttentionConfig, mesh: object) -> None:
     from ..exchange.mesh import check_mesh
 
     check_mesh(mesh, config.ring_size)
+
+
+def _ring_kernel(kernel: Any, chosen: Verdict, companion: Verdict, request: Request) -> RingKernel:
+    """The chosen kernel, for whole layouts, with its companion's."""
+    from ..exchange.ring_kernel import RingKernel
+
+    dense: Any = _kernel(companion, request)
+    takes_staged = bool(chosen.registered.spec.capabilities.get("staged_blocks", False))
+    return RingKernel(kernel, dense, companion.registered.spec.name, takes_staged)
 
 
 def _ring_engine(
@@ -210,7 +222,7 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
         rows=selection.rows,
         layout=_layout_summary(config, request.pattern, request.needs["layouts"]),
         compile_class="none" if config.ring_size > 1 else compiles,
-        exchange=_exchange_summary(config, request),
+        exchange=_exchange_summary(config, request, selection.companion),
         versions={
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -219,7 +231,7 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
     )
 
 
-def _exchange_summary(config: AttentionConfig, request: Request) -> ExchangeSummary | None:
+def _exchange_summary(config: AttentionConfig, request: Request, companion: Verdict | None) -> ExchangeSummary | None:
     if config.context_parallel is None or config.ring_size == 1:
         return None
     if isinstance(request.pattern.unwrap(), LearnedPattern):
@@ -232,6 +244,8 @@ def _exchange_summary(config: AttentionConfig, request: Request) -> ExchangeSumm
         transport=config.context_parallel.transport_for(device_type),
         size=config.ring_size,
         timeout_s=float(config.context_parallel.timeout_s),
+        companion=companion.registered.spec.name if companion else None,
+        companion_kernel=companion.kernel if companion else "",
     )
 
 
@@ -271,9 +285,8 @@ def _has_dlse(chosen: Verdict, request: Request) -> bool:
     A kernel for layouts says so itself. Dense pieces carry it in `WIDENING` more columns, so the backend must take
     that head_dim with the very kernel that was pinned.
     """
-    capabilities = chosen.registered.spec.capabilities
-    if "dense" not in capabilities["layouts"]:
-        return bool(capabilities.get("dlse", False))
+    if not takes_dense(chosen.registered.spec):
+        return bool(chosen.registered.spec.capabilities.get("dlse", False))
     wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
     verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))
     return verdict.accepts and verdict.kernel == chosen.kernel

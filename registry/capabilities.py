@@ -43,7 +43,7 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         needs["causal"] = True
     if config.dropout_p > 0:
         needs["dropout"] = True
-    if config.ring_size > 1:
+    if config.context_parallel is not None:  # of one rank too: `rebuild` may make them more
         needs["context_parallel"] = True
     if config.requires_grad:
         needs["backward"] = True
@@ -175,7 +175,7 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
     if axis == "dynamic_tables":
         return f"blocks chosen at every call ({request.pattern.kind} pattern)"
     if axis == "context_parallel":
-        return f"pieces of a sequence shared by {config.ring_size} ranks"
+        return f"parts of a sequence that ranks share (context_parallel.size={config.ring_size})"
     if axis == "dropout":
         return f"dropout_p={config.dropout_p:g}"
     if axis == "backward":

@@ -15,7 +15,7 @@ from .capabilities import capability_refusals, device_refusals, requirement_refu
 from .discovery import RegisteredBackend, Registry
 from .near import near_miss
 from .plugins import PLUGIN_FAULTS, PluginRow, describe, import_target
-from .specs import Backend, Request
+from .specs import Backend, BackendSpec, Request
 
 AUTO: Final = "auto"
 
@@ -38,10 +38,18 @@ class Verdict:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Selection:
-    """The outcome: the chosen backend's verdict, or None, and a row for each backend and broken plugin."""
+    """The outcome.
+
+    Attributes:
+        chosen: the chosen backend's verdict, or None.
+        rows: one for each backend and broken plugin.
+        companion: the verdict on the backend that computes dense pieces beside the chosen one, where ranks share a
+            sequence and the chosen one takes whole layouts.
+    """
 
     chosen: Verdict | None
     rows: tuple[BackendRow, ...]
+    companion: Verdict | None = None
 
 
 def select(request: Request, registry: Registry) -> Selection:
@@ -53,6 +61,9 @@ def select(request: Request, registry: Registry) -> Selection:
     """
     _check_names(request, registry)
     verdicts = {name: judge(registered, request) for name, registered in registry.backends.items()}
+    dense = [v.registered.spec for v in verdicts.values() if v.accepts and takes_dense(v.registered.spec)]
+    if not dense:
+        verdicts = {name: _alone(verdict, request) for name, verdict in verdicts.items()}
     usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
     faults: list[PluginRow] = []
     if request.config.backend == AUTO:
@@ -62,13 +73,40 @@ def select(request: Request, registry: Registry) -> Selection:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
         chosen = chosen if chosen.accepts else None
+    companion = None
+    if chosen is not None and _needs_companion(chosen.registered.spec, request):
+        ranked, more = registry.rank(request, dense)
+        companion = verdicts[ranked[0]]
+        faults += [fault for fault in more if fault not in faults]
     rest = tuple(name for name in verdicts if name not in order)
-    rows = [_row(verdicts[name], request, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
+    rows = [_row(verdicts[name], request, registry, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
     broken = [row for row in rows if row.status == "broken"] + list(plugin_rows((*registry.plugins, *faults)))
     if registry.strict and broken:
         raise PluginError("; ".join(f"{row.name} of {row.distribution} {row.version}: {row.detail}" for row in broken))
     rows = [row for row in rows if row.status != "broken"] + broken
-    return Selection(chosen=chosen, rows=tuple(rows))
+    return Selection(chosen=chosen, rows=tuple(rows), companion=companion)
+
+
+def takes_dense(spec: BackendSpec) -> bool:
+    """Its kernel is one for dense pieces; else one for whole layouts."""
+    return "dense" in spec.capabilities.get("layouts", ())
+
+
+def _needs_companion(spec: BackendSpec, request: Request) -> bool:
+    return "context_parallel" in request.needs and not takes_dense(spec)
+
+
+def _alone(verdict: Verdict, request: Request) -> Verdict:
+    """The verdict where no backend takes dense pieces."""
+    if not verdict.accepts or not _needs_companion(verdict.registered.spec, request):
+        return verdict
+    refusal = Refusal(
+        "companion",
+        "another backend for dense pieces over the rows that other ranks send",
+        "none that takes this request",
+        "see the other rows",
+    )
+    return attrs.evolve(verdict, kernel="", refusals=(refusal,))
 
 
 def judge(registered: RegisteredBackend, request: Request) -> Verdict:
@@ -106,22 +144,26 @@ def plugin_rows(plugins: Iterable[PluginRow]) -> Iterator[BackendRow]:
             )
 
 
-def _row(verdict: Verdict, request: Request, *, is_chosen: bool) -> BackendRow:
-    source = verdict.registered.source
+def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: bool) -> BackendRow:
+    source, spec = verdict.registered.source, verdict.registered.spec
     status: Any = "chosen" if is_chosen else "broken" if verdict.fault else "refused" if verdict.refusals else "usable"
 
     def accepts(changed: Request) -> bool:
+        others = () if not _needs_companion(spec, changed) else registry.backends.values()
+        dense = (other for other in others if takes_dense(other.spec))
         try:
-            return judge(verdict.registered, changed).accepts
+            return judge(verdict.registered, changed).accepts and (
+                not others or any(judge(other, changed).accepts for other in dense)
+            )
         except ConfigError:
             return False
 
     return BackendRow(
-        name=verdict.registered.spec.name,
+        name=spec.name,
         status=status,
         kernel=verdict.kernel,
         refusals=verdict.refusals,
-        near_miss=near_miss(verdict.registered.spec, request, accepts) if verdict.refusals else None,
+        near_miss=near_miss(spec, request, accepts) if verdict.refusals else None,
         distribution=source.distribution,
         version=source.version,
         detail=verdict.fault or "; ".join(verdict.registered.notes),

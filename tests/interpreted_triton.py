@@ -16,7 +16,9 @@ from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
 from dilated_attention.core.ops import attend, intern
+from dilated_attention.exchange.shards import Shards
 
+from .ring_simulation import worst
 from .support import NAMES, error, inputs, oracle, with_gradients
 
 LONGNET = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
@@ -125,3 +127,17 @@ def test_blocks(is_causal: bool) -> None:
 def test_blocks_with_masks_beside_branches() -> None:
     pattern = Dilated((8, 16), (1, 2)) + (Local(window_size=9) | Global(tokens=3))
     check_interpreted(pattern, Geometry(q_len=21, kv_len=37, num_heads=1, num_kv_heads=1, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_causal"),
+    [(Dilated((8, 34), (1, 2)), True), (Random(blocks_per_row=2, block_size=16, seed=3), False)],
+    ids=repr,
+)
+def test_a_rank_computes_its_own_keys_and_received_blocks(pattern: Pattern, is_causal: bool) -> None:
+    """Two ranks, a segment across both; merged with what they receive, it is the whole sequence's attention."""
+    tile = Tile(16, 16, 4, 1)
+    kernel = FusedKernel("interpreted", Tiles(tile, tile, tile, tile), NEVER)
+    shards = Shards(17, 2, 2, 1, is_causal)
+    found = worst(pattern, shards, kernel=kernel, takes_staged=True, through_lse=True, dtype=torch.float32, head_dim=16)
+    assert found < 1e-5

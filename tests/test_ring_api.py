@@ -65,9 +65,33 @@ def test_lengths_devices_patterns_and_backends_that_cannot_be_shared_are_refused
         explain(**FIELDS, context_parallel={"size": 4, "transport": "ring_nccl"})
     with pytest.raises(ConfigError, match=r"learned pattern chooses its blocks from the whole sequence"):
         explain(**FIELDS, context_parallel=ring, pattern=Learned(block_size=16, blocks_per_row=2))
-    plan = explain(**FIELDS, context_parallel=ring, backend="reference")
-    (refusal,) = plan.rows[-1].refusals if plan.rows[-1].name == "reference" else plan.rows[0].refusals
-    assert str(refusal) == "context_parallel: needs pieces of a sequence shared by 4 ranks, has none declared"
+    said = "context_parallel: needs parts of a sequence that ranks share (context_parallel.size={}), has none declared"
+    for size in (4, 1):  # `rebuild` may make one rank several
+        (row,) = (row for row in explain(**FIELDS, context_parallel={"size": size}).rows if row.name == "flex")
+        assert said.format(size) in [str(refusal) for refusal in row.refusals]
+
+
+def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> None:
+    fields: dict[str, Any] = FIELDS | {"context_parallel": ContextParallel(size=4), "backend": "reference"}
+    plan = explain(fields)
+    assert plan.backend == "reference"
+    assert plan.exchange is not None
+    assert (plan.exchange.companion, plan.exchange.companion_kernel) == ("sdpa", "cpu_flash")
+    assert "          reference over a rank's own keys, sdpa (cpu_flash) over received ones" in plan.explain().splitlines()
+    assert AttentionPlan.from_json(plan.to_json()) == plan
+    moved = attrs.evolve(plan, exchange=attrs.evolve(plan.exchange, companion="fa3"))
+    assert moved.digest != plan.digest
+    assert plan_facts(moved)["companion"] == "fa3"
+    wide = explain(fields, head_dim=300)  # more than any dense kernel takes
+    assert wide.backend is None
+    assert wide.rows[0].name == "reference"
+    assert [str(refusal) for refusal in wide.rows[0].refusals] == [
+        "companion: needs another backend for dense pieces over the rows that other ranks send, has none that takes "
+        "this request; see the other rows"
+    ]
+    assert wide.rows[0].near_miss is None  # no head_dim is out of its own range
+    with pytest.raises(NoBackendError, match="companion: needs another backend"):
+        build_attention(fields, head_dim=300, mesh=DeviceMeshStandIn)
 
 
 def test_the_plan_is_a_tree() -> None:

@@ -83,10 +83,13 @@ def test_counters_of_real_ranks_are_equal_to_the_byte(ranks: Ranks, pattern: Pat
 
 @pytest.mark.parametrize("pattern", [Dilated((8, 64, 240), (1, 2, 12)), Random(2, 8) | Local(9)], ids=repr)
 @pytest.mark.parametrize("budget", [1 << 30, 1], ids=["selective", "hops"])
-def test_an_attention_counts_what_it_moved_and_computed_by_itself(ranks: Ranks, pattern: Pattern, budget: int) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_an_attention_counts_what_it_moved_and_computed_by_itself(
+    ranks: Ranks, pattern: Pattern, budget: int, backend: str
+) -> None:
     fields: dict[str, Any] = {
         "pattern": pattern, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "is_causal": True, "seq_len": 240,
-        "limits": Limits(exchange_buffer_bytes=budget),
+        "limits": Limits(exchange_buffer_bytes=budget), "backend": backend,
     }  # fmt: skip
     costs = preflight(**fields, ranks=4)
     results = ranks.run(watched, fields, 4)
@@ -97,7 +100,7 @@ def test_an_attention_counts_what_it_moved_and_computed_by_itself(ranks: Ranks, 
         assert (forward.calls, forward.tokens, forward.flops) == (1, 60, load.flops)
         assert (backward.calls, backward.tokens, backward.flops) == (1, 60, load.flops * 5 // 2)
         assert (counters.layouts.hits, counters.layouts.misses, counters.header_bytes) == (1, 1, 2 * 3 * 46)
-        passes = {f"dilated_attention sdpa {name} (plan {counters.plan})" for name in ("forward", "backward")}
+        passes = {f"dilated_attention {backend} {name} (plan {counters.plan})" for name in ("forward", "backward")}
         assert passes <= ranges
     ranges = results[2][1]
     if budget == 1:
@@ -154,7 +157,8 @@ def test_explain_shows_ranks(invoke: Invoke) -> None:
     done = invoke(*arguments.split(), "--ranks", "4", "--batch", "2", "--json")
     assert done.returncode == 0
     data = json.loads(done.stdout)
-    assert data["exchange"] == {"transport": "gloo_cpu", "size": 4, "timeout_s": 60.0}
+    ring = {"transport": "gloo_cpu", "size": 4, "timeout_s": 60.0, "companion": None, "companion_kernel": ""}
+    assert data["exchange"] == ring
     config = AttentionConfig(
         num_heads=4, head_dim=8, is_causal=True, seq_len=4096, pattern=Dilated((64, 4096), (1, 64))
     )
