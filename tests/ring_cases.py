@@ -17,12 +17,15 @@ from dilated_attention import (
     ConfigError,
     ContextParallel,
     Dilated,
+    Local,
     Pattern,
     build_attention,
     local_positions,
+    rebuild,
     shard_sequence,
     unshard_sequence,
 )  # fmt: skip
+from dilated_attention.core import reference
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange.engine import RingEngine
@@ -167,6 +170,23 @@ def behaviour() -> dict[str, Any]:
         "groups_kept": total.item() == 2 and dist.is_initialized(),
         "prepared": [program.shards.length for program in ring_engine(first).rings._values.values()],
     }
+
+
+def regrown() -> dict[str, Any]:
+    """An attention of one rank rebuilt over four and as one again: errors of the shard."""
+    mesh, fields = mesh_of(4), {"num_heads": 2, "head_dim": 8, "is_causal": True, "dtype": "float64"}
+    pattern = Dilated((8, 48), (1, 4)) + Local(5)
+    attention = build_attention(fields, pattern=pattern, backend="reference", context_parallel=ContextParallel(size=1))
+    whole = tensors_of(AttentionConfig(**fields, seq_len=48), 1)[:3]
+    expected, _ = reference.attention(*whole, pattern=pattern, is_causal=True)
+    rebuild(attention, mesh=mesh, generation=1)
+    plan = attention.plan.exchange
+    assert plan is not None
+    found = attention(*(shard_sequence(x, mesh) for x in whole))
+    error = float((found - shard_sequence(expected, mesh)).abs().max())
+    rebuild(attention, mesh=None, generation=2)
+    alone = float((attention(*whole) - expected).abs().max())
+    return {"companion": (plan.companion, plan.companion_kernel), "ring": error, "alone": alone}
 
 
 def perturbed(pattern: Pattern, seq_len: int, position: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -21,9 +22,10 @@ from dilated_attention import (
 )  # fmt: skip
 from dilated_attention.core.errors import RingBroken
 from dilated_attention.core.plan import AttentionPlan
+from dilated_attention.exchange.mesh import plan_facts
 from dilated_attention.exchange.setup import pauses, with_backoff
 
-from .ring_cases import behaviour, perturbed, refusals
+from .ring_cases import behaviour, perturbed, refusals, regrown
 from .ring_ranks import Ranks
 
 FIELDS: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
@@ -76,8 +78,9 @@ def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> Non
     plan = explain(fields)
     assert plan.backend == "reference"
     assert plan.exchange is not None
-    assert (plan.exchange.companion, plan.exchange.companion_kernel) == ("sdpa", "cpu_flash")
-    assert "          reference over a rank's own keys, sdpa (cpu_flash) over received ones" in plan.explain().splitlines()
+    assert (plan.exchange.companion, plan.exchange.companion_kernel) == ("sdpa", "aten flash for CPU")
+    said = "          reference over a rank's own keys, sdpa (aten flash for CPU) over received ones"
+    assert said in plan.explain().splitlines()
     assert AttentionPlan.from_json(plan.to_json()) == plan
     moved = attrs.evolve(plan, exchange=attrs.evolve(plan.exchange, companion="fa3"))
     assert moved.digest != plan.digest
@@ -91,7 +94,7 @@ def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> Non
     ]
     assert wide.rows[0].near_miss is None  # no head_dim is out of its own range
     with pytest.raises(NoBackendError, match="companion: needs another backend"):
-        build_attention(fields, head_dim=300, mesh=DeviceMeshStandIn)
+        build_attention(fields, head_dim=300, context_parallel=ContextParallel(size=1))
 
 
 def test_the_plan_is_a_tree() -> None:
@@ -174,6 +177,13 @@ def test_one_ring_serves_a_model_and_leaves_no_trace_in_it(ranks: Ranks) -> None
         assert said["submesh"] < 1e-6
         assert said["groups_kept"]
         assert said["prepared"] == [24, 48]
+
+
+def test_one_rank_built_with_a_kernel_for_whole_layouts_becomes_several_and_one_again(ranks: Ranks) -> None:
+    for said in ranks.run(regrown):
+        assert said["companion"] == ("sdpa", "aten flash for CPU")
+        assert said["ring"] < 1e-12
+        assert said["alone"] < 1e-12
 
 
 def test_a_remote_key_moves_exactly_the_rows_that_see_it(ranks: Ranks) -> None:

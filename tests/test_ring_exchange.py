@@ -100,6 +100,33 @@ def test_a_small_budget_makes_shards_travel_hop_by_hop(ranks: Ranks, pattern: Pa
             assert counters["backward_sent"] == (2 * size - 1) * (240 // size) * row
 
 
+STRADDLING = [
+    LONGNET,
+    Local(9) | Global(3),
+    Dilated((7, 50), (1, 3)) + Local(12),
+    Dilated((24, 240), (2, 6), offsets_by="kv_head"),
+    Random(2, 16),  # its draw depends on how long the sequence is
+]
+
+
+@pytest.mark.parametrize("pattern", STRADDLING, ids=repr)
+@pytest.mark.parametrize("budget", [1 << 30, 1], ids=["selective", "hops"])
+def test_a_kernel_for_whole_layouts_and_its_companion_are_exact(ranks: Ranks, pattern: Pattern, budget: int) -> None:
+    """Its own keys (or every hop's) by `reference`, staged rows by `sdpa`."""
+    for size, is_causal, dtype, bound in (
+        (2, True, "float64", 1e-12), (3, False, "float64", 1e-12), (4, True, "float64", 1e-12),
+        (2, False, "float32", 1e-5), (4, True, "float32", 1e-5),
+    ):  # fmt: skip
+        kv_heads = 2 if size == 3 or not is_causal else 4
+        fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads, dtype=dtype, backend="reference")
+        fields["limits"] = Limits(exchange_buffer_bytes=budget)
+        assert worst(ranks, fields, size, batch=2 - size % 2, through_lse=size != 4) < bound
+
+
+def test_a_kernel_for_whole_layouts_in_bfloat16(ranks: Ranks) -> None:
+    assert worst(ranks, config_of(LONGNET, dtype="bfloat16", backend="reference"), 4) < 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:
