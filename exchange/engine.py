@@ -88,7 +88,8 @@ class RingEngine(Engine):
         # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
         traits: dict[str, Any] = {"has_dlse": has_dlse, "call_axes": frozenset(), **names}
         super().__init__(config, pattern, kernel, takes_layout=isinstance(kernel, RingKernel), **traits)
-        self._dense: DenseKernel = kernel.dense if isinstance(kernel, RingKernel) else kernel
+        if isinstance(kernel, RingKernel):
+            self._composer = Composer(kernel.dense, self.scale, config.deterministic)
         self.local_axes = call_axes
         self.communicator = communicator
         self.plan_key = self.key
@@ -182,8 +183,8 @@ class RingEngine(Engine):
 
     def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
         limits, rank, kernel = self.config.limits, self.communicator.rank, self.kernel
-        composer = Composer(self._dense, self.scale, self.config.deterministic)
-        compute = Compute(composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        assert self._composer is not None
+        compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
         if isinstance(kernel, RingKernel):
             compute = attrs.evolve(compute, layout_kernel=kernel, takes_staged=kernel.takes_staged)
         selective = travelling = None

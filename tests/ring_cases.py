@@ -174,8 +174,8 @@ def behaviour() -> dict[str, Any]:
 
 def regrown() -> dict[str, Any]:
     """An attention of one rank rebuilt over four and as one again: errors of the shard."""
-    mesh, fields = mesh_of(4), {"num_heads": 2, "head_dim": 8, "is_causal": True, "dtype": "float64"}
-    pattern = Dilated((8, 48), (1, 4)) + Local(5)
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "is_causal": True, "dtype": "float64"}
+    mesh, pattern = mesh_of(4), Dilated((8, 48), (1, 4)) + Local(5)
     attention = build_attention(fields, pattern=pattern, backend="reference", context_parallel=ContextParallel(size=1))
     whole = tensors_of(AttentionConfig(**fields, seq_len=48), 1)[:3]
     expected, _ = reference.attention(*whole, pattern=pattern, is_causal=True)
@@ -184,9 +184,14 @@ def regrown() -> dict[str, Any]:
     assert plan is not None
     found = attention(*(shard_sequence(x, mesh) for x in whole))
     error = float((found - shard_sequence(expected, mesh)).abs().max())
+    said = ""
+    try:
+        attention.received(found, found, torch.zeros(1, 2, 12, dtype=found.dtype))
+    except ConfigError as refusal:
+        said = str(refusal)
     rebuild(attention, mesh=None, generation=2)
     alone = float((attention(*whole) - expected).abs().max())
-    return {"companion": (plan.companion, plan.companion_kernel), "ring": error, "alone": alone}
+    return {"companion": (plan.companion, plan.companion_kernel), "ring": error, "alone": alone, "received": said}
 
 
 def perturbed(pattern: Pattern, seq_len: int, position: int) -> list[tuple[int, int]]:

@@ -184,6 +184,7 @@ def test_one_rank_built_with_a_kernel_for_whole_layouts_becomes_several_and_one_
         assert said["companion"] == ("sdpa", "aten flash for CPU")
         assert said["ring"] < 1e-12
         assert said["alone"] < 1e-12
+        assert "a ring of 4 ranks computes whole calls of one sequence only" in said["received"]
 
 
 def test_a_remote_key_moves_exactly_the_rows_that_see_it(ranks: Ranks) -> None:
