@@ -85,6 +85,8 @@ def test_the_newest_cases_are_kept_and_the_rest_is_counted() -> None:
     runs = [run_of(index, [result(case=f"case {index}")]) for index in range(MAX_GROUPS + 3)]
     groups, left_out = group_runs(runs)
     assert (len(groups), left_out, groups[0].case) == (MAX_GROUPS, 3, f"case {MAX_GROUPS + 2}")
+    groups, _ = group_runs([run_of(0, [result(case=name) for name in "abc"]), run_of(1, [result(case="c"), result()])])
+    assert [group.case for group in groups] == ["c", "longnet-16k", "a", "b"]
     (group,), _ = group_runs([run_of(0, [result(backend=f"b{index}") for index in range(MAX_SERIES + 5)])])
     assert (len(group.series), group.left_out) == (MAX_SERIES, 5)
 
