@@ -4,8 +4,8 @@
     python -m benchmarks.detection --equal 4 --planted 4
 
 A copy of this checkout becomes a git repository of its own, in a temporary folder; what is planted makes its CPU
-kernels spin for a share of the time that they took, so the slow-down is real and known. Every run is the command itself, in a
-process of its own.
+kernels spin for a share of the time that they took, so the slow-down is real and known. Every run is the command
+itself, in a process of its own.
 """
 
 from __future__ import annotations

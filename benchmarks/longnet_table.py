@@ -294,6 +294,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Shape]:
     return args, shape
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """The integers of "1,2,4"."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Plan, train, test, draw, print."""
     start = time.perf_counter()

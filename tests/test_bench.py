@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from dilated_attention.bench.cases import CASES, named_cases
 from dilated_attention.bench.history import read_history
+from dilated_attention.bench.measure import Settings, measure_case
+from dilated_attention.bench.output import print_report, table_cells
 from dilated_attention.bench.timing import difference, matrix_tflops, peak_bytes
 from dilated_attention.errors import ConfigError
 
@@ -63,6 +66,9 @@ def test_a_run_is_printed_saved_and_drawn(invoke: Invoke, tmp_path: Path) -> Non
         computed = 1e9 * result.tflops * result.median_ms / factor / (4 * 16)
         if (result.case, result.backend) == ("tiny", "dense SDPA"):
             assert computed == pytest.approx(4 * 256 * 257 / 2)
+    assert data["auto"] == {
+        "cases": 2, "measured": 2, "within_5_percent": 2, "slower_percent": {"tiny": 0.0, "blocks": 0.0}
+    }  # fmt: skip
     assert [case["auto"]["slower_percent"] for case in data["cases"]] == [{"forward": 0.0, "training": 0.0}] * 2
     with (folder / "results.csv").open(encoding="utf-8") as file:
         assert [(row["case"], row["backend"], row["phase"]) for row in csv.DictReader(file)] == found
@@ -79,8 +85,25 @@ def test_the_table_is_plain_where_it_is_not_a_terminal(invoke: Invoke) -> None:
     assert lines[1].split()[:3] == ["error", "fwd", "ms"]
     assert lines[2].split()[0] == "sdpa:"
     assert lines[4].strip().startswith("auto picks sdpa: aten flash for CPU; forward: 0.0% slower than the fastest")
+    assert lines[-1] == "auto is within 5% of the fastest in 1 of 1 cases"
     assert "\x1b" not in done.stdout
     assert "refused by triton" in done.stderr
+
+
+def test_a_terminal_gets_a_table_that_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    settings = Settings(device="cpu", rounds=2)
+    report = measure_case(TINY, settings, floor_tflops=0.1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert "\x1b[" in printed
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+    for cells, line in zip(table_cells(report), lines[1:], strict=False):
+        assert line.split() == " ".join(cells).split()
+    assert lines[-2].startswith("auto picks sdpa")
 
 
 @pytest.mark.parametrize(

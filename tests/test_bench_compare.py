@@ -33,7 +33,7 @@ def test_a_slow_down_and_a_leak_are_caught(tree: Path) -> None:
         ("forward", "slower", True), ("training", "slower", True)
     ]  # fmt: skip
     for row in data["comparisons"]:
-        assert 1.2 < row["ratio"]["ratio"] < 1.7
+        assert row["ratio"]["ratio"] > 1.2
         assert row["new_bytes"] - row["old_bytes"] >= 1024 * 8 * 64 * 4
     assert git(tree, "worktree", "list").count("\n") == 0
 

@@ -12,7 +12,7 @@ from dilated_attention.bench.ring_settings import RingSettings
 from dilated_attention.bench.scaling import SIMULATED, simulated, summarised
 from dilated_attention.errors import ConfigError
 
-from .bench_kit import ring_figures
+from .bench_kit import ring_figures, ring_refused
 from .conftest import Invoke
 from .distributions import as_json, command
 from .ring_ranks import Ranks
@@ -84,8 +84,10 @@ def test_two_real_ranks_are_measured(tmp_path: Path) -> None:
     ranks = Ranks(2, tmp_path)
     try:
         each = ranks.run(ring_figures, RingSettings(**{**SMALL, "sizes": (2,), "rounds": 1}).to_json(), timeout_s=120)
+        refused = ranks.run(ring_refused, RingSettings(**{**SMALL, "sizes": (2,), "rounds": 1}).to_json())
     finally:
         ranks.close()
+    assert all(said.startswith("longnet: off the float64 oracle by") and "no times" in said for said in refused)
     entry = {"size": 2, "errors": each[0]["errors"], "ranks": each}
     check_figures(entry, list(summarised([entry])))
     off = {**each[1], "weak": [{**each[1]["weak"][0], "planned_bytes": {}}, each[1]["weak"][1]]}

@@ -121,7 +121,7 @@ def _device(name: str | None) -> str:
         raise ConfigError(f"--device must be cpu, cuda or cuda:INDEX, got {name!r}")
     if not found.available:
         raise ConfigError(f"--device {name}: there is none on this machine")
-    if found.torch_name != "cpu":
+    if name.startswith("cuda:"):
         torch.cuda.set_device(torch.device(name))
     return name
 
@@ -175,11 +175,14 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     if "save" in given:
         append_run(given["save"], run)
     files = out.write_files(output, run) if output is not None else []
-    extra = {"cases": [out.report_data(report) for report in reports], "files": [str(path) for path in files]}
+    near = out.auto_summary(reports)
+    extra = {"cases": [out.report_data(report) for report in reports], "auto": near, "files": [str(p) for p in files]}
     if as_json:
         typer.echo(json.dumps({**json.loads(run.to_json()), **extra}, indent=2, ensure_ascii=False))
-    elif files:
-        typer.echo("written: " + ", ".join(str(path) for path in files))
+    else:
+        typer.echo(f"auto is within 5% of the fastest in {near['within_5_percent']} of {near['measured']} cases")
+        if files:
+            typer.echo("written: " + ", ".join(str(path) for path in files))
     if any(report.failures or all(r.peer for r in report.results) for report in reports):
         raise typer.Exit(1)
 

@@ -41,7 +41,7 @@ class CompareSettings:
     Attributes:
         ref: what git calls the old code.
         device: torch's name of the device.
-        backend: `auto`, or a backend's name.
+        backend: `auto`, NAME or NAME:KERNEL.
         threshold: a ratio of times beyond this is a slow-down.
         memory_threshold: growth of peak memory beyond so many bytes is flagged.
         seconds: longest time for one case and phase; an interval that is still wide then is undecided.
@@ -214,7 +214,9 @@ def _gated(case: BenchCase, settings: CompareSettings) -> list[str]:
 def _prepared(case: BenchCase, settings: CompareSettings, workers: Sequence[WorkerProcess]) -> list[str] | None:
     """Both workers have built and warmed up the case; their backends and kernels, or None where results differ."""
     data = case.to_dict()
-    config = data["config"] | {"backend": settings.backend}
+    backend, _, kernel = settings.backend.partition(":")
+    options = {backend: {"kernel": kernel}} if kernel else {}
+    config = data["config"] | {"backend": backend, "backend_options": options}
     answers = [worker.ask("prepare", config=config, shape=data["shape"]) for worker in workers]
     sums = [[number for pair in answer["sums"] for number in pair] for answer in answers]
     scale = max(abs(number) for number in sums[0])

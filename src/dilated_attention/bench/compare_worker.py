@@ -6,6 +6,7 @@ nothing but `build_attention`; what times and weighs is this file's neighbour, s
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -31,7 +32,8 @@ def _neighbour(name: str) -> ModuleType:
 class Worker:
     """The calls of the case it was last given."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, package: ModuleType, device: str) -> None:
+        self.package = package
         self.device = device
         self.device_type = device.partition(":")[0]
         self.timing = _neighbour("timing")
@@ -39,9 +41,7 @@ class Worker:
 
     def prepare(self, config: dict[str, Any], shape: list[int]) -> dict[str, Any]:
         """Build, warm up, and say what was chosen and what came out, as sums that equal results share."""
-        from dilated_attention import build_attention
-
-        attention = build_attention(config, device=self.device, seq_len=shape[1])
+        attention = self.package.build_attention(config, device=self.device, seq_len=shape[1])
         inputs = self.timing.random_inputs(tuple(shape), config["dtype"], self.device)
 
         def forward() -> torch.Tensor:
@@ -76,13 +76,12 @@ def main() -> None:
     tree, device = Path(sys.argv[1]).resolve(), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    import dilated_attention
-
-    found = Path(dilated_attention.__file__).resolve()
+    package = importlib.import_module("dilated_attention")  # the tree's, whatever it is: this file is of no package
+    found = Path(str(package.__file__)).resolve()
     if not found.is_relative_to(tree):
         sys.exit(f"{found} was imported, which is not of {tree}")
-    worker = Worker(device)
-    print(json.dumps({"version": dilated_attention.__version__}), file=answers, flush=True)
+    worker = Worker(package, device)
+    print(json.dumps({"version": package.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         method = getattr(worker, order.pop("do"))

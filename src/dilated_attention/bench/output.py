@@ -24,6 +24,7 @@ from .checkout import checkout_root, commit_of
 from .history import PHASES, Machine, Result, Run
 from .measure import CaseReport
 
+_NEAR_PERCENT = 5.0
 _LIBRARIES = ("torch", "triton", "numpy", "numba", "flash-attn-4", "xformers")
 _HEADER = ("", "error", "fwd ms", "quartiles", "TFLOP/s", "distinct", "floor", "MiB")
 _HEADER_TRAINING = ("f+b ms", "quartiles", "TFLOP/s", "distinct", "floor", "MiB")
@@ -106,6 +107,17 @@ def auto_line(report: CaseReport) -> str:
     return f"auto picks {auto.backend}: {auto.kernel}; {'; '.join(words) or 'nothing was measured'}"
 
 
+def auto_summary(reports: Sequence[CaseReport]) -> dict[str, Any]:
+    """In how many cases `auto`'s pick is at most 5 % slower than the fastest measured, in both phases."""
+    slower = {
+        report.case.name: [percent for percent in report.auto.slower_percent.values() if percent is not None]
+        for report in reports
+    }
+    measured = {name: max(percents) for name, percents in slower.items() if len(percents) == len(PHASES)}
+    near = sum(percent <= _NEAR_PERCENT for percent in measured.values())
+    return {"cases": len(reports), "measured": len(measured), "within_5_percent": near, "slower_percent": measured}
+
+
 def print_report(report: CaseReport) -> None:
     """A rich table on a terminal, else aligned text that nothing wraps or cuts."""
     if sys.stdout.isatty():
@@ -120,7 +132,7 @@ def _print_rich(report: CaseReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(width=1000)  # a narrow terminal wraps lines; rich would cut the numbers
     console.print(Text(str(report.case), style="bold"))
     header, *rows = table_cells(report)
     table = Table(box=None, pad_edge=False, header_style="dim")

@@ -93,12 +93,14 @@ def ring_of(attention: Attention) -> Communicator:
     return engine.communicator
 
 
-def moved_in(attention: Attention, step: Call) -> dict[str, int]:
-    """Bytes that one step moves on this rank, by the counters."""
+def weighed(attention: Attention, step: Call, device: str) -> tuple[int, dict[str, int]]:
+    """Peak memory of one step above what was held, and the bytes that it moves on this rank, by the counters."""
+    if attention.config.ring_size == 1:
+        return extra_bytes(step, device), {}
     before = attrs.evolve(ring_of(attention).counters)
-    step()
+    peak = extra_bytes(step, device)
     after = ring_of(attention).counters
-    return {name: getattr(after, name) - getattr(before, name) for name in _MOVED}
+    return peak, {name: getattr(after, name) - getattr(before, name) for name in _MOVED}
 
 
 def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, share: int) -> dict[str, Any]:
@@ -129,6 +131,7 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, sh
             built["alone, auto"] = auto
     steps: dict[str, Call] = {name: training(attention, inputs) for name, attention in built.items()}
     times = interleaved(steps, settings)
+    peak, moved = weighed(ring, steps["ring"], settings.device)
     found: dict[str, Any] = {
         "pattern": kind,
         "tokens": tokens,
@@ -136,24 +139,22 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, sh
         "seconds": {name: statistics.median(each) for name, each in times.items()},
         "spread": {name: (min(each), max(each)) for name, each in times.items()},
         "rounds": len(times["ring"]),
-        "peak_bytes": extra_bytes(steps["ring"], settings.device) + sum(x.nbytes for x in inputs),
+        "peak_bytes": peak + sum(x.nbytes for x in inputs),
     }
     if size > 1:
-        found |= _exchanged(settings, mesh, ring, steps["ring"], config, tokens)
+        found |= {"bytes": moved} | _exchanged(settings, mesh, ring, steps["ring"], config, tokens)
         if "full ring" in built:
-            found["full_ring_bytes"] = moved_in(built["full ring"], steps["full ring"])
+            found["full_ring_bytes"] = weighed(built["full ring"], steps["full ring"], settings.device)[1]
     return found
 
 
 def _exchanged(
     settings: RingSettings, mesh: DeviceMesh, ring: Attention, step: Call, config: AttentionConfig, tokens: int
 ) -> dict[str, Any]:
-    """Bytes on the wire against the pre-flight's, and how much of the exchange is hidden."""
-    moved = moved_in(ring, step)
+    """What the pre-flight says of this rank, and how much of the exchange is hidden."""
     costs = preflight(attrs.evolve(config, seq_len=tokens, context_parallel=None), ranks=mesh.size())
     load = costs.loads[mesh.get_rank()]
     found: dict[str, Any] = {
-        "bytes": moved,
         "planned_bytes": {name: getattr(load, name) for name in _MOVED},
         "planned_peak_bytes": load.peak_bytes,
         "mode": costs.mode,
