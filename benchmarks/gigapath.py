@@ -25,14 +25,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from dilated_attention.backends.aten import CudaFlash
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference, extra_bytes, milliseconds
 from dilated_attention.models import LongNetConfig, SlideEncoder, SlideEncoderConfig
 from dilated_attention.models.built import ZERO_PADDING, BuiltAttention
 from dilated_attention.models.gigapath import gigapath_segment_lengths
 from dilated_attention.models.longnet_config import Checkpointing
 
-from .dilated import _KERNELS, BOUNDS, _differentiable, difference, extra_bytes, milliseconds
-from .torchscale_algorithm import dilated_attention
+from .torchscale_algorithm import aten_kernel, dilated_attention
 
 RATES = (1, 2, 4, 8, 16)
 
@@ -85,7 +85,8 @@ class Original(BuiltAttention):
     def __init__(self, ours: BuiltAttention, case: Case) -> None:
         super().__init__(ours.config.to_dict())
         attention = ours.attention_for(getattr(torch, case.dtype), torch.device(case.device).type, is_causal=False)
-        self._kernel = _differentiable(_KERNELS.get(attention.plan.kernel, CudaFlash()))
+        on_cpu = case.device == "cpu"
+        self._kernel = aten_kernel("cpu" if on_cpu else "cudnn" if attention.plan.kernel == "cudnn" else "flash")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         """(B, S, H, D), non-causal, zero padding attended."""

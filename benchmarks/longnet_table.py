@@ -30,13 +30,14 @@ import attrs
 import torch
 
 from dilated_attention import Dilated, Full, Local, Pattern, Random, reference
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.demo.pictures import can_draw
 from dilated_attention.models import LongNetConfig, LongNetLM
 
-from .dilated import BOUNDS, difference, numbers
 from .longnet_report import draw, markdown
 from .longnet_training import Outcome, Training, compute_dtype, synchronize
 from .source_text import SourceText, installed_roots, read, xz_bits_per_byte
@@ -268,6 +269,10 @@ class Table:
         (self.output / "longnet_table.json").write_text(json.dumps(self.report, indent=1))
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Shape]:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,7 +283,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Shape]:
     parser.add_argument("--output", type=Path, default=Path("longnet-table"))
     parser.add_argument("--roots", type=Path, nargs="+", help="folders of sources; by default what is installed")
     parser.add_argument("--text-bytes", type=int, default=512 << 20, help="most that is read")
-    parser.add_argument("--lengths", type=numbers, default=default.lengths)
+    parser.add_argument("--lengths", type=_numbers, default=default.lengths)
     parser.add_argument("--positions", choices=("rotary", "xpos"), default=default.positions)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     for name in ("layers", "width", "heads", "stretches", "test_bytes", "seed"):
@@ -287,6 +292,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Shape]:
     shape = Shape(**{field.name: getattr(args, field.name) for field in attrs.fields(Shape)})
     shape.check()
     return args, shape
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The integers of "1,2,4"."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Attention, build_attention, reference
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference, extra_bytes, milliseconds
 from dilated_attention.core.pattern import Pattern
-
-from .dilated import BOUNDS, difference, extra_bytes, milliseconds
 
 _WARM_UP = 2
 

@@ -29,12 +29,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dilated_attention import Dilated, Global, Local, Pattern, Random, build_attention, reference
+from dilated_attention.bench.timing import difference, peak_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import BlockLayout
-from dilated_attention.demo.memory import peak_bytes
-
-from .dilated import difference
 
 MILLION: Final = 1 << 20
 LOWERED: Final[dict[str, Pattern]] = {

@@ -3,6 +3,8 @@
 Each branch pads, reshapes into segments, gathers the kept rows into compact tensors, runs one dense kernel, scatters
 its output and lse into dense tensors, and the branches are mixed with weights through which no gradient flows (as
 there).
+
+    dilated-attention bench --case 'longnet-16k' --peer benchmarks.torchscale_algorithm:official
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from dilated_attention import Dilated
+from dilated_attention.bench.cases import BenchCase
+from dilated_attention.bench.peers import Peer
 
 # (query, key, value) in (batch, heads, seq, head_dim), is_causal -> (out, lse (batch, heads, seq)); differentiable
 Kernel = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
@@ -72,3 +78,50 @@ def _gather(x: Tensor, width: int, rate: int) -> Tensor:
     x = x.reshape(-1, width // rate, rate, rate, heads // rate, head_dim)
     kept = torch.diagonal(x, dim1=2, dim2=3)  # (segments, rows, per_offset, head_dim, rate)
     return kept.permute(0, 4, 2, 1, 3).reshape(kept.shape[0], heads, width // rate, head_dim).contiguous()
+
+
+def aten_kernel(name: str) -> Kernel:
+    """aten's differentiable dense kernel: "cudnn", "flash" (FlashAttention-2), or "cpu"."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        if name == "cpu":
+            op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            out, lse = op(query, key, value, 0.0, is_causal)
+        elif name == "cudnn":
+            op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+            out, lse, *_ = op(query, key, value, None, True, 0.0, is_causal, False)
+            lse = lse.squeeze(-1)
+        else:
+            op = torch.ops.aten._scaled_dot_product_flash_attention.default
+            out, lse, *_ = op(query, key, value, 0.0, is_causal, False)
+        return out, lse
+
+    return run
+
+
+def official(case: BenchCase, device: str) -> Peer | None:
+    """For `--peer benchmarks.torchscale_algorithm:official`: over FlashAttention-2, or aten's kernel for CPUs."""
+    return _peer(case, "flash" if device.startswith("cuda") else "cpu")
+
+
+def official_cudnn(case: BenchCase, device: str) -> Peer | None:
+    """The same over cuDNN's kernel; on a GPU only."""
+    return _peer(case, "cudnn") if device.startswith("cuda") else None
+
+
+def _peer(case: BenchCase, kernel: str) -> Peer | None:
+    pattern = case.pattern
+    if not isinstance(pattern, Dilated) or pattern.offsets != "blocked" or pattern.heads != "all":
+        return None
+    branches = list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
+    for width, rate in branches:
+        cut = min(width, case.seq_len)
+        if case.seq_len % cut or cut % rate or case.num_heads % rate:
+            return None  # it pads, and attends to what it pads with
+    run = aten_kernel(kernel)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        lengths, rates = zip(*branches, strict=True)
+        return dilated_attention(query, key, value, lengths, rates, is_causal=case.is_causal, kernel=run)
+
+    return Peer("official algorithm", attend, kernel=kernel, has_exact_gradients=False)

@@ -14,8 +14,8 @@ import torch
 
 from dilated_attention import ConfigError, Dilated, DilatedAttentionError, Full
 from dilated_attention import demo as demo_package
+from dilated_attention.bench.timing import peak_bytes
 from dilated_attention.demo import compare, pictures, text
-from dilated_attention.demo.memory import peak_bytes
 from dilated_attention.demo.model import ByteModel, ModelConfig, rotary_table, rotate
 from dilated_attention.demo.training import Budget, Mark, Training, learning_rate, train
 

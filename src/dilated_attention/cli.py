@@ -14,6 +14,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from .cli_bench import bench
+from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
 from .console import AsJson, registry, show
 from .core.config import read_mapping
@@ -53,6 +55,8 @@ app = typer.Typer(
 )
 
 app.add_typer(pattern_app)
+app.command()(bench)
+app.command()(dashboard)
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import Attention, Dilated, build_attention, reference
+from ..bench.timing import peak_bytes
 from ..core.errors import DilatedAttentionError
 from ..core.pattern import Full, Pattern
-from .memory import peak_bytes
 
 SEQ_LEN = 16_384
 NUM_HEADS = 8
