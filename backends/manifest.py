@@ -116,6 +116,31 @@ TRITON = BackendSpec(
     requires=("triton>=3.4",),
 )
 
+FLEX = BackendSpec(
+    name="flex",
+    target="dilated_attention.backends.flex:FlexBackend",
+    priority=-50,  # by name only: it has not run on a card yet, compiles for every length and ignores strided branches
+    capabilities={
+        # Not cpu: PyTorch's FlexAttention gives no lse there.
+        "device_types": ("cuda",),
+        "dtypes": ("float32", *_HALVES),
+        "head_dims": Range(16, 256, 8),
+        "layouts": ("branch", "block"),
+        "weights": True,
+        "per_head": True,
+        "gqa": True,
+        "causal": True,
+        "offsets": True,
+        "unequal_lengths": True,
+        "varlen": True,
+        "backward": True,
+        "dlse": True,
+        "lse": True,
+        "compile": "opaque",
+    },
+    requires=("triton>=3.4",),
+)
+
 REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
@@ -145,7 +170,7 @@ REFERENCE = BackendSpec(
 @hookimpl
 def dilated_attention_backends() -> Iterable[BackendSpec]:
     """Those that need torch alone, and those over third-party kernels."""
-    return (TRITON, FA3, FA4, SDPA, XFORMERS, REFERENCE)
+    return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, REFERENCE)
 
 
 @hookimpl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -13,6 +12,7 @@ from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.reference import attention, mask_bytes
 from ..core.refusal import Refusal
+from .recording import recording
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,18 +48,6 @@ class ReferenceBackend:
         return ReferenceKernel(request.config.limits.reference_mask_bytes)
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd records, inside an operator too: there the dispatcher has left autograd's keys behind."""
-    keys = torch._C.DispatchKey
-    with (
-        torch.enable_grad(),
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-    ):
-        yield
-
-
 @attrs.frozen
 class ReferenceKernel:
     """Computes a `LayoutPiece` from its pattern alone; raises `ConfigError` where the mask is too large."""
@@ -90,7 +78,7 @@ class ReferenceKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again, with the same dropout draw, and differentiates it."""
-        with _recording():
+        with recording():
             q, k, v = (x.detach().to(torch.float64).requires_grad_() for x in (query, key, value))
             results = self._attention(q, k, v, piece)
         used = results[:1] if dlse is None else results

@@ -68,6 +68,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         below.set(xlabel=f"position in a window of {_short(lengths[-1])}")
         below.set_xscale("symlog", base=2, linthresh=128, linscale=0.5)
         ticks = [n for n in (0, 128, 512, 2048, 8192, 32768) if n <= lengths[-1]]
+        below.set_xlim(0, lengths[-1])
         below.set_xticks(ticks, [str(n) if n < 1024 else _short(n) for n in ticks])
         for axis in (above, below):
             axis.grid(axis="y", color="#E5E5E5", linewidth=0.8)

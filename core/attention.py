@@ -18,6 +18,7 @@ from .pattern import LearnedPattern
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
+    from .counters import AttentionCounters
     from .engine import Engine
     from .gate import Gate
     from .plan import AttentionPlan
@@ -262,6 +263,14 @@ class Attention(nn.Module):
                 q_offset = kv_offset + key.shape[1] - q_len
             tables = None if gate is None else gate(query, key, q_offset=q_offset, kv_offset=kv_offset)
             return self._engine.received(query, key, lse, q_offset, kv_offset, tables)
+
+    def counters(self) -> AttentionCounters:
+        """What this attention, and those that were built alike, have done in this process.
+
+        Taken inside the operator that `torch.compile` sees, so that compiled calls and recomputed passes are counted as
+        often as they run. Replays of a CUDA graph are not seen: its calls are counted once, when they are captured.
+        """
+        return self._engine.counters()
 
     def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
         """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.

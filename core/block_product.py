@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from .composer import accumulator_dtype
 from .layout import BlockLayout
+from .tracing import span
 
 _HALF = (torch.bfloat16, torch.float16)
 _CPU_CHUNK_BYTES = 16 << 20  # temporaries that stay in a processor's last cache: measurably faster than 64 MiB
@@ -94,6 +95,11 @@ class BlockProduct:
         return cls(layout.block_size, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
 
     @property
+    def name(self) -> str:
+        """As traces show it."""
+        return f"blocks of {self.block_size}"
+
+    @property
     def nbytes(self) -> int:
         """Memory that classes and masks occupy."""
         return self.bias.nbytes + sum(c.nbytes for c in self.classes)
@@ -104,21 +110,22 @@ class BlockProduct:
         q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (query, key, value))
         out = torch.zeros(q_blocks.shape, dtype=dtype, device=query.device)
         lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
-        for row in range(q_blocks.shape[0]):
-            for part in self._chunks(query):
-                q, k, v = (
-                    _take(q_blocks[row], part.queries),
-                    _take(k_blocks[row], part.keys),
-                    _take(v_blocks[row], part.keys),
-                )
-                scores = self._scores(q, k, part)
-                top = scores.amax(dim=-1, keepdim=True)
-                top.masked_fill_(top == -math.inf, 0.0)
-                weights = scores.sub_(top).exp_()
-                total = weights.sum(dim=-1, keepdim=True)
-                part_out = bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
-                out[row].index_copy_(0, part.queries, part_out)
-                lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
+        with span(self.name):
+            for row in range(q_blocks.shape[0]):
+                for part in self._chunks(query):
+                    q, k, v = (
+                        _take(q_blocks[row], part.queries),
+                        _take(k_blocks[row], part.keys),
+                        _take(v_blocks[row], part.keys),
+                    )
+                    scores = self._scores(q, k, part)
+                    top = scores.amax(dim=-1, keepdim=True)
+                    top.masked_fill_(top == -math.inf, 0.0)
+                    weights = scores.sub_(top).exp_()
+                    total = weights.sum(dim=-1, keepdim=True)
+                    part_out = bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
+                    out[row].index_copy_(0, part.queries, part_out)
+                    lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
         return self._rows(out, query), self._row_values(lse, query)
 
     def backward(
@@ -138,18 +145,19 @@ class BlockProduct:
         do_blocks, q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (dout, query, key, value))
         lse_blocks, delta_blocks = self._row_blocks(lse, math.inf), self._row_blocks(delta, 0.0)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q_blocks, k_blocks, v_blocks))
-        for row in range(q_blocks.shape[0]):
-            for part in self._chunks(query):
-                do, q = _take(do_blocks[row], part.queries), _take(q_blocks[row], part.queries)
-                k, v = _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
-                lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
-                delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
-                p = self._scores(q, k, part).sub_(lse_part).exp_()
-                _put_add(dv[row], part.keys, bmm(p.to(do.dtype).mT, do))
-                ds = bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
-                del p
-                dq[row].index_copy_(0, part.queries, bmm(ds, k))
-                _put_add(dk[row], part.keys, bmm(ds.mT, q))
+        with span(self.name):
+            for row in range(q_blocks.shape[0]):
+                for part in self._chunks(query):
+                    do, q = _take(do_blocks[row], part.queries), _take(q_blocks[row], part.queries)
+                    k, v = _take(k_blocks[row], part.keys), _take(v_blocks[row], part.keys)
+                    lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                    delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
+                    p = self._scores(q, k, part).sub_(lse_part).exp_()
+                    _put_add(dv[row], part.keys, bmm(p.to(do.dtype).mT, do))
+                    ds = bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
+                    del p
+                    dq[row].index_copy_(0, part.queries, bmm(ds, k))
+                    _put_add(dk[row], part.keys, bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
 
     def received(self, query: Tensor, key: Tensor, lse: Tensor) -> Tensor:

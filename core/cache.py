@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, Protocol, TypeVar
+
+from .counters import CacheCounters
 
 
 class Sized(Protocol):
@@ -33,6 +36,8 @@ class ByteLRU(Generic[K, V]):
         self._bytes = 0
         self._lock = threading.Lock()
         self._making: dict[K, threading.Lock] = {}
+        self._hits = self._misses = self._evictions = 0
+        self._making_s = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +49,25 @@ class ByteLRU(Generic[K, V]):
         with self._lock:
             return len(self._values)
 
+    @property
+    def counters(self) -> CacheCounters:
+        """What was found, made and dropped by now. A value that is not kept, or failed to be made, is a miss too."""
+        with self._lock:
+            return CacheCounters(
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                entries=len(self._values),
+                nbytes=self._bytes,
+                lowering_s=self._making_s,
+            )
+
     def get(self, key: K) -> V | None:
         """The value kept for `key`, now the most recently used, or None."""
         with self._lock:
             value = self._values.get(key)
             if value is not None:
+                self._hits += 1
                 self._values.move_to_end(key)
             return value
 
@@ -63,12 +82,21 @@ class ByteLRU(Generic[K, V]):
             try:
                 value = self.get(key)  # another thread may have made it meanwhile
                 if value is None:
-                    value = make()
+                    value = self._timed(make)
                     self._put(key, value)
             finally:
                 with self._lock:
                     self._making.pop(key, None)
         return value
+
+    def _timed(self, make: Callable[[], V]) -> V:
+        start = time.perf_counter()
+        try:
+            return make()
+        finally:
+            with self._lock:
+                self._misses += 1
+                self._making_s += time.perf_counter() - start
 
     def _put(self, key: K, value: V) -> None:
         size = value.nbytes
@@ -81,5 +109,6 @@ class ByteLRU(Generic[K, V]):
             while self._bytes + size > self.limit_bytes:
                 _, dropped = self._values.popitem(last=False)
                 self._bytes -= dropped.nbytes
+                self._evictions += 1
             self._values[key] = value
             self._bytes += size

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from .kernel import WIDENING, DenseKernel, DensePiece
 from .schedule import Call, Rows, Schedule
+from .tracing import span
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -165,7 +166,8 @@ class Composer:
         slabs = slabs_of(calls[0], (query,), (key, value)) if schedule.cover == 1 else []
         if _adoptable(schedule, query, key, slabs):
             start = 1
-            first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
+            with span(calls[0].name):
+                first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
             out = first.reshape(query.shape)
             lse = first_lse.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
             if len(calls) == 1:
@@ -194,14 +196,15 @@ class Composer:
         is there.
         """
         for index, call in enumerate(calls):
-            for slab in slabs_of(call, (query,), (key, value)):
-                part, part_lse = self._forward(call, slab, query, key, value)
-                into, into_lse = slab.view(out, call.query), slab.view_lse(lse, call.query)
-                if index < written:
-                    into.copy_(part)
-                    into_lse.copy_(part_lse)
-                else:
-                    merge_(into, into_lse, part, part_lse)
+            with span(call.name):
+                for slab in slabs_of(call, (query,), (key, value)):
+                    part, part_lse = self._forward(call, slab, query, key, value)
+                    into, into_lse = slab.view(out, call.query), slab.view_lse(lse, call.query)
+                    if index < written:
+                        into.copy_(part)
+                        into_lse.copy_(part_lse)
+                    else:
+                        merge_(into, into_lse, part, part_lse)
 
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
@@ -222,7 +225,8 @@ class Composer:
         slabs = slabs_of(calls[0], (query, dout, out), (key, value)) if schedule.cover == 1 else []
         if _adoptable(schedule, query, key, slabs):
             start = 1
-            grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
+            with span(calls[0].name):
+                grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
             totals = [grad.reshape(x.shape) for grad, x in zip(grads, inputs, strict=True)]
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
@@ -253,14 +257,15 @@ class Composer:
         """
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         for index, call in enumerate(calls):
-            for slab in slabs_of(call, (query, dout, out), (key, value)):
-                grads = self._backward(call, slab, dout, query, key, value, out, lse)
-                for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
-                    into = slab.view(total, rows)
-                    if index < written:
-                        into.copy_(grad)
-                    else:
-                        into.add_(grad)
+            with span(call.name):
+                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                    grads = self._backward(call, slab, dout, query, key, value, out, lse)
+                    for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
+                        into = slab.view(total, rows)
+                        if index < written:
+                            into.copy_(grad)
+                        else:
+                            into.add_(grad)
 
     def _backward(
         self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor

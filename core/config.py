@@ -141,7 +141,6 @@ class AttentionConfig:
         requires_grad: the attention will be differentiated.
         deterministic: the same bits on every run, forward and backward.
         activation_checkpointing: keep no intermediate of the attention for backward but its inputs.
-        token_order: "natural", or "kept" when tokens already stand in the order of `plan.order(seq_len)`.
         backend: a backend's name, which is used or refused, or "auto", which chooses.
         backend_options: options by backend name, judged by the backend.
         context_parallel: how many ranks share a sequence; None: one has it all.
@@ -165,7 +164,6 @@ class AttentionConfig:
     requires_grad: bool = attrs.field(default=True, validator=_boolean)
     deterministic: bool = attrs.field(default=False, validator=_boolean)
     activation_checkpointing: bool = attrs.field(default=False, validator=_boolean)
-    token_order: str = attrs.field(default="natural", validator=_one_of("natural", "kept"))
     backend: str = attrs.field(default="auto", validator=_backend_name)
     backend_options: Mapping[str, Mapping[str, Any]] = attrs.field(
         factory=dict, converter=_copied, validator=_options, hash=False

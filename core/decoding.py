@@ -18,6 +18,7 @@ from .composer import accumulator_dtype
 from .errors import ConfigError
 from .geometry import Geometry
 from .pattern import Pattern
+from .tracing import span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -258,10 +259,12 @@ class DecodingCache:
         itemsize = accumulator_dtype(query.dtype).itemsize
         step = self._config.limits.workspace_bytes // (3 * itemsize * max(batch, 1) * heads * columns)
         step = max(1, min(step, _PAIRS_AT_ONCE // (heads * columns)))
-        out = [
-            self._attend(query[:, i : i + step], keys, values, new[i : i + step], positions)
-            for i in range(0, count, step)
-        ]
+        with span(self.engine.range_name("step")):
+            out = [
+                self._attend(query[:, i : i + step], keys, values, new[i : i + step], positions)
+                for i in range(0, count, step)
+            ]
+        self.engine.forwards.add(1, batch * count, 0)
         return torch.cat(out, dim=1)
 
     def _attend(
@@ -273,7 +276,9 @@ class DecodingCache:
         """
         batch, count, heads, head_dim = query.shape
         dtype, columns = accumulator_dtype(query.dtype), positions.shape[1]
-        bias = torch.from_numpy(self._counts(places, positions)).to(query.device, dtype).log_()
+        counts = self._counts(places, positions)
+        self.engine.forwards.add(0, 0, batch * int(counts.sum()))
+        bias = torch.from_numpy(counts).to(query.device, dtype).log_()
         q = _wide(query).transpose(1, 2).reshape(batch * self._heads, heads // self._heads * count, head_dim)
         scores = torch.cat([bmm(q, key.mT) for key in keys], dim=-1).mul_(self.engine.scale)
         scores = scores.view(batch, heads, count, columns).add_(bias)

@@ -139,6 +139,25 @@ class DynamicTables:
         return kinds + _KINDS * (blocks == (geometry.kv_len - 1) // size)
 
 
+def dynamic_pairs(pattern: LearnedPattern, geometry: Geometry) -> int:
+    """Pairs over all query heads of a batch row, however the gate chooses.
+
+    Where it may choose the short last block (attention that is not causal), that block is counted as a whole one.
+    """
+    size, shift = pattern.block_size, geometry.q_offset - geometry.kv_offset
+    if not (geometry.q_len and geometry.kv_len):
+        return 0
+    of = TableRows.of(
+        pattern, geometry.q_len, geometry.kv_len, shift, is_causal=geometry.is_causal, device=torch.device("cpu")
+    )
+    query = torch.arange(geometry.q_len)
+    row = query // size
+    whole = (of.kept - (of.visible - of.before))[row] * size
+    cut = (query + shift + 1).clamp(max=geometry.kv_len) - of.before[row] * size
+    seen = whole + torch.where((of.visible > of.before)[row], cut.clamp(min=0), 0)
+    return int(seen.sum()) * geometry.num_heads
+
+
 def _groups(pattern: LearnedPattern, geometry: Geometry) -> Iterator[tuple[Tensor, int, int]]:
     """Rows with equal numbers of cut and uncut blocks. All are cut where the short last block may be among them."""
     size, shift = pattern.block_size, geometry.q_offset - geometry.kv_offset

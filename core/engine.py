@@ -15,7 +15,8 @@ from .block_product import BlockProduct
 from .cache import ByteLRU
 from .composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
 from .config import AttentionConfig
-from .dynamic_tables import DynamicTables
+from .counters import AttentionCounters, Tally
+from .dynamic_tables import DynamicTables, dynamic_pairs
 from .errors import ConfigError
 from .geometry import Geometry
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
@@ -24,6 +25,7 @@ from .lowering import lower
 from .pattern import LearnedPattern, Pattern
 from .received import received_from
 from .schedule import Schedule, schedule
+from .tracing import is_tracing, span
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,18 +35,29 @@ if TYPE_CHECKING:
 class _Program:
     """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
 
-    Where the blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them.
+    Where blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them. A batch row
+    counts `pairs` over all query heads.
     """
 
     layout: Layout
     schedule: Schedule
     blocks: BlockProduct | None = None
     dynamic: DynamicTables | None = None
+    pairs: int = attrs.field()
 
     @property
     def nbytes(self) -> int:
         parts = (self.layout, self.schedule, self.blocks, self.dynamic)
         return sum(part.nbytes for part in parts if part is not None)
+
+    @pairs.default
+    def _count_pairs(self) -> int:
+        pattern = self.layout.pattern.unwrap()
+        if isinstance(pattern, LearnedPattern):
+            return dynamic_pairs(pattern, self.layout.geometry)
+        if not self.schedule.calls:
+            return self.layout.pairs
+        return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
 
     def bound(self, tables: Tensor) -> _Program:
         """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""
@@ -64,6 +77,8 @@ class Engine:
         takes_layout: which of the two kernel protocols `kernel` follows.
         has_dlse: the kernel can bring the gradient through lse home (dense kernels: by 8 more columns of head_dim).
         call_axes: those of `CALL_AXES` that the backend declares; calls that need another one are refused.
+        backend: its name, for counters and traces.
+        plan: digest of the plan, likewise.
     """
 
     def __init__(
@@ -75,8 +90,12 @@ class Engine:
         takes_layout: bool,
         has_dlse: bool,
         call_axes: frozenset[str],
+        backend: str = "",
+        plan: str = "",
     ) -> None:
         self.config = config
+        self.backend = backend
+        self.plan = plan
         self.pattern = pattern
         named = pattern.unwrap()
         self._learned = named if isinstance(named, LearnedPattern) else None
@@ -90,13 +109,31 @@ class Engine:
         self.has_dlse = has_dlse
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
+        self.forwards, self.backwards = Tally(), Tally()
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
         origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
-        identity = repr((config, pattern, origin, takes_layout, has_dlse, sorted(call_axes)))
+        identity = repr((plan, config, pattern, origin, takes_layout, has_dlse, sorted(call_axes)))
         self.key = sha256(identity.encode()).hexdigest()
+        self._forward_name, self._backward_name = self.range_name("forward"), self.range_name("backward")
 
     def __deepcopy__(self, memo: dict[int, object]) -> Engine:
         return self
+
+    def range_name(self, what: str) -> str:
+        """`dilated_attention sdpa forward (plan 1f2e3d4c5b6a)`: a range of this engine in a trace."""
+        return f"dilated_attention {self.backend} {what} (plan {self.plan})"
+
+    def counters(self) -> AttentionCounters:
+        """What it has computed by now, for all attentions that it serves."""
+        head_dim = self.config.head_dim
+        return AttentionCounters(
+            plan=self.plan,
+            backend=self.backend,
+            kernel=self.kernel.name,
+            forward=self.forwards.total(4 * head_dim),
+            backward=self.backwards.total(10 * head_dim),
+            layouts=self.programs.counters,
+        )
 
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Lower the pattern for these lengths, or find it lowered; returns the layout.
@@ -116,7 +153,10 @@ class Engine:
                 f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
                 f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
             )
-        return self.programs.get_or_make(key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device))
+        with span(self.range_name("lower")):
+            return self.programs.get_or_make(
+                key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device)
+            )
 
     def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
         config = self.config
@@ -197,17 +237,36 @@ class Engine:
         kv_offset: int,
         seed: Tensor | None,
         tables: Tensor | None,
+        *,
+        calls: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
 
         `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
-        every other.
+        every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already.
         """
         if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
-        if tables is not None:
-            program = program.bound(tables)
+        batch, q_len, _, _ = query.shape
+        program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
+        bound = program if tables is None else program.bound(tables)
+        if is_tracing():  # not `with span(...)`: on this path every 0.1 us shows in a tiny call
+            with span(self._forward_name):
+                results = self._forward(bound, query, key, value, seed, tables)
+        else:
+            results = self._forward(bound, query, key, value, seed, tables)
+        self.forwards.add(calls, batch * q_len, batch * program.pairs)
+        return results
+
+    def _forward(
+        self,
+        program: _Program,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seed: Tensor | None,
+        tables: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         if self._layout_kernel is not None:
             out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
@@ -240,22 +299,27 @@ class Engine:
         kv_offset: int,
         seed: Tensor | None,
         tables: Tensor | None,
+        *,
+        calls: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         self._check_dlse(dlse)
-        if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
-            dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
-        program = self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
-        if tables is not None:
-            program = program.bound(tables)
-        if self._layout_kernel is not None:
-            piece = self._piece(program, seed, tables)
-            dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
-        elif query.numel() == 0 or key.numel() == 0:
-            dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        else:
-            dq, dk, dv = self._backward(program, dout, dlse, query, key, value, out, lse)
-        return dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
+        with span(self._backward_name):
+            if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
+                dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
+            batch, q_len, _, _ = query.shape
+            program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
+            bound = program if tables is None else program.bound(tables)
+            if self._layout_kernel is not None:
+                piece = self._piece(bound, seed, tables)
+                dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
+            elif query.numel() == 0 or key.numel() == 0:
+                dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+            else:
+                dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
+            grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
+        self.backwards.add(calls, batch * q_len, batch * program.pairs)
+        return grads
 
     def _backward(
         self,

@@ -18,7 +18,8 @@ def explain_plan(plan: AttentionPlan) -> str:
         lines.append(
             f"  ring    {ring.transport} over {ring.size} ranks, timeout {ring.timeout_s:g} s, around each rank's own"
         )
-    lines += ["  with    " + ", ".join(f"{name} {version}" for name, version in plan.versions.items()), ""]
+    releases = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    lines += [f"  with    {releases}; plan {plan.digest}", ""]
     header = ("backend", "status", "kernel", "from")
     cells = [(row.name, row.status, row.kernel or "-", _origin(row)) for row in plan.rows]
     table = list(columns([header, *cells]))

@@ -33,6 +33,11 @@ def intern(engine: Engine) -> Engine:
     return known
 
 
+def living_engines() -> list[Engine]:
+    """The engines of all attentions that are alive in this process."""
+    return list(_ENGINES.values())
+
+
 _LIBRARY: Any = torch.library.Library("dilated_attention", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? tables, str engine, SymInt q_offset,"

@@ -67,6 +67,7 @@ def _forward(
             0,
             own_seed,
             None if tables is None else tables[i],
+            calls=int(i == 0),
         )
         stack.queries(out).copy_(part)
         stack.query_values(lse).copy_(part_lse)
@@ -103,6 +104,7 @@ def _backward(
             0,
             own_seed,
             None if tables is None else tables[i],
+            calls=int(i == 0),
         )
         for view, grad in zip((stack.queries(dq), stack.keys(dk), stack.keys(dv)), grads, strict=True):
             view.copy_(grad)

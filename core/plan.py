@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from typing import Any, Literal
 
 import attrs
@@ -135,12 +136,14 @@ class AttentionPlan:
     versions: dict[str, str] = attrs.field(hash=False)
     exchange: ExchangeSummary | None = None
 
-    def order(self, seq_len: int) -> range:
-        """The token order that its layouts want: the place i of the kept order holds token `order[i]`.
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits: the same request, answered by the same kernel of the same releases.
 
-        Every layout of this release wants the natural order.
+        Counters and traces name the plan so.
         """
-        return range(seq_len)
+        what = json.dumps([self.config, self.backend, self.kernel, self.versions], sort_keys=True)
+        return sha256(what.encode()).hexdigest()[:12]
 
     def explain(self) -> str:
         """What was chosen and why, for people: one row a backend with every reason, neither wrapped nor cut."""

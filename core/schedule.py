@@ -20,6 +20,11 @@ from .pattern import Branch
 _IntArray = NDArray[np.int64]
 
 
+def branch_name(segment_length: int | None, stride: int) -> str:
+    """A branch as traces show it."""
+    return f"branch w={'all' if segment_length is None else segment_length} r={stride}"
+
+
 @attrs.frozen
 class Rows:
     """A stack of strided row ranges of a (batch, seq, heads, head_dim) tensor.
@@ -40,13 +45,17 @@ class Rows:
 
 @attrs.frozen
 class Call:
-    """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times."""
+    """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
+
+    `name` is that of its branch, as traces show it.
+    """
 
     query: Rows
     key: Rows
     segments: int
     is_causal: bool
     weight: int
+    name: str
 
     @property
     def pairs(self) -> int:
@@ -65,11 +74,17 @@ class Schedule:
         cover: how many leading calls together touch every query row of every head exactly once and every key row of
             every key-value head exactly once; their results can be written instead of merged. 0 where none do.
         is_whole: the only call is dense attention of all queries to all keys; no view is needed for it.
+        pairs: that all calls count. (Not a cached_property, which in attrs slows down every other attribute.)
     """
 
     calls: tuple[Call, ...]
     cover: int
     is_whole: bool = False
+    pairs: int = attrs.field(init=False)
+
+    @pairs.default
+    def _count_pairs(self) -> int:
+        return sum(call.pairs for call in self.calls)
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +186,8 @@ def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
         head_shift=heads.offset_step,
         num_heads=kv_count,
     )
-    return Call(query, key, run.segments, run.is_causal, branch.weight)
+    name = branch_name(branch.segment_length, branch.stride)
+    return Call(query, key, run.segments, run.is_causal, branch.weight, name)
 
 
 def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:

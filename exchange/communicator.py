@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import torch
 from torch import Tensor
 
 from ..core.errors import RingBroken
+from ..core.tracing import span
 from .control import Control, Failure, Header
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @attrs.define(eq=False)
 class Counters:
-    """What one rank has moved since it was built; bytes of rows and gradients, headers apart.
+    """What one rank has moved, over the ring or for one plan; bytes of rows and gradients, headers apart.
 
     Attributes:
         passes: forward and backward passes begun.
@@ -55,26 +56,44 @@ class Counters:
             self.backward_received += received
 
 
+@attrs.frozen(eq=False)
+class Posted:
+    """An exchange under way, and its name in traces."""
+
+    pending: Pending
+    name: str
+
+
 class Pass:
     """One pass of one rank: everything posted in it is waited for before it ends."""
 
-    def __init__(self, communicator: Communicator, kind: int, deadline: float) -> None:
+    def __init__(self, communicator: Communicator, kind: int, deadline: float, counters: Counters) -> None:
         self._communicator = communicator
+        self._counters = (communicator.counters, counters)
         self._kind = kind
         self._deadline = deadline
+        self._step = 0
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Posted:
         """Start an exchange; messages of 0 elements are left out on both sides."""
         sends = [(peer, x) for peer, x in sends if x.numel()]
         receives = [(peer, x) for peer, x in receives if x.numel()]
-        self._communicator.counters.count(self._kind, sends, receives)
-        return self._communicator.transport.post(sends, receives)
+        for counters in self._counters:
+            counters.count(self._kind, sends, receives)
+        self._step += 1
+        peers = ", ".join(str(peer) for peer, _ in receives) or "none"
+        return Posted(
+            self._communicator.transport.post(sends, receives), f"ring step {self._step} receive from {peers}"
+        )
 
-    def wait(self, pending: Pending) -> None:
+    def wait(self, posted: Posted) -> None:
         """Wait for an exchange, until the pass's deadline."""
         before = time.perf_counter()
-        pending.wait(self._deadline)
-        self._communicator.counters.waited_s += time.perf_counter() - before
+        with span(posted.name):
+            posted.pending.wait(self._deadline)
+        waited = time.perf_counter() - before
+        for counters in self._counters:
+            counters.waited_s += waited
 
 
 class Communicator:
@@ -85,7 +104,7 @@ class Communicator:
         size: ranks in the ring.
         generation: 0 as built; every rebuild is a later one.
         timeout_s: longest wait in a pass.
-        counters: what was moved.
+        counters: what was moved, for all plans that share the ring.
     """
 
     def __init__(
@@ -111,8 +130,12 @@ class Communicator:
         return self._broken
 
     @contextmanager
-    def begin(self, kind: int, *, digest: bytes, batch: int, length: int, dtype: torch.dtype) -> Iterator[Pass]:
+    def begin(
+        self, kind: int, *, digest: bytes, batch: int, length: int, dtype: torch.dtype, counters: Counters
+    ) -> Iterator[Pass]:
         """Enter a pass together with all ranks; whatever goes wrong inside breaks the ring.
+
+        What it moves is counted in `counters` too, those of the plan that it computes.
 
         Raises:
             RingBroken: it was broken before, a rank is gone or silent or in another pass, or the body raised.
@@ -124,6 +147,7 @@ class Communicator:
                 raise RingBroken(old.generation, old.step, old.peer, reason) from old
             self._step += 1
             self.counters.passes += 1
+            counters.passes += 1
             deadline = time.monotonic() + self.timeout_s
             header = Header(
                 generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
@@ -131,8 +155,9 @@ class Communicator:
             )  # fmt: skip
             try:
                 self._control.agree(header, deadline)
+                counters.header_bytes += self._control.bytes_sent - self.counters.header_bytes
                 self.counters.header_bytes = self._control.bytes_sent
-                yield Pass(self, kind, deadline)
+                yield Pass(self, kind, deadline, counters)
             except Exception as error:
                 raise self._break(error) from error
             except BaseException as error:  # an interrupt goes on as it is; the others still hear of it
@@ -167,8 +192,3 @@ def digest_bytes(text: str) -> bytes:
     from hashlib import sha256
 
     return sha256(text.encode()).digest()[:16]
-
-
-def plain_counters(counters: Counters) -> dict[str, Any]:
-    """The counters as plain values."""
-    return attrs.asdict(counters)

@@ -51,7 +51,9 @@ class Compute:
 
     def piece(self, layout: Layout) -> Piece:
         """A layout over keys that are there as a tensor."""
-        return Piece(self, schedule(layout.branches, layout.geometry), self.product(layout.blocks))
+        blocks = 0 if layout.blocks is None else layout.blocks.pairs
+        calls = schedule(layout.branches, layout.geometry)
+        return Piece(self, calls, self.product(layout.blocks), calls.pairs + blocks)
 
 
 @attrs.frozen(eq=False)
@@ -93,11 +95,12 @@ class Merged:
 
 @attrs.frozen(eq=False)
 class Piece:
-    """Queries of the shard against one tensor of keys: dense calls and a table of blocks."""
+    """Queries of the shard against one tensor of keys: dense calls and a table of blocks; `pairs` a batch row."""
 
     compute: Compute
     schedule: Schedule
     blocks: BlockProduct | None
+    pairs: int
 
     @property
     def is_empty(self) -> bool:
@@ -227,7 +230,7 @@ class RankProgram:
 
         stages = []
         if plan.branches.sources:
-            piece = Piece(compute, plan.branches.schedule, None)
+            piece = Piece(compute, plan.branches.schedule, None, plan.branches.schedule.pairs)
             sources = tuple(move(source) for source in plan.branches.sources)
             stages.append(_Stage(piece, None, sources, plan.branches.staged, 1, _is_copy(plan)))
         for part in plan.blocks:
@@ -239,6 +242,11 @@ class RankProgram:
         """Memory of all tables, here and on the device."""
         stages = sum(stage.piece.nbytes for stage in self.stages)
         return 2 * self.plan.nbytes + self.local.nbytes + stages
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that a batch row of the rank counts."""
+        return self.local.pairs + sum(stage.piece.pairs for stage in self.stages)
 
     def pack(self, key: Tensor, value: Tensor, to: int) -> Tensor:
         """The own rows that go to a rank, (n, 2, B, D) contiguous."""
@@ -271,5 +279,5 @@ def _is_copy(plan: RankPlan) -> bool:
 
 
 def _block_stage(part: BlockPart, compute: Compute, target: Tensor, source: Tensor, heads: int) -> _Stage:
-    piece = Piece(compute, Schedule((), 0), compute.product(part.layout))
+    piece = Piece(compute, Schedule((), 0), compute.product(part.layout), part.layout.pairs)
     return _Stage(piece, target, (source,), heads * part.slots, heads)

@@ -9,6 +9,7 @@ gradients home in the accumulator's dtype while the local backward runs.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from ..core.cache import ByteLRU
+from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError
 from ..core.lowering import lower
 from ..core.ops import no_second_derivative, without_autocast
-from .communicator import GRADIENTS, ROWS, digest_bytes
+from ..core.tracing import span
+from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, Merged, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
 from .plan import plan_rank
@@ -44,6 +47,11 @@ class _Program:
     most_received: int
     selective: RankProgram | None
     hops: HopProgram | None
+    pairs: int = attrs.field(init=False)  # that a batch row of the rank counts
+
+    @pairs.default
+    def _count_pairs(self) -> int:
+        return sum(part.pairs for part in (self.selective, self.hops) if part is not None)
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +68,7 @@ class RingEngine(Engine):
         has_dlse: see `Engine`.
         call_axes: those of the local backend, for when it computes alone again.
         communicator: the ring.
+        names: `backend` and `plan` of `Engine`.
     """
 
     def __init__(
@@ -71,15 +80,30 @@ class RingEngine(Engine):
         has_dlse: bool,
         call_axes: frozenset[str],
         communicator: Communicator,
+        **names: str,
     ) -> None:
         # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
-        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=frozenset())
+        super().__init__(config, pattern, kernel, takes_layout=False, has_dlse=has_dlse, call_axes=frozenset(), **names)
         self.local_axes = call_axes
         self.communicator = communicator
         self.plan_key = self.key
         self.key += f"/{id(communicator)}"
         self.rings: ByteLRU[tuple[int, bool, torch.device], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         self._most_received: dict[int, int] = {}
+        self._judging_s = 0.0  # spent on these numbers, which is part of lowering
+        self._moved = Counters()
+
+    def counters(self) -> AttentionCounters:
+        """What this rank has computed and moved by now; of pairs, tokens and calls its own."""
+        own, moved, cache = super().counters(), self._moved, self.rings.counters
+        return attrs.evolve(
+            own,
+            forward=attrs.evolve(own.forward, sent_bytes=moved.forward_sent, received_bytes=moved.forward_received),
+            backward=attrs.evolve(own.backward, sent_bytes=moved.backward_sent, received_bytes=moved.backward_received),
+            layouts=attrs.evolve(cache, lowering_s=cache.lowering_s + self._judging_s),
+            header_bytes=moved.header_bytes,
+            waited_s=moved.waited_s,
+        )
 
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Plan a whole sequence of `q_len` tokens for a batch of one; returns the layout of this rank's own keys.
@@ -135,12 +159,17 @@ class RingEngine(Engine):
         limits = self.config.limits
         row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
         if length not in self._most_received:
+            start = time.perf_counter()
             self._most_received[length] = largest_receive(self.pattern, shards, limit_bytes=limits.layout_bytes)
+            self._judging_s += time.perf_counter() - start
         most = self._most_received[length]
         hops = most * row_bytes > limits.exchange_buffer_bytes
-        return self.rings.get_or_make(
-            (length, hops, device), lambda: self._make_ring_program(shards, most, hops, device)
-        )
+        key = (length, hops, device)
+        found = self.rings.get(key)
+        if found is not None:
+            return found
+        with span(self.range_name("lower")):
+            return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, most, hops, device))
 
     def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
         limits, rank = self.config.limits, self.communicator.rank
@@ -159,13 +188,17 @@ class RingEngine(Engine):
         """out in the inputs' dtype and lse, both contiguous, and what was received, (U, 2, B, D)."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         with without_autocast(query.device), torch.no_grad():
-            program = self._ring_program(query.shape[1], query.shape[0], query.device)
-            if program.hops is not None:
-                out, lse = hop_forward(self.communicator, program.hops, program.digest, query, key, value)
-                return out.to(query.dtype), lse.contiguous(), None
-            assert program.selective is not None
-            out, lse, received = self._selective_forward(program.selective, program.digest, query, key, value)
-            return out.to(query.dtype), lse.contiguous(), received
+            program, received = self._ring_program(query.shape[1], query.shape[0], query.device), None
+            with span(self._forward_name):
+                if program.hops is not None:
+                    place = self.communicator, program.hops, program.digest, self._moved
+                    out, lse = hop_forward(*place, query, key, value)
+                else:
+                    assert program.selective is not None
+                    out, lse, received = self._selective_forward(program.selective, program.digest, query, key, value)
+                out, lse = out.to(query.dtype), lse.contiguous()
+        self.forwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
+        return out, lse, received
 
     def _selective_forward(
         self, program: RankProgram, digest: bytes, query: Tensor, key: Tensor, value: Tensor
@@ -177,9 +210,11 @@ class RingEngine(Engine):
                 [(to, program.pack(key, value, to)) for to in self._others()],
                 list(enumerate(received.split_with_sizes(program.plan.receive_counts.tolist()))),
             )
-            out, lse = program.local.forward(query, key, value)
+            with span("own keys"):
+                out, lse = program.local.forward(query, key, value)
             current.wait(pending)
-            program.merge_received(out, lse, query, received)
+            with span("received keys"):
+                program.merge_received(out, lse, query, received)
         return out, lse, received
 
     def ring_backward(
@@ -198,30 +233,34 @@ class RingEngine(Engine):
         query, key, value, dout = (x.contiguous() for x in (query, key, value, dout))
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
-            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-            merged = Merged.of(dout, dlse, query, out, lse)
-            if program.hops is not None:
-                dk, dv = hop_backward(self.communicator, program.hops, program.digest, merged, key, value)
-            else:
-                assert program.selective is not None
-                assert received is not None
-                dk, dv = self._selective_backward(program.selective, program.digest, merged, key, value, received)
-            dq = merged.dq[..., : merged.head_dim]
-            return dq.to(query.dtype).contiguous(), dk.to(key.dtype), dv.to(value.dtype)
+            with span(self._backward_name):
+                merged = Merged.of(dout, dlse, query, out, lse.transpose(1, 2).contiguous().transpose(1, 2))
+                if program.hops is not None:
+                    place = self.communicator, program.hops, program.digest, self._moved
+                    dk, dv = hop_backward(*place, merged, key, value)
+                else:
+                    assert program.selective is not None
+                    assert received is not None
+                    dk, dv = self._selective_backward(program.selective, program.digest, merged, key, value, received)
+                dq = merged.dq[..., : merged.head_dim].to(query.dtype).contiguous()
+        self.backwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
+        return dq, dk.to(key.dtype), dv.to(value.dtype)
 
     def _selective_backward(
         self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
     ) -> tuple[Tensor, Tensor]:
         shape = (2, key.shape[0], key.shape[3])
         with self._pass(GRADIENTS, digest, key) as current:
-            grads = program.received_backward(merged, received)
+            with span("received keys"):
+                grads = program.received_backward(merged, received)
             home = {
                 to: torch.empty((program.sent[to].numel(), *shape), dtype=grads.dtype, device=key.device)
                 for to in self._others()
             }
             sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
             pending = current.post(sends, list(home.items()))
-            dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
+            with span("own keys"):
+                dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
             current.wait(pending)
             for to, grad in home.items():
                 program.unpack(dk, dv, grad, to)
@@ -231,7 +270,9 @@ class RingEngine(Engine):
         return [rank for rank in range(self.communicator.size) if rank != self.communicator.rank]
 
     def _pass(self, kind: int, digest: bytes, x: Tensor) -> Any:
-        return self.communicator.begin(kind, digest=digest, batch=x.shape[0], length=x.shape[1], dtype=x.dtype)
+        return self.communicator.begin(
+            kind, digest=digest, batch=x.shape[0], length=x.shape[1], dtype=x.dtype, counters=self._moved
+        )
 
 
 class _RingAttend(torch.autograd.Function):

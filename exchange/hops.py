@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..core.lowering import lower
+from ..core.tracing import span
 from .communicator import HOPS, HOPS_BACK
 from .compute import Compute, Merged, Piece
 
 if TYPE_CHECKING:
     from ..core.pattern import Pattern
-    from .communicator import Communicator
+    from .communicator import Communicator, Counters
     from .shards import Shards
 
 
@@ -29,6 +30,11 @@ class HopProgram:
     """The queries of one rank against each rank's keys, by owner."""
 
     pieces: tuple[Piece, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that a batch row of the rank counts."""
+        return sum(piece.pairs for piece in self.pieces)
 
     @classmethod
     def prepare(
@@ -45,24 +51,32 @@ class HopProgram:
 
 
 def hop_forward(
-    communicator: Communicator, program: HopProgram, digest: bytes, query: Tensor, key: Tensor, value: Tensor
+    communicator: Communicator,
+    program: HopProgram,
+    digest: bytes,
+    counters: Counters,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """out and lse of the shard in the accumulator's dtype; collective."""
     rank, size = communicator.rank, communicator.size
     held = torch.stack([key, value])
     with communicator.begin(
-        HOPS, digest=digest, batch=query.shape[0], length=query.shape[1], dtype=query.dtype
+        HOPS, digest=digest, batch=query.shape[0], length=query.shape[1], dtype=query.dtype, counters=counters
     ) as current:
         spare = torch.empty_like(held)
         for step in range(size):
             pending = None
             if step < size - 1:
                 pending = current.post([((rank + 1) % size, held)], [((rank - 1) % size, spare)])
-            piece = program.pieces[(rank - step) % size]
-            if step == 0:
-                out, lse = piece.forward(query, key, value)
-            elif not piece.is_empty:
-                piece.merge_into(out, lse, query, held[0], held[1])
+            owner = (rank - step) % size
+            piece = program.pieces[owner]
+            with span(f"keys of rank {owner}"):
+                if step == 0:
+                    out, lse = piece.forward(query, key, value)
+                elif not piece.is_empty:
+                    piece.merge_into(out, lse, query, held[0], held[1])
             if pending is not None:
                 current.wait(pending)
                 held, spare = spare, held
@@ -70,7 +84,13 @@ def hop_forward(
 
 
 def hop_backward(
-    communicator: Communicator, program: HopProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor
+    communicator: Communicator,
+    program: HopProgram,
+    digest: bytes,
+    counters: Counters,
+    merged: Merged,
+    key: Tensor,
+    value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of the shard, in the accumulator's dtype; adds to `merged.dq`; collective."""
     rank, size = communicator.rank, communicator.size
@@ -78,7 +98,7 @@ def hop_backward(
     held = torch.stack([key, value])
     grads: Tensor | None = None
     with communicator.begin(
-        HOPS_BACK, digest=digest, batch=key.shape[0], length=key.shape[1], dtype=key.dtype
+        HOPS_BACK, digest=digest, batch=key.shape[0], length=key.shape[1], dtype=key.dtype, counters=counters
     ) as current:
         spare = torch.empty_like(held)
         arriving = torch.empty(held.shape, dtype=merged.dq.dtype, device=key.device)
@@ -86,8 +106,10 @@ def hop_backward(
             pending = None
             if step < size - 1:
                 pending = current.post([(after, held)], [(before, spare)])
-            piece = program.pieces[(rank - step) % size]
-            own = None if piece.is_empty else torch.stack(piece.backward(merged, held[0], held[1]))
+            owner = (rank - step) % size
+            piece = program.pieces[owner]
+            with span(f"keys of rank {owner}"):
+                own = None if piece.is_empty else torch.stack(piece.backward(merged, held[0], held[1]))
             if pending is not None:
                 current.wait(pending)
                 held, spare = spare, held

@@ -195,7 +195,12 @@ def _engine(attention: Attention, plan: AttentionPlan, mesh: DeviceMesh | None, 
     parallel = attrs.evolve(_parallel(attention), size=size)
     config = attrs.evolve(attention.config, context_parallel=parallel)
     axes = old.local_axes if isinstance(old, RingEngine) else old.call_axes
-    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes}
+    traits: dict[str, Any] = {
+        "has_dlse": old.has_dlse,
+        "call_axes": axes,
+        "backend": old.backend,
+        "plan": plan.digest,
+    }
     if plan.exchange is None or mesh is None:
         return Engine(config, old.pattern, old.kernel, takes_layout=False, **traits)
     communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)

@@ -142,6 +142,10 @@ class BuiltAttention(nn.Module):
             )
         return self.learned
 
+    def built_attentions(self) -> tuple[Attention, ...]:
+        """What was built by now, here or in modules that share it (a learned pattern's is a submodule instead)."""
+        return tuple(self._builds.made.values())
+
     @property
     def _drops(self) -> bool:
         return self.training and self.config.dropout_p > 0

@@ -78,6 +78,8 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
     traits: dict[str, Any] = {
         "has_dlse": _has_dlse(selection.chosen, request),
         "call_axes": frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
+        "backend": plan.backend,
+        "plan": plan.digest,
     }
     if config.ring_size > 1:
         return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))

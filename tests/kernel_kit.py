@@ -23,7 +23,7 @@ from dilated_attention import (
 )
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import CALL_AXES, DenseKernel
+from dilated_attention.core.kernel import CALL_AXES, DenseKernel, LayoutKernel
 from dilated_attention.registry.capabilities import make_request
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.selection import Verdict, judge
@@ -74,7 +74,9 @@ def load_libraries() -> None:
             torch.ops.load_library(path)  # type: ignore[no-untyped-call]
 
 
-def emulated_engine(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, head_dim: int) -> Engine:
+def emulated_engine(
+    kernel: DenseKernel | LayoutKernel, geometry: Geometry, pattern: Pattern, head_dim: int, *, takes_layout: bool
+) -> Engine:
     """The engine that a build would make, over a kernel that computes on CPU in float32."""
     config = AttentionConfig(
         num_heads=geometry.num_heads,
@@ -83,12 +85,19 @@ def emulated_engine(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, h
         pattern=pattern,
         is_causal=geometry.is_causal,
     )
-    return Engine(config, pattern, kernel, takes_layout=False, has_dlse=True, call_axes=frozenset(CALL_AXES))
+    return Engine(config, pattern, kernel, takes_layout=takes_layout, has_dlse=True, call_axes=frozenset(CALL_AXES))
 
 
-def check_emulated(kernel: DenseKernel, geometry: Geometry, pattern: Pattern, head_dim: int) -> None:
+def check_emulated(
+    kernel: DenseKernel | LayoutKernel,
+    geometry: Geometry,
+    pattern: Pattern,
+    head_dim: int,
+    *,
+    takes_layout: bool = False,
+) -> None:
     """Out, lse and all gradients, through lse too, of `kernel` on CPU against the oracle."""
-    engine = emulated_engine(kernel, geometry, pattern, head_dim)
+    engine = emulated_engine(kernel, geometry, pattern, head_dim, takes_layout=takes_layout)
     tensors = inputs(geometry, batch=2, head_dim=head_dim, dtype=torch.float32)
     query, key, value = (x.detach() for x in tensors)
     offsets = geometry.q_offset, geometry.kv_offset

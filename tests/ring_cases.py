@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention import (
@@ -88,6 +89,22 @@ def exact(fields: dict[str, Any], size: int, batch: int, through_lse: bool, seed
     results = run_shard(attention, mesh, tensors_of(config, batch, seed), through_lse=through_lse)
     counters = {name: value - before[name] for name, value in counters_of(attention).items()}
     return [x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy() for x in results], counters
+
+
+def watched(fields: dict[str, Any], size: int) -> Any:
+    """One forward and backward pass: the attention's own counters, and our ranges in the trace of another one."""
+    mesh = mesh_of(size)
+    if dist.get_rank() >= size:
+        return None
+    config = AttentionConfig(**fields, context_parallel=ContextParallel(size=size))
+    attention = build_attention(config, mesh=mesh)
+    whole = tensors_of(config, 1)
+    run_shard(attention, mesh, whole)
+    counters = attention.counters()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run_shard(attention, mesh, whole)
+    words = ("dilated_attention ", "ring ", "own keys", "received keys", "keys of")
+    return counters, {event.key for event in trace.key_averages() if event.key.startswith(words)}
 
 
 def refusals() -> dict[str, Any]:

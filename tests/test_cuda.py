@@ -9,6 +9,7 @@ from torch import Tensor
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, NoBackendError, Strided, build_attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.pattern import Pattern
+from dilated_attention.core.tracing import is_tracing
 
 from .support import NAMES, error, inputs, oracle, ours
 from .test_attention import Block
@@ -204,3 +205,23 @@ def test_compiles_with_inductor() -> None:
     compiled = torch.compile(model, fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(x).sum(), list(model.parameters())), expected, strict=True):
         assert error(a, b) < 1e-5
+
+
+def test_a_graph_is_counted_when_captured_and_not_when_replayed() -> None:
+    attention = build_attention(pattern=LONGNET, num_heads=4, head_dim=64, dtype="bfloat16", device="cuda", scale=0.11)
+    query = torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16)
+    attention(query, query, query)
+    before = attention.counters().forward
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention(query, query, query)
+    for _ in range(3):
+        graph.replay()
+    after = attention.counters().forward
+    assert (after.calls, after.flops) == (before.calls + 1, 2 * before.flops)
+
+
+def test_nvtx_sees_the_ranges() -> None:
+    assert not is_tracing()
+    with torch.autograd.profiler.emit_nvtx():  # type: ignore[no-untyped-call]
+        assert is_tracing()

@@ -310,7 +310,6 @@ def test_the_plan_knows_the_layout_where_it_knows_the_length() -> None:
     assert plan.layout.distinct_pairs is not None
     assert plan.layout.distinct_pairs < pairs
     assert plan.layout.digest is not None
-    assert list(plan.order(5)) == [0, 1, 2, 3, 4]
     unknown = explain(num_heads=4, head_dim=16, pattern=Local(3)).layout
     assert (unknown.kinds, unknown.digest) == (("block",), None)
 

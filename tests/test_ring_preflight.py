@@ -31,7 +31,7 @@ from dilated_attention.exchange.rows import RowCounter, largest_receive
 from dilated_attention.exchange.shards import Shards
 
 from .conftest import Invoke
-from .ring_cases import exact
+from .ring_cases import exact, watched
 from .ring_ranks import Ranks
 from .strategies import patterns
 
@@ -79,6 +79,33 @@ def test_counters_of_real_ranks_are_equal_to_the_byte(ranks: Ranks, pattern: Pat
                 assert counters[name] == getattr(load, name), (name, load)
             assert counters["passes"] == 2
             assert counters["header_bytes"] == 2 * 3 * 46
+
+
+@pytest.mark.parametrize("pattern", [Dilated((8, 64, 240), (1, 2, 12)), Random(2, 8) | Local(9)], ids=repr)
+@pytest.mark.parametrize("budget", [1 << 30, 1], ids=["selective", "hops"])
+def test_an_attention_counts_what_it_moved_and_computed_by_itself(ranks: Ranks, pattern: Pattern, budget: int) -> None:
+    fields: dict[str, Any] = {
+        "pattern": pattern, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "is_causal": True, "seq_len": 240,
+        "limits": Limits(exchange_buffer_bytes=budget),
+    }  # fmt: skip
+    costs = preflight(**fields, ranks=4)
+    results = ranks.run(watched, fields, 4)
+    for load, (counters, ranges) in zip(costs.loads, results, strict=True):
+        forward, backward = counters.forward, counters.backward
+        assert (forward.sent_bytes, forward.received_bytes) == (load.forward_sent, load.forward_received)
+        assert (backward.sent_bytes, backward.received_bytes) == (load.backward_sent, load.backward_received)
+        assert (forward.calls, forward.tokens, forward.flops) == (1, 60, load.flops)
+        assert (backward.calls, backward.tokens, backward.flops) == (1, 60, load.flops * 5 // 2)
+        assert (counters.layouts.hits, counters.layouts.misses, counters.header_bytes) == (1, 1, 2 * 3 * 46)
+        passes = {f"dilated_attention sdpa {name} (plan {counters.plan})" for name in ("forward", "backward")}
+        assert passes <= ranges
+    ranges = results[2][1]
+    if budget == 1:
+        steps = {f"ring step {step} receive from 1" for step in (1, 2, 3)}
+        assert steps | {f"keys of rank {owner}" for owner in range(4)} <= ranges
+    else:
+        assert {"own keys", "received keys"} <= ranges
+        assert any(name.startswith("ring step 1 receive from ") for name in ranges)
 
 
 def test_dilated_attention_moves_a_hundredth_of_what_a_full_ring_does() -> None:

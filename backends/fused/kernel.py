@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ...core.composer import merge_
+from ...core.tracing import span
 from . import gradient_kernels
 from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part
 from .tiles import Tiles
@@ -68,7 +69,8 @@ class FusedKernel:
             out = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
             lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
             scales = (abs(piece.scale) * _LOG2_E,)
-            part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales)
+            with span(part.name):
+                part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales)
             if merged is None:
                 merged = out, lse
             else:
@@ -107,8 +109,10 @@ class FusedKernel:
             dk, dv = (
                 torch.empty((batch, kv_len, heads, head_dim), dtype=key_dtype, device=key.device) for _ in range(2)
             )
-            part.run("queries", (*inputs, dq), (*strided, dq), (scale * _LOG2_E, scale))
-            part.run("keys", (*inputs, dk, dv), (*strided, dk), (scale * _LOG2_E, scale))
+            with span(f"{part.name}, gradients of queries"):
+                part.run("queries", (*inputs, dq), (*strided, dq), (scale * _LOG2_E, scale))
+            with span(f"{part.name}, gradients of keys"):
+                part.run("keys", (*inputs, dk, dv), (*strided, dk), (scale * _LOG2_E, scale))
             grads = [dq, dk, dv]
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dq, dk, dv = sums

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
+from ...core.schedule import branch_name
 from . import block_kernels, gradient_kernels, kernels
 from .block_tables import BlockTables
 from .tiles import Tile, Tiles
@@ -29,7 +30,9 @@ MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a
 
 
 class Part(Protocol):
-    """One part of a layout with its tables on the device."""
+    """One part of a layout with its tables on the device; `name` as traces show it."""
+
+    name: str
 
     def run(
         self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
@@ -117,6 +120,7 @@ class BranchPart:
                 f"positions from {min(positions):,} to {max(positions):,}: the fused kernel takes positions below "
                 f"{MAX_POSITION:,}; use another backend"
             )
+        self.name = ", ".join(branch_name(branch.segment_length, branch.stride) for branch in branches)
         span = 0 if min(positions) < 0 else geometry.seq_len
         self._geometry = geometry
         self._tiles = tiles
@@ -189,6 +193,7 @@ class BlockPart:
     }
 
     def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device) -> None:
+        self.name = f"blocks of {layout.block_size}"
         self._geometry = layout.geometry
         self._tiles = tiles.within(layout.block_size)
         self._by_rows, self._by_columns = (

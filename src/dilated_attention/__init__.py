@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.context_parallel import ContextParallel
+    from .core.counters import AttentionCounters
     from .core.errors import (
         ConfigError,
         DilatedAttentionError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .core.limits import Limits
     from .core.pattern import Full, Pattern, Sum, Union
     from .core.plan import AttentionPlan
+    from .core.watch import counters_of
     from .exchange.mesh import local_positions, shard_sequence, unshard_sequence
     from .exchange.rebuild import Membership, agree, rebuild
     from .patterns.dilated import Dilated
@@ -44,6 +46,7 @@ __version__ = VERSION
 _HOMES: dict[str, str | None] = {
     "Attention": "core.attention",
     "AttentionConfig": "core.config",
+    "AttentionCounters": "core.counters",
     "AttentionPlan": "core.plan",
     "ContextParallel": "core.context_parallel",
     "ConfigError": "core.errors",
@@ -68,6 +71,7 @@ _HOMES: dict[str, str | None] = {
     "UnsafePathError": "core.errors",
     "agree": "exchange.rebuild",
     "build_attention": "registry.build",
+    "counters_of": "core.watch",
     "errors": None,
     "explain": "registry.build",
     "load_pattern": "patterns.store",
@@ -86,6 +90,7 @@ _HOMES: dict[str, str | None] = {
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "AttentionCounters",
     "AttentionPlan",
     "ConfigError",
     "ContextParallel",
@@ -111,6 +116,7 @@ __all__ = [
     "__version__",
     "agree",
     "build_attention",
+    "counters_of",
     "errors",
     "explain",
     "load_pattern",

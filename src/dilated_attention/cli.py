@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from .cli_bench import bench
+from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
 from .console import AsJson, registry, show
 from .core.config import read_mapping
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 app.add_typer(pattern_app)
 app.command()(bench)
+app.command()(dashboard)
 
 
 def main() -> None:

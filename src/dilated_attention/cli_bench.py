@@ -121,7 +121,7 @@ def _device(name: str | None) -> str:
         raise ConfigError(f"--device must be cpu, cuda or cuda:INDEX, got {name!r}")
     if not found.available:
         raise ConfigError(f"--device {name}: there is none on this machine")
-    if found.torch_name != "cpu":
+    if name.startswith("cuda:"):
         torch.cuda.set_device(torch.device(name))
     return name
 

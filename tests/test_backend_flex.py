@@ -1,0 +1,215 @@
+"""The backend `flex`: its tables and modifiers, PyTorch's own compiled kernel on a CPU, and all of it on a card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
+from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel
+from dilated_attention.backends.flex_tables import FlexTables, ScoreMod, table_bytes
+from dilated_attention.core.blocking import lower_blocks
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.lowering import lower
+from dilated_attention.registry.discovery import default_registry
+from dilated_attention.registry.specs import Device
+
+from .kernel_kit import PATTERNS, build, check, check_emulated, codes, request, verdict
+from .support import error, inputs, oracle
+
+WEIGHTED = Dilated(segment_lengths=(128, 256), dilation_rates=(1, 1))  # whole blocks count twice
+CASES = [*PATTERNS, WEIGHTED, Random(blocks_per_row=1, block_size=24) + Local(window_size=5)]
+CPU = torch.device("cpu")
+
+
+def listed(counts: Tensor | None, indices: Tensor | None, columns: int) -> Tensor:
+    """The lists as a matrix of how often each block is listed, (1, H, rows, columns)."""
+    assert counts is not None
+    assert indices is not None
+    used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    return torch.zeros((*indices.shape[:-1], columns), dtype=torch.long).scatter_add(-1, indices.long(), used.long())
+
+
+def dense_attend(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None, mask: BlockMask, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What FlexAttention documents, over all pairs: only listed blocks, masks in those of the first list."""
+    q_len, kv_len, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    place = (
+        torch.zeros(1, 1, 1, 1, dtype=torch.long),
+        torch.arange(query.shape[1])[None, :, None, None],
+        torch.arange(q_len)[None, None, :, None],
+        torch.arange(kv_len)[None, None, None, :],
+    )
+    columns = -(-kv_len // BLOCK_SIZE)
+    lists = (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
+    masked, full = (
+        listed(*pair, columns).repeat_interleave(BLOCK_SIZE, 2).repeat_interleave(BLOCK_SIZE, 3)[:, :, :q_len, :kv_len]
+        for pair in lists
+    )
+    assert int((masked + full).max()) <= 1
+    inside = mask.mask_mod(*place)
+    seen = (masked > 0) & inside | (full > 0)
+    assert torch.equal(seen, inside.expand_as(seen))  # FlexAttention without a compiler knows no lists
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if score_mod is not None:
+        scores = score_mod(scores, *place)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    return weights @ value, lse
+
+
+def kernel(limit_bytes: int = 1 << 30) -> FlexKernel:
+    def make(_: str) -> Attend:
+        return dense_attend
+
+    return FlexKernel("dense", limit_bytes, make)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", CASES, ids=str)
+def test_every_pattern_is_what_its_tables_say(pattern: Pattern, is_causal: bool) -> None:
+    length = 257 if is_causal else 150
+    geometry = Geometry(q_len=length, kv_len=length, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check_emulated(kernel(), geometry, pattern, 8, takes_layout=True)
+
+
+def test_offsets_unequal_lengths_and_rows_without_keys() -> None:
+    for pattern in (CASES[1], Local(window_size=20)):
+        for q_len, kv_len, q_offset, kv_offset in ((1, 300, 299, 0), (300, 77, 0, 0), (130, 300, 500, 64)):
+            geometry = Geometry(
+                q_len=q_len, kv_len=kv_len, num_heads=2, num_kv_heads=2, is_causal=True,
+                q_offset=q_offset, kv_offset=kv_offset,
+            )  # fmt: skip
+            check_emulated(kernel(), geometry, pattern, 8, takes_layout=True)
+
+
+def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
+    return FlexTables.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE), CPU)
+
+
+@pytest.mark.parametrize("pattern", CASES, ids=str)
+def test_the_lists_of_keys_are_those_of_queries_turned(pattern: Pattern) -> None:
+    geometry = Geometry(q_len=700, kv_len=900, num_heads=4, num_kv_heads=4, is_causal=True)
+    mask = tables(pattern, geometry).block_mask
+    for by_rows, by_columns in (
+        ((mask.kv_num_blocks, mask.kv_indices), (mask.q_num_blocks, mask.q_indices)),
+        ((mask.full_kv_num_blocks, mask.full_kv_indices), (mask.full_q_num_blocks, mask.full_q_indices)),
+    ):
+        rows, columns = listed(*by_rows, 8), listed(*by_columns, 6)
+        assert rows.shape[2:] == (6, 8)
+        assert torch.equal(rows, columns.transpose(2, 3))
+
+
+def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> None:
+    geometry = Geometry.self_attention(1024, 2)
+    local = tables(Local(window_size=128), geometry)
+    assert int(local.block_mask.kv_num_blocks.sum()) == 2 * 7  # the diagonal's neighbours; one table for both heads
+    full = local.block_mask.full_kv_num_blocks
+    assert full is not None
+    assert int(full.sum()) == 8
+    assert local.score_mod is None
+    weighted = tables(WEIGHTED, geometry)
+    assert weighted.score_mod is not None
+    layout = lower_blocks(WEIGHTED, geometry, block_size=BLOCK_SIZE)
+    assert int(weighted.block_mask.kv_num_blocks.sum()) == int(np.sum(layout.weights == 2)) == 8
+    held = 4 * 8 * 8 * (4 + 1)
+    assert table_bytes(geometry, BLOCK_SIZE, 1) == held
+    assert table_bytes(geometry, BLOCK_SIZE, 2) == 4 * 8 * 8 * (4 * 2 + 2)
+
+
+# Some ten seconds to compile each; without lse, which PyTorch does not give on a CPU, and without gradients likewise.
+@pytest.mark.slow
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [Full(), PATTERNS[1], PATTERNS[7], WEIGHTED], ids=str)
+def test_pytorchs_compiled_kernel_reads_the_tables(pattern: Pattern, is_causal: bool) -> None:
+    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    tensors = inputs(geometry, batch=2, head_dim=32, dtype=torch.float32)
+    found = tables(pattern, geometry)
+    torch.compiler.reset()
+    run: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        swapped = [x.detach().transpose(1, 2) for x in tensors]
+        out = run(*swapped, score_mod=found.score_mod, block_mask=found.block_mask, enable_gqa=True)
+    expected = oracle(pattern, tensors, geometry, through_lse=False)[0]
+    assert error(out.transpose(1, 2), expected) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", [*CASES, Learned(block_size=16, blocks_per_row=2)], ids=str)
+def test_each_pattern_is_taken_or_refused_with_the_reason(pattern: Pattern) -> None:
+    found = verdict("flex", pattern=pattern)
+    assert codes(found) == ({"dynamic_tables"} if isinstance(pattern, Learned) else set())
+    if found.accepts:
+        assert found.kernel == f"FlexAttention (torch {torch.__version__})"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"dtype": "float64"}, "dtypes"),
+        ({"head_dim": 8}, "head_dims"),
+        ({"head_dim": 20}, "head_dims"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"deterministic": True}, "deterministic"),
+        ({"device": Device(type="cpu", arch="x86_64", torch_name="cpu")}, "device_types"),
+        ({"seq_len": 1 << 20, "pattern": Random(blocks_per_row=2)}, "layout_bytes"),
+        ({"seq_len": 4096, "limits": Limits(layout_bytes=20_000)}, "layout_bytes"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> None:
+    assert codes(verdict("flex", **fields)) == {code}
+
+
+def test_bad_requests_say_so() -> None:
+    with pytest.raises(ConfigError, match="it has none"):
+        verdict("flex", backend_options={"flex": {"x": 1}})
+    layout = lower(Full(), Geometry.self_attention(1024, 2))
+    with pytest.raises(ConfigError, match=r"1,024 keys need 1,280 bytes, allowed are 1,279; raise Limits.layout_bytes"):
+        kernel(1279).tables(layout, CPU)
+    assert kernel(1 << 20).tables(layout, CPU)
+
+
+def test_it_is_chosen_after_all_others_but_the_oracle() -> None:
+    priorities = {name: found.spec.priority for name, found in default_registry().backends.items()}
+    assert [name for name, priority in priorities.items() if priority <= priorities["flex"]] == ["flex", "reference"]
+    (row,) = [row for row in explain(num_heads=8, head_dim=64, device="cpu").rows if row.name == "flex"]
+    assert [refusal.code for refusal in row.refusals] == ["device_types"]
+    assert request().device.type == "cuda"
+
+
+# On the card.
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("pattern", CASES, ids=str)
+def test_every_pattern_is_computed_on_the_card(pattern: Pattern, dtype: str, is_causal: bool) -> None:
+    geometry = Geometry(q_len=517, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check(build("flex", pattern, geometry, dtype, 64), geometry)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("head_dim", [16, 24, 48, 128, 256])
+def test_head_dims_on_the_card(head_dim: int) -> None:
+    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=4, is_causal=True)
+    check(build("flex", CASES[1], geometry, "bfloat16", head_dim), geometry)
+
+
+@pytest.mark.gpu
+@gpu
+def test_many_lengths_and_offsets_on_the_card() -> None:
+    for q_len in (1, 77, *range(100, 1100, 100)):  # more than the compiler would compile one function for
+        geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
+        check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
