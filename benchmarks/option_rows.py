@@ -238,10 +238,11 @@ def _layout_bytes(case: Case) -> Row:
     before = build_attention(case.fields(pattern=pattern, limits=Limits(pattern_cache_bytes=1), backend="sdpa"))
     tight = Limits(layout_bytes=1 << 20, pattern_cache_bytes=1)
     chosen = build_attention(case.fields(pattern=pattern, limits=tight, backend="sdpa"))
+    table = before._engine.prepare(length, length, 0, 0, torch.device(case.device))
     return Row(
         option="`Limits.layout_bytes` too small (1 MiB)", measured="`prepare` of `Random(8)`, 131,072 tokens",
-        without=_refused(before, length), chosen=_refused(chosen, length),
-        note="an error before the table is made",
+        without=_refused(before, length), chosen=_refused(chosen, length), memory=(table.nbytes, 0),
+        note="memory: the table; an error before it is made",
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def test_equal_code_passes(tree: Path) -> None:
         assert row["new_bytes"] == row["old_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_other_results_get_no_times(tree: Path) -> None:
     plant(tree, "\n_plain = CpuFlash.forward\n" + OTHER)
     status, data, said = compared(tree)

@@ -71,12 +71,15 @@ def test_larger_rings_are_simulated() -> None:
     ("arguments", "said"),
     [
         (["--gpus", "1,x"], "--gpus must be integers with commas between them, got '1,x'"),
+        (["--device", "cuda:1"], "--device must be one of cpu, cuda; got 'cuda:1'"),
+        (["--device", "cuda", "--gpus", "64"], "--gpus asks for 64 CUDA devices, this machine has "),
         (["--gpus", "3"], "--strong-tokens must be a multiple"),
         (["--longest"], "--longest on a CPU needs --longest-limit"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(invoke: Invoke, arguments: list[str], said: str) -> None:
-    done = invoke("bench", "--scaling", "--device", "cpu", *arguments)
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    done = invoke("bench", "--scaling", *device, *arguments)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dilated_attention import Dilated, Global, Learned, Local, Pattern, Random, Strided
+from dilated_attention import Dilated, Global, Learned, Local, Pattern, Random, Strided, build_attention
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.dashboard.counters import read_counters
 from dilated_attention.dashboard.machine import RANKS, ring_costs
@@ -85,6 +86,8 @@ def test_the_newest_cases_are_kept_and_the_rest_is_counted() -> None:
     runs = [run_of(index, [result(case=f"case {index}")]) for index in range(MAX_GROUPS + 3)]
     groups, left_out = group_runs(runs)
     assert (len(groups), left_out, groups[0].case) == (MAX_GROUPS, 3, f"case {MAX_GROUPS + 2}")
+    groups, _ = group_runs([run_of(0, [result(case=name) for name in "abc"]), run_of(1, [result(case="c"), result()])])
+    assert [group.case for group in groups] == ["c", "longnet-16k", "a", "b"]
     (group,), _ = group_runs([run_of(0, [result(backend=f"b{index}") for index in range(MAX_SERIES + 5)])])
     assert (len(group.series), group.left_out) == (MAX_SERIES, 5)
 
@@ -191,3 +194,17 @@ def test_counters_of_several_plans_are_told_apart(tmp_path: Path) -> None:
         ("1. sdpa 0123456789ab", [("backend", "sdpa"), ("plan", "0123456789abcdef"), ("calls", "1,234")]),
         ("2. › forward", [("waited", "0.5 s")]),
     ]
+
+
+def test_the_counters_of_an_attention_are_read(tmp_path: Path) -> None:
+    query = torch.randn(1, 64, 2, 8, requires_grad=True)
+    attention = build_attention(pattern=Dilated((16, 64), (1, 4)), like=query, is_causal=True)
+    attention(query, query, query).sum().backward()
+    path = tmp_path / "ran.json"
+    path.write_text(json.dumps(attention.counters().to_dict()))
+    groups = {group: {row.title: row.text for row in rows} for group, rows in read_counters(path).groups()}
+    assert groups[""]["backend"] == "sdpa"
+    assert groups["forward"]["calls"] == groups["backward"]["calls"] == "1"
+    assert groups["forward"]["tokens"] == "64"
+    assert groups["forward"]["flops"].endswith("FLOP")
+    assert groups["layouts"]["nbytes"].endswith("B")

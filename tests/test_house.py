@@ -351,5 +351,6 @@ def test_the_wheel_is_whole(sources: Mapping[str, str], tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tree)], env={**os.environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert missing_from_wheel(wheel, sources) == []
+    page = [f"dashboard/page.{kind}" for kind in ("html", "css", "js")]
+    assert missing_from_wheel(wheel, [*sources, *page]) == []
     assert missing_from_wheel(wheel, ["core/not_there.py"]) == ["dilated_attention/core/not_there.py"]

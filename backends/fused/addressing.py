@@ -29,6 +29,13 @@ def ceil_div(x, y):
 
 
 @triton.jit
+def tile_and_head(num_heads):
+    """Which tile of which head a program computes: one head after another, so that programs at work share its keys."""
+    tiles = tl.num_programs(0) // num_heads
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def tile_of_rows(
     head_kind, slot_group, slot_index, group_size, group_start, residues,
     low, high, origin, num_heads, period, groups, BLOCK_M: tl.constexpr,
@@ -38,7 +45,8 @@ def tile_of_rows(
     Returns head, batch row, the place of its group in the tables, the positions (M,) of its rows, ascending, which of
     them are valid, and the first and last that are; the first is past the last where none is.
     """
-    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
+    tile, head = tile_and_head(num_heads)
+    batch = tl.program_id(1).to(tl.int64)
     kind = tl.load(head_kind + head)
     slot = kind * period + tile % period
     table = kind * groups + tl.load(slot_group + slot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import load_columns, load_rows, store_rows
+from .addressing import load_columns, load_rows, store_rows, tile_and_head
 from .gradient_kernels import _key_gradient_tile, _query_gradient_tile, _unpack
 from .kernels import _attend_tile
 
@@ -19,7 +19,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit
 def _block_rows(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of this program: block row, rows (M,) within the block, rows (M,) of the tensor, head, batch row."""
-    tile, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    tile, head = tile_and_head(num_heads)
     parts = BLOCK // BLOCK_M
     inside = (tile % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
     return tile // parts, inside, (tile // parts) * BLOCK + inside, head, tl.program_id(1).to(tl.int64)

@@ -230,10 +230,12 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
     if output is not None:
         require_matplotlib()
         output.mkdir(parents=True, exist_ok=True)
-    on_cpu = _device(given.get("device")) == "cpu"
+    # Not `_device`, which opens the device: the memory here is the ranks'.
+    device = given.get("device") or _device(None)
+    on_cpu = device == "cpu"
     settings = RingSettings(
         sizes=sizes,
-        device="cpu" if on_cpu else "cuda",
+        device=device,
         weak_tokens=given.get("weak_tokens", 4096 if on_cpu else 1 << 17),
         strong_tokens=given.get("strong_tokens", 8192 if on_cpu else 1 << 20),
         num_heads=4 if on_cpu else 16,

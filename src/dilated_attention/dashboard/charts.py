@@ -6,10 +6,11 @@ No text of a history reaches a model as markup or as a formula: titles and label
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter
+from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter
 from bokeh.models.renderers import DataRenderer
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -42,6 +43,7 @@ def history_chart() -> Any:
     points = _source("points", ("x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"))
     marks = _source("marks", ("x", "y", "color", "marker"))
     chart = _figure(360, "runs over time", "datetime", "linear")
+    chart.x_range = DataRange1d(default_span=timedelta(days=1))  # the span of a single run
     chart.multi_line("xs", "ys", line_color="color", line_dash="dash", line_width=1.5, line_alpha=0.8, source=lines)
     chart.segment("x", "low", "x", "high", line_color="color", line_width=4, line_alpha=0.3, source=points)
     dots = chart.scatter("x", "y", size=7, marker="marker", color="color", source=points)
@@ -67,8 +69,9 @@ def ring_chart(costs: Iterable[RingCost]) -> Any:
     chart.xaxis.ticker = [cost.ranks for cost in simulated]
     chart.xaxis.formatter = NumeralTickFormatter(format="0,0")
     chart.xaxis.axis_label = "ranks that share the sequence"
-    chart.yaxis.ticker = FixedTicker(ticks=[10**power for power in range(16)])
-    chart.yaxis.major_label_overrides = {10**power: amount(10**power, "B") for power in range(16)}
+    ticks = [digit * 10**power for power in range(16) for digit in (1, 2, 5)]
+    chart.yaxis.ticker = FixedTicker(ticks=ticks)
+    chart.yaxis.major_label_overrides = {tick: amount(tick, "B") for tick in ticks}
     return json_item(chart)
 
 

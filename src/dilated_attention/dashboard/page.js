@@ -172,7 +172,7 @@
     const group = data.history[Number(byId("case").value)];
     const thinned = shown.filter(({ series }) => series.runs > series.x.length);
     const [slower, faster] = ["slower", "faster"].map((word) => runs.filter((run) => run.mark === word).length);
-    const words = [`${group.note}.`, `${whole.format(runs.length)} results shown, ${slower} marked slower (▲), ${faster} faster (▼).`];
+    const words = [`${group.note}.`, `${runs.length === 1 ? "1 result" : `${whole.format(runs.length)} results`} shown, ${slower} marked slower (▲), ${faster} faster (▼).`];
     for (const { series } of thinned) {
       words.push(`${series.name}: ${whole.format(series.x.length)} of ${whole.format(series.runs)} runs, the fastest and the slowest of each stretch and all that are marked.`);
     }

@@ -113,21 +113,22 @@ def short(text: str) -> str:
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[Group], int]:
-    """The `MAX_GROUPS` groups that were measured last, the last one first, and how many more there are."""
+    """The `MAX_GROUPS` groups that were measured last, those of the last run first, and how many more there are."""
     found: dict[object, dict[object, list[tuple[Run, Result]]]] = {}
+    last: dict[object, int] = {}
     peers: dict[object, Result] = {}
-    for run in sorted(runs, key=lambda run: moment(run.when)):
+    for index, run in enumerate(sorted(runs, key=lambda run: moment(run.when))):
         versions = tuple(sorted(run.versions.items()))
         for result in run.results:
             group = (result.case, *_workload_of(result), run.machine)
-            found[group] = found.pop(group, {})  # so that those measured last stand last
+            last[group] = index
             series = (result.backend, result.phase, result.peer, versions)
-            found[group].setdefault(series, []).append((run, result))
+            found.setdefault(group, {}).setdefault(series, []).append((run, result))
             key = _peer_key(run, result)
             if result.peer and (key not in peers or result.median_ms < peers[key].median_ms):
                 peers[key] = result
-    newest = list(found.values())[::-1][:MAX_GROUPS]
-    return [_group(list(members.values()), peers) for members in newest], len(found) - len(newest)
+    shown = sorted(found, key=last.__getitem__, reverse=True)[:MAX_GROUPS]
+    return [_group(list(found[group].values()), peers) for group in shown], len(found) - len(shown)
 
 
 def moment(when: str) -> float:
