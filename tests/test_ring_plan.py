@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.reference import ReferenceKernel
 from dilated_attention.core import reference
+from dilated_attention.core.composer import delta_of
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.exchange import compute
+from dilated_attention.exchange.compute import Merged
 from dilated_attention.exchange.plan import plan_rank, row_codes
 from dilated_attention.exchange.shards import Shards, shard_length
 
@@ -50,6 +55,39 @@ def test_a_kernel_for_whole_layouts_computes_a_ranks_own_keys(pattern: Pattern, 
     for size, batch, kv_heads in ((2, 2, 2), (3, 1, 4)):
         shards = Shards(96 // size, size, 4, kv_heads, is_causal)
         assert worst(pattern, shards, batch=batch, through_lse=batch == 2, kernel=kernel) < 1e-12
+
+
+def merged_of(dtype: torch.dtype) -> Merged:
+    """Of two rows of one head."""
+    rows = torch.ones(1, 2, 1, 4, dtype=dtype)
+    return Merged(rows, None, rows, rows, torch.zeros(1, 1, 2))
+
+
+def test_sums_are_float32_and_a_single_result_is_taken_as_it_is() -> None:
+    one, small = (torch.full((1, 2, 1, 4), x, dtype=torch.bfloat16) for x in (1.0, 2.0**-9))
+    single = merged_of(torch.bfloat16)
+    single.add(one)
+    assert single.dq() is one
+    both = merged_of(torch.bfloat16)
+    for part in (one.clone(), small, small):
+        both.add(part)
+    assert torch.equal(both.sums(), torch.full((1, 2, 1, 4), 1 + 2.0**-8))  # 1 in bfloat16
+    assert torch.equal(merged_of(torch.float32).dq(), torch.zeros(1, 2, 1, 4))
+
+
+def test_delta_is_computed_for_tables_of_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(*rows: Tensor) -> Tensor:
+        made.append(1)
+        return delta_of(*rows)
+
+    monkeypatch.setattr(compute, "delta_of", counted)
+    shards = Shards(32, 3, 4, 2, True)
+    assert worst(LONGNET, shards) < 1e-12
+    assert made == []
+    assert worst(Local(9) | Global(3), shards) < 1e-12
+    assert len(made) == 3  # once a rank
 
 
 @given(pattern=patterns(), size=st.integers(1, 5), length=st.integers(1, 14), is_causal=st.booleans())
