@@ -104,7 +104,7 @@ def watched(fields: dict[str, Any], size: int) -> Any:
     whole = tensors_of(config, 1)
     run_shard(attention, mesh, whole)
     counters = attention.counters()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         run_shard(attention, mesh, whole)
     words = ("dilated_attention ", "ring ", "own keys", "received keys", "keys of")
     return counters, {event.key for event in trace.key_averages() if event.key.startswith(words)}

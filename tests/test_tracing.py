@@ -20,7 +20,7 @@ def names(attention: Attention, *, compiled: bool = False) -> Counter[str]:
     inputs = [torch.randn(1, 256, 2, 8, requires_grad=True) for _ in range(3)]
     run = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
     run(*inputs).sum().backward()  # lowered, and compiled
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         run(*inputs).sum().backward()
     ours = ("dilated_attention ", "branch", "blocks", "ring", "keys")
     found = {event.key: event.count for event in trace.key_averages() if event.key.startswith(ours)}
@@ -58,7 +58,7 @@ def test_parts_have_their_names(pattern: Pattern, parts: dict[str, int]) -> None
 def test_lowering_and_steps_have_ranges() -> None:
     attention = build_attention(pattern=LONGNET, num_heads=2, head_dim=8, is_causal=True)
     cache, plan = attention.make_cache(1), attention.plan.digest
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         for length in (30, 1):
             query, key, value = torch.randn(3, 1, length, 2, 8)
             attention.step(query, key, value, cache)

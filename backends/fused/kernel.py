@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import torch
-import triton
 from torch import Tensor
 
 from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
 from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part
-from .tiles import Tiles
+from .tiles import Tiles, ceil_div, padded
 
 if TYPE_CHECKING:
     from ...core.kernel import LayoutPiece
@@ -133,7 +132,7 @@ def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
     """What backward needs of each row, (B, H, S) pairs of float32 as int64: lse in base 2 and delta."""
     batch, length, heads, head_dim = out.shape
     stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
-    gradient_kernels.prepare_rows[(triton.cdiv(length, STATS_ROWS) * heads, batch)](
+    gradient_kernels.prepare_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
         dout,
         out,
         lse,
@@ -145,7 +144,7 @@ def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
         heads,
         HAS_DLSE=dlse is not None,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=padded(head_dim),
         BLOCK_M=STATS_ROWS,
     )
     return stats.view(torch.int64).squeeze(-1)

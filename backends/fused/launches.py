@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import attrs
 import torch
-import triton
 from torch import Tensor
 
 from ...core.counting import branch_pairs
@@ -14,7 +13,7 @@ from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from . import block_kernels, gradient_kernels, kernels
 from .block_tables import BlockTables
-from .tiles import Tile, Tiles
+from .tiles import Tile, Tiles, ceil_div, padded
 from .walks import Tables, make_tables
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str
     head_dim = query.shape[3]
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": padded(head_dim),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
@@ -143,7 +142,7 @@ class BranchPart:
         low, high = (k_low, k_high) if which == "keys" else (q_low, q_high)
         period = tables.host.period
         origin = low // period * period
-        tiles = triton.cdiv(high - origin, tile.rows * period) * period
+        tiles = ceil_div(high - origin, tile.rows * period) * period
         constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
         if which == "forward":
             constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
@@ -170,14 +169,14 @@ def _largest(key: Tensor) -> Tensor:
     """The largest squared norm of a key of each head, (B, K) float32."""
     batch, length, heads, head_dim = key.shape
     largest = torch.zeros((batch, heads), dtype=torch.int32, device=key.device)
-    kernels.largest_rows[(triton.cdiv(length, STATS_ROWS) * heads, batch)](
+    kernels.largest_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
         key,
         largest,
         *key.stride()[:3],
         length,
         heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=padded(head_dim),
         BLOCK_M=STATS_ROWS,
     )
     return largest.view(torch.float32)

@@ -6,6 +6,16 @@ import attrs
 import torch
 
 
+def ceil_div(a: int, b: int) -> int:
+    """How many b cover a; Triton's own function costs a launch microseconds."""
+    return -(-a // b)
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that a kernel computes with for a head_dim."""
+    return 1 << (head_dim - 1).bit_length()
+
+
 @attrs.frozen
 class Tile:
     """Rows and columns of a tile, and how it is compiled.

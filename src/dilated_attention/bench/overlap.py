@@ -59,7 +59,7 @@ def hidden_in_trace(events: Iterable[dict[str, Any]]) -> tuple[float, float | No
 def hidden_on_cuda(step: Call, trace: Path | None) -> tuple[float, float | None]:
     """`hidden_in_trace` of one step; the trace is kept where a path is given."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as record:
+    with torch.profiler.profile(activities=activities, acc_events=True) as record:
         step()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
