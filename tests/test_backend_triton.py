@@ -14,13 +14,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_attention import Dilated, Full, Global, Learned, Local, Pattern, Random, Strided, build_attention, explain
+from dilated_attention import (
+    ContextParallel,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+    build_attention,
+    explain,
+)
+from dilated_attention.backends import manifest
 from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.registry.specs import Device
 
-from .kernel_kit import build, check, check_graph, codes, on_card, verdict
+from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, verdict
 from .strategies import dilated
 from .support import NAMES, ours
 
@@ -147,6 +160,16 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
 )
 def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> None:
     assert codes(verdict("triton", **fields)) == {code}
+
+
+def test_it_comes_first_for_what_it_fuses_and_not_over_a_ring() -> None:
+    specs = [manifest.TRITON, manifest.SDPA]
+    asked: dict[str, Any] = {"pattern": LONGNET, "dtype": "bfloat16"}
+    assert manifest.dilated_attention_rank_backends(request(H100, **asked), specs) is None  # by priority
+    assert manifest.TRITON.priority > manifest.SDPA.priority
+    ring = request(H100, **asked, context_parallel=ContextParallel(size=2))
+    for other in (ring, request(H100, **asked | {"pattern": Full()}), request(H100, **asked | {"dtype": "float32"})):
+        assert manifest.dilated_attention_rank_backends(other, specs) == ["sdpa", "triton"]
 
 
 def test_listing_it_imports_nothing_of_it() -> None:
