@@ -22,6 +22,21 @@ _DENSE: Final = {
     "lse": True,
     "compile": "opaque",
 }
+# What every backend here for whole layouts brings.
+_WHOLE: Final = {
+    "layouts": ("branch", "block"),
+    "weights": True,
+    "per_head": True,
+    "gqa": True,
+    "causal": True,
+    "offsets": True,
+    "unequal_lengths": True,
+    "varlen": True,
+    "backward": True,
+    "dlse": True,
+    "lse": True,
+    "compile": "opaque",
+}
 _HALVES: Final = ("bfloat16", "float16")
 
 SDPA = BackendSpec(
@@ -93,26 +108,15 @@ TRITON = BackendSpec(
     name="triton",
     target="dilated_attention.backends.fused.backend:TritonBackend",
     priority=40,  # for patterns of several branches; see `dilated_attention_rank_backends` below
-    capabilities={
+    capabilities=_WHOLE
+    | {
         "device_types": ("cuda",),
         "arch": ("sm_90",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
-        "layouts": ("branch", "block"),
-        "weights": True,
-        "per_head": True,
-        "gqa": True,
-        "causal": True,
-        "offsets": True,
-        "unequal_lengths": True,
-        "varlen": True,
-        "backward": True,
-        "dlse": True,
-        "lse": True,
         "context_parallel": True,
         "staged_blocks": True,
         "deterministic": ("forward", "backward"),
-        "compile": "opaque",
         "cuda_graph": True,
     },
     requires=("triton>=3.4",),
@@ -122,23 +126,12 @@ FLEX = BackendSpec(
     name="flex",
     target="dilated_attention.backends.flex:FlexBackend",
     priority=-50,  # by name only: it has not run on a card yet, compiles for every length and ignores strided branches
-    capabilities={
+    capabilities=_WHOLE
+    | {
         # Not cpu: PyTorch's FlexAttention gives no lse there.
         "device_types": ("cuda",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
-        "layouts": ("branch", "block"),
-        "weights": True,
-        "per_head": True,
-        "gqa": True,
-        "causal": True,
-        "offsets": True,
-        "unequal_lengths": True,
-        "varlen": True,
-        "backward": True,
-        "dlse": True,
-        "lse": True,
-        "compile": "opaque",
     },
     requires=("triton>=3.4",),
 )
@@ -147,25 +140,14 @@ REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
     priority=-100,  # the dense float64 oracle: for comparison, and where nothing else fits
-    capabilities={
+    capabilities=_WHOLE
+    | {
         "device_types": ("cpu", "cuda"),
         "dtypes": ("float64", "float32", "bfloat16", "float16"),
         "head_dims": Range(1, 1 << 16),
-        "layouts": ("branch", "block"),
-        "weights": True,
-        "per_head": True,
-        "gqa": True,
-        "causal": True,
-        "offsets": True,
-        "unequal_lengths": True,
-        "varlen": True,
         "dropout": True,
-        "backward": True,
-        "dlse": True,
-        "lse": True,
         "context_parallel": True,
         "deterministic": ("forward", "backward"),
-        "compile": "opaque",
     },
 )
 

@@ -24,7 +24,7 @@ from dilated_attention.backends.aten import CpuFlash, CudaCudnn, CudaEfficient, 
 from dilated_attention.bench.cases import CASES, BenchCase
 from dilated_attention.bench.contenders import Gate, ours
 from dilated_attention.bench.history import PHASES
-from dilated_attention.bench.timing import extra_bytes, milliseconds, random_inputs
+from dilated_attention.bench.timing import extra_bytes, in_turns, random_inputs
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DenseKernel, DensePiece
 from dilated_attention.core.schedule import schedule
@@ -78,12 +78,8 @@ def measure(case: BenchCase, backend: str, device: str, rounds: int) -> list[dic
         f"bare {kernel.name}, compact inputs": bare(case, kernel, gate.inputs),
     }
     kind = device.partition(":")[0]
-    times: dict[tuple[str, str], list[float]] = {(name, phase): [] for name in calls for phase in PHASES}
-    for number in range(rounds + 1):
-        for name, phase in times:
-            elapsed = milliseconds(calls[name][phase], kind)
-            if number:  # the first round warms up
-                times[name, phase].append(elapsed)
+    each_phase = {(name, phase): calls[name][phase] for name in calls for phase in PHASES}
+    times = in_turns(each_phase, rounds, kind, warm_up=1)
     medians = {key: statistics.median(each) for key, each in times.items()}
     first = next(iter(calls))
     return [

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention.bench.contenders import BOUNDS
-from dilated_attention.bench.timing import difference, extra_bytes, milliseconds
+from dilated_attention.bench.timing import difference, extra_bytes, in_turns
 from dilated_attention.models import LongNetConfig, SlideEncoder, SlideEncoderConfig
 from dilated_attention.models.built import ZERO_PADDING, BuiltAttention
 from dilated_attention.models.gigapath import gigapath_segment_lengths
@@ -164,14 +164,10 @@ def models(case: Case) -> dict[str, SlideEncoder]:
 
 def measure(case: Case, calls: Calls, rounds: int) -> list[dict[str, object]]:
     """Interleaved medians and peak memory; ratios of the original to each."""
-    times: dict[tuple[str, str], list[float]] = {(n, kind): [] for n, kinds in calls.items() for kind in kinds}
-    for number in range(rounds + 1):
-        for name, kind in times:
-            elapsed = milliseconds(calls[name][kind], case.device)
-            if number:  # the first round warms up
-                times[name, kind].append(elapsed)
+    each = {(name, kind): call for name, kinds in calls.items() for kind, call in kinds.items()}
+    times = in_turns(each, rounds, case.device, warm_up=1)
     medians = {key: statistics.median(found) for key, found in times.items()}
-    memory = {key: extra_bytes(calls[key[0]][key[1]], case.device) for key in times}
+    memory = {key: extra_bytes(call, case.device) for key, call in each.items()}
     return [
         {
             "name": name,

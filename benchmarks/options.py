@@ -22,9 +22,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from dilated_attention import Attention, build_attention, reference
+from dilated_attention import Attention, build_attention
 from dilated_attention.bench.contenders import BOUNDS
-from dilated_attention.bench.timing import difference, extra_bytes, milliseconds
+from dilated_attention.bench.oracle import truth
+from dilated_attention.bench.timing import difference, extra_bytes, in_turns
 from dilated_attention.core.pattern import Pattern
 
 _WARM_UP = 2
@@ -106,8 +107,7 @@ def checked(case: Case, pattern: Pattern, **more: Any) -> Attention:
     fields = case.fields(pattern=pattern, **more)
     attention = build_attention(fields)
     query, key, value, dout = case.inputs(case.gate_tokens, kv_heads=attention.config.kv_heads)
-    exact = [x.double().requires_grad_() for x in (query, key, value)]
-    expected, _ = reference.attention(exact[0], exact[1], exact[2], pattern=pattern, is_causal=fields["is_causal"])
+    expected = truth((query, key, value, dout), pattern, is_causal=fields["is_causal"])
     swap = attention.config.tensor_layout == "bhsd"
     leaves = [x.transpose(1, 2) if swap else x for x in (query, key, value)]
     attention.eval()  # undropped
@@ -115,12 +115,11 @@ def checked(case: Case, pattern: Pattern, **more: Any) -> Attention:
         leaves = [x.detach().requires_grad_() for x in leaves]
         out = attention(*leaves)
         grads = torch.autograd.grad(out, leaves, dout.transpose(1, 2) if swap else dout)
-        wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
         actual = [out, *grads]
     else:
-        actual, wanted = [attention(*leaves)], [expected]
+        actual, expected = [attention(*leaves)], expected[:1]
     actual = [x.transpose(1, 2) if swap else x for x in actual]
-    error = max(difference(a.detach(), e.detach()) for a, e in zip(actual, wanted, strict=True))
+    error = max(difference(a, e) for a, e in zip(actual, expected, strict=True))
     if not error < BOUNDS[case.dtype]:
         sys.exit(f"{attention} differs from the oracle by {error:.1e}, more than {BOUNDS[case.dtype]:.0e}: no times")
     return attention.train()
@@ -129,15 +128,10 @@ def checked(case: Case, pattern: Pattern, **more: Any) -> Attention:
 def measure(case: Case, row: Row) -> Result:
     """Interleaved medians and peaks."""
     calls = [call for call in (row.without, row.chosen) if call is not None]
-    for call in calls * _WARM_UP:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(case.rounds):
-        for found, call in zip(times, calls, strict=True):
-            found.append(milliseconds(call, case.device))
+    times = in_turns(dict(enumerate(calls)), case.rounds, case.device, warm_up=_WARM_UP)
     sources = row.memory if row.memory is not None else tuple(calls)
     peaks = [source if isinstance(source, int) else extra_bytes(source, case.device) for source in sources]
-    medians = [statistics.median(found) for found in times]
+    medians = [statistics.median(found) for found in times.values()]
     first = (medians[0], peaks[0]) if row.without is not None else (None, None)
     return Result(row.option, row.measured, first[0], medians[-1], first[1], peaks[-1], row.note)
 

@@ -10,12 +10,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core import reference
 from ..core.attention import Attention
 from ..core.pattern import Pattern
 from ..core.plan import AttentionPlan
 from ..registry.build import build_attention, explain
 from .cases import BenchCase
+from .oracle import truth
 from .peers import Peer, PeerMaker
 from .timing import difference, milliseconds, random_inputs, training
 
@@ -85,10 +85,7 @@ class Gate:
     def truth(self, pattern: Pattern) -> list[Tensor]:
         """out, dq, dk and dv of the likeness by the definition, float64."""
         if pattern not in self._truths:
-            inputs = [x.double() for x in self.small_inputs()]
-            q, k, v = (x.requires_grad_() for x in inputs[:3])
-            out, _ = reference.attention(q, k, v, pattern=pattern, is_causal=self.case.is_causal)
-            self._truths[pattern] = [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+            self._truths[pattern] = truth(self.small_inputs(), pattern, is_causal=self.case.is_causal)
         return self._truths[pattern]
 
     def error(self, name: str, attend: Attend, pattern: Pattern, *, gradients: bool = True) -> float | None:

@@ -15,7 +15,7 @@ from .contenders import Contender, Gate, admitted, candidates, ours
 from .graphs import LONGEST, captured
 from .history import PHASES, Phase, Result
 from .peers import Peer, PeerMaker
-from .timing import extra_bytes, matrix_tflops, milliseconds, random_inputs
+from .timing import extra_bytes, in_turns, matrix_tflops, milliseconds, random_inputs
 
 TRAINING_FACTOR = 3.5  # forward and backward against forward: five matrix products more, of two
 _FEWEST_ROUNDS = 3
@@ -155,7 +155,6 @@ def interleaved(
 ) -> dict[tuple[int, Phase], list[float]]:
     """Milliseconds of every call, in rounds in which all take turns; the first ones warm up."""
     calls = {(i, phase): getattr(contender, phase) for i, contender in enumerate(found) for phase in PHASES}
-    times: dict[tuple[int, Phase], list[float]] = {key: [] for key in calls}
     spent = 0.0
     for _ in range(2 if settings.device_type == "cuda" else 1):
         spent = sum(milliseconds(call, settings.device_type) for call in calls.values()) / 1e3
@@ -164,10 +163,7 @@ def interleaved(
         rounds = min(rounds, max(_FEWEST_ROUNDS, int(settings.case_seconds / spent)))
     if rounds < settings.rounds:
         note(f"{rounds} rounds instead of {settings.rounds}: one takes {spent:.1f} s (--case-seconds)")
-    for _ in range(rounds):
-        for key, call in calls.items():
-            times[key].append(milliseconds(call, settings.device_type))
-    return times
+    return in_turns(calls, rounds, settings.device_type, warm_up=0)
 
 
 def _result(

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..core import reference
 from ..core.attention import Attention
 from ..core.config import AttentionConfig
 from ..core.pattern import Pattern
@@ -29,6 +28,7 @@ from ..exchange.mesh import shard_sequence
 from ..registry.build import build_attention, explain, preflight
 from .contenders import BOUNDS
 from .longest import longest_layer
+from .oracle import truth
 from .overlap import exposed_exchange, hidden_on_cuda
 from .ring_settings import PATTERNS, RingSettings
 from .timing import Call, difference, extra_bytes, random_inputs, training
@@ -47,11 +47,9 @@ def gate(settings: RingSettings, mesh: DeviceMesh, kind: str, *, hops: bool) -> 
     leaves = [shard_sequence(x, mesh).requires_grad_() for x in whole[:3]]
     out = attention(*leaves)
     found = [out, *torch.autograd.grad(out, leaves, shard_sequence(whole[3], mesh))]
-    exact = [x.double().requires_grad_() for x in whole[:3]]
     assert isinstance(config.pattern, Pattern)
-    expected, _ = reference.attention(exact[0], exact[1], exact[2], pattern=config.pattern, is_causal=True)
-    truth = [expected, *torch.autograd.grad(expected, exact, whole[3].double())]
-    errors = [difference(a, shard_sequence(e.detach(), mesh)) for a, e in zip(found, truth, strict=True)]
+    expected = truth(whole, config.pattern, is_causal=True)
+    errors = [difference(a, shard_sequence(e, mesh)) for a, e in zip(found, expected, strict=True)]
     return _largest(max(errors), settings.device)
 
 

@@ -8,15 +8,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+K = TypeVar("K", bound=Hashable)
 
 _ROWS = 1 << 14  # compared at once, so that the comparison of long sequences takes no memory to speak of
 _PRODUCT = {"cpu": 1024, "cuda": 8192}
@@ -35,6 +37,17 @@ def milliseconds(call: Call, device_type: str) -> float:
     torch.cuda.synchronize()
     elapsed: float = before.elapsed_time(after)
     return elapsed
+
+
+def in_turns(calls: Mapping[K, Call], rounds: int, device_type: str, *, warm_up: int) -> dict[K, list[float]]:
+    """Milliseconds of every call, in rounds in which all take turns, after `warm_up` rounds that do not count."""
+    times: dict[K, list[float]] = {key: [] for key in calls}
+    for number in range(warm_up + rounds):
+        for key, call in calls.items():
+            elapsed = milliseconds(call, device_type)
+            if number >= warm_up:
+                times[key].append(elapsed)
+    return times
 
 
 def extra_bytes(call: Call, device_type: str) -> int:
