@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.blocking import lower_blocks
 from ..core.errors import ConfigError
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 BLOCK_SIZE: Final = 128
 _REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
 # Loads of masks would be kept for several stages too, for which shared memory is too small.
-_MASKED: Final = {"num_stages": 1}
+_MASKED: Final[FlexKernelOptions] = {"num_stages": 1}
 # query, key, value (B, heads, len, D), score_mod, block_mask, scale, kernel_options -> out (B, H, S, D), lse (B, H, S);
 # differentiable
 Attend = Callable[
-    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, dict[str, int] | None], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions | None], tuple[Tensor, Tensor]
 ]
 
 
@@ -75,7 +75,7 @@ def attend(
     score_mod: ScoreMod | None,
     block_mask: BlockMask,
     scale: float,
-    options: dict[str, int] | None,
+    options: FlexKernelOptions | None,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; never called as it is, since without a compiler it would form all scores."""
     out, aux = flex_attention(
