@@ -50,5 +50,6 @@ class TritonBackend:
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        tiles = TileSizes.of(request.config.head_dim, getattr(torch, request.config.dtype))
+        config = request.config
+        tiles = TileSizes.of(config.head_dim, getattr(torch, config.dtype), is_causal=config.is_causal)
         return FusedKernel(self.pin(request), tiles)

@@ -54,23 +54,27 @@ class TileSizes:
     blocks: Tiles
 
     @classmethod
-    def of(cls, head_dim: int, dtype: torch.dtype) -> TileSizes:
-        """What was fastest on an H100 (docs/performance.md)."""
+    def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool) -> TileSizes:
+        """What was fastest on an H100 (docs/performance.md).
+
+        Causal walks are short, so that one loop over each is worth more than sparing masks in another.
+        """
         if dtype == torch.float32:
             small = Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1))
             return cls(small, small)
         if head_dim <= 64:
             return cls(
                 Tiles(
-                    Tile(64, 64, 4, 3, 128, split=False),
+                    Tile(64, 64, 4, 3, 128, split=not is_causal),
                     Tile(64, 32, 4, 4, 128),
                     Tile(64, 32, 4, 3, 168, split=False),
                 ),
                 Tiles(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168)),
             )
         if head_dim <= 128:
+            forward = Tile(64, 32, 4, 3, 168, split=False) if is_causal else Tile(128, 32, 8, 3, 128)
             return cls(
-                Tiles(Tile(128, 32, 8, 3, 128), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 255, split=False)),
+                Tiles(forward, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 255, split=False)),
                 Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255)),
             )
         large = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
