@@ -60,7 +60,9 @@ class _Works:
                 work.wait(left)
             except RuntimeError as error:
                 self.works.clear()
-                raise Failure(peer, _first_line(error)) from error
+                # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
+                late = time.monotonic() >= deadline
+                raise Failure(peer, _first_line(error), is_certain=late) from error
         self.tensors = ()
 
 
