@@ -66,16 +66,16 @@ class NcclTransport:
         group = self._group
         if group is None:
             raise Failure(None, "its communicator was aborted")
-        group._start_coalescing()
-        try:
-            for peer, x in receives:
-                group.recv([x], peer, 0)
-            for peer, x in sends:
-                group.send([x], peer, 0)
-        finally:  # else all later calls of NCCL on this thread would be part of this group
-            work = group._end_coalescing()
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        if work is not None:  # None: there was nothing to send or receive
+        if sends or receives:
+            group._start_coalescing()
+            try:
+                for peer, x in receives:
+                    group.recv([x], peer, 0)
+                for peer, x in sends:
+                    group.send([x], peer, 0)
+            finally:  # else all later calls of NCCL on this thread would be part of this group
+                work = group._end_coalescing()
             with torch.cuda.stream(self._side):
                 work.wait()
         event.record(self._side)
