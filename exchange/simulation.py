@@ -85,7 +85,10 @@ class _Rows:
         home = [
             program.received_backward(m, r) for program, m, r in zip(self.programs, merged, self.received, strict=True)
         ]
-        own = [p.local.backward(*rows) for p, *rows in zip(self.programs, merged, self.key, self.value, strict=True)]
+        own = [
+            program.local.backward(rows, key, value)
+            for program, rows, key, value in zip(self.programs, merged, self.key, self.value, strict=True)
+        ]
         sums = [
             (dk.to(m.dtype).contiguous(), dv.to(m.dtype).contiguous()) for (dk, dv), m in zip(own, merged, strict=True)
         ]

@@ -141,11 +141,10 @@ def _needs_ring(kit: Kit, case: Case | None) -> str:
 
 
 def _needs_staged(kit: Kit, case: Case | None) -> str:
-    if case is not None and "block" not in layout_kinds(
-        case.pattern, case.num_heads, case.num_kv_heads, case.is_causal
-    ):
-        return "the pattern has no blocks"
-    return _needs("staged_blocks")(kit, case)
+    if case is None or not kit.declares("staged_blocks"):
+        return _needs("staged_blocks")(kit, case)
+    kinds = layout_kinds(case.pattern, case.num_heads, case.num_kv_heads, case.is_causal)
+    return "" if "block" in kinds else "the pattern has no blocks"
 
 
 def _deterministic(kit: Kit, case: Case) -> Case:

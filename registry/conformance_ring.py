@@ -81,12 +81,11 @@ def staged_blocks(subject: Subject) -> Iterator[Finding]:
 
 def _compute(subject: Subject) -> Compute:
     """How a ring computes with the kernel that was built."""
-    engine = subject.attention._engine
-    kernel: Any = engine.kernel
-    composer = Composer(ExactDense() if engine.takes_layout else kernel, engine.scale, subject.case.deterministic)
-    device = torch.device(subject.case.device)
-    whole = kernel if engine.takes_layout else None
-    return Compute(composer, device, subject.torch_dtype, Limits().workspace_bytes, whole)
+    engine: Any = subject.attention._engine
+    composer, whole = engine._composer, None
+    if composer is None:
+        composer, whole = Composer(ExactDense(), engine.scale, subject.case.deterministic), engine.kernel
+    return Compute(composer, torch.device(subject.case.device), subject.torch_dtype, Limits().workspace_bytes, whole)
 
 
 def _compared(subject: Subject, compute: Compute, how: str, *, hops: bool = False) -> Iterator[Finding]:
