@@ -144,6 +144,12 @@ def test_what_a_rank_sends_is_what_the_others_plan_to_receive(
             )
 
 
+def test_a_shard_may_hold_the_end_of_one_segment_and_the_beginning_of_another() -> None:
+    for is_causal, most in ((False, 4 * 12), (True, 4 * 8)):
+        shards, pattern = Shards(8, 3, 4, 4, is_causal), Dilated((10,), (1,))
+        assert survey(pattern, shards, 0).most == most <= most_rows(pattern, shards)
+
+
 def test_a_length_that_cannot_be_cut_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"1,000 tokens cannot be cut into 3 equal shards.*999 and 1,002"):
         shard_length(1000, 3)
