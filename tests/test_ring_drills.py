@@ -1,6 +1,6 @@
 """Failures of real processes: every survivor knows at once, nothing hangs beyond its bound, nothing is wrong.
 
-Over Gloo on CPUs, and over NCCL with one card a rank: `-m gpu -n 4`, where two cards are.
+Over Gloo on CPUs, and over NCCL with one card a rank: `-m gpu -n 3`, where two cards are.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Drills:
         device: "cpu" or "cuda".
         size: ranks in a ring.
         folder: the test's own.
+        record: keeps a figure in the report of a run (`--junitxml=F -o junit_family=xunit1`).
         pools: those started.
     """
 
     device: str
     size: int
     folder: Path
+    record: Callable[[str, object], None]
     pools: list[Ranks] = attrs.field(factory=list)
 
     def start(self, size: int) -> Ranks:
@@ -86,6 +88,7 @@ class Drills:
             assert "survived" not in report
             assert (report["generation"], report["steps"]) == (0, at), report
             if rank != culprit:
+                self.record(f"rank {rank} knew after_s", report["after"])
                 assert report["peer"] == culprit, report
                 assert after_s - 0.1 <= report["after"] < after_s + WITHIN_S[self.device], report
             assert "nothing is retried in place" in report["retry"]
@@ -94,9 +97,11 @@ class Drills:
 
 
 @pytest.fixture(params=[pytest.param(("cpu", 4), id="gloo"), CARDS])
-def drills(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Drills]:
+def drills(
+    request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> Iterator[Drills]:
     device, size = request.param
-    found = Drills(device, size, tmp_path)
+    found = Drills(device, size, tmp_path, record_property)
     yield found
     for pool in found.pools:
         pool.close()
@@ -190,11 +195,11 @@ def test_a_local_fallback_is_agreed_on_and_equals_the_ring(drills: Drills) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_hundred_drills_in_a_row(tmp_path: Path) -> None:
+def test_a_hundred_drills_in_a_row(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     for number in range(100):
         kind = ("kill", "raise", "hang", "kill before sending", "hang before sending")[number % 5]
         culprit, at = number % 4, 1 + number % 6
-        drills = Drills("cpu", 4, tmp_path)
+        drills = Drills("cpu", 4, tmp_path, record_property)
         timeout_s = 1.0 if kind.startswith("hang") else 20
         reports = drills.break_ring(kind, culprit, timeout_s=timeout_s, at=at, where=str(number))
         drills.check(reports, culprit, after_s=timeout_s if kind.startswith("hang") else 0, at=at)
