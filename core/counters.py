@@ -68,7 +68,7 @@ class AttentionCounters:
         backward: backward passes.
         layouts: the cache of lowered layouts.
         header_bytes: bytes of headers that this rank has sent to others.
-        waited_s: seconds spent waiting for other ranks' rows after the rank's own work was done (on CPUs).
+        waited_s: seconds the host waited for other ranks' rows after its own work was done (on CUDA: launched).
     """
 
     plan: str

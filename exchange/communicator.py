@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.errors import RingBroken
 from ..core.tracing import span
 from .control import Control, Failure, Header
+from .guard import Guard
 
 if TYPE_CHECKING:
     from .transport import Pending, Transport
@@ -34,7 +35,7 @@ class Counters:
         forward_sent, forward_received: bytes of keys and values.
         backward_sent, backward_received: bytes of gradients, and of keys and values that travel again beside them.
         header_bytes: bytes of headers sent.
-        waited_s: time spent waiting for rows after the local work was done (on CPUs).
+        waited_s: time spent waiting for rows after the local work was done (on CUDA, after it was launched).
     """
 
     passes: int = 0
@@ -117,6 +118,7 @@ class Communicator:
         self.transport = transport
         self.counters = Counters()
         self._control = control
+        self._guard = Guard(control, transport.close) if transport.is_guarded else None
         self._step = 0
         self._broken: RingBroken | None = None
         self._lock = threading.Lock()
@@ -157,7 +159,8 @@ class Communicator:
                 self._control.agree(header, deadline)
                 counters.header_bytes += self._control.bytes_sent - self.counters.header_bytes
                 self.counters.header_bytes = self._control.bytes_sent
-                yield Pass(self, kind, deadline, counters)
+                with nullcontext() if self._guard is None else self._guard.over(deadline):
+                    yield Pass(self, kind, deadline, counters)
             except Exception as error:
                 raise self._break(error) from error
             except BaseException as error:  # an interrupt goes on as it is; the others still hear of it
@@ -166,16 +169,18 @@ class Communicator:
 
     def _break(self, error: BaseException) -> RingBroken:
         """Close at once, telling the others; returns what to raise."""
-        self.transport.close()
         if isinstance(error, Failure):
+            self.transport.close()  # whoever waits for this rank wakes, and tells what it knows
             peer, reason = error.peer, error.reason
             blamed = None if error.is_certain else self._control.blame(_LAST_WORDS_S)
             if blamed is not None and blamed[0] != self.rank:
                 peer, reason = blamed
+            self._control.close(peer, failed=True)
         else:
             peer, reason = self.rank, f"{type(error).__name__}: {error}"
+            self._control.close(peer, failed=True)  # first, since aborting a transport may take its time
+            self.transport.close()
         self._broken = RingBroken(self.generation, self._step, peer, reason)
-        self._control.close(peer, failed=True)
         return self._broken
 
     def close(self) -> None:

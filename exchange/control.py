@@ -12,12 +12,10 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import attrs
-
-from ..core.errors import RingBroken
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -129,6 +127,11 @@ class Control:
             link.setblocking(False)
         return cls(rank, sockets)
 
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The other ranks."""
+        return tuple(self._buffers)
+
     def agree(self, header: Header, deadline: float) -> None:
         """Send `header` to everyone and wait for everyone's.
 
@@ -149,7 +152,24 @@ class Control:
                 if missing:
                     self._read(selector.select(max(0.0, deadline - time.monotonic())), missing)
 
-    def blame(self, patience_s: float) -> tuple[int, str] | None:
+    def look(self) -> None:
+        """Read what is there, without waiting; headers of the next pass are kept for `agree`.
+
+        Raises:
+            Failure: a rank says that one has failed, or is gone without a word.
+        """
+        with selectors.DefaultSelector() as selector:
+            for peer, link in self._sockets.items():
+                selector.register(link, selectors.EVENT_READ, peer)
+            for key, _ in selector.select(0):
+                there = self._receive(key.data)
+                notice = self._find_notice(key.data)
+                if notice is not None:
+                    raise Failure(*notice, is_certain=True)
+                if not there and not self._has_left(key.data):
+                    raise Failure(key.data, "it is gone (its connection is closed)")
+
+    def blame(self, patience_s: float) -> tuple[int | None, str] | None:
         """Who failed first and of what, where another rank has told or vanished within `patience_s`."""
         deadline = time.monotonic() + patience_s
         gone: tuple[int, str] | None = None
@@ -160,7 +180,7 @@ class Control:
                 for key, _ in selector.select(left):
                     peer = key.data
                     if not self._receive(peer):
-                        gone = gone or (peer, "it is gone")
+                        gone = gone if gone or self._has_left(peer) else (peer, "it is gone")
                         selector.unregister(key.fileobj)
                     notice = self._find_notice(peer)
                     if notice is not None:
@@ -233,25 +253,28 @@ class Control:
         if theirs != header:
             raise Failure(peer, f"it is in another pass: {header.difference(theirs)}", is_certain=True)
 
-    def _find_notice(self, peer: int) -> tuple[int, str] | None:
+    def _find_notice(self, peer: int) -> tuple[int | None, str] | None:
         """The failure that the frames read from `peer` tell of."""
+        return next((_blamed(peer, fields[4]) for kind, fields in self._frames(peer) if kind == _NOTICE), None)
+
+    def _has_left(self, peer: int) -> bool:
+        """`peer` has said that it leaves in peace."""
+        return any(kind == _GOODBYE for kind, _ in self._frames(peer))
+
+    def _frames(self, peer: int) -> Iterator[tuple[int, list[int]]]:
+        """Kind and fields of the whole frames read from `peer`."""
         buffer = self._buffers[peer]
         for begin in range(0, len(buffer) - _FRAME.size + 1, _FRAME.size):
             _, kind, *fields = _FRAME.unpack(bytes(buffer[begin : begin + _FRAME.size]))
-            if kind == _NOTICE:
-                return _blamed(peer, fields[4])
-        return None
+            yield kind, fields
 
 
-def _blamed(peer: int, who: int) -> tuple[int, str]:
-    if who in (NOBODY, peer):
+def _blamed(peer: int, who: int) -> tuple[int | None, str]:
+    if who == NOBODY:
+        return None, f"rank {peer} says that it waited in vain, and not for whom"
+    if who == peer:
         return peer, "it failed, and said so"
     return who, f"rank {peer} says that it failed"
-
-
-def broken(generation: int, step: int, failure: Failure) -> RingBroken:
-    """The public form of a failure."""
-    return RingBroken(generation, step, failure.peer, failure.reason)
 
 
 def _left(deadline: float) -> float:

@@ -30,14 +30,14 @@ from .compute import Compute, Merged, RankProgram, mergeable
 from .hops import HopProgram, hop_backward, hop_forward
 from .plan import plan_rank
 from .ring_kernel import RingKernel
-from .rows import largest_receive
+from .rows import most_rows, survey
 from .shards import Shards, shard_length
 
 if TYPE_CHECKING:
     from ..core.config import AttentionConfig
     from ..core.kernel import DenseKernel
     from ..core.layout import Layout
-    from ..core.pattern import Pattern
+    from ..core.pattern import IntArray, Pattern
     from .communicator import Communicator
 
 
@@ -47,7 +47,6 @@ class _Program:
 
     shards: Shards
     digest: bytes
-    most_received: int
     selective: RankProgram | None
     hops: HopProgram | None
     pairs: int = attrs.field(init=False)  # that a batch row of the rank counts
@@ -95,7 +94,8 @@ class RingEngine(Engine):
         self.plan_key = self.key
         self.key += f"/{id(communicator)}"
         self.rings: ByteLRU[tuple[int, bool, torch.device], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
-        self._most_received: dict[int, int] = {}
+        # By length, rows that no rank receives more of, and the most that one does, where that had to be found.
+        self._rows: dict[int, tuple[int, int | None]] = {}
         self._judging_s = 0.0  # spent on these numbers, which is part of lowering
         self._moved = Counters()
 
@@ -168,20 +168,34 @@ class RingEngine(Engine):
         shards = Shards(length, self.communicator.size, self.config.num_heads, self.num_kv_heads, self.config.is_causal)
         limits = self.config.limits
         row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
-        if length not in self._most_received:
-            start = time.perf_counter()
-            self._most_received[length] = largest_receive(self.pattern, shards, limit_bytes=limits.layout_bytes)
-            self._judging_s += time.perf_counter() - start
-        most = self._most_received[length]
-        hops = most * row_bytes > limits.exchange_buffer_bytes
+        hops, sent = self._judge(shards, limits.exchange_buffer_bytes // max(1, row_bytes))
         key = (length, hops, device)
-        found = self.rings.get(key)
-        if found is not None:
-            return found
+        known = self.rings.get(key)
+        if known is not None:
+            return known
         with span(self.range_name("lower")):
-            return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, most, hops, device))
+            return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, hops, device, sent))
 
-    def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
+    def _judge(self, shards: Shards, allowed: int) -> tuple[bool, tuple[IntArray, ...] | None]:
+        """Whether some rank would receive more than `allowed` rows, and `Survey.sent`, where it was found on the way.
+
+        All ranks must come to the same answer, so it depends on nothing that one of them has alone.
+        """
+        start, sent = time.perf_counter(), None
+        if shards.length not in self._rows:
+            self._rows[shards.length] = most_rows(self.pattern, shards), None
+        bound, most = self._rows[shards.length]
+        if bound > allowed and most is None:
+            limit_bytes = self.config.limits.layout_bytes
+            found = survey(self.pattern, shards, self.communicator.rank, limit_bytes=limit_bytes)
+            self._rows[shards.length], sent = (bound, found.most), found.sent
+            most = found.most
+        self._judging_s += time.perf_counter() - start
+        return bound > allowed and most is not None and most > allowed, sent
+
+    def _make_ring_program(
+        self, shards: Shards, hops: bool, device: torch.device, sent: tuple[IntArray, ...] | None
+    ) -> _Program:
         limits, rank, kernel = self.config.limits, self.communicator.rank, self.kernel
         assert self._composer is not None
         compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
@@ -191,10 +205,10 @@ class RingEngine(Engine):
         if hops:
             travelling = HopProgram.prepare(self.pattern, shards, rank, compute, limit_bytes=limits.layout_bytes)
         else:
-            plan = plan_rank(self.pattern, shards, rank, limit_bytes=limits.layout_bytes)
+            plan = plan_rank(self.pattern, shards, rank, limit_bytes=limits.layout_bytes, sent=sent)
             selective = RankProgram.prepare(plan, compute)
         digest = digest_bytes(f"{self.plan_key} {shards!r} {hops}")
-        return _Program(shards, digest, most, selective, travelling)
+        return _Program(shards, digest, selective, travelling)
 
     def ring_forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """out in the inputs' dtype and lse, both contiguous, and what was received, (U, 2, B, D)."""

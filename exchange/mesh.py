@@ -118,13 +118,11 @@ def ring_of(
     with _LOCK:
         ring = built.rings.get(key)
     if ring is None or ring.broken is not None:
-        members = dist.get_process_group_ranks(group)[place.ring * place.size :][: place.size]
         ring = connect(
             PrefixStore(f"ring-{count}-{place.ring}", prefix),
             place.rank,
             place.size,
             transport=transport,
-            ranks=members,
             generation=generation,
             timeout_s=parallel.timeout_s,
         )

@@ -1,4 +1,4 @@
-"""What each rank sends, receives and computes for one length: planned once, the same on every rank. Needs no torch.
+"""What each rank sends, receives and computes for one length: planned once, from the pattern alone. Needs no torch.
 
 The unit of exchange is a *row*: key and value of one position of one key-value head. A row is named by its code,
 owner * K * L + head * L + place in the owner's shard, so that sorted codes are sorted by owner and each owner's part is
@@ -17,6 +17,7 @@ from ..core.layout import BlockLayout, Layout
 from ..core.lowering import lower
 from ..core.pattern import Pattern
 from ..core.schedule import Call, Rows, Schedule, schedule
+from .progressions import BranchRows
 from .shards import Shards
 
 if TYPE_CHECKING:
@@ -101,8 +102,22 @@ class RankPlan:
         return sum(array.nbytes for array in arrays) + self.local.nbytes + self.branches.schedule.nbytes + blocks
 
 
-def plan_rank(pattern: Pattern, shards: Shards, rank: int, *, limit_bytes: int | None = None) -> RankPlan:
-    """The plan of `rank`. Lowers the pattern once for every rank, since others name rows of this one.
+def plan_rank(
+    pattern: Pattern,
+    shards: Shards,
+    rank: int,
+    *,
+    limit_bytes: int | None = None,
+    sent: tuple[IntArray, ...] | None = None,
+) -> RankPlan:
+    """The plan of `rank`.
+
+    Args:
+        pattern: who sees whom.
+        shards: the cut.
+        rank: whose plan.
+        limit_bytes: most bytes of a table of blocks.
+        sent: `RankPlan.sent`, where it is known; else `sent_rows` finds it.
 
     Raises:
         ConfigError: a table of blocks needs more than `limit_bytes`.
@@ -117,7 +132,7 @@ def plan_rank(pattern: Pattern, shards: Shards, rank: int, *, limit_bytes: int |
         local=lower(pattern, own, limit_bytes=limit_bytes),
         received=received,
         receive_counts=np.bincount(owners, minlength=shards.size).astype(np.int64),
-        sent=tuple(_sent(pattern, shards, rank, to, limit_bytes) for to in range(shards.size)),
+        sent=sent_rows(pattern, shards, rank, limit_bytes=limit_bytes) if sent is None else sent,
         branches=_branch_part(sides, received, shards),
         blocks=tuple(
             _block_part(side, received, shards) for side in sides if side.blocks is not None and side.blocks.cols.size
@@ -135,17 +150,32 @@ def _sides(pattern: Pattern, shards: Shards, rank: int, limit_bytes: int | None)
         yield lower(pattern, geometry, limit_bytes=limit_bytes)
 
 
-def _sent(pattern: Pattern, shards: Shards, rank: int, to: int, limit_bytes: int | None) -> IntArray:
-    """Own rows that `to` names, in the order in which it keeps them, counted over (position, head)."""
-    none = np.zeros(0, dtype=np.int64)
-    if to == rank or (shards.is_causal and to < rank):
-        return none
+def sent_rows(pattern: Pattern, shards: Shards, rank: int, *, limit_bytes: int | None = None) -> tuple[IntArray, ...]:
+    """Of each rank, the own rows that it names: `RankPlan.sent`.
+
+    For branches nothing is lowered for the others. A block that they list may begin in another shard, and what is drawn
+    is drawn for whole rows, so of blocks each rank's table is lowered, whole.
+    """
+    branches, none = BranchRows.of(pattern, shards), np.zeros(0, dtype=np.int64)
+    found = []
+    for to in range(shards.size):
+        if to == rank or (shards.is_causal and to < rank):
+            found.append(none)
+        elif branches is not None:
+            found.append(branches.named(to, rank))
+        else:
+            codes = received_rows(pattern, shards, to, limit_bytes=limit_bytes)
+            found.append(rows_of(codes, shards, rank))
+    return tuple(found)
+
+
+def rows_of(codes: IntArray, shards: Shards, owner: int) -> IntArray:
+    """The rows of `owner` among ascending codes, in their order, counted over (position, head) of its shard; int64."""
     each = shards.length * shards.num_kv_heads
-    codes = received_rows(pattern, shards, to, limit_bytes=limit_bytes)
-    begin, end = np.searchsorted(codes, (rank * each, (rank + 1) * each))
-    head, place = np.divmod(codes[begin:end] - rank * each, shards.length)
-    sent: IntArray = place * shards.num_kv_heads + head
-    return sent
+    begin, end = np.searchsorted(codes, (owner * each, (owner + 1) * each))
+    head, place = np.divmod(codes[begin:end] - owner * each, shards.length)
+    rows: IntArray = place * shards.num_kv_heads + head
+    return rows
 
 
 def _named(sides: Sequence[Layout], shards: Shards) -> IntArray:

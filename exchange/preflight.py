@@ -196,7 +196,7 @@ def _flops(counter: RowCounter, head_dim: int) -> Iterator[int]:
             yield 4 * head_dim * int(layout.pairs)
             continue
         pairs = 0
-        for index, branch in enumerate(counter.branches):
+        for index, branch in enumerate(counter.branches.branches):
             width, key = branch.segment_length, (index, -rank)
             if width is not None and -(-(whole.q_offset + shards.length) // width) * width <= shards.seq_len:
                 key = (index, whole.q_offset % width)  # whole segments: the same wherever they stand

@@ -1,8 +1,7 @@
 """How many rows each rank names of each other, counted without listing them: for branches, whatever the length.
 
-A branch names, before and after a shard, the positions of one residue in one interval: its segment's part there. The
-union over a head group's branches is cut at all interval ends; inside each stretch a few residue classes remain, most
-of them nested or disjoint, and inclusion and exclusion counts the rest. R ranks, K key-value heads.
+The union of a head group's progressions is cut at all interval ends; inside each stretch a few residue classes remain,
+most of them nested or disjoint, and inclusion and exclusion counts the rest. R ranks, K key-value heads.
 """
 
 from __future__ import annotations
@@ -15,37 +14,13 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from ..core.geometry import Geometry
-from ..core.lowering import layout_kinds, lower
-from ..core.pattern import Branch, Pattern
-from .plan import received_rows
+from ..core.pattern import Pattern
+from .plan import received_rows, rows_of
+from .progressions import BranchRows, Progression
 from .shards import Shards
 
 if TYPE_CHECKING:
     from ..core.pattern import IntArray
-
-
-@attrs.frozen(order=True)
-class _Progression:
-    """Positions of low:high that are congruent to `residue` modulo `stride`."""
-
-    low: int
-    high: int
-    stride: int
-    residue: int
-
-    @property
-    def first(self) -> int:
-        """The smallest such position from `low` on."""
-        return self.low + (self.residue - self.low) % self.stride
-
-    def within(self, low: int, high: int) -> _Progression:
-        """Those of another interval too."""
-        return _Progression(max(low, self.low), min(high, self.high), self.stride, self.residue)
-
-    @property
-    def is_empty(self) -> bool:
-        return self.first >= self.high
 
 
 class RowCounter:
@@ -55,15 +30,11 @@ class RowCounter:
         self.pattern = pattern
         self.shards = shards
         self.limit_bytes = limit_bytes
-        self.branches: tuple[Branch, ...] | None = None
-        heads = (shards.num_heads, shards.num_kv_heads, shards.is_causal)
-        if layout_kinds(pattern, *heads) == {"branch"}:
-            self.branches = lower(pattern, shards.geometry(0, 0, 0)).branches
-            group = shards.group_size
-            offsets = list(zip(*(branch.offsets for branch in self.branches), strict=True))
-            kinds = [frozenset(offsets[head : head + group]) for head in range(0, shards.num_heads, group)]
+        self.branches = BranchRows.of(pattern, shards)
+        if self.branches is not None:
             # Key-value heads whose queries use the same offsets name the same positions.
-            self._kinds = [(sorted(kind, key=repr), kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+            heads = self.branches.heads
+            self._kinds = [(sorted(kind, key=repr), heads.count(kind)) for kind in dict.fromkeys(heads)]
 
     def received(self, rank: int) -> IntArray:
         """Rows that the queries of `rank` name, by their owner, (R,) int64."""
@@ -73,41 +44,51 @@ class RowCounter:
             return np.bincount(codes // (shards.length * shards.num_kv_heads), minlength=shards.size).astype(np.int64)
         total = np.zeros(shards.size, dtype=np.int64)
         for geometry in shards.remote(rank):
+            low, high = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
             for offsets, times in self._kinds:
-                parts = {p for heads in offsets for p in self._progressions(heads, geometry)}
+                parts = {p for heads in offsets for p in self.branches.progressions(rank, heads, low, high)}
                 total += times * _count(parts, shards)
         return total
 
-    def _progressions(self, offsets: Sequence[int | None], geometry: Geometry) -> Iterator[_Progression]:
-        """The remote keys that a head with these offsets names, branch by branch."""
-        assert self.branches is not None
-        q_low, q_high = geometry.q_offset, geometry.q_offset + geometry.q_len
-        k_low, k_high = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
-        for branch, offset in zip(self.branches, offsets, strict=True):
-            if offset is None:
-                continue
-            width, base, end = branch.segment_length, 0, self.shards.seq_len
-            if width is not None:  # the one segment that holds positions on both sides of the shard's edge
-                base = (q_low if k_low < q_low else q_high - 1) // width * width
-                end = base + width
-            low = base + offset if width is not None else 0
-            whole = _Progression(low, end, branch.stride, (base + offset) % branch.stride)
-            keys, queries = whole.within(k_low, k_high), whole.within(q_low, q_high)
-            if not keys.is_empty and not queries.is_empty:
-                yield keys
+
+@attrs.frozen(eq=False)
+class Survey:
+    """What a rank must know of all others to plan its own part.
+
+    Attributes:
+        most: the most rows that any rank receives in a forward pass.
+        sent: of each rank, the own rows that it names (`RankPlan.sent`), where others' tables were lowered; else None.
+    """
+
+    most: int
+    sent: tuple[IntArray, ...] | None
 
 
-def largest_receive(pattern: Pattern, shards: Shards, *, limit_bytes: int | None = None) -> int:
-    """The most rows that any rank receives in a forward pass.
+def most_rows(pattern: Pattern, shards: Shards) -> int:
+    """A number of rows that no rank receives more of in a forward pass, found without looking at any rank."""
+    everything = (shards.size - 1) * shards.length * shards.num_kv_heads
+    branches = BranchRows.of(pattern, shards)
+    return everything if branches is None else min(everything, branches.most)
+
+
+def survey(pattern: Pattern, shards: Shards, rank: int, *, limit_bytes: int | None = None) -> Survey:
+    """See `Survey`. Branches are counted; for blocks every rank's table is lowered, once.
 
     Raises:
         ConfigError: a table of blocks needs more than `limit_bytes`.
     """
-    counter = RowCounter(pattern, shards, limit_bytes=limit_bytes)
-    return max(int(counter.received(rank).sum()) for rank in range(shards.size))
+    ranks, counter = range(shards.size), RowCounter(pattern, shards, limit_bytes=limit_bytes)
+    if counter.branches is not None:
+        return Survey(max(int(counter.received(to).sum()) for to in ranks), None)
+    most, sent = 0, []
+    for to in ranks:
+        codes = received_rows(pattern, shards, to, limit_bytes=limit_bytes)
+        most = max(most, codes.size)
+        sent.append(rows_of(codes, shards, rank))
+    return Survey(most, tuple(sent))
 
 
-def _count(parts: Iterable[_Progression], shards: Shards) -> IntArray:
+def _count(parts: Iterable[Progression], shards: Shards) -> IntArray:
     """Positions in any of `parts`, by the shard that they lie in, (R,) int64."""
     parts = sorted(parts)
     edges = sorted({edge for part in parts for edge in (part.low, part.high)})

@@ -17,7 +17,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ..core.errors import ConfigError, RingBroken
 from .communicator import Communicator
 from .control import Control
-from .transport import GlooTransport, NcclTransport, Transport
+from .nccl import NcclTransport
+from .transport import GlooTransport, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,6 @@ def connect(
     size: int,
     *,
     transport: str,
-    ranks: Sequence[int],
     generation: int,
     timeout_s: float,
 ) -> Communicator:
@@ -75,7 +75,6 @@ def connect(
         rank: this rank within the ring.
         size: ranks in the ring.
         transport: "gloo_cpu" or "ring_nccl".
-        ranks: their numbers in torch's default group, for NCCL.
         generation: 0 for a first build.
         timeout_s: of set-up and of every pass.
 
@@ -91,7 +90,7 @@ def connect(
         until = time.monotonic() + max(0.5, (deadline - time.monotonic()) / 3)
         try:
             control = Control.connect(PrefixStore("control", here), rank, size, until)
-            data = _transport(transport, PrefixStore("data", here), rank, size, ranks, until)
+            data = _transport(transport, PrefixStore("data", here), control, size, until, timeout_s)
             verdict = "ok"
         except _FAULTS as error:
             verdict = f"{type(error).__name__}: {error}"
@@ -113,11 +112,10 @@ def connect(
     return Communicator(control, data, rank=rank, size=size, generation=generation, timeout_s=timeout_s)
 
 
-def _transport(name: str, store: Store, rank: int, size: int, ranks: Sequence[int], deadline: float) -> Transport:
-    timeout_s = max(1.0, deadline - time.monotonic())
+def _transport(name: str, store: Store, control: Control, size: int, deadline: float, timeout_s: float) -> Transport:
     if name == NcclTransport.name:
-        return NcclTransport(ranks, timeout_s)
-    return GlooTransport(store, rank, size, timeout_s)
+        return NcclTransport(store, control.rank, size, timeout_s=timeout_s, deadline=deadline, watch=control.look)
+    return GlooTransport(store, control.rank, size, max(1.0, deadline - time.monotonic()))
 
 
 def _wait_for(store: Store, key: str, deadline: float) -> str:

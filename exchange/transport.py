@@ -1,4 +1,4 @@
-"""The data planes: what moves rows between ranks. Both post without waiting and are used for one pass at a time."""
+"""The data planes: what moves rows between ranks. They post without waiting and are used for one pass at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,7 +23,7 @@ class Pending(Protocol):
     """Messages under way."""
 
     def wait(self, deadline: float) -> None:
-        """Return when all have arrived; on CUDA, when the current stream will wait for them.
+        """Return when all have arrived.
 
         Raises:
             Failure: a peer is gone, or late at the deadline (`time.monotonic`).
@@ -34,11 +33,15 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Moves tensors between the ranks of one ring."""
 
+    @property
+    def is_guarded(self) -> bool:
+        """A rank may block in it, or because of it, until `close` is called from another thread: see `Guard`."""
+
     def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """Start sending and receiving contiguous tensors, at most one a peer and direction."""
 
     def close(self) -> None:
-        """Drop all connections, waking everyone who waits for one."""
+        """Drop all connections, waking everyone on this rank who waits for one; may be called twice, by any thread."""
 
 
 @attrs.define(eq=False)
@@ -57,7 +60,9 @@ class _Works:
                 work.wait(left)
             except RuntimeError as error:
                 self.works.clear()
-                raise Failure(peer, _first_line(error)) from error
+                # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
+                late = time.monotonic() >= deadline
+                raise Failure(peer, _first_line(error), is_certain=late) from error
         self.tensors = ()
 
 
@@ -72,6 +77,7 @@ class GlooTransport:
     """
 
     name: Final = "gloo_cpu"
+    is_guarded: Final = False
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
@@ -92,54 +98,3 @@ class GlooTransport:
     def close(self) -> None:
         """See `Transport`."""
         self._group = None
-
-
-class NcclTransport:
-    """NCCL between CUDA devices, on a process group of its own made over `ranks` of the default group.
-
-    Waiting is done by the current stream, so a failure shows in the control plane, or in NCCL's watchdog.
-    """
-
-    name: Final = "ring_nccl"
-
-    def __init__(self, ranks: Sequence[int], timeout_s: float) -> None:
-        self._ranks = tuple(ranks)
-        self._group: Any = dist.new_group(
-            list(ranks),
-            backend="nccl",
-            timeout=timedelta(seconds=timeout_s),
-            use_local_synchronization=True,
-        )
-        # NCCL connects at a group's first call, in which all its ranks must take part; in an exchange some may not.
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=self._group)
-        torch.cuda.synchronize()
-
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
-        """See `Transport`."""
-        operations = [dist.P2POp(dist.irecv, x, self._ranks[peer], self._group) for peer, x in receives]
-        operations += [dist.P2POp(dist.isend, x, self._ranks[peer], self._group) for peer, x in sends]
-        if not operations:
-            return _Works([], ())
-        works = dist.batch_isend_irecv(operations)
-        return _Streams(works, tuple(x for _, x in (*sends, *receives)))
-
-    def close(self) -> None:
-        """Abort: kernels that wait for a peer end, and the group is forgotten."""
-        if self._group is not None:
-            self._group.abort()
-            dist.destroy_process_group(self._group)
-            self._group = None
-
-
-@attrs.define(eq=False)
-class _Streams:
-    """NCCL's handles: the current stream waits, the host does not. `wait` has no deadline to keep."""
-
-    works: list[Any]
-    tensors: tuple[Tensor, ...]
-
-    def wait(self, deadline: float) -> None:
-        """See `Pending`."""
-        for work in self.works:
-            work.wait()
-        self.works, self.tensors = [], ()

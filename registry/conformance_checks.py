@@ -10,15 +10,18 @@ import attrs
 import torch
 
 from ..core.kernel import CALL_AXES
+from ..core.lowering import layout_kinds
 from . import conformance_contract as contract
 from . import conformance_geometry as geometry
 from . import conformance_memory as memory
+from . import conformance_ring as rings
 from . import conformance_torch as machinery
 from . import conformance_values as values
 from .conformance_grid import LONGER
 from .conformance_measure import Finding
 from .discovery import installed_sources
 from .patterns import resolve_pattern
+from .selection import takes_dense
 
 if TYPE_CHECKING:
     from .conformance_case import Case
@@ -132,6 +135,18 @@ def _needs_undeclared_call(kit: Kit, case: Case | None) -> str:
     return f"{', '.join(CALL_AXES)} are declared" if every else ""
 
 
+def _needs_ring(kit: Kit, case: Case | None) -> str:
+    """A ring composes what it needs of dense pieces, without asking."""
+    return "" if takes_dense(kit.registered.spec) else _needs("context_parallel")(kit, case)
+
+
+def _needs_staged(kit: Kit, case: Case | None) -> str:
+    if case is None or not kit.declares("staged_blocks"):
+        return _needs("staged_blocks")(kit, case)
+    kinds = layout_kinds(case.pattern, case.num_heads, case.num_kv_heads, case.is_causal)
+    return "" if "block" in kinds else "the pattern has no blocks"
+
+
 def _deterministic(kit: Kit, case: Case) -> Case:
     """Built deterministic; with gradients only where the backend claims that its backward is."""
     backward = case.requires_grad and kit.declares("deterministic", "backward")
@@ -144,6 +159,10 @@ def _choosing(kit: Kit, case: Case) -> Case:
         return case
     pattern = resolve_pattern({"kind": LEARNED, "block_size": 16, "blocks_per_row": 3}, kit.registry)
     return attrs.evolve(case, pattern_name=LEARNED, pattern=pattern, batch=1)
+
+
+def _shared(kit: Kit, case: Case) -> Case:
+    return attrs.evolve(case, q_len=rings.LENGTH, kv_len=rings.LENGTH)
 
 
 def _dropping(kit: Kit, case: Case) -> Case:
@@ -179,6 +198,8 @@ CHECKS: Final = (
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
     Check("empty-rows", "few cases", geometry.empty_rows),
     Check("documents", "few cases", geometry.documents, _needs("varlen")),
+    Check("ring", "few cases", rings.ring, _needs_ring, _shared),
+    Check("staged-blocks", "few cases", rings.staged_blocks, _needs_staged, _shared),
     Check("refused-calls", "one case", geometry.refused_calls, _needs_undeclared_call),
     Check("strided", "few cases", memory.strided),
     Check("fresh-memory", "few cases", memory.fresh_memory),

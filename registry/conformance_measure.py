@@ -120,12 +120,20 @@ def gradients(
         dtype: the upstream gradients are rounded to it, as those of a backend in that dtype are.
         through_lse: also send a gradient (in float32, or float64 for float64) through lse.
     """
-    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    outputs, upstream = [out], [random_like(out.shape, dtype, out.device, seed=1).to(out.dtype)]
+    dout, dlse = upstream(out.shape, lse.shape, dtype, out.device)
+    outputs, grads = [out], [dout.to(out.dtype)]
     if through_lse:
         outputs.append(lse)
-        upstream.append(random_like(lse.shape, lse_dtype, lse.device, seed=2).to(lse.dtype))
-    return dict(zip(GRADIENTS, torch.autograd.grad(outputs, list(inputs), upstream), strict=True))
+        grads.append(dlse.to(lse.dtype))
+    return dict(zip(GRADIENTS, torch.autograd.grad(outputs, list(inputs), grads), strict=True))
+
+
+def upstream(
+    out_shape: Sequence[int], lse_shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The gradients of out, in `dtype`, and of lse, in float32 (float64 for float64), that `gradients` sends."""
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return random_like(out_shape, dtype, device, seed=1), random_like(lse_shape, lse_dtype, device, seed=2)
 
 
 def half_bounds(inputs: Sequence[Tensor], *, is_causal: bool) -> dict[str, float]:

@@ -1,18 +1,20 @@
-"""What ranks do in the drills: steps of attention that must stay equal, faults, training that goes on."""
+"""What ranks do in the drills: steps of attention that must stay right, faults, training that goes on."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_attention import (
@@ -21,39 +23,97 @@ from dilated_attention import (
     ContextParallel,
     Dilated,
     Local,
+    Pattern,
     RingBroken,
     agree,
     build_attention,
     rebuild,
     shard_sequence,
 )  # fmt: skip
+from dilated_attention.core import reference
 from dilated_attention.core.attention import Attention
-from dilated_attention.exchange.compute import RankProgram
+from dilated_attention.exchange.compute import ComposedPiece, RankProgram
 
 from .ring_cases import ring_engine, run_shard, tensors_of
+from .support import error
 
 NEAR = Local(4)  # a shard's queries meet the next shard's keys at most
 FAR = Dilated((16, 96), (1, 2))
+GROUPS = {"cpu": "gloo", "cuda": "nccl"}
+# What kernels for dense pieces take, and how exact that is.
+EXACT = {"cpu": ("float64", 1e-12), "cuda": ("float32", 1e-5)}
+DIMS = (1, 2, 1, 1, 1)  # of the sequence, in out, lse and the gradients
 
 
-def config_of(size: int, timeout_s: float, pattern: Any = FAR, **fields: Any) -> AttentionConfig:
-    parallel = ContextParallel(size=size, timeout_s=timeout_s)
+@attrs.frozen
+class Seat:
+    """A rank's place.
+
+    Attributes:
+        where: the file of the ranks' store, or the `host:port` of one over TCP.
+        rank: its number, and that of its card.
+        size: of the ring.
+        device: "cpu", or "cuda" for one card a rank, over NCCL.
+    """
+
+    where: str
+    rank: int
+    size: int
+    device: str
+
+    def store(self) -> Any:
+        """A new connection to the store."""
+        host, _, port = self.where.rpartition(":")
+        if port.isdigit():
+            return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
+        return dist.FileStore(self.where, -1)  # type: ignore[attr-defined]
+
+    def join(self, store: Any, rank: int, size: int) -> DeviceMesh:
+        """Make torch's group, and a mesh of all its ranks."""
+        dist.init_process_group(
+            GROUPS[self.device], store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        return DeviceMesh(self.device, list(range(size)))
+
+    def leave(self) -> None:
+        """Drop torch's groups, of which other ranks may be dead."""
+        if self.device == "cuda":
+            distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
+
+def config_of(seat: Seat, timeout_s: float, pattern: Pattern = FAR, **fields: Any) -> AttentionConfig:
+    parallel = ContextParallel(size=seat.size, timeout_s=timeout_s)
     defaults = {"pattern": pattern, "num_heads": 2, "head_dim": 8, "is_causal": True, "seq_len": 96}
-    return AttentionConfig(**{**defaults, **fields, "context_parallel": parallel})
+    return AttentionConfig(**{**defaults, **fields, "device": seat.device, "context_parallel": parallel})
 
 
 @contextmanager
-def group(where: str, rank: int, size: int) -> Iterator[DeviceMesh]:
-    """A process group over the file `where`, or over the TCP store of a `host:port`."""
-    dist.init_process_group("gloo", store=store_at(where), rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    yield DeviceMesh("cpu", list(range(size)))
+def group(seat: Seat) -> Iterator[DeviceMesh]:
+    """A mesh over all ranks; the rank's tensors go to its card."""
+    sit(seat)
+    yield seat.join(seat.store(), seat.rank, seat.size)
 
 
-def store_at(where: str) -> Any:
-    host, _, port = where.rpartition(":")
-    if port.isdigit():
-        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
-    return dist.FileStore(where, -1)  # type: ignore[attr-defined]
+def sit(seat: Seat) -> None:
+    """Take the rank's card."""
+    if seat.device == "cuda":
+        torch.cuda.set_device(seat.rank)
+
+
+def whole_of(config: AttentionConfig, seat: Seat) -> list[Tensor]:
+    return [x.to(seat.device) for x in tensors_of(config, 1)]
+
+
+def truth_of(config: AttentionConfig, mesh: DeviceMesh) -> list[Tensor]:
+    """What the oracle says of this rank's shard."""
+    assert isinstance(config.pattern, Pattern)
+    query, key, value, dout, _ = (x.double() for x in tensors_of(config, 1))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out, lse = reference.attention(*leaves, pattern=config.pattern, is_causal=config.is_causal)
+    found = (out, lse, *torch.autograd.grad(out, leaves, dout))
+    return [shard_sequence(x.detach(), mesh, dim) for x, dim in zip(found, DIMS, strict=True)]
 
 
 class FailingKernel:
@@ -68,42 +128,68 @@ class FailingKernel:
 
 
 def fault(kind: str, attention: Attention, seconds: float) -> None:
-    """Fail in some way."""
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "hang":
-        time.sleep(seconds)
-    if kind == "raise":
+    """Fail in some way, at once or "before sending": within the next pass, when the others rely on its rows."""
+    sudden: dict[str, Callable[..., Any]] = {
+        "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+        "hang": lambda *_: time.sleep(seconds),
+        "raise": FailingKernel().forward,
+    }
+    how, _, late = kind.partition(" ")
+    if late:
+        pack = RankProgram.pack
+
+        def failing(*rest: Any) -> Tensor:
+            RankProgram.pack = pack  # type: ignore[method-assign]
+            sudden[how]()
+            return pack(*rest)
+
+        RankProgram.pack = failing  # type: ignore[method-assign, assignment]
+    elif how == "raise":
         object.__setattr__(ring_engine(attention)._composer, "kernel", FailingKernel())
-    if kind == "raise before sending":
-        RankProgram.pack = FailingKernel().forward  # type: ignore[method-assign, assignment]
+    else:
+        sudden[how]()
 
 
-def drill(
-    where: str, rank: int, size: int, kind: str, culprit: int, at: int, timeout_s: float, near: bool
-) -> dict[str, Any]:
+def block_in_passes(device: str) -> None:
+    """Make this rank wait for its whole device amid every pass, as CUDA's allocator does when memory is short."""
+    forward = ComposedPiece.forward
+
+    def waiting(*rest: Any) -> tuple[Tensor, Tensor]:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return forward(*rest)
+
+    ComposedPiece.forward = waiting  # type: ignore[method-assign, assignment]
+
+
+def drill(seat: Seat, kind: str, culprit: int, at: int, timeout_s: float, near: bool, blocks: bool) -> dict[str, Any]:
     """Steps until the ring breaks: when it did for this rank, what was said, and whether any step was wrong."""
-    with group(where, rank, size) as mesh:
-        config = config_of(size, timeout_s, NEAR if near else FAR)
+    with group(seat) as mesh:
+        config = config_of(seat, 40, NEAR if near else FAR)
         attention = build_attention(config, mesh=mesh)
-        whole = tensors_of(config, 1)
-        first, failed_at = None, 0.0
+        whole, truth = whole_of(config, seat), truth_of(config, mesh)
+        failed_at = 0.0
         for step in range(at + 20):
-            if rank == culprit and step == at:
-                store_at(where).set("fault", repr(time.time()))
-                failed_at = time.time()
-                fault(kind, attention, 2 * timeout_s)
+            if step == at:
+                ring_engine(attention).communicator.timeout_s = timeout_s
+                if seat.rank == culprit:
+                    seat.store().set("fault", repr(time.time()))
+                    failed_at = time.time()
+                    fault(kind, attention, timeout_s + 1)
+                elif blocks:
+                    block_in_passes(seat.device)
             try:
                 found = run_shard(attention, mesh, whole)
-            except RingBroken as error:
+            except RingBroken as broken:
                 seen = time.time()
                 retry, took = retried(attention, mesh, whole)
-                said = {"generation": error.generation, "step": error.step, "peer": error.peer, "reason": error.reason}
-                fault_time = failed_at or float(store_at(where).get("fault"))
-                return said | {"after": seen - fault_time, "retry": retry, "retry_took": took, "steps": step}
-            first = first or found
-            if not all(torch.equal(a, b) for a, b in zip(found, first, strict=True)):
-                return {"wrong": step}
+                said = {"generation": broken.generation, "step": broken.step, "peer": broken.peer}
+                fault_time = failed_at or float(seat.store().get("fault"))
+                told = {"reason": broken.reason, "retry": retry, "retry_took": took, "steps": step}
+                return said | told | {"after": seen - fault_time, "device_took": device_time(seat.device)}
+            worst = max(error(a.cpu(), e) for a, e in zip(found, truth, strict=True))
+            if not worst < 1e-5:
+                return {"wrong": step, "error": worst}
     return {"survived": True}
 
 
@@ -112,45 +198,53 @@ def retried(attention: Attention, mesh: DeviceMesh, whole: list[Tensor]) -> tupl
     before = time.perf_counter()
     try:
         run_shard(attention, mesh, whole)
-    except RingBroken as error:
-        return str(error), time.perf_counter() - before
+    except RingBroken as broken:
+        return str(broken), time.perf_counter() - before
     return "", 0.0
 
 
-def mismatched(where: str, rank: int, size: int) -> str:
-    """Build with one rank's scale and another's pattern different; what is said."""
-    with group(where, rank, size) as mesh:
-        odd: dict[int, dict[str, Any]] = {2: {"scale": 0.5}, 3: {"pattern": NEAR}}
+def device_time(device: str) -> float:
+    """How long the rank's device takes to be done with all it has been given, and with something new."""
+    before = time.perf_counter()
+    assert float(torch.ones(3, device=device).sum()) == 3
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - before
+
+
+def mismatched(seat: Seat) -> str:
+    """Build with the last but one rank's scale and the last one's pattern different; what is said."""
+    with group(seat) as mesh:
+        odd: dict[int, dict[str, Any]] = {seat.size - 2: {"scale": 0.5}, seat.size - 1: {"pattern": NEAR}}
         try:
-            build_attention(config_of(size, 20, **odd.get(rank, {})), mesh=mesh)
-        except ConfigError as error:
-            return str(error)
+            build_attention(config_of(seat, 20, **odd.get(seat.rank, {})), mesh=mesh)
+        except ConfigError as refusal:
+            return str(refusal)
     return ""
 
 
-def astray(where: str, rank: int, size: int) -> tuple[int | None, str]:
-    """One rank passes a shard of another length; whom each rank blames, and of what."""
-    with group(where, rank, size) as mesh:
-        config = config_of(size, 20)
-        attention = build_attention(config, mesh=mesh)
-        length = 24 if rank != 2 else 12
-        x = torch.zeros(1, length, 2, 8)
+def astray(seat: Seat) -> tuple[int | None, str]:
+    """The rank in the middle passes a shard of another length; whom each rank blames, and of what."""
+    with group(seat) as mesh:
+        attention = build_attention(config_of(seat, 40), mesh=mesh)
+        length = 24 if seat.rank != seat.size // 2 else 12
+        x = torch.zeros(1, length, 2, 8, device=seat.device)
         try:
             attention(x, x, x)
-        except RingBroken as error:
-            return error.peer, error.reason
+        except RingBroken as broken:
+            return broken.peer, broken.reason
     return None, ""
 
 
-def absent(where: str, rank: int, size: int) -> tuple[int | None, str, float]:
+def absent(seat: Seat) -> tuple[int | None, str, float]:
     """One rank does not build; whom the others miss, and after how long."""
-    with group(where, rank, size) as mesh:
+    with group(seat) as mesh:
         before = time.perf_counter()
         try:
-            if rank != 1:
-                build_attention(config_of(size, 1.5), mesh=mesh)
-        except RingBroken as error:
-            return error.peer, error.reason, time.perf_counter() - before
+            if seat.rank != 1:
+                build_attention(config_of(seat, 1.5), mesh=mesh)
+        except RingBroken as broken:
+            return broken.peer, broken.reason, time.perf_counter() - before
     return None, "", 0.0
 
 
@@ -163,6 +257,7 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(3)
         self.into = nn.Parameter(torch.randn(16, 48, generator=generator, dtype=torch.float64) / 4)
         self.out = nn.Parameter(torch.randn(16, 16, generator=generator, dtype=torch.float64) / 4)
+        self.to(attention.plan.device["torch_name"], getattr(torch, attention.config.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (torch.unflatten(part, -1, (2, 8)) for part in (x @ self.into).chunk(3, dim=-1))
@@ -170,8 +265,8 @@ class Model(nn.Module):
         return mixed.flatten(2) @ self.out
 
 
-def training_config(size: int) -> AttentionConfig:
-    return config_of(size, 10, dtype="float64")
+def training_config(seat: Seat) -> AttentionConfig:
+    return config_of(seat, 40, dtype=EXACT[seat.device][0])
 
 
 def data(step: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +278,7 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 
 def train_step(model: Model, step: int, mesh: DeviceMesh | None) -> float:
     """One step of gradient descent over the whole sequence, this rank's shard of it here; the whole loss."""
-    x, target = data(step)
+    x, target = (part.to(model.into) for part in data(step))
     whole = target.numel()
     if mesh is not None:
         x, target = shard_sequence(x, mesh), shard_sequence(target, mesh)
@@ -201,41 +296,41 @@ def train_step(model: Model, step: int, mesh: DeviceMesh | None) -> float:
 
 def single(steps: int) -> list[float]:
     """The losses of one process."""
-    model = Model(build_attention(training_config(1)))
+    model = Model(build_attention(training_config(Seat("", 0, 1, "cpu"))))
     return [train_step(model, step, None) for step in range(steps)]
 
 
-def form(store: Any, identity: str, generation: int | None, size: int | None, model: Model) -> tuple[DeviceMesh, int]:
+def form(seat: Seat, identity: str, generation: int | None, size: int | None, model: Model) -> tuple[DeviceMesh, int]:
     """Agree, make torch's group anew, rebuild, and give newcomers the weights of rank 0."""
     if dist.is_initialized():
-        dist.destroy_process_group()
-    members = agree(store, identity=identity, generation=generation, size=size, settle_s=1.0)
-    dist.init_process_group("gloo", store=members.store, rank=members.rank, world_size=members.size)
-    mesh = DeviceMesh("cpu", list(range(members.size)))
+        seat.leave()
+    members = agree(seat.store(), identity=identity, generation=generation, size=size, settle_s=1.0)
+    mesh = seat.join(members.store, members.rank, members.size)
     rebuild(model, mesh=mesh, generation=members.generation)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
     return mesh, members.generation
 
 
-def elastic(where: str, rank: int, size: int, dies_at: int, grows_at: int, steps: int) -> dict[str, Any]:
+def elastic(seat: Seat, dies_at: int, grows_at: int, steps: int) -> dict[str, Any]:
     """Train; rank 1 is killed at one step, and at a later one a newcomer is let in. The losses by step."""
-    store, losses, sizes = store_at(where), {}, {}
-    dist.init_process_group("gloo", store=dist.PrefixStore("first", store), rank=rank, world_size=size)  # type: ignore[attr-defined]
-    mesh, generation = DeviceMesh("cpu", list(range(size))), 0
-    model = Model(build_attention(training_config(size), mesh=mesh))
+    sit(seat)
+    store, losses, sizes = seat.store(), {}, {}
+    mesh = seat.join(dist.PrefixStore("first", store), seat.rank, seat.size)  # type: ignore[attr-defined]
+    identity, generation = f"rank-{seat.rank}", 0
+    model = Model(build_attention(training_config(seat), mesh=mesh))
     pause, step = 0.0, 0
     while step < steps:
-        if step == grows_at and mesh.size() < size:
-            mesh, generation = form(store, f"rank-{rank}", generation + 1, size, model)
+        if step == grows_at and mesh.size() < seat.size:
+            mesh, generation = form(seat, identity, generation + 1, seat.size, model)
             store.set("resume", str(step)) if dist.get_rank() == 0 else None
-        if step == dies_at and rank == 1 and generation == 0:
+        if step == dies_at and seat.rank == 1 and generation == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
             losses[step] = train_step(model, step, mesh)
-        except RingBroken as error:
+        except RingBroken as broken:
             before = time.perf_counter()
-            mesh, generation = form(store, f"rank-{rank}", error.generation + 1, None, model)
+            mesh, generation = form(seat, identity, broken.generation + 1, None, model)
             pause = time.perf_counter() - before
             continue  # the same step again, on shards cut anew
         sizes[step] = mesh.size()
@@ -243,30 +338,31 @@ def elastic(where: str, rank: int, size: int, dies_at: int, grows_at: int, steps
     return {"losses": losses, "sizes": sizes, "generation": generation, "pause": pause}
 
 
-def newcomer(where: str, steps: int) -> dict[str, Any]:
-    """Join the generation after the last one formed, and train along."""
-    store = store_at(where)
-    model = Model(build_attention(training_config(1)))
+def newcomer(seat: Seat, steps: int) -> dict[str, Any]:
+    """Join the generation after the last one formed, and train along, on the card of the rank that died."""
+    sit(seat)
+    store = seat.store()
+    model = Model(build_attention(training_config(attrs.evolve(seat, size=1))))
     while not store.check(["dilated_attention/agreement/generation"]):
         time.sleep(0.02)
-    mesh, generation = form(store, "rank-4", None, 4, model)  # sorted last: rank 0 has the weights
+    mesh, generation = form(seat, "rank-4", None, seat.size, model)  # sorted last: rank 0 has the weights
     store.wait(["resume"], timedelta(seconds=20))
     losses = {step: train_step(model, step, mesh) for step in range(int(store.get("resume")), steps)}
     return {"losses": losses, "generation": generation}
 
 
-def fall_back(where: str, rank: int, size: int) -> dict[str, Any]:
+def fall_back(seat: Seat) -> dict[str, Any]:
     """Agree to compute whole sequences alone; how far that is from what the ring gave."""
-    with group(where, rank, size) as mesh:
-        config = config_of(size, 10, dtype="float64")
+    with group(seat) as mesh:
+        config = config_of(seat, 40, dtype=EXACT[seat.device][0])
         attention = build_attention(config, mesh=mesh)
-        whole = tensors_of(config, 1)
+        whole = whole_of(config, seat)
         ring = run_shard(attention, mesh, whole)
-        members = agree(store_at(where), identity=f"rank-{rank}", generation=1, size=size, local=True)
+        members = agree(seat.store(), identity=f"rank-{seat.rank}", generation=1, size=seat.size, local=True)
         rebuild(attention, mesh=None, generation=members.generation)
         leaves = [x.requires_grad_() for x in whole[:3]]
         out, lse = attention(*leaves, return_lse=True)
         alone = (out, lse, *torch.autograd.grad(out, leaves, whole[3]))
-        parts = [shard_sequence(x.detach(), mesh, dim) for x, dim in zip(alone, (1, 2, 1, 1, 1), strict=True)]
+        parts = [shard_sequence(x.detach(), mesh, dim) for x, dim in zip(alone, DIMS, strict=True)]
         apart = max(float((a - b).abs().max()) for a, b in zip(ring, parts, strict=True))
         return {"apart": apart, "local": members.local, "backend": repr(type(attention._engine).__name__)}

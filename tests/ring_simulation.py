@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from dilated_attention import Pattern
 from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutKernel
-from dilated_attention.exchange.compute import Compute, Merged, RankProgram, mergeable
-from dilated_attention.exchange.plan import plan_rank
+from dilated_attention.exchange.compute import Compute
 from dilated_attention.exchange.shards import Shards
+from dilated_attention.exchange.simulation import simulate
 
 from .support import error, inputs, oracle
-
-
-def simulate(
-    pattern: Pattern,
-    shards: Shards,
-    tensors: Sequence[Tensor],
-    *,
-    through_lse: bool,
-    kernel: LayoutKernel | None = None,
-    takes_staged: bool = False,
-) -> list[Tensor]:
-    """out, lse, dq, dk, dv of the whole sequence, each rank computing its shard from its own rows and those it gets.
-
-    Its own keys by `kernel`, where one is given.
-    """
-    dtype = tensors[0].dtype
-    composer = Composer(CpuFlash(), 1 / math.sqrt(tensors[0].shape[3]), False)
-    compute = Compute(composer, torch.device("cpu"), dtype, 1 << 20, kernel, takes_staged)
-    ranks = range(shards.size)
-    programs = [RankProgram.prepare(plan_rank(pattern, shards, rank), compute) for rank in ranks]
-    q, k, v = ([part.detach().contiguous() for part in x.chunk(shards.size, 1)] for x in tensors)
-    received = [torch.cat([programs[o].pack(k[o], v[o], to) for o in ranks]) for to in ranks]
-    results = []
-    for rank, program in enumerate(programs):
-        out, lse = mergeable(*program.local.forward(q[rank], k[rank], v[rank]))
-        program.merge_received(out, lse, q[rank], received[rank])
-        results.append((out.to(dtype), lse.contiguous()))
-    out, lse = (torch.cat(parts, dim) for parts, dim in zip(zip(*results, strict=True), (1, 2), strict=True))
-    generator = torch.Generator().manual_seed(1)  # what `with_gradients` draws
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
-    dlse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype) if through_lse else None
-    dq, dk, dv, home = [], [], [], []
-    for rank, program in enumerate(programs):
-        merged = Merged(
-            dout.chunk(shards.size, 1)[rank],
-            None if dlse is None else dlse.chunk(shards.size, 2)[rank].contiguous(),
-            q[rank],
-            *(results[rank][0], results[rank][1]),
-        )
-        home.append(program.received_backward(merged, received[rank]))
-        own = program.local.backward(merged, k[rank], v[rank])
-        dq.append(merged.dq())
-        dk.append(own[0].contiguous())
-        dv.append(own[1].contiguous())
-    for rank, program in enumerate(programs):
-        for owner, grads in enumerate(home[rank].split_with_sizes(program.plan.receive_counts.tolist())):
-            programs[owner].unpack(dk[owner], dv[owner], grads, rank)
-    return [out, lse, *(torch.cat(parts, 1) for parts in (dq, dk, dv))]
 
 
 def worst(
@@ -78,11 +28,19 @@ def worst(
     takes_staged: bool = False,
     dtype: torch.dtype = torch.float64,
     head_dim: int = 8,
+    hops: bool = False,
 ) -> float:
-    """The largest error of `simulate` over out, lse, dq, dk, dv."""
+    """The largest error over out, lse, dq, dk, dv of ranks that compute their own keys by `kernel`, if one is given."""
     n, h, k = shards.seq_len, shards.num_heads, shards.num_kv_heads
     geometry = Geometry(q_len=n, kv_len=n, num_heads=h, num_kv_heads=k, is_causal=shards.is_causal)
     tensors = inputs(geometry, batch=batch, head_dim=head_dim, dtype=dtype)
     expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
-    actual = simulate(pattern, shards, tensors, through_lse=through_lse, kernel=kernel, takes_staged=takes_staged)
+    composer = Composer(CpuFlash(), 1 / math.sqrt(head_dim), False)
+    compute = Compute(composer, torch.device("cpu"), dtype, 1 << 20, kernel, takes_staged)
+    generator = torch.Generator().manual_seed(1)  # what `with_gradients` draws
+    dout = torch.randn((batch, n, h, head_dim), generator=generator, dtype=torch.float64).to(dtype)
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    dlse = torch.randn((batch, h, n), generator=generator, dtype=torch.float64).to(lse_dtype) if through_lse else None
+    whole = [x.detach() for x in tensors]
+    actual = simulate(pattern, shards, compute, whole, dout=dout, dlse=dlse, hops=hops)
     return max(error(a, e) for a, e in zip(actual, expected, strict=True))

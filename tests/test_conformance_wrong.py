@@ -11,7 +11,7 @@ from dilated_attention.registry.conformance import Kit, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
 
-from . import wrong_backends
+from . import plain_backends, wrong_backends
 
 DENSE: dict[str, Any] = {
     "device_types": ("cpu",),
@@ -27,6 +27,7 @@ DENSE: dict[str, Any] = {
     "deterministic": ("forward", "backward"),
 }
 WHOLE = {**DENSE, "layouts": ("branch", "block"), "weights": True, "per_head": True, "dlse": True}
+RINGS = {**WHOLE, "context_parallel": True, "staged_blocks": True}
 DROPPING = {**WHOLE, "dropout": True}
 
 # The fault, and the checks that have to find it.
@@ -50,6 +51,9 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.DropsTheLastKey, DENSE, {"ragged", "one-token"}),
     (wrong_backends.IgnoresOffsets, WHOLE, {"offsets"}),
     (wrong_backends.AlignsAtTheStart, WHOLE, {"unequal-lengths"}),
+    (wrong_backends.PartForWhole, RINGS, {"ring", "staged-blocks"}),
+    (wrong_backends.StagedByPosition, RINGS, {"staged-blocks"}),
+    (wrong_backends.OwnLse, DENSE, {"ring"}),
     (wrong_backends.IgnoresDlse, WHOLE, {"through-lse"}),
     (wrong_backends.NanOnEmptyRows, WHOLE, {"empty-rows"}),
     (wrong_backends.Restless, DENSE, {"same-bits"}),
@@ -70,6 +74,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
 EXACTLY: dict[str, set[str]] = {
     "IgnoresOffsets": {"offsets", "empty-rows"},
     "AlignsAtTheStart": {"unequal-lengths", "offsets", "empty-rows"},
+    "PartForWhole": {"ring", "staged-blocks"},
+    "StagedByPosition": {"staged-blocks"},
     "IgnoresDlse": {"through-lse"},
     "Restless": {"same-bits", "one-token", "future"},
     "KeepsItsBuffer": {"own-results", "one-token"},
@@ -127,8 +133,11 @@ def test_each_fault_is_caught_by_the_checks_that_should(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "capabilities"), [(wrong_backends.Dense, DENSE), (wrong_backends.Whole, WHOLE)])
-def test_the_two_that_the_wrong_ones_are_made_of_are_right(target: type, capabilities: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("target", "capabilities"),
+    [(plain_backends.Dense, DENSE), (plain_backends.Whole, WHOLE), (plain_backends.Ring, RINGS)],
+)
+def test_those_that_the_wrong_ones_are_made_of_are_right(target: type, capabilities: dict[str, Any]) -> None:
     report = run(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
     assert report.passed, str(report)
 

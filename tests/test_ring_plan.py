@@ -16,7 +16,9 @@ from dilated_attention.core.composer import delta_of
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange import compute
 from dilated_attention.exchange.compute import Merged
-from dilated_attention.exchange.plan import plan_rank, row_codes
+from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
+from dilated_attention.exchange.progressions import BranchRows
+from dilated_attention.exchange.rows import most_rows, survey
 from dilated_attention.exchange.shards import Shards, shard_length
 
 from .ring_simulation import worst
@@ -121,6 +123,31 @@ def test_dilated_patterns_move_each_named_row_once_and_no_other(
         assert np.array_equal(plan.received, named(pattern, shards, rank))
         for owner in range(size):
             assert plans[owner].sent[rank].size == plan.receive_counts[owner]
+
+
+@given(pattern=patterns(), size=st.integers(1, 5), length=st.integers(1, 14), is_causal=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_what_a_rank_sends_is_what_the_others_plan_to_receive(
+    pattern: Pattern, size: int, length: int, is_causal: bool
+) -> None:
+    """However it came to know: by their queries against its own keys, or by what their whole tables name."""
+    shards = Shards(length, size, 4, 2, is_causal)
+    plans = [plan_rank(pattern, shards, rank) for rank in range(size)]
+    for rank, plan in enumerate(plans):
+        found = survey(pattern, shards, rank)
+        assert most_rows(pattern, shards) >= found.most == max(other.received.size for other in plans)
+        assert (found.sent is None) == (BranchRows.of(pattern, shards) is not None)
+        for ways in (plan.sent, found.sent or plan.sent):
+            assert all(
+                np.array_equal(rows, rows_of(other.received, shards, rank))
+                for rows, other in zip(ways, plans, strict=True)
+            )
+
+
+def test_a_shard_may_hold_the_end_of_one_segment_and_the_beginning_of_another() -> None:
+    for is_causal, most in ((False, 4 * 12), (True, 4 * 8)):
+        shards, pattern = Shards(8, 3, 4, 4, is_causal), Dilated((10,), (1,))
+        assert survey(pattern, shards, 0).most == most <= most_rows(pattern, shards)
 
 
 def test_a_length_that_cannot_be_cut_names_the_nearest() -> None:

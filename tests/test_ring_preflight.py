@@ -27,7 +27,7 @@ from dilated_attention import (
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.exchange.plan import plan_rank
-from dilated_attention.exchange.rows import RowCounter, largest_receive
+from dilated_attention.exchange.rows import RowCounter, survey
 from dilated_attention.exchange.shards import Shards
 
 from .conftest import Invoke
@@ -44,7 +44,7 @@ def test_counts_equal_the_plans_lists(pattern: Pattern, size: int, length: int, 
     plans = [plan_rank(pattern, shards, rank) for rank in range(size)]
     for rank, plan in enumerate(plans):
         assert counter.received(rank).tolist() == plan.receive_counts.tolist()
-    assert largest_receive(pattern, shards) == max(plan.received.size for plan in plans)
+    assert survey(pattern, shards, 0).most == max(plan.received.size for plan in plans)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

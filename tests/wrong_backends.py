@@ -1,7 +1,4 @@
-"""Backends that are wrong on purpose, one fault each, on top of two that are right. The conformance kit has to tell.
-
-Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim.
-"""
+"""Backends that are wrong on purpose, one fault each, on top of right ones. The conformance kit has to tell."""
 
 from __future__ import annotations
 
@@ -17,121 +14,20 @@ from dilated_attention.core.kernel import DensePiece, LayoutPiece
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.registry import Refusal, Request
 
-Grads = tuple[Tensor, Tensor, Tensor]
+from .plain_backends import Dense, Grads, Ring, Whole
 
 
-class Dense:
-    """A dense kernel and its backend in one, right in everything; the steps are methods so that each can be spoilt."""
+class PartForWhole(Ring):
+    """The backward normalises a part of a row by its own sum instead of by the whole row's."""
 
-    name = "plain"
-
-    def refusals(self, request: Request) -> Iterable[Refusal]:
-        request.options(request.config.backend, allowed=())
-        return []
-
-    def pin(self, request: Request) -> str:
-        return self.name
-
-    def build(self, request: Request) -> Any:
-        return self
-
-    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
-        """(B, H, S, T)"""
-        s = piece.scale * torch.einsum("bshd,bthd->bhst", query, self.grouped(key, query))
-        return s.masked_fill(~self.mask(s), -math.inf) if piece.is_causal else s
-
-    def mask(self, s: Tensor) -> Tensor:
-        return torch.ones_like(s, dtype=torch.bool).tril()
-
-    def grouped(self, x: Tensor, query: Tensor) -> Tensor:
-        return x.repeat_interleave(query.shape[2] // x.shape[2], dim=2)
-
-    def wide(self, x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.float()
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
-        q, k, v = map(self.wide, (query, key, value))
-        s = self.scores(q, k, piece)
-        lse = torch.logsumexp(s, dim=-1)
-        out = torch.einsum("bhst,bthd->bshd", torch.exp(s - lse[..., None]), self.grouped(v, q))
-        return out.to(query.dtype), lse
-
-    def backward(
-        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
-    ) -> Grads:
-        q, k, v, g, o = map(self.wide, (query, key, value, dout, out))
-        p = torch.exp(self.scores(q, k, piece) - lse[..., None])
-        delta = (g * o).sum(-1).transpose(1, 2)
-        ds = p * (torch.einsum("bshd,bthd->bhst", g, self.grouped(v, q)) - delta[..., None])
-        group = query.shape[2] // key.shape[2]
-        dq = piece.scale * torch.einsum("bhst,bthd->bshd", ds, self.grouped(k, q))
-        dk = self.collected(piece.scale * torch.einsum("bhst,bshd->bthd", ds, q), group)
-        dv = self.collected(torch.einsum("bhst,bshd->bthd", p, g), group)
-        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
-
-    def collected(self, x: Tensor, group: int) -> Tensor:
-        return torch.unflatten(x, 2, (x.shape[2] // group, group)).sum(3)
+    backward = Whole.backward
 
 
-class Whole:
-    """A kernel for whole layouts and its backend in one, right in everything."""
-
-    name = "plain whole"
-
-    refusals = Dense.refusals
-    pin = Dense.pin
-    build = Dense.build
+class StagedByPosition(Ring):
+    """Takes copied keys for those that stand where the pattern and the offsets say."""
 
     def counts(self, piece: LayoutPiece) -> Tensor:
-        return multiplicity(piece.layout.pattern, piece.layout.geometry).double()
-
-    def logits(self, query: Tensor, key: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
-        """Scores (B, H, S, T) in float64 and their weights."""
-        k = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-        s = piece.scale * torch.einsum("bshd,bthd->bhst", query.double(), k.double())
-        return s, self.counts(piece)
-
-    def summed(self, s: Tensor, counts: Tensor) -> Tensor:
-        return torch.logsumexp(s + counts.log(), dim=-1)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
-        s, counts = self.logits(query, key, piece)
-        lse = self.summed(s, counts)
-        p = counts * torch.exp(s - self.finite(lse)[..., None])
-        v = value.repeat_interleave(query.shape[2] // value.shape[2], dim=2).double()
-        out = torch.einsum("bhst,bthd->bshd", p, v)
-        return out.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
-
-    def finite(self, lse: Tensor) -> Tensor:
-        return lse.masked_fill(lse == -math.inf, 0.0)
-
-    def backward(
-        self,
-        dout: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        piece: LayoutPiece,
-        *,
-        dlse: Tensor | None = None,
-    ) -> Grads:
-        s, counts = self.logits(query, key, piece)
-        p = counts * torch.exp(s - self.finite(self.summed(s, counts))[..., None])
-        group = query.shape[2] // key.shape[2]
-        k, v = (x.repeat_interleave(group, dim=2).double() for x in (key, value))
-        g = dout.double()
-        dp = torch.einsum("bshd,bthd->bhst", g, v)
-        delta = (p * dp).sum(-1)
-        if dlse is not None:
-            delta = delta - dlse
-        ds = p * (dp - delta[..., None])
-        dq = piece.scale * torch.einsum("bhst,bthd->bshd", ds, k)
-        dk = piece.scale * torch.einsum("bhst,bshd->bthd", ds, query.double())
-        dv = torch.einsum("bhst,bshd->bthd", p, g)
-        dk, dv = (torch.unflatten(x, 2, (x.shape[2] // group, group)).sum(3) for x in (dk, dv))
-        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+        return Whole.counts(self, piece)
 
 
 class StrictlyCausal(Dense):

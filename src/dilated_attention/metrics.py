@@ -34,7 +34,7 @@ _TOTALS: Final[tuple[tuple[str, str, Callable[[AttentionCounters], float]], ...]
     ("layout_cache_evictions", "Layouts dropped to make room for others.", lambda c: c.layouts.evictions),
     ("lowering_seconds", "Time spent lowering patterns.", lambda c: c.layouts.lowering_s),
     ("exchange_header_bytes", "Headers sent to other ranks.", lambda c: c.header_bytes),
-    ("exchange_wait_seconds", "Time spent waiting for other ranks' rows (on CPUs).", lambda c: c.waited_s),
+    ("exchange_wait_seconds", "Time spent waiting for other ranks' rows.", lambda c: c.waited_s),
 )
 _GAUGES: Final[tuple[tuple[str, str, Callable[[AttentionCounters], float]], ...]] = (
     ("layout_cache_bytes", "Layouts that are kept, in bytes.", lambda c: c.layouts.nbytes),

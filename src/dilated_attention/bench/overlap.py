@@ -83,6 +83,11 @@ class _WaitingTransport:
         self._timeout_s = timeout_s
         self.seconds = 0.0
 
+    @property
+    def is_guarded(self) -> bool:
+        """See `Transport`."""
+        return self._inner.is_guarded
+
     def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
         start = time.perf_counter()

@@ -1,0 +1,141 @@
+"""What ends waits that a rank cannot end itself: the thread that watches passes, and calls made with a deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from dilated_attention.exchange.control import Control, Failure, Header
+from dilated_attention.exchange.guard import LOOK_EVERY_S, Guard
+from dilated_attention.exchange.nccl import in_time
+
+SOON_S = 0.5  # of a guard that looks every 20 ms, on a machine that does other things too
+
+
+def header(step: int) -> Header:
+    return Header(generation=0, step=step, kind=0, digest=bytes(16), batch=1, length=8, dtype=1)
+
+
+@pytest.fixture
+def controls() -> Iterator[list[Control]]:
+    """Three ranks' connections to each other."""
+    store, deadline = dist.HashStore(), time.monotonic() + 20  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(Control.connect, store, rank, 3, deadline) for rank in range(3)]
+        found = [rank.result() for rank in ranks]
+    yield found
+    for control in found:
+        control.close(None, failed=False)
+
+
+class Door:
+    """A wait that only closing ends, as NCCL's is."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def wait_for_ever(self) -> None:
+        assert self.closed.wait(20)
+        raise OSError("it was closed")
+
+
+def blocked(guard: Guard, door: Door, deadline: float) -> tuple[Failure, float]:
+    """How a pass that blocks for ever ends, and when."""
+    before = time.monotonic()
+    with pytest.raises(Failure) as caught, guard.over(deadline):
+        door.wait_for_ever()
+    return caught.value, time.monotonic() - before
+
+
+def test_a_blocked_rank_is_woken_when_another_vanishes(controls: list[Control]) -> None:
+    door = Door()
+    guard = Guard(controls[0], door.closed.set)
+    for link in controls[1]._sockets.values():
+        link.close()  # as the end of a process does
+    failure, after = blocked(guard, door, time.monotonic() + 20)
+    assert (failure.peer, failure.reason) == (1, "it is gone (its connection is closed)")
+    assert after < SOON_S
+    assert isinstance(failure.__cause__, OSError)
+
+
+def test_a_blocked_rank_is_woken_by_a_notice_and_blames_whom_it_names(controls: list[Control]) -> None:
+    door = Door()
+    guard = Guard(controls[0], door.closed.set)
+    controls[2].close(1, failed=True)
+    failure, after = blocked(guard, door, time.monotonic() + 20)
+    assert (failure.peer, failure.reason) == (1, "rank 2 says that it failed")
+    assert after < SOON_S
+
+
+def test_who_waited_in_vain_is_not_blamed_for_it(controls: list[Control]) -> None:
+    controls[2].close(None, failed=True)
+    time.sleep(0.05)
+    with pytest.raises(Failure) as caught:
+        controls[0].look()
+    assert (caught.value.peer, caught.value.reason) == (None, "rank 2 says that it waited in vain, and not for whom")
+
+
+def test_a_blocked_rank_is_woken_at_the_deadline(controls: list[Control]) -> None:
+    door = Door()
+    guard = Guard(controls[0], door.closed.set)
+    failure, after = blocked(guard, door, time.monotonic() + 0.2)
+    assert (failure.peer, failure.reason) == (None, "rows were not there before the timeout")
+    assert 0.2 <= after < 0.2 + SOON_S
+
+
+def test_ranks_that_are_ahead_or_have_left_in_peace_break_nothing(controls: list[Control]) -> None:
+    door = Door()
+    guard = Guard(controls[0], door.closed.set)
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(controls[rank].agree, header(1), time.monotonic() + 20) for rank in (1, 2)]
+        controls[0].agree(header(1), time.monotonic() + 20)
+        for other in others:
+            other.result()
+    with guard.over(time.monotonic() + 20):
+        controls[1]._send_all(header(2).frame())  # it has entered the next pass
+        controls[2].close(None, failed=False)
+        time.sleep(5 * LOOK_EVERY_S)
+    assert not door.closed.is_set()
+    with pytest.raises(Failure, match="it has closed its attention") as caught:  # what was read is not lost
+        controls[0].agree(header(2), time.monotonic() + 20)
+    assert caught.value.peer == 2
+
+
+def test_errors_of_a_pass_that_nobody_broke_stay_what_they_are(controls: list[Control]) -> None:
+    door = Door()
+    guard = Guard(controls[0], door.closed.set)
+    with pytest.raises(KeyError, match="mine"), guard.over(time.monotonic() + 20):
+        raise KeyError("mine")
+    time.sleep(3 * LOOK_EVERY_S)  # and between passes nothing is watched
+    assert not door.closed.is_set()
+
+
+def test_a_guard_ends_with_its_ring(controls: list[Control]) -> None:
+    names = [thread.name for thread in threading.enumerate()]
+    guard = Guard(controls[0], Door().closed.set)
+    assert [thread.name for thread in threading.enumerate()].count("ring-guard") == names.count("ring-guard") + 1
+    del guard
+    time.sleep(5 * LOOK_EVERY_S)
+    assert [thread.name for thread in threading.enumerate()].count("ring-guard") <= names.count("ring-guard")
+
+
+def test_a_call_that_never_returns_is_left_at_the_deadline_or_when_a_rank_fails() -> None:
+    def fails() -> None:
+        raise Failure(1, "it is gone")
+
+    door, before = Door(), time.monotonic()
+    with pytest.raises(RuntimeError, match="did not connect all ranks in time"):
+        in_time(door.wait_for_ever, before + 0.2, lambda: None)
+    assert 0.2 <= time.monotonic() - before < 0.2 + SOON_S
+    with pytest.raises(RuntimeError, match="rank 1 failed while NCCL connected: it is gone"):
+        in_time(door.wait_for_ever, before + 20, fails)
+    assert time.monotonic() - before < 0.2 + 2 * SOON_S
+    door.closed.set()
+    assert in_time(lambda: 7, time.monotonic() + 20, lambda: None) == 7
+    with pytest.raises(OSError, match="it was closed"):
+        in_time(door.wait_for_ever, time.monotonic() + 20, lambda: None)
