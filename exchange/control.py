@@ -87,6 +87,7 @@ class Control:
         self.rank = rank
         self._sockets = sockets
         self._buffers = {peer: bytearray() for peer in sockets}
+        self._watched: selectors.BaseSelector | None = None
         self.bytes_sent = 0
 
     @classmethod
@@ -158,16 +159,17 @@ class Control:
         Raises:
             Failure: a rank says that one has failed, or is gone without a word.
         """
-        with selectors.DefaultSelector() as selector:
+        if self._watched is None:  # made once, since passes are looked at often and peers may be many
+            self._watched = selectors.DefaultSelector()
             for peer, link in self._sockets.items():
-                selector.register(link, selectors.EVENT_READ, peer)
-            for key, _ in selector.select(0):
-                there = self._receive(key.data)
-                notice = self._find_notice(key.data)
-                if notice is not None:
-                    raise Failure(*notice, is_certain=True)
-                if not there and not self._has_left(key.data):
-                    raise Failure(key.data, "it is gone (its connection is closed)")
+                self._watched.register(link, selectors.EVENT_READ, peer)
+        for key, _ in self._watched.select(0):
+            there = self._receive(key.data)
+            notice = self._find_notice(key.data)
+            if notice is not None:
+                raise Failure(*notice, is_certain=True)
+            if not there and not self._has_left(key.data):
+                raise Failure(key.data, "it is gone (its connection is closed)")
 
     def blame(self, patience_s: float) -> tuple[int | None, str] | None:
         """Who failed first and of what, where another rank has told or vanished within `patience_s`."""
@@ -199,6 +201,8 @@ class Control:
                 link.send(frame)
             except OSError:
                 continue  # it is gone, which is why we close
+        if self._watched is not None:
+            self._watched.close()
         for link in self._sockets.values():
             link.close()
         self._sockets = {}
