@@ -162,12 +162,10 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
     """The fused kernels are for what they fuse: several branches, or blocks, in half precision and head_dims up to 128.
 
-    Elsewhere the dense kernels are faster, which have had a dense attention's whole effort (docs/performance.md). Over
-    ranks that share a sequence they come first too, until the fused ones have run there on cards.
+    Elsewhere the dense kernels are faster, which have had a dense attention's whole effort (docs/performance.md).
     """
     branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads))
     fuses = "block" in request.needs["layouts"] or (branches is not None and len(branches) > 1)
-    alone = request.config.ring_size == 1
-    if alone and fuses and request.config.dtype in _HALVES and request.config.head_dim <= 128:
+    if fuses and request.config.dtype in _HALVES and request.config.head_dim <= 128:
         return None
     return [spec.name for spec in sorted(candidates, key=lambda spec: (spec is TRITON, -spec.priority, spec.name))]

@@ -33,11 +33,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def merge_(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> None:
     """Merge a piece into `out` (B, S, H, D) and `lse` (B, H, S) in place; both may be strided views.
 
-    `lse` may be -inf (nothing merged yet, `out` is 0 there); so may `lse_piece` (a row without keys).
+    `lse` may be -inf (nothing merged yet, `out` is 0 there); so may `lse_piece` (a row without keys). Where `out` is
+    of half precision, it is rounded once more.
     """
     share = torch.sigmoid(lse_piece - lse)
     share.nan_to_num_(nan=0.0)  # -inf against -inf: the piece has no share
-    out.lerp_(out_piece.to(out.dtype), share.transpose(1, 2).unsqueeze(-1))
+    out.lerp_(out_piece.to(out.dtype), share.transpose(1, 2).unsqueeze(-1).to(out.dtype))
     lse.copy_(torch.logaddexp(lse, lse_piece))
 
 
@@ -190,7 +191,7 @@ class Composer:
         *,
         written: int = 0,
     ) -> None:
-        """Merge calls into `out` (B, S, H, D) and `lse` (B, H, S), both of the accumulator's dtype, in place.
+        """Merge calls into `out` (B, S, H, D) and `lse` (B, H, S) of the accumulator's dtype, in place.
 
         `out` is contiguous and `lse` is (B, S, H) in memory. The results of the first `written` calls replace what
         is there.

@@ -7,6 +7,7 @@ of rows on its way is (U, 2, B, D): keys and values of a row side by side. lse i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Protocol
 
@@ -83,9 +84,14 @@ class Compute:
         )
 
 
-def mergeable(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` as pieces are merged into them: in the accumulator's dtype, both (B, S, H, ...) in memory."""
-    return out.to(lse.dtype).contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` as pieces are merged into them: in the accumulator's dtype, both (B, S, H, ...) in memory.
+
+    Where no row is merged into more than `once`, `out` keeps its dtype: one more rounding costs less than passes over
+    whole tensors of twice the size.
+    """
+    out = out if once else out.to(lse.dtype)
+    return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @attrs.define(eq=False)
@@ -98,6 +104,7 @@ class Merged:
         query: see dout.
         out: see dout.
         lse: (B, H, S) contiguous, -inf in rows without keys.
+        once: no row has gradients of more than two pieces, whose sum is then of the queries' dtype.
     """
 
     dout: Tensor
@@ -105,6 +112,7 @@ class Merged:
     query: Tensor
     out: Tensor
     lse: Tensor
+    once: bool = False
     _dq: Tensor | None = attrs.field(default=None, init=False)
 
     @property
@@ -136,13 +144,17 @@ class Merged:
 
     def add(self, dq: Tensor) -> None:
         """Add a gradient of all queries, (B, S, H, D), a tensor of its own; the first one is taken as it is."""
-        self._dq = dq if self._dq is None else self._dq.to(self.dtype).add_(dq)
+        self._dq = dq if self._dq is None else self._dq.to(self._sum_dtype).add_(dq)
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return self.query.dtype if self.once else self.dtype
 
     def sums(self) -> Tensor:
-        """The sum so far, (B, S, H, D) contiguous in the accumulator's dtype, for gradients of some queries."""
+        """The sum so far, (B, S, H, D) contiguous, for gradients of some queries to be added."""
         if self._dq is None:
-            self._dq = torch.zeros(self.query.shape, dtype=self.dtype, device=self.query.device)
-        self._dq = self._dq.to(self.dtype).contiguous()
+            self._dq = torch.zeros(self.query.shape, dtype=self._sum_dtype, device=self.query.device)
+        self._dq = self._dq.to(self._sum_dtype).contiguous()
         return self._dq
 
     def dq(self) -> Tensor:
@@ -161,6 +173,10 @@ class Piece(Protocol):
     @property
     def is_empty(self) -> bool:
         """Nothing to compute."""
+
+    @property
+    def merges(self) -> int:
+        """How often it merges into a row at most."""
 
     @property
     def nbytes(self) -> int:
@@ -189,6 +205,11 @@ class ComposedPiece:
     def is_empty(self) -> bool:
         """As `Piece.is_empty`."""
         return not self.schedule.calls and self.blocks is None
+
+    @property
+    def merges(self) -> int:
+        """As `Piece.merges`: calls of one name are of one branch, and no row is in two of them."""
+        return len({call.name for call in self.schedule.calls}) + (self.blocks is not None)
 
     @property
     def nbytes(self) -> int:
@@ -253,6 +274,11 @@ class WholePiece:
     def is_empty(self) -> bool:
         """As `Piece.is_empty`."""
         return not self.pairs
+
+    @property
+    def merges(self) -> int:
+        """As `Piece.merges`."""
+        return 1
 
     @property
     def nbytes(self) -> int:
@@ -331,12 +357,16 @@ class RankProgram:
         local: over the rank's own keys.
         stages: over received rows.
         sent: of each rank, the own rows that go there, counted over (position, head).
+        shared: the own rows that go anywhere, ascending.
+        places: of each rank, where its rows are among those.
     """
 
     plan: RankPlan
     local: Piece
     stages: tuple[_Stage, ...]
     sent: tuple[Tensor, ...]
+    shared: Tensor
+    places: tuple[Tensor, ...]
 
     @classmethod
     def prepare(cls, plan: RankPlan, compute: Compute) -> RankProgram:
@@ -354,13 +384,21 @@ class RankProgram:
             heads, slots = plan.shards.num_kv_heads, part.slots
             piece = compute.staged_blocks(plan.local.pattern, part.layout)
             stages.append(_Stage(piece, move(part.target), (move(part.source),), heads * slots, heads))
-        return cls(plan, compute.shard(plan.local), tuple(stages), tuple(move(index) for index in plan.sent))
+        shared = np.unique(np.concatenate(plan.sent))
+        places = tuple(move(np.searchsorted(shared, index)) for index in plan.sent)
+        sent = tuple(move(index) for index in plan.sent)
+        return cls(plan, compute.shard(plan.local), tuple(stages), sent, move(shared), places)
 
     @property
     def nbytes(self) -> int:
         """Memory of all tables, here and on the device."""
         stages = sum(stage.piece.nbytes for stage in self.stages)
-        return 2 * self.plan.nbytes + self.local.nbytes + stages
+        return 3 * self.plan.nbytes + self.local.nbytes + stages
+
+    @property
+    def once(self) -> bool:
+        """Whether received rows are merged into no row of queries more than once."""
+        return sum(stage.piece.merges for stage in self.stages) <= 1
 
     @property
     def pairs(self) -> int:
@@ -373,10 +411,20 @@ class RankProgram:
         rows = [x.flatten(1, 2).index_select(1, index).transpose(0, 1) for x in (key, value)]
         return torch.stack(rows, dim=1)
 
-    def unpack(self, dk: Tensor, dv: Tensor, grads: Tensor, to: int) -> None:
-        """Add the gradients that come back from a rank, (n, 2, B, D), to dk and dv (B, S, K, D), contiguous."""
-        for x, grad in zip((dk, dv), grads.unbind(1), strict=True):
-            x.view(x.shape[0], -1, x.shape[3]).index_add_(1, self.sent[to], grad.transpose(0, 1))
+    def unpack(self, dk: Tensor, dv: Tensor, home: Mapping[int, Tensor]) -> None:
+        """Add the gradients that come back from ranks, (n, 2, B, D) each, to dk and dv (B, S, K, D), contiguous.
+
+        Of the rows that went anywhere the sum is made in the gradients' dtype, and rounded once.
+        """
+        for place, x in enumerate((dk, dv)):
+            rows = x.view(x.shape[0], -1, x.shape[3])
+            total: Tensor | None = None
+            for to, grads in home.items():
+                if grads.numel():
+                    total = rows.index_select(1, self.shared).to(grads.dtype) if total is None else total
+                    total.index_add_(1, self.places[to], grads[:, place].transpose(0, 1))
+            if total is not None:
+                rows.index_copy_(1, self.shared, total.to(x.dtype))
 
     def merge_received(self, out: Tensor, lse: Tensor, query: Tensor, received: Tensor) -> None:
         """Merge what received rows (U, 2, B, D) contribute into what `mergeable` returned."""

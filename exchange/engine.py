@@ -239,7 +239,7 @@ class RingEngine(Engine):
             with span("own keys"):
                 out, lse = program.local.forward(query, key, value)
                 if program.stages:
-                    out, lse = mergeable(out, lse)
+                    out, lse = mergeable(out, lse, once=program.once)
             current.wait(pending)
             with span("received keys"):
                 program.merge_received(out, lse, query, received)
@@ -262,7 +262,8 @@ class RingEngine(Engine):
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
             with span(self._backward_name):
-                merged = Merged(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse)
+                once = program.selective is not None and program.selective.once
+                merged = Merged(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse, once)
                 if program.hops is not None:
                     place = self.communicator, program.hops, program.digest, self._moved
                     dk, dv = hop_backward(*place, merged, key, value)
@@ -288,13 +289,9 @@ class RingEngine(Engine):
             sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
             pending = current.post(sends, list(home.items()))
             with span("own keys"):
-                dk, dv = program.local.backward(merged, key, value)
-                if any(grad.numel() for grad in home.values()):
-                    dk, dv = (x.to(grads.dtype).contiguous() for x in (dk, dv))
+                dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
             current.wait(pending)
-            for to, grad in home.items():
-                if grad.numel():
-                    program.unpack(dk, dv, grad, to)
+            program.unpack(dk, dv, home)
         return dk, dv
 
     def _others(self) -> list[int]:

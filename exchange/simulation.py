@@ -55,7 +55,10 @@ def simulate(
         return found
     douts = [part.contiguous() for part in dout.chunk(shards.size, 1)]
     dlses = [None] * shards.size if dlse is None else [part.contiguous() for part in dlse.chunk(shards.size, 2)]
-    merged = [Merged(g, gl, q, *result) for g, gl, q, result in zip(douts, dlses, query, results, strict=True)]
+    merged = [
+        Merged(g, gl, q, *result, once)
+        for g, gl, q, result, once in zip(douts, dlses, query, results, ring.once, strict=True)
+    ]
     dk, dv = (torch.cat(parts, 1).to(inputs[1].dtype) for parts in zip(*ring.backward(merged), strict=True))
     return [*found, torch.cat([rows.dq() for rows in merged], 1), dk, dv]
 
@@ -69,6 +72,7 @@ class _Rows:
         ranks = range(shards.size)
         self.key, self.value = key, value
         self.programs = [RankProgram.prepare(plan_rank(pattern, shards, rank), compute) for rank in ranks]
+        self.once = [program.once for program in self.programs]
         self.received = [torch.cat([self.programs[o].pack(key[o], value[o], to) for o in ranks]) for to in ranks]
 
     def forward(self, rank: int, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,7 @@ class _Rows:
         program = self.programs[rank]
         out, lse = program.local.forward(query, self.key[rank], self.value[rank])
         if program.stages:
-            out, lse = mergeable(out, lse)
+            out, lse = mergeable(out, lse, once=program.once)
             program.merge_received(out, lse, query, self.received[rank])
         return out, lse
 
@@ -89,12 +93,13 @@ class _Rows:
             program.local.backward(rows, key, value)
             for program, rows, key, value in zip(self.programs, merged, self.key, self.value, strict=True)
         ]
-        sums = [
-            (dk.to(m.dtype).contiguous(), dv.to(m.dtype).contiguous()) for (dk, dv), m in zip(own, merged, strict=True)
+        sums = [(dk.contiguous(), dv.contiguous()) for dk, dv in own]
+        shares = [
+            grads.split_with_sizes(program.plan.receive_counts.tolist())
+            for program, grads in zip(self.programs, home, strict=True)
         ]
-        for rank, program in enumerate(self.programs):
-            for owner, grads in enumerate(home[rank].split_with_sizes(program.plan.receive_counts.tolist())):
-                self.programs[owner].unpack(*sums[owner], grads, rank)
+        for owner, program in enumerate(self.programs):
+            program.unpack(*sums[owner], {rank: share[owner] for rank, share in enumerate(shares)})
         return sums
 
 
@@ -106,6 +111,7 @@ class _Hops:
     ) -> None:
         self.key, self.value = key, value
         ranks = range(shards.size)
+        self.once = [False for _ in ranks]
         self.pieces = [HopProgram.prepare(pattern, shards, rank, compute, limit_bytes=None).pieces for rank in ranks]
 
     def forward(self, rank: int, query: Tensor) -> tuple[Tensor, Tensor]:
