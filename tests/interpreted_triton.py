@@ -92,6 +92,11 @@ def test_rates_that_do_not_divide_and_grouped_heads(is_causal: bool) -> None:
     check_interpreted(Dilated((7, 12), (2, 3)), geometry, head_dim=24)
 
 
+def test_a_rate_of_hundreds() -> None:
+    """As of a branch over all of a long sequence, of whose classes few rows are."""
+    check_interpreted(Dilated((64, 256), (1, 128)), Geometry.self_attention(150, 1, is_causal=True), bound_from=0)
+
+
 def test_offsets_lengths_and_rows_without_keys() -> None:
     pattern = Dilated((8, 12), (1, 3))
     later = Geometry(q_len=20, kv_len=15, num_heads=2, num_kv_heads=1, is_causal=True, q_offset=9, kv_offset=21)

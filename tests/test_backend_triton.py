@@ -154,7 +154,7 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
     [
         ({"pattern": Random(blocks_per_row=2, block_size=24)}, "block_sizes"),
         ({"pattern": Learned(block_size=16, blocks_per_row=2)}, "dynamic_tables"),
-        ({"pattern": Strided(stride=67)}, "dilation_rates"),
+        ({"pattern": Strided(stride=4099)}, "dilation_rates"),
         ({"dtype": "float64"}, "dtypes"),
         ({"head_dim": 20}, "head_dims"),
         ({"dropout_p": 0.1}, "dropout"),
@@ -166,13 +166,14 @@ def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> 
     assert codes(verdict("triton", **fields)) == {code}
 
 
-def test_it_comes_first_for_what_it_fuses_and_not_over_a_ring() -> None:
+def test_it_comes_first_for_what_it_fuses_over_a_ring_too() -> None:
     specs = [manifest.TRITON, manifest.SDPA]
     asked: dict[str, Any] = {"pattern": LONGNET, "dtype": "bfloat16"}
     assert manifest.dilated_attention_rank_backends(request(H100, **asked), specs) is None  # by priority
     assert manifest.TRITON.priority > manifest.SDPA.priority
     ring = request(H100, **asked, context_parallel=ContextParallel(size=2))
-    for other in (ring, request(H100, **asked | {"pattern": Full()}), request(H100, **asked | {"dtype": "float32"})):
+    assert manifest.dilated_attention_rank_backends(ring, specs) is None
+    for other in (request(H100, **asked | {"pattern": Full()}), request(H100, **asked | {"dtype": "float32"})):
         assert manifest.dilated_attention_rank_backends(other, specs) == ["sdpa", "triton"]
 
 

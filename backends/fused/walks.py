@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from ...core.pattern import Branch
 
 # Rows are grouped by their position modulo the least common multiple of the rates, up to this.
-MAX_PERIOD: Final = 64
+MAX_PERIOD: Final = 4096
+# Up to this also by rates whose classes hold for one segment only: elsewhere looking at each row costs less.
+_MAX_JOINED: Final = 64
 
 
 class Mode(IntEnum):
@@ -110,7 +112,7 @@ def _classes(branches: Sequence[Branch], span: int) -> tuple[int, tuple[bool, ..
         fits = _repeats(branch)
         if not fits and 0 < span <= (branch.segment_length or 0):
             joined = math.lcm(period, branch.stride)
-            fits = joined <= MAX_PERIOD
+            fits = joined <= _MAX_JOINED
             period = joined if fits else period
         regular.append(fits)
     return period, tuple(regular)
