@@ -144,10 +144,6 @@ class FlexKernel:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
-        if query.numel() == 0 or key.numel() == 0:
-            batch, length, heads, _ = query.shape
-            lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=query.device)
-            return torch.zeros_like(query), lse
         with torch.no_grad():
             out, lse = self._attend(query, key, value, piece)
         return out.to(query.dtype), lse.to(torch.float32)
@@ -165,8 +161,6 @@ class FlexKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again and differentiates it."""
-        if query.numel() == 0 or key.numel() == 0:
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with recording():
             q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
             results = self._attend(q, k, v, piece)

@@ -27,6 +27,7 @@ from ..core.ops import no_second_derivative, without_autocast
 from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, Merged, RankProgram, mergeable
+from .empty_piece import EmptyPiece
 from .hops import HopProgram, hop_backward, hop_forward
 from .plan import plan_rank
 from .ring_kernel import RingKernel
@@ -55,6 +56,11 @@ class _Program:
     @pairs.default
     def _count_pairs(self) -> int:
         return sum(part.pairs for part in (self.selective, self.hops) if part is not None)
+
+    def without_rows(self) -> _Program:
+        """The same for a batch of 0, whose rows fit any buffer: ranks agree on the pass, and no kernel is asked."""
+        assert self.selective is not None
+        return attrs.evolve(self, selective=attrs.evolve(self.selective, local=EmptyPiece(), stages=()))
 
     @property
     def nbytes(self) -> int:
@@ -176,10 +182,10 @@ class RingEngine(Engine):
         hops = most * row_bytes > limits.exchange_buffer_bytes
         key = (length, hops, device)
         found = self.rings.get(key)
-        if found is not None:
-            return found
-        with span(self.range_name("lower")):
-            return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, most, hops, device))
+        if found is None:
+            with span(self.range_name("lower")):
+                found = self.rings.get_or_make(key, lambda: self._make_ring_program(shards, most, hops, device))
+        return found if batch else found.without_rows()
 
     def _make_ring_program(self, shards: Shards, most: int, hops: bool, device: torch.device) -> _Program:
         limits, rank, kernel = self.config.limits, self.communicator.rank, self.kernel
