@@ -21,7 +21,7 @@ from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .flex_tables import FlexTables, ScoreMod, table_bytes
 from .libraries import checked_options
-from .recording import recording
+from .recording import of_part, recording
 
 if TYPE_CHECKING:
     from ..core.kernel import LayoutPiece
@@ -164,9 +164,11 @@ class FlexKernel:
         with recording():
             q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
             results = self._attend(q, k, v, piece)
-            used = results[:1] if dlse is None else results
-            upstream = [dout] if dlse is None else [dout, dlse.to(results[1].dtype)]
-            dq, dk, dv = torch.autograd.grad(used, (q, k, v), upstream)
+        upstream: tuple[Tensor, Tensor | None] = (dout, dlse)
+        if piece.is_part:
+            upstream = of_part(dout, dlse, out, lse, *(x.detach() for x in results))
+        used = [(x, grad.to(x.dtype)) for x, grad in zip(results, upstream, strict=True) if grad is not None]
+        dq, dk, dv = torch.autograd.grad([x for x, _ in used], (q, k, v), [grad for _, grad in used])
         return dq, dk, dv
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class PieceKernel(CpuFlash):
 @pytest.mark.parametrize("kernel", [WholeKernel(1 << 30), PieceKernel()], ids=["layouts", "pieces"])
 @pytest.mark.parametrize("pattern", [LONGNET, Local(3) | Global(2)], ids=repr)
 def test_no_kernel_meets_nothing(kernel: WholeKernel | PieceKernel, pattern: Pattern) -> None:
-    """No batch rows, no queries, no keys; all keys after all queries, where causality leaves no pair; and one of all."""
+    """No batch rows, no queries, no keys, and no pairs, all keys being in the future; then one with everything."""
     config = AttentionConfig(num_heads=4, head_dim=8, pattern=pattern, is_causal=True)
     traits: dict[str, Any] = {"has_dlse": True, "call_axes": frozenset(CALL_AXES)}
     engine = Engine(config, pattern, kernel, takes_layout=isinstance(kernel, WholeKernel), **traits)
