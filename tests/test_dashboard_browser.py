@@ -238,6 +238,21 @@ def test_the_chart_is_walked_with_the_arrow_keys(browser: Browser, many: Path) -
         assert visit.problems() == []
 
 
+def test_a_tap_says_which_run_it_meets(browser: Browser, tmp_path: Path) -> None:
+    log, out = write(tmp_path / "runs.jsonl", [run_of(0, [result()])]), tmp_path / "page.html"
+    make_page(out, history=log, counters=None, config=None, registry=None)
+    with Visit(browser, out, has_touch=True) as visit:
+        chart = visit.page.locator("#history-chart canvas")
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()
+        assert box is not None
+        for x, said in ((0.2, ""), (0.5, "sdpa\n100 ms (95 to 105 ms)\n2026-01-01 00:00, commit 0000000000")):
+            across, down = 72 + (box["width"] - 72 - 36) * x, 8 + (box["height"] - 8 - 28) / 2  # within the axes
+            visit.page.touchscreen.tap(box["x"] + across, box["y"] + down)
+            assert visit.tip() == said
+        assert visit.problems() == []
+
+
 def test_the_last_runs_are_the_last_ones_and_marks_are_said(browser: Browser, many: Path) -> None:
     with Visit(browser, many) as visit:
         page = visit.page

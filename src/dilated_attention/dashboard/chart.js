@@ -256,9 +256,9 @@ class Chart {
       this.drag = { from: here(event), view: structuredClone(this.view), box: null };
     });
     on("pointermove", (event) => (this.drag ? this.pull(...here(event)) : this.seek(...here(event))));
-    on("pointerup", () => this.drop());
+    on("pointerup", (event) => this.drop(...here(event)));
     on("pointercancel", () => { this.drag = null; this.draw(); });
-    on("pointerleave", () => { if (!this.drag) this.point(null); });
+    on("pointerleave", (event) => { if (!this.drag && event.pointerType === "mouse") this.point(null); });
     on("dblclick", () => this.reset());
     on("blur", () => this.point(null));
     on("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey && this.key(event.key)) event.preventDefault(); });
@@ -279,9 +279,10 @@ class Chart {
     this.point(null);
   }
 
-  // A box too thin to be meant in one direction zooms in the other alone.
-  drop() {
-    const box = this.drag?.box;
+  // A box too thin to be meant in one direction zooms in the other alone; a tap speaks of the point below it.
+  drop(x, y) {
+    if (!this.drag) return;
+    const { box, from } = this.drag;
     this.drag = null;
     if (box) {
       const { left, right, top, bottom } = this.frame();
@@ -290,6 +291,7 @@ class Chart {
       if (Math.abs(y1 - y0) > 8) this.cut("y", (bottom - Math.max(y0, y1)) / (bottom - top), (bottom - Math.min(y0, y1)) / (bottom - top));
     }
     this.draw();
+    if (Math.hypot(x - from[0], y - from[1]) < 4) this.seek(x, y);
   }
 
   // Looks at this part of what one looks at; never closer than numbers can tell apart.
