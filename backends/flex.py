@@ -145,8 +145,8 @@ class FlexKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         with torch.no_grad():
-            out, lse = self._attend(query, key, value, piece)
-        return out.to(query.dtype), lse.to(torch.float32)
+            out, lse = self._attend(_compact(query), _compact(key), _compact(value), piece)
+        return out.transpose(1, 2).to(query.dtype), lse.to(torch.float32)
 
     def backward(
         self,
@@ -162,19 +162,25 @@ class FlexKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again and differentiates it."""
         with recording():
-            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            results = self._attend(q, k, v, piece)
-        upstream: tuple[Tensor, Tensor | None] = (dout, dlse)
-        if piece.is_part:
-            upstream = of_part(dout, dlse, out, lse, *(x.detach() for x in results))
-        used = [(x, grad.to(x.dtype)) for x, grad in zip(results, upstream, strict=True) if grad is not None]
-        dq, dk, dv = torch.autograd.grad([x for x, _ in used], (q, k, v), [grad for _, grad in used])
+            # Leaves as they are compiled for: a compiler looks for the gradient of whatever records one.
+            leaves = [_compact(x.detach()).requires_grad_() for x in (query, key, value)]
+            results = self._attend(leaves[0], leaves[1], leaves[2], piece)
+            upstream: tuple[Tensor, Tensor | None] = (dout, dlse)
+            if piece.is_part:
+                part, part_lse = (x.detach() for x in results)
+                upstream = of_part(dout, dlse, out, lse, part.transpose(1, 2), part_lse)
+            turned = (upstream[0].transpose(1, 2), upstream[1])
+            used = [(x, grad.to(x.dtype)) for x, grad in zip(results, turned, strict=True) if grad is not None]
+            found = torch.autograd.grad([x for x, _ in used], leaves, [grad for _, grad in used])
+            dq, dk, dv = (x.transpose(1, 2) for x in found)
         return dq, dk, dv
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         tables, run = self.tables(piece.layout, query.device)
-        # Compact, so that other strides compile nothing anew.
-        q, k, v = (x.contiguous().transpose(1, 2) for x in (query, key, value))
         options = _MASKED if tables.has_masks else None
-        out, lse = run(q, k, v, tables.score_mod, tables.block_mask, piece.scale, options)
-        return out.transpose(1, 2), lse
+        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale, options)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """(B, heads, len, D) as FlexAttention takes it, over compact memory, so that other strides compile nothing anew."""
+    return x.contiguous().transpose(1, 2)
