@@ -35,7 +35,7 @@ def simulate(
     """
     dtype = tensors[0].dtype
     composer = Composer(CpuFlash(), 1 / math.sqrt(tensors[0].shape[3]), False)
-    compute = Compute(composer, torch.device("cpu"), dtype, 1 << 20, kernel, takes_staged)
+    compute = Compute(composer, tensors[0].device, dtype, 1 << 20, kernel, takes_staged)
     ranks = range(shards.size)
     programs = [RankProgram.prepare(plan_rank(pattern, shards, rank), compute) for rank in ranks]
     q, k, v = ([part.detach().contiguous() for part in x.chunk(shards.size, 1)] for x in tensors)
@@ -47,8 +47,8 @@ def simulate(
         results.append((out.to(dtype), lse.contiguous()))
     out, lse = (torch.cat(parts, dim) for parts, dim in zip(zip(*results, strict=True), (1, 2), strict=True))
     generator = torch.Generator().manual_seed(1)  # what `with_gradients` draws
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
-    dlse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype) if through_lse else None
+    dout, drawn = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse))
+    dlse = drawn if through_lse else None
     dq, dk, dv, home = [], [], [], []
     for rank, program in enumerate(programs):
         merged = Merged(
@@ -78,11 +78,13 @@ def worst(
     takes_staged: bool = False,
     dtype: torch.dtype = torch.float64,
     head_dim: int = 8,
+    device: str = "cpu",
 ) -> float:
-    """The largest error of `simulate` over out, lse, dq, dk, dv."""
+    """The largest error of `simulate` over out, lse, dq, dk, dv; away from the CPU staged branches are out of its reach."""
     n, h, k = shards.seq_len, shards.num_heads, shards.num_kv_heads
     geometry = Geometry(q_len=n, kv_len=n, num_heads=h, num_kv_heads=k, is_causal=shards.is_causal)
-    tensors = inputs(geometry, batch=batch, head_dim=head_dim, dtype=dtype)
+    drawn = inputs(geometry, batch=batch, head_dim=head_dim, dtype=dtype)
+    tensors = [x.detach().to(device).requires_grad_() for x in drawn]
     expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
     actual = simulate(pattern, shards, tensors, through_lse=through_lse, kernel=kernel, takes_staged=takes_staged)
     return max(error(a, e) for a, e in zip(actual, expected, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
-from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel
+from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel, compiled
 from dilated_attention.backends.flex_tables import FlexTables, ScoreMod, table_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
@@ -233,3 +233,16 @@ def test_many_lengths_and_offsets_on_the_card() -> None:
     for q_len in (1, 77, *range(100, 1100, 100)):  # more than the compiler would compile one function for
         geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
         check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [Local(window_size=70), Random(blocks_per_row=2, block_size=32, seed=7)], ids=str)
+def test_a_rank_computes_its_own_keys_on_the_card(pattern: Pattern, is_causal: bool) -> None:
+    shards = Shards(200, 3, 4, 2, is_causal=is_causal)
+    compiler = FlexKernel("flex", 1 << 30, compiled)
+    found = worst(
+        pattern, shards, batch=2, through_lse=True, kernel=compiler, dtype=torch.float32, head_dim=64, device="cuda"
+    )
+    assert found < 1e-5
