@@ -80,7 +80,7 @@ def worst(
     head_dim: int = 8,
     device: str = "cpu",
 ) -> float:
-    """The largest error of `simulate` over out, lse, dq, dk, dv; away from the CPU staged branches are out of its reach."""
+    """The largest error of `simulate` over out, lse, dq, dk, dv; on a card, of patterns that are no branches."""
     n, h, k = shards.seq_len, shards.num_heads, shards.num_kv_heads
     geometry = Geometry(q_len=n, kv_len=n, num_heads=h, num_kv_heads=k, is_causal=shards.is_causal)
     drawn = inputs(geometry, batch=batch, head_dim=head_dim, dtype=dtype)
