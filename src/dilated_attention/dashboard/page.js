@@ -3,7 +3,9 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const MARKERS = Object.keys(SHAPES);
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const MARKERS = ["circle", "square", "triangle", "diamond", "inverted_triangle", "hex", "plus", "x", "star", "asterisk"];
+  const DASHES = { solid: [], dashed: [6, 4], dotted: [2, 3], dotdash: [2, 3, 6, 3] };
   const UNITS = {
     ms: ["time, ms", (v) => `${number(v)} ms`],
     peerRatio: ["times as fast as the fastest peer", (v) => `${number(v)} times as fast`],
@@ -12,17 +14,12 @@
     memory: ["peak memory, MB", (v) => `${number(v / 1e6)} MB`],
   };
   const SCALES = { floor: 100, memory: 1e-6 };
-  const SIGNS = { slower: "▲", faster: "▼" };
   const TABLE_ROWS = 200;
+  const charts = [];
 
   // Made once: a formatter costs more than all its numbers.
   const [rounded, whole] = [new Intl.NumberFormat("en", { maximumSignificantDigits: 4 }), new Intl.NumberFormat("en")];
   const number = (value) => rounded.format(value);
-
-  function bytes(value) {
-    const power = Math.max(0, Math.min(5, Math.floor(Math.log10(value) / 3 + 1e-9)));
-    return `${number(value / 1000 ** power)} ${["", "k", "M", "G", "T", "P"][power]}B`;
-  }
 
   function make(tag, text, attributes = {}) {
     const node = document.createElement(tag);
@@ -33,10 +30,17 @@
 
   // A line with its marker, as the legend shows it.
   function swatch(index, marker, dash) {
+    const shapes = {
+      circle: "M23 7a4 4 0 1 1-8 0a4 4 0 1 1 8 0", square: "M15 3h8v8h-8z", triangle: "M19 2l5 9h-10z",
+      diamond: "M19 1l5 6l-5 6l-5-6z", inverted_triangle: "M19 12l5-9h-10z", hex: "M14.5 7l2.2-4h4.6l2.2 4l-2.2 4h-4.6z",
+      plus: "M18 2h2v4h4v2h-4v4h-2v-4h-4v-2h4z", x: "M15 4l1-1l3 3l3-3l1 1l-3 3l3 3l-1 1l-3-3l-3 3l-1-1l3-3z",
+      star: "M19 1l1.6 4.2h4.4l-3.5 2.7l1.3 4.3l-3.8-2.6l-3.8 2.6l1.3-4.3l-3.5-2.7h4.4z",
+      asterisk: "M18.4 2h1.2v4l3.4-2l.6 1l-3.4 2l3.4 2l-.6 1l-3.4-2v4h-1.2v-4l-3.4 2l-.6-1l3.4-2l-3.4-2l.6-1l3.4 2z",
+    };
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("viewBox", "0 0 38 14");
     svg.setAttribute("aria-hidden", "true");
-    for (const [d, filled] of [["M0 7h38", false], [SHAPES[marker], true]]) {
+    for (const [d, filled] of [["M0 7h38", false], [shapes[marker], true]]) {
       const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
       path.setAttribute("d", d);
       path.setAttribute("style", filled ? `fill:var(--s${index})` : `stroke:var(--s${index});stroke-width:2`);
@@ -46,25 +50,55 @@
     return svg;
   }
 
-  let off = new Set();
-  let historyChart = null;
-  let ringChart = null;
-  let visible = [];
+  // Bokeh draws on a canvas, which no style sheet reaches: its colours are set before it draws, and again when the
+  // scheme changes.
+  function paint(root) {
+    const [ink, soft, rule, card] = ["ink", "soft", "rule", "card"].map(colour);
+    for (const model of root.references()) {
+      if (/Axis$/.test(model.type)) {
+        model.setv({
+          axis_line_color: rule, major_tick_line_color: rule, minor_tick_line_color: null,
+          major_label_text_color: soft, axis_label_text_color: ink, axis_label_text_font_style: "normal",
+        });
+      } else if (model.type === "Grid") {
+        model.grid_line_color = rule;
+      } else if (model.type === "GlyphRenderer" && model.tags.length) {
+        const line = { value: colour(model.tags[0]) };
+        for (const glyph of [model.glyph, model.nonselection_glyph, model.muted_glyph]) {
+          if (glyph && glyph.setv) glyph.setv("fill_color" in glyph ? { line_color: line, fill_color: line } : { line_color: line });
+        }
+      }
+    }
+    root.setv({ background_fill_color: card, border_fill_color: card, outline_line_color: null });
+  }
 
-  const chosenGroup = () => data.history[Number(byId("case").value)];
-  const chosenSeries = () => chosenGroup().series
+  function embed(item, id, prepare) {
+    const drawing = Bokeh.require("document").Document.from_json(item.doc);
+    const root = drawing.roots()[0];
+    charts.push(root);
+    prepare(root);
+    paint(root);
+    return Bokeh.embed.add_document_standalone(drawing, byId(id));
+  }
+
+  let sources = {};
+  let yAxis = null;
+  let drawHistory = () => undefined; // what was last chosen to be shown
+  let off = new Set();
+
+  const chosenSeries = () => data.history[Number(byId("case").value)].series
     .map((series, index) => ({ ...series, index }))
     .filter((series) => series.phase === byId("phase").value);
 
   // One style a way to compute it, the same in both phases and for all versions of the libraries but the marker.
   function styleOf(series) {
-    const names = [...new Set(chosenGroup().series.map((s) => `${s.peer} ${s.name}`))];
+    const names = [...new Set(data.history[Number(byId("case").value)].series.map((s) => `${s.peer} ${s.name}`))];
     const place = names.indexOf(`${series.peer} ${series.name}`);
     return { index: place % 8, marker: MARKERS[(place + 3 * versionOf(series)) % MARKERS.length], dash: series.peer ? "dotted" : ["solid", "dashed", "dotdash"][versionOf(series) % 3] };
   }
 
   function versionOf(series) {
-    const all = [...new Set(chosenGroup().series.map((s) => s.versions))];
+    const all = [...new Set(data.history[Number(byId("case").value)].series.map((s) => s.versions))];
     return all.indexOf(series.versions);
   }
 
@@ -81,7 +115,7 @@
       if (!box.checked) off.add(series.index);
       box.addEventListener("change", () => {
         box.checked ? off.delete(series.index) : off.add(series.index);
-        showHistory(true);
+        showHistory();
       });
       const label = make("label");
       const line = make("span", undefined, { class: "swatch" });
@@ -91,99 +125,95 @@
     }
   }
 
-  // The lines to draw, oldest run first; `at` says which runs of the series they are.
-  function visibleLines() {
+  // The runs to show, oldest first, with what the hover and the table say of each.
+  function visibleRuns() {
     const metric = byId("metric").value;
     const last = Number(byId("span").value);
-    const factor = SCALES[metric] ?? 1;
+    const [factor, said] = [SCALES[metric] ?? 1, UNITS[metric][1]];
     return chosenSeries().filter((series) => !off.has(series.index)).map((series) => {
       const style = styleOf(series);
-      const at = [...series.run.keys()].slice(last ? -last : 0).filter((i) => series[metric][i] !== null);
-      const of = (column) => at.map((i) => series[column][i]);
-      const [y, low, high] = [of(metric).map((value) => value * factor), of("low"), of("high")];
-      const timed = metric === "ms";
-      return {
-        series, at, colour: `s${style.index}`, marker: style.marker, dash: style.dash, x: at.map((i) => chosenGroup().x[series.run[i]]), y, mark: at.map((i) => series.mark[i] ?? ""),
-        low: timed ? low.map((value, i) => value ?? y[i]) : undefined, high: timed ? high.map((value, i) => value ?? y[i]) : undefined,
-      };
+      const from = last ? Math.max(0, series.x.length - last) : 0;
+      const runs = [];
+      for (let i = from; i < series.x.length; i += 1) {
+        const value = series[metric][i];
+        if (value === null) continue;
+        const isTime = metric === "ms" && series.low[i] !== null && series.high[i] !== null;
+        runs.push({
+          x: series.x[i], y: value * factor, low: isTime ? series.low[i] : value * factor, high: isTime ? series.high[i] : value * factor,
+          name: series.name, when: new Date(series.x[i]).toISOString().slice(0, 16).replace("T", " "), value: said(value),
+          interval: isTime ? `${number(series.low[i])} to ${number(series.high[i])} ms` : "-", commit: series.commit[i], mark: series.mark[i],
+        });
+      }
+      return { series, style, runs };
     });
   }
 
-  // What is said of a run: made for those that are asked for, since a page of words costs more than the chart.
-  function wordsOf({ series, at }, place) {
-    const [i, metric] = [at[place], byId("metric").value];
-    const timed = metric === "ms" && series.low[i] !== null && series.high[i] !== null;
-    const { x, commit } = chosenGroup();
-    return {
-      when: new Date(x[series.run[i]]).toISOString().slice(0, 16).replace("T", " "), name: series.name, value: UNITS[metric][1](series[metric][i]),
-      interval: timed ? `${number(series.low[i])} to ${number(series.high[i])} ms` : "-", commit: commit[series.run[i]], mark: series.mark[i] ?? "",
+  function showHistory() {
+    const shown = visibleRuns();
+    const runs = shown.flatMap(({ style, runs: own }) => own.map((run) => ({ ...run, color: colour(`s${style.index}`), marker: style.marker })));
+    const column = (rows, names) => Object.fromEntries(names.map((name) => [name, rows.map((row) => row[name])]));
+    const said = runs.map((run) => ({ ...run, said: { slower: "▲ marked slower", faster: "▼ marked faster", "": "" }[run.mark] }));
+    describe(shown, runs);
+    fillTable(runs);
+    drawHistory = () => {
+      sources.points.data = column(said, ["x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"]);
+      sources.lines.data = {
+        xs: shown.map(({ runs: own }) => own.map((run) => run.x)), ys: shown.map(({ runs: own }) => own.map((run) => run.y)),
+        color: shown.map(({ style }) => colour(`s${style.index}`)), dash: shown.map(({ style }) => DASHES[style.dash]),
+      };
+      const marked = runs.filter((run) => run.mark);
+      sources.marks.data = {
+        x: marked.map((run) => run.x), y: marked.map((run) => run.y), color: marked.map((run) => colour(run.mark)),
+        marker: marked.map((run) => (run.mark === "slower" ? "triangle" : "inverted_triangle")),
+      };
+      yAxis.axis_label = UNITS[byId("metric").value][0];
     };
+    if (sources.points) drawHistory(); // the chart comes a moment after the page
   }
 
-  function tipOf(line, place) {
-    const run = wordsOf(line, place);
-    const interval = run.interval === "-" ? "" : ` (${run.interval})`;
-    return [run.name, `${run.value}${interval}`, `${run.when}, commit ${run.commit}`, ...(run.mark ? [`${SIGNS[run.mark]} marked ${run.mark}`] : [])];
-  }
-
-  function showHistory(keeps) {
-    visible = visibleLines();
-    historyChart.axes.y.label = UNITS[byId("metric").value][0];
-    historyChart.show(visible, keeps);
-    describe();
-    if (byId("history-table").open) fillTable();
-  }
-
-  function describe() {
-    const group = chosenGroup();
-    const marks = visible.flatMap((line) => line.mark);
-    const [slower, faster] = ["slower", "faster"].map((word) => marks.filter((mark) => mark === word).length);
-    const words = [`${group.note}.`, `${marks.length === 1 ? "1 result" : `${whole.format(marks.length)} results`} shown, ${slower} marked slower (▲), ${faster} faster (▼).`];
+  function describe(shown, runs) {
+    const group = data.history[Number(byId("case").value)];
+    const thinned = shown.filter(({ series }) => series.runs > series.x.length);
+    const [slower, faster] = ["slower", "faster"].map((word) => runs.filter((run) => run.mark === word).length);
+    const words = [`${group.note}.`, `${runs.length === 1 ? "1 result" : `${whole.format(runs.length)} results`} shown, ${slower} marked slower (▲), ${faster} faster (▼).`];
+    for (const { series } of thinned) {
+      words.push(`${series.name}: ${whole.format(series.x.length)} of ${whole.format(series.runs)} runs, the fastest and the slowest of each stretch and all that are marked.`);
+    }
     if (group.leftOut) words.push(`${whole.format(group.leftOut)} older series are left out.`);
     byId("history-note").textContent = words.join(" ");
-    historyChart.canvas.setAttribute("aria-label", `Chart of runs over time: ${group.label}, ${byId("phase").value}, ${UNITS[byId("metric").value][0]}`);
+    byId("history-chart").setAttribute("aria-label", `Chart of runs over time: ${group.label}, ${byId("phase").value}, ${UNITS[byId("metric").value][0]}`);
   }
 
-  function fillTable() {
-    const runs = visible.flatMap((line) => line.x.map((x, place) => ({ x, line, place })));
-    const newest = runs.sort((a, b) => b.x - a.x).slice(0, TABLE_ROWS).map(({ line, place }) => wordsOf(line, place));
+  function fillTable(runs) {
+    const newest = [...runs].sort((a, b) => b.x - a.x).slice(0, TABLE_ROWS);
     const table = byId("history-table").querySelector("table");
     table.caption.textContent = newest.length < runs.length ? `The newest ${newest.length} of ${number(runs.length)}` : "All runs of the chart";
     table.tBodies[0].replaceChildren(...newest.map((run) => {
       const row = make("tr");
       row.append(make("td", run.when), make("th", run.name, { scope: "row" }), make("td", run.value, { class: "num" }), make("td", run.interval, { class: "num" }), make("td", run.commit));
       const mark = make("td");
-      if (run.mark) mark.append(make("span", `${SIGNS[run.mark]} ${run.mark}`, { class: `mark ${run.mark}` }));
+      if (run.mark) mark.append(make("span", `${run.mark === "slower" ? "▲" : "▼"} ${run.mark}`, { class: `mark ${run.mark}` }));
       row.append(mark);
       return row;
     }));
   }
 
   function startHistory() {
-    historyChart = new Chart(byId("history-chart"), "", { x: { kind: "time" }, y: {} }, tipOf);
+    if (!data.historyChart) return;
     byId("case").append(...data.history.map((group, index) => make("option", group.label, { value: index })));
     for (const id of ["case", "phase"]) byId(id).addEventListener("change", () => { buildLegend(); showHistory(); });
-    for (const id of ["metric", "span"]) byId(id).addEventListener("change", () => showHistory());
-    byId("history-table").addEventListener("toggle", () => { if (byId("history-table").open) fillTable(); });
+    for (const id of ["metric", "span"]) byId(id).addEventListener("change", showHistory);
     if (!chosenSeries().length) byId("phase").value = "training";
     buildLegend();
     showHistory();
-    historyChart.drawn.then(() => { document.documentElement.dataset.chartMs = Math.round(performance.now()); });
   }
 
-  function startRing() {
-    const axes = {
-      x: { kind: "log", label: "ranks that share the sequence", ticks: data.ring.ranks, written: whole.format },
-      y: { kind: "log", label: "bytes of the busiest rank", written: bytes },
-    };
-    const words = ({ name, x, y }, i) => [name, `${whole.format(x[i])} ranks, ${whole.format(y[i])} bytes`];
-    const label = byId("ring-chart").dataset.label;
-    ringChart = new Chart(byId("ring-chart"), label, axes, words);
-    ringChart.show(data.ring.lines);
-    document.querySelectorAll("#ring-legend .swatch").forEach((node, index) => {
-      const line = data.ring.lines[index];
-      node.append(swatch(index, line.marker, line.dash));
-    });
+  function fillHistory(root) {
+    for (const model of root.references()) {
+      if (model.type === "ColumnDataSource" && model.name) sources[model.name] = model;
+      if (model.type === "LinearAxis") yAxis = model;
+    }
+    drawHistory();
   }
 
   function startPicture(svg) {
@@ -222,10 +252,36 @@
     document.querySelectorAll(".needs-script").forEach((node) => { node.hidden = false; });
     document.querySelectorAll(".without-script").forEach((node) => { node.hidden = true; });
     document.querySelectorAll(".map").forEach(startPicture);
-    if (data.history.length) startHistory();
-    if (data.ring) startRing();
+    document.querySelectorAll("#ring-legend .swatch").forEach((node) => node.append(swatch(node.dataset.series, node.dataset.marker, node.dataset.dash)));
+    startHistory();
     document.documentElement.dataset.readyMs = Math.round(performance.now());
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => [historyChart, ringChart].forEach((chart) => chart?.draw()));
+    requestAnimationFrame(() => setTimeout(drawCharts));
+  }
+
+  // The library is the larger part of the page. It waits in its element until everything else can be seen and used; the
+  // ring's chart waits until one scrolls near it, or prints.
+  async function drawCharts() {
+    if (!byId("library")) return;
+    document.head.append(make("script", byId("library").textContent));
+    Bokeh.set_log_level("error");
+    if (data.historyChart) await embed(data.historyChart, "history-chart", fillHistory);
+    document.documentElement.dataset.chartMs = Math.round(performance.now());
+    if (data.ringChart) whenNear(byId("ring-chart"), () => embed(data.ringChart, "ring-chart", () => undefined));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+      charts.forEach(paint);
+      if (data.historyChart) showHistory();
+    });
+  }
+
+  function whenNear(node, act) {
+    const watch = new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) once(); }, { rootMargin: "600px" });
+    const once = () => {
+      watch.disconnect();
+      removeEventListener("beforeprint", once);
+      act();
+    };
+    watch.observe(node);
+    addEventListener("beforeprint", once);
   }
 
   start();

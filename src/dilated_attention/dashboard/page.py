@@ -1,6 +1,6 @@
-"""The page: what was gathered, through a template that escapes every value, with a script that the page vouches for.
+"""The page: what was gathered, through a template that escapes every value, with scripts that the page vouches for.
 
-The policy in the page's head names the hash of that script, so another that came in with a value would not run, and
+The policy in the page's head names the hash of each script, so a script that came in with a value would not run, and
 it allows no connection. Data are JSON in an element that no browser runs.
 """
 
@@ -60,10 +60,12 @@ def render(gathered: Gathered) -> str:
     shown, left_out = group_runs(gathered.history or ())
     data: dict[str, Any] = {
         "history": [view.group_data(group) for group in shown],
-        "ring": charts.ring_data(gathered.rings),
+        "historyChart": charts.history_chart() if shown else None,
+        "ringChart": charts.ring_chart(gathered.rings) if any(ring.cost for ring in gathered.rings) else None,
         "pictures": [item.to_dict() for item in gathered.pictures if not isinstance(item, tuple)],
     }
-    script = "\n".join(map(_text, ("ticks.js", "chart.js", "page.js")))
+    library = charts.library() if data["historyChart"] or data["ringChart"] else ""
+    script = _text("page.js")
     environment = Environment(
         loader=PackageLoader(__package__ or "", "."),
         autoescape=True,
@@ -77,8 +79,9 @@ def render(gathered: Gathered) -> str:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=VERSION,
         style=Markup(_text("page.css")),
+        library=Markup(library),
         script=Markup(script),
-        script_hash=_hash(script),
+        hashes=[_hash(text) for text in (library, script) if text],
         data=htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":")),
         ring_lines=charts.RING_LINES,
         ring_bytes=charts.ring_bytes,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Final, Literal, TypeAlias
 
 import attrs
@@ -22,6 +23,7 @@ RULE: Final = (
     f"earlier runs of the same case, phase, backend, machine and versions, of which the last {REFERENCE_RUNS} count; "
     "it is marked faster when it lies below all of them. A first run has nothing to be compared with."
 )
+THIN_RUNS: Final = 400
 MAX_GROUPS: Final = 100
 MAX_SERIES: Final = 40
 _NAME_LENGTH: Final = 80
@@ -152,6 +154,24 @@ def newest(group: Group) -> list[Series]:
     for series in group.series:  # the newest first
         last.setdefault((series.backend, series.phase, series.peer), series)
     return sorted(last.values(), key=lambda series: (series.phase, series.peer, series.points[-1].result.median_ms))
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """At most `THIN_RUNS` of a longer series, besides all marked ones.
+
+    The series is cut into stretches with as many runs each; a stretch keeps its fastest and its slowest run, so no
+    peak is lost, and the series its first and last.
+    """
+    if len(points) <= THIN_RUNS:
+        return list(points)
+    kept = {0, len(points) - 1} | {index for index, point in enumerate(points) if point.mark}
+    stretches = THIN_RUNS // 2 - 1
+    bounds = [len(points) * i // stretches for i in range(stretches + 1)]
+    for low, high in pairwise(bounds):
+        stretch = range(low, high)
+        kept.add(min(stretch, key=lambda index: points[index].result.median_ms))
+        kept.add(max(stretch, key=lambda index: points[index].result.median_ms))
+    return [points[index] for index in sorted(kept)]
 
 
 def _workload_of(result: Result) -> tuple[int, int, str, bool]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import attrs
 
 from ..core.explain import amount, counted
-from .series import Group, Point, Series, moment, newest, short
+from .series import Group, Point, Series, moment, newest, short, thin
 
 LATEST_ROWS: Final = 150
 MARKED_ROWS: Final = 100
@@ -85,17 +85,12 @@ def run_rows(groups: Iterable[Group]) -> list[tuple[Group, Series, Point]]:
 
 
 def group_data(group: Group) -> dict[str, Any]:
-    """What the script needs of a group; what the series of a run share stands once, and `run` says which run it is."""
-    runs = {id(point.run): point for series in group.series for point in series.points}
-    ordered = sorted(runs.values(), key=lambda point: moment(point.run.when))
-    place = {id(point.run): index for index, point in enumerate(ordered)}
+    """What the script needs of a group."""
     return {
         "label": f"{short(group.case)} · {short(group.machine)}",
         "note": group.workload,
         "leftOut": group.left_out,
-        "x": [round(moment(point.run.when) * 1000) for point in ordered],
-        "commit": [commit_words(point) for point in ordered],
-        "series": [_series_data(series, place) for series in group.series],
+        "series": [_series_data(series) for series in group.series],
     }
 
 
@@ -139,29 +134,30 @@ def _row(series: Series, slowest: float, largest: float) -> Row:
     )
 
 
-def _series_data(series: Series, place: dict[int, int]) -> dict[str, Any]:
-    points = series.points
-    results = [point.result for point in points]
+def _series_data(series: Series) -> dict[str, Any]:
+    kept = thin(series.points)
+    results = [point.result for point in kept]
     return {
         "name": short(series.backend),
         "phase": series.phase,
         "peer": series.peer,
         "versions": short(series.versions),
-        "run": [place[id(point.run)] for point in points],
+        "runs": len(series.points),
+        "x": [round(moment(point.run.when) * 1000) for point in kept],
         "ms": [_drawn(result.median_ms) for result in results],
         "low": [_drawn(result.low_ms) for result in results],
         "high": [_drawn(result.high_ms) for result in results],
         "tflops": [_drawn(result.tflops) for result in results],
         "floor": [_drawn(result.floor_share) for result in results],
         "memory": [_drawn(result.peak_bytes) for result in results],
-        "peerRatio": [_drawn(point.speedup) for point in points],
-        "mark": {index: point.mark for index, point in enumerate(points) if point.mark},
+        "peerRatio": [_drawn(point.speedup) for point in kept],
+        "mark": [point.mark for point in kept],
+        "commit": [commit_words(point) for point in kept],
     }
 
 
 def _drawn(value: float | None) -> float | None:
     """The value to six digits, or None where no axis could show it."""
     if value is None or not (_DRAWN[0] <= value <= _DRAWN[1]):
-        return 0 if value == 0 else None
-    rounded = float(f"{value:.6g}")
-    return int(rounded) if rounded.is_integer() else rounded
+        return 0.0 if value == 0 else None
+    return float(f"{value:.6g}")
