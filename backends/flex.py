@@ -21,7 +21,7 @@ from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .flex_tables import FlexTables, ScoreMod, table_bytes
 from .libraries import checked_options
-from .recording import recording
+from .recording import of_part, recording
 
 if TYPE_CHECKING:
     from ..core.kernel import LayoutPiece
@@ -144,10 +144,6 @@ class FlexKernel:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
-        if query.numel() == 0 or key.numel() == 0:
-            batch, length, heads, _ = query.shape
-            lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=query.device)
-            return torch.zeros_like(query), lse
         with torch.no_grad():
             out, lse = self._attend(_compact(query), _compact(key), _compact(value), piece)
         return out.transpose(1, 2).to(query.dtype), lse.to(torch.float32)
@@ -165,15 +161,18 @@ class FlexKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`; computes the forward again and differentiates it."""
-        if query.numel() == 0 or key.numel() == 0:
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with recording():
             # Leaves as they are compiled for: a compiler looks for the gradient of whatever records one.
             leaves = [_compact(x.detach()).requires_grad_() for x in (query, key, value)]
             results = self._attend(leaves[0], leaves[1], leaves[2], piece)
-            used = results[:1] if dlse is None else results
-            upstream = [dout.transpose(1, 2)] if dlse is None else [dout.transpose(1, 2), dlse.to(results[1].dtype)]
-            dq, dk, dv = (x.transpose(1, 2) for x in torch.autograd.grad(used, leaves, upstream))
+            upstream: tuple[Tensor, Tensor | None] = (dout, dlse)
+            if piece.is_part:
+                part, part_lse = (x.detach() for x in results)
+                upstream = of_part(dout, dlse, out, lse, part.transpose(1, 2), part_lse)
+            turned = (upstream[0].transpose(1, 2), upstream[1])
+            used = [(x, grad.to(x.dtype)) for x, grad in zip(results, turned, strict=True) if grad is not None]
+            found = torch.autograd.grad([x for x, _ in used], leaves, [grad for _, grad in used])
+            dq, dk, dv = (x.transpose(1, 2) for x in found)
         return dq, dk, dv
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,7 @@ FLEX = BackendSpec(
         "device_types": ("cuda",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
+        "context_parallel": True,
     },
     requires=("triton>=3.4",),
 )

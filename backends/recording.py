@@ -1,4 +1,4 @@
-"""Autograd inside an operator, for backends whose backward is that of a forward computed again."""
+"""For backends whose backward is that of a forward computed again: autograd inside an operator, and parts of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -18,3 +19,19 @@ def recording() -> Iterator[None]:
         torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
     ):
         yield
+
+
+def of_part(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of whole rows' `out` and `lse` to those of a part of them (`LayoutPiece.is_part`).
+
+    out = sum_i c_i out_i with c_i = exp(lse_i - lse), so d out / d out_i = c_i and d out / d lse_i = c_i (out_i - out).
+    Both come in the wider of the dtypes of the part's out and lse.
+    """
+    wide = torch.promote_types(part.dtype, part_lse.dtype)
+    dout, out, lse, part, part_lse = (x.to(wide) for x in (dout, out, lse, part, part_lse))
+    share = torch.exp(part_lse - lse).nan_to_num(nan=0.0)  # -inf less -inf: a row without keys
+    through_share = (dout * (part - out)).sum(-1).transpose(1, 2)
+    dlse = through_share if dlse is None else through_share + dlse.to(wide)
+    return dout * share.transpose(1, 2)[..., None], share * dlse

@@ -12,7 +12,7 @@ from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.reference import attention, mask_bytes
 from ..core.refusal import Refusal
-from .recording import recording
+from .recording import of_part, recording
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class ReferenceKernel:
             results = self._attention(q, k, v, piece)
         upstream = (dout.to(torch.float64), None if dlse is None else dlse.to(torch.float64))
         if piece.is_part:
-            upstream = _of_part(*upstream, out, lse, *(x.detach() for x in results))
+            upstream = of_part(*upstream, out, lse, *(x.detach() for x in results))
         used = [(x, grad) for x, grad in zip(results, upstream, strict=True) if grad is not None]
         dq, dk, dv = torch.autograd.grad([x for x, _ in used], (q, k, v), [grad for _, grad in used])
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
@@ -121,16 +121,3 @@ class ReferenceKernel:
                 f"the reference backend needs {needed:,} bytes for the dense mask of {geometry.q_len:,} queries and "
                 f"{geometry.kv_len:,} keys, allowed are {self.max_mask_bytes:,}; {_REMEDY}"
             )
-
-
-def _of_part(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """From the gradients of whole rows' `out` and `lse` to those of a part of them, in float64.
-
-    out = sum_i c_i out_i with c_i = exp(lse_i - lse), so d out / d out_i = c_i and d out / d lse_i = c_i (out_i - out).
-    """
-    share = torch.exp(part_lse - lse).nan_to_num(nan=0.0)  # -inf less -inf: a row without keys
-    through_share = (dout * (part - out)).sum(-1).transpose(1, 2)
-    dlse = through_share if dlse is None else through_share + dlse
-    return dout * share.transpose(1, 2)[..., None], share * dlse

@@ -268,7 +268,7 @@ def _exchange_bytes(case: Case) -> Row:
     return Row(
         option="`Limits.exchange_buffer_bytes` too small (1 byte)", measured="`preflight` of 4 ranks",
         without=lambda: simulate(2 << 30), chosen=lambda: simulate(1), memory=(simulate(2 << 30), simulate(1)),
-        note="memory: most that a rank receives forward; times of a ring: `benchmarks.ring`",
+        note="memory: most that a rank receives forward; times of a ring: `bench --scaling`",
     )  # fmt: skip
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from .block_product import BlockProduct
 from .cache import ByteLRU
-from .composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
+from .composer import Composer, delta_of, merge_, widen_rows
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables, dynamic_pairs
+from .empty import empty_gradients, empty_results
 from .errors import ConfigError
 from .geometry import Geometry
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
@@ -168,7 +169,7 @@ class Engine:
         if self._learned is not None:
             return _Program(Layout(self._learned, geometry, (), None), Schedule((), 0))
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        if isinstance(self._layout_kernel, Prepares):
+        if isinstance(self._layout_kernel, Prepares) and layout.pairs:
             self._layout_kernel.prepare(layout, device)
         return _Program(layout, Schedule((), 0))
 
@@ -268,14 +269,12 @@ class Engine:
         seed: Tensor | None,
         tables: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if not (program.pairs and query.numel()):
+            return empty_results(query)
         if self._layout_kernel is not None:
             out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
         assert self._composer is not None
-        if query.numel() == 0 or key.numel() == 0:
-            lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-            lse = torch.full(lse_shape, -math.inf, dtype=accumulator_dtype(query.dtype), device=query.device)
-            return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
         if program.blocks is None:
             out, lse = self._composer.forward(query, key, value, program.schedule)
         else:
@@ -311,11 +310,11 @@ class Engine:
             batch, q_len, _, _ = query.shape
             program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
             bound = program if tables is None else program.bound(tables)
-            if self._layout_kernel is not None:
+            if not (program.pairs and query.numel()):
+                dq, dk, dv = empty_gradients(query, key, value)
+            elif self._layout_kernel is not None:
                 piece = self._piece(bound, seed, tables)
                 dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
-            elif query.numel() == 0 or key.numel() == 0:
-                dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
             else:
                 dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()

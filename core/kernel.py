@@ -1,7 +1,8 @@
 """What a backend hands to core: a kernel for dense pieces, or one for whole layouts.
 
 Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim. Tensors may be strided
-views; only their last dimension is contiguous.
+views; only their last dimension is contiguous. No tensor is empty: what has no pairs of queries and keys never reaches
+a kernel.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ..core.kernel import LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
 from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
+from .empty_piece import EmptyPiece
 from .plan import RankPlan
 
 
@@ -64,7 +65,9 @@ class Compute:
             return self._whole(self.layout_kernel, Layout(pattern, blocks.geometry, (), blocks))
         return ComposedPiece(self, Schedule((), 0), self._product(blocks), blocks.pairs)
 
-    def _whole(self, kernel: LayoutKernel, layout: Layout) -> WholePiece:
+    def _whole(self, kernel: LayoutKernel, layout: Layout) -> Piece:
+        if not layout.pairs:
+            return EmptyPiece()
         if isinstance(kernel, Prepares):
             kernel.prepare(layout, self.device)
         scale, deterministic = self.composer.scale, self.composer.deterministic

@@ -27,6 +27,7 @@ from ..core.ops import no_second_derivative, without_autocast
 from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, Merged, RankProgram, mergeable
+from .empty_piece import EmptyPiece
 from .hops import HopProgram, hop_backward, hop_forward
 from .plan import plan_rank
 from .ring_kernel import RingKernel
@@ -54,6 +55,11 @@ class _Program:
     @pairs.default
     def _count_pairs(self) -> int:
         return sum(part.pairs for part in (self.selective, self.hops) if part is not None)
+
+    def without_rows(self) -> _Program:
+        """The same for a batch of 0, whose rows fit any buffer: ranks agree on the pass, and no kernel is asked."""
+        assert self.selective is not None
+        return attrs.evolve(self, selective=attrs.evolve(self.selective, local=EmptyPiece(), stages=()))
 
     @property
     def nbytes(self) -> int:
@@ -170,11 +176,11 @@ class RingEngine(Engine):
         row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
         hops, sent = self._judge(shards, limits.exchange_buffer_bytes // max(1, row_bytes))
         key = (length, hops, device)
-        known = self.rings.get(key)
-        if known is not None:
-            return known
-        with span(self.range_name("lower")):
-            return self.rings.get_or_make(key, lambda: self._make_ring_program(shards, hops, device, sent))
+        found = self.rings.get(key)
+        if found is None:
+            with span(self.range_name("lower")):
+                found = self.rings.get_or_make(key, lambda: self._make_ring_program(shards, hops, device, sent))
+        return found if batch else found.without_rows()
 
     def _judge(self, shards: Shards, allowed: int) -> tuple[bool, tuple[IntArray, ...] | None]:
         """Whether some rank would receive more than `allowed` rows, and `Survey.sent`, where it was found on the way.

@@ -37,7 +37,8 @@ class RankLoad:
         backward_received, backward_sent: bytes of gradients (and, hop by hop, of keys and values again).
         flops: of the forward pass, 4 * head_dim a counted pair; the backward has 2.5 times as many.
         peak_bytes: tensors that the attention holds at the fullest moment of its backward, its inputs and results
-            included, the workspace of its kernels not.
+            included; the workspace of its kernels not, which depends on the backend (core's block product takes up to
+            `Limits.workspace_bytes`).
     """
 
     rank: int
@@ -94,6 +95,7 @@ class Preflight:
             f"the busiest rank computes {self.imbalance:.3f} times the mean\n"
             f"  a forward pass brings at most {max(load.forward_received for load in self.loads):,} bytes to a rank"
             f"{saving or '; all is local;'} a full ring's {self.full_ring_bytes:,}\n"
+            "  peak memory is of the tensors that the attention holds, without the workspace of its kernels\n"
         )
         header = ("rank", "fwd received", "fwd sent", "bwd received", "bwd sent", "fwd FLOP", "peak memory")
         return head + "\n".join(columns([header, *(_cells(load) for load in self._shown())]))

@@ -111,7 +111,8 @@ def test_dense_with_a_negative_scale() -> None:
 
 
 def test_positions_beyond_its_arithmetic_are_an_error() -> None:
-    geometry = Geometry(q_len=4, kv_len=4, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=1 << 29)
+    far = 1 << 29
+    geometry = Geometry(q_len=4, kv_len=4, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=far, kv_offset=far)
     with pytest.raises(ConfigError, match="takes positions below 536,870,912"):
         check_interpreted(LONGNET, geometry)
 

@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
-from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel
+from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel, compiled
 from dilated_attention.backends.flex_tables import FlexTables, ScoreMod, table_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
+from dilated_attention.exchange.shards import Shards
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.specs import Device
 
 from .kernel_kit import PATTERNS, build, check, check_emulated, codes, request, verdict
+from .ring_simulation import worst
 from .support import error, inputs, oracle
 
 WEIGHTED = Dilated(segment_lengths=(128, 256), dilation_rates=(1, 1))  # whole blocks count twice
@@ -95,6 +97,16 @@ def test_offsets_unequal_lengths_and_rows_without_keys() -> None:
                 q_offset=q_offset, kv_offset=kv_offset,
             )  # fmt: skip
             check_emulated(kernel(), geometry, pattern, 8, takes_layout=True)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", CASES, ids=str)
+def test_a_rank_of_a_ring_computes_its_own_keys(pattern: Pattern, is_causal: bool) -> None:
+    """Parts of rows, from the results of the whole; rows that have no key of their own among them."""
+    shards = Shards(70, 3, 4, 2, is_causal=is_causal)
+    for batch, through_lse in ((1, False), (2, True)):
+        found = worst(pattern, shards, batch=batch, through_lse=through_lse, kernel=kernel(), dtype=torch.float32)
+        assert found < 1e-5
 
 
 def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
@@ -221,3 +233,16 @@ def test_many_lengths_and_offsets_on_the_card() -> None:
     for q_len in (1, 77, *range(100, 1100, 100)):  # more than the compiler would compile one function for
         geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
         check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [Local(window_size=70), Random(blocks_per_row=2, block_size=32, seed=7)], ids=str)
+def test_a_rank_computes_its_own_keys_on_the_card(pattern: Pattern, is_causal: bool) -> None:
+    shards = Shards(200, 3, 4, 2, is_causal=is_causal)
+    compiler = FlexKernel("flex", 1 << 30, compiled)
+    found = worst(
+        pattern, shards, batch=2, through_lse=True, kernel=compiler, dtype=torch.float32, head_dim=64, device="cuda"
+    )
+    assert found < 1e-5

@@ -14,16 +14,20 @@ from dilated_attention import (
     ConfigError,
     ContextParallel,
     Dilated,
+    Full,
     Learned,
     NoBackendError,
     build_attention,
     explain,
     rebuild,
 )  # fmt: skip
+from dilated_attention.backends.manifest import FLEX
 from dilated_attention.core.errors import RingBroken
 from dilated_attention.core.plan import AttentionPlan
 from dilated_attention.exchange.mesh import plan_facts
 from dilated_attention.exchange.setup import pauses, with_backoff
+from dilated_attention.registry.capabilities import capability_refusals, make_request
+from dilated_attention.registry.device import describe_device
 
 from .ring_cases import behaviour, perturbed, refusals, regrown
 from .ring_ranks import Ranks
@@ -68,9 +72,12 @@ def test_lengths_devices_patterns_and_backends_that_cannot_be_shared_are_refused
     with pytest.raises(ConfigError, match=r"learned pattern chooses its blocks from the whole sequence"):
         explain(**FIELDS, context_parallel=ring, pattern=Learned(block_size=16, blocks_per_row=2))
     said = "context_parallel: needs parts of a sequence that ranks share (context_parallel.size={}), has none declared"
+    lacking = attrs.evolve(FLEX, capabilities={k: v for k, v in FLEX.capabilities.items() if k != "context_parallel"})
     for size in (4, 1):  # `rebuild` may make one rank several
-        (row,) = (row for row in explain(**FIELDS, context_parallel={"size": size}).rows if row.name == "flex")
-        assert said.format(size) in [str(refusal) for refusal in row.refusals]
+        config = AttentionConfig(**FIELDS, context_parallel=ContextParallel(size=size))
+        request = make_request(config, Full(), describe_device("cpu"))
+        assert said.format(size) in [str(refusal) for refusal in capability_refusals(request, lacking)]
+        assert "context_parallel" not in [refusal.code for refusal in capability_refusals(request, FLEX)]
 
 
 def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> None:

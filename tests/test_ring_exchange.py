@@ -127,6 +127,18 @@ def test_a_kernel_for_whole_layouts_in_bfloat16(ranks: Ranks) -> None:
     assert worst(ranks, config_of(LONGNET, dtype="bfloat16", backend="reference"), 4) < 1e-2
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("budget", [1 << 30, 1], ids=["selective", "hops"])
+def test_ranks_without_pairs_of_their_own_and_batches_of_none(ranks: Ranks, backend: str, budget: int) -> None:
+    """Of 4 ranks with 4 tokens each, two keep no position in any of the 4 heads."""
+    fields = config_of(Dilated((16,), (8,)), seq_len=16, backend=backend, limits=Limits(exchange_buffer_bytes=budget))
+    assert worst(ranks, fields, 4, batch=2, through_lse=True) < 1e-5
+    for (out, lse, *grads), counters in ranks.run(exact, fields | {"pattern": LONGNET + Local(5)}, 4, 0, True):
+        assert (out.shape, lse.shape) == ((0, 4, 4, 8), (0, 4, 4))
+        assert [grad.shape for grad in grads] == [(0, 4, 4, 8)] * 3
+        assert counters["forward_sent"] == counters["backward_sent"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:

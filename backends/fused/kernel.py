@@ -60,9 +60,6 @@ class FusedKernel:
         """As `LayoutKernel.forward`."""
         batch, length, heads, _ = query.shape
         parts = self.parts(piece.layout, query.device)
-        if query.numel() == 0 or key.numel() == 0 or not parts:
-            lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=query.device)
-            return torch.zeros(query.shape, dtype=query.dtype, device=query.device), lse
         if piece.scale < 0:
             query = -query
         merged: tuple[Tensor, Tensor] | None = None
@@ -95,8 +92,6 @@ class FusedKernel:
         batch, _, heads, head_dim = query.shape
         kv_len, kv_heads = key.shape[1:3]
         parts = self.parts(piece.layout, query.device)
-        if query.numel() == 0 or key.numel() == 0 or not parts:
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         stats = _stats(dout, out, lse, dlse)
         scale = abs(piece.scale)
         if piece.scale < 0:

@@ -83,6 +83,7 @@
 
   let sources = {};
   let yAxis = null;
+  let drawHistory = () => undefined; // what was last chosen to be shown
   let off = new Set();
 
   const chosenSeries = () => data.history[Number(byId("case").value)].series
@@ -154,18 +155,20 @@
     const said = runs.map((run) => ({ ...run, said: { slower: "▲ marked slower", faster: "▼ marked faster", "": "" }[run.mark] }));
     describe(shown, runs);
     fillTable(runs);
-    if (!sources.points) return; // the chart comes a moment after the page
-    sources.points.data = column(said, ["x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"]);
-    sources.lines.data = {
-      xs: shown.map(({ runs: own }) => own.map((run) => run.x)), ys: shown.map(({ runs: own }) => own.map((run) => run.y)),
-      color: shown.map(({ style }) => colour(`s${style.index}`)), dash: shown.map(({ style }) => DASHES[style.dash]),
+    drawHistory = () => {
+      sources.points.data = column(said, ["x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"]);
+      sources.lines.data = {
+        xs: shown.map(({ runs: own }) => own.map((run) => run.x)), ys: shown.map(({ runs: own }) => own.map((run) => run.y)),
+        color: shown.map(({ style }) => colour(`s${style.index}`)), dash: shown.map(({ style }) => DASHES[style.dash]),
+      };
+      const marked = runs.filter((run) => run.mark);
+      sources.marks.data = {
+        x: marked.map((run) => run.x), y: marked.map((run) => run.y), color: marked.map((run) => colour(run.mark)),
+        marker: marked.map((run) => (run.mark === "slower" ? "triangle" : "inverted_triangle")),
+      };
+      yAxis.axis_label = UNITS[byId("metric").value][0];
     };
-    const marked = runs.filter((run) => run.mark);
-    sources.marks.data = {
-      x: marked.map((run) => run.x), y: marked.map((run) => run.y), color: marked.map((run) => colour(run.mark)),
-      marker: marked.map((run) => (run.mark === "slower" ? "triangle" : "inverted_triangle")),
-    };
-    yAxis.axis_label = UNITS[byId("metric").value][0];
+    if (sources.points) drawHistory(); // the chart comes a moment after the page
   }
 
   function describe(shown, runs) {
@@ -210,7 +213,7 @@
       if (model.type === "ColumnDataSource" && model.name) sources[model.name] = model;
       if (model.type === "LinearAxis") yAxis = model;
     }
-    showHistory();
+    drawHistory();
   }
 
   function startPicture(svg) {
