@@ -116,6 +116,19 @@ def test_rows_without_keys_give_zero_and_minus_infinity_and_no_gradient() -> Non
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_negative_scale(pattern: Pattern) -> None:
+    """That of the negated queries; aten's kernel for CPUs alone makes NaN of it under causality."""
+    geometry = Geometry(q_len=77, kv_len=61, num_heads=4, num_kv_heads=2, is_causal=True, q_offset=0)
+    tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)
+    attention = build_attention(pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=8, is_causal=True, scale=-0.5)
+    negated = [(-tensors[0] * 0.5 * 8**0.5).detach().requires_grad_(), *tensors[1:]]  # the oracle has the default scale
+    expected = oracle(pattern, negated, geometry, through_lse=True)
+    expected[2] *= -0.5 * 8**0.5
+    for name, a, e in zip(NAMES, ours(attention, tensors, geometry, through_lse=True), expected, strict=True):
+        assert error(a, e) < 1e-5, name
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_values_of_one_give_one(pattern: Pattern) -> None:
     attention = build_attention(pattern=pattern, num_heads=4, head_dim=8, is_causal=True)
     query, key, _ = inputs(Geometry.self_attention(77, 4), batch=1, head_dim=8, dtype=torch.float32)
