@@ -194,8 +194,8 @@ class Composer:
             start = 1
             with span(calls[0].name):
                 first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
-            out = first.reshape(query.shape)
-            lse = first_lse.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
+            out = first.reshape(query.shape).contiguous()  # whatever strides the kernel's results have
+            lse = first_lse.transpose(1, 2).reshape(batch, length, heads).contiguous().transpose(1, 2)
             if len(calls) == 1:
                 return out, lse
             out = out.to(dtype)
@@ -253,7 +253,7 @@ class Composer:
             start = 1
             with span(calls[0].name):
                 grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
-            totals = [grad.reshape(x.shape) for grad, x in zip(grads, inputs, strict=True)]
+            totals = [grad.reshape(x.shape).contiguous() for grad, x in zip(grads, inputs, strict=True)]
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
         else:
