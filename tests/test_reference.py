@@ -72,14 +72,12 @@ def run(tensors: Tensors, pattern: Pattern, geometry: Geometry) -> tuple[Tensor,
 
 
 def test_by_default_the_last_query_stands_at_the_last_key_wherever_that_is() -> None:
-    tensors = inputs(Geometry(q_len=4, kv_len=9, num_heads=2, num_kv_heads=1, is_causal=True))
-    fields = {"pattern": Dilated((3, 7), (1, 2)), "is_causal": True, "kv_offset": 5}
-    expected = attention(*tensors, **fields, q_offset=10)
-    torch.testing.assert_close(attention(*tensors, **fields), expected, rtol=0, atol=0)
-    query, key, value = tensors
-    fast = build_attention(
-        pattern=fields["pattern"], num_heads=2, num_kv_heads=1, head_dim=5, is_causal=True, dtype="float64"
-    )
+    query, key, value = inputs(Geometry(q_len=4, kv_len=9, num_heads=2, num_kv_heads=1, is_causal=True))
+    pattern = Dilated((3, 7), (1, 2))
+    expected = attention(query, key, value, pattern=pattern, is_causal=True, kv_offset=5, q_offset=10)
+    actual = attention(query, key, value, pattern=pattern, is_causal=True, kv_offset=5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    fast = build_attention(pattern=pattern, like=query, num_kv_heads=1, is_causal=True)
     out = fast(query, key, functional.pad(value, (0, 1)), kv_offset=5)
     torch.testing.assert_close(out[..., :-1], expected[0], rtol=1e-12, atol=1e-12)
 
