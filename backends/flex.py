@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.blocking import lower_blocks
 from ..core.errors import ConfigError
@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE: Final = 128
 _REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
-# query, key, value (B, heads, len, D), score_mod, block_mask, scale -> out (B, H, S, D), lse (B, H, S); differentiable
-Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float], tuple[Tensor, Tensor]]
+# Loads of masks would be kept for several stages too, for which shared memory is too small.
+_MASKED: Final[FlexKernelOptions] = {"num_stages": 1}
+# query, key, value (B, heads, len, D), score_mod, block_mask, scale, kernel_options -> out (B, H, S, D), lse (B, H, S);
+# differentiable
+Attend = Callable[
+    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions | None], tuple[Tensor, Tensor]
+]
 
 
 class FlexBackend:
@@ -70,6 +75,7 @@ def attend(
     score_mod: ScoreMod | None,
     block_mask: BlockMask,
     scale: float,
+    options: FlexKernelOptions | None,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; never called as it is, since without a compiler it would form all scores."""
     out, aux = flex_attention(
@@ -79,6 +85,7 @@ def attend(
         score_mod=score_mod,
         block_mask=block_mask,
         scale=scale,
+        kernel_options=options,
         enable_gqa=query_BHSD.shape[1] != key_BKTD.shape[1],
         return_aux=AuxRequest(lse=True),
     )
@@ -172,5 +179,6 @@ class FlexKernel:
         tables, run = self.tables(piece.layout, query.device)
         # Compact, so that other strides compile nothing anew.
         q, k, v = (x.contiguous().transpose(1, 2) for x in (query, key, value))
-        out, lse = run(q, k, v, tables.score_mod, tables.block_mask, piece.scale)
+        options = _MASKED if tables.has_masks else None
+        out, lse = run(q, k, v, tables.score_mod, tables.block_mask, piece.scale, options)
         return out.transpose(1, 2), lse

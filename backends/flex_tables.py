@@ -46,10 +46,12 @@ class FlexTables:
     Attributes:
         block_mask: the lists, with the masks as its mask_mod.
         score_mod: adds the logarithm of how often a pair counts; None where none counts more than once.
+        has_masks: whether the mask_mod reads masks, not only which blocks are listed.
     """
 
     block_mask: BlockMask
     score_mod: ScoreMod | None
+    has_masks: bool
 
     @classmethod
     def of(cls, layout: BlockLayout, device: torch.device) -> FlexTables:
@@ -87,7 +89,7 @@ class FlexTables:
             BLOCK_SIZE=(size, size),
             mask_mod=mask_mod,
         )
-        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None)
+        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None, bool(masked.any()))
 
 
 def _with_weights(layout: BlockLayout) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

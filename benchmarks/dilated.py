@@ -69,7 +69,7 @@ def bare(case: BenchCase, kernel: DenseKernel, inputs: list[Tensor]) -> dict[str
 def measure(case: BenchCase, backend: str, device: str, rounds: int) -> list[dict[str, object]]:
     """Interleaved medians, and the ratio of each to ours."""
     gate = Gate(case, device, random_inputs(case.shape, case.dtype, device))
-    found = list(ours(gate, [backend], lambda line: print(line, file=sys.stderr)))
+    found = ours(gate, [backend], lambda line: print(line, file=sys.stderr))
     if not found or found[0].kernel not in _KERNELS:
         sys.exit("\n".join(gate.failures) or f"{backend} does not run {case.name} on a kernel of aten's")
     kernel = _KERNELS[found[0].kernel]

@@ -68,6 +68,15 @@ def wrong_when_long(case: BenchCase, device: str) -> Peer:
     return Peer("wrong when long", attend)
 
 
+def failing(case: BenchCase, device: str) -> Peer:
+    """Asks for more memory than there is."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query.new_empty(1 << 60)
+
+    return Peer("failing", attend)
+
+
 def ring_figures(settings: str) -> dict[str, Any]:
     """What one of two real ranks measures for `--scaling`."""
     from dilated_attention.bench.ring_worker import run

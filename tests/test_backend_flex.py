@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
 from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel
@@ -36,7 +36,13 @@ def listed(counts: Tensor | None, indices: Tensor | None, columns: int) -> Tenso
 
 
 def dense_attend(
-    query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None, mask: BlockMask, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None,
+    mask: BlockMask,
+    scale: float,
+    options: FlexKernelOptions | None,
 ) -> tuple[Tensor, Tensor]:
     """What FlexAttention documents, over all pairs: only listed blocks, masks in those of the first list."""
     q_len, kv_len, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -116,6 +122,8 @@ def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> 
     assert full is not None
     assert int(full.sum()) == 8
     assert local.score_mod is None
+    assert local.has_masks
+    assert not tables(Random(density=0.5, block_size=128), Geometry.self_attention(1024, 2)).has_masks
     weighted = tables(WEIGHTED, geometry)
     assert weighted.score_mod is not None
     layout = lower_blocks(WEIGHTED, geometry, block_size=BLOCK_SIZE)

@@ -114,6 +114,7 @@ def test_a_terminal_gets_a_table_that_is_not_cut(
             "FAILED tiny, wrong: dk is off the float64 oracle by 1.0e-02 at 64 tokens, allowed is 1e-05: no times",
         ),
         ("wrong_when_long", "FAILED tiny, wrong when long: differs from sdpa by 1.0e-02 at 256 tokens, allowed is"),
+        ("failing", "FAILED tiny, failing: RuntimeError: "),
     ],
 )
 def test_what_is_wrong_gets_no_time(invoke: Invoke, peer: str, said: str) -> None:

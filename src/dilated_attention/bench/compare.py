@@ -208,7 +208,7 @@ def _gated(case: BenchCase, settings: CompareSettings) -> list[str]:
     """What of the new code is not right."""
     gate = Gate(case, settings.device, random_inputs(case.shape, case.dtype, settings.device))
     notes: list[str] = []
-    return [] if list(ours(gate, [settings.backend], notes.append)) else gate.failures or notes
+    return [] if ours(gate, [settings.backend], notes.append) else gate.failures or notes
 
 
 def _prepared(case: BenchCase, settings: CompareSettings, workers: Sequence[WorkerProcess]) -> list[str] | None:

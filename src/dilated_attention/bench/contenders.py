@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import attrs
@@ -88,6 +89,15 @@ class Gate:
             self._truths[pattern] = truth(self.small_inputs(), pattern, is_causal=self.case.is_causal)
         return self._truths[pattern]
 
+    @contextmanager
+    def reporting(self, name: str) -> Iterator[None]:
+        """A kernel that raises (no memory, no compilation) is a failure of its own; the others go on."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).strip().partition("\n")[0]
+            self.failures.append(f"{self.case.name}, {name}: {type(error).__name__}: {said}: no times")
+
     def error(self, name: str, attend: Attend, pattern: Pattern, *, gradients: bool = True) -> float | None:
         """How far `attend` is from the oracle; None, and a line among the failures, where that is too far."""
         inputs = self.small_inputs()
@@ -146,46 +156,56 @@ def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callab
         note(f"{case.name}: refused by {', '.join(refused)} (`dilated-attention explain` says why)")
 
 
-def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> Iterator[Contender]:
+def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> list[Contender]:
     """Our backends, as `candidates` names them, that pass the gate."""
     case, device = gate.case, gate.device
-    fastest = math.inf
+    fastest, found = math.inf, list[Contender]()
     for name in dict.fromkeys(names):
         backend, _, kernel = name.partition(":")
         plan = explain(case.config(backend, kernel, device=device))
         if plan.backend is None:
             note(f"{case.name}: {name} refuses: {_reasons(plan, backend)}")
             continue
-        error = gate.error(name, _attend(case.small(), backend, kernel, device), case.gate_pattern)
-        if error is None:
-            continue
-        attention = build_attention(case.config(backend, kernel, device=device))
-        contender = _contender(gate, backend, plan.kernel, attention, error, plan)
-        if not gate.agrees(name, contender.forward()):
-            continue
-        taken = milliseconds(contender.forward, device.partition(":")[0])
-        fastest = min(fastest, taken)
-        if taken > max(_SLOW_MS, _SLOWER * fastest):
-            note(f"{case.name}: {name} left out: {taken / fastest:.0f} times as long as the fastest before it")
-            continue
-        yield attrs.evolve(contender, can_be_captured=contender.can_be_captured and taken < _LAUNCHES_MATTER_MS)
+        with gate.reporting(name):
+            error = gate.error(name, _attend(case.small(), backend, kernel, device), case.gate_pattern)
+            if error is None:
+                continue
+            attention = build_attention(case.config(backend, kernel, device=device))
+            contender = _contender(gate, backend, plan.kernel, attention, error, plan)
+            if not gate.agrees(name, contender.forward()):
+                continue
+            taken = milliseconds(contender.forward, device.partition(":")[0])
+            fastest = min(fastest, taken)
+            if taken > max(_SLOW_MS, _SLOWER * fastest):
+                note(f"{case.name}: {name} left out: {taken / fastest:.0f} times as long as the fastest before it")
+                continue
+            found.append(
+                attrs.evolve(contender, can_be_captured=contender.can_be_captured and taken < _LAUNCHES_MATTER_MS)
+            )
+    return found
 
 
 def admitted(gate: Gate, peer: Peer, make: PeerMaker) -> Contender | None:
     """The peer, where it passes the gate."""
     case = gate.case
-    small = make(case.small(), gate.device)
-    if small is None:
-        gate.failures.append(f"{case.name}, {peer.name}: does not take the case at {case.gate_len:,} tokens: no times")
-        return None
-    error = gate.error(peer.name, small.attend, peer.computes or case.gate_pattern, gradients=peer.has_exact_gradients)
-    if error is None:
-        return None
-    config = attrs.evolve(case.config("auto", device=gate.device), pattern=peer.computes or case.pattern)
-    contender = _contender(gate, peer.name, peer.kernel, peer.attend, error, explain(config), is_peer=True)
-    if peer.computes is None and not gate.agrees(peer.name, contender.forward(), is_peer=True):
-        return None
-    return contender
+    with gate.reporting(peer.name):
+        small = make(case.small(), gate.device)
+        if small is None:
+            gate.failures.append(
+                f"{case.name}, {peer.name}: does not take the case at {case.gate_len:,} tokens: no times"
+            )
+            return None
+        error = gate.error(
+            peer.name, small.attend, peer.computes or case.gate_pattern, gradients=peer.has_exact_gradients
+        )
+        if error is None:
+            return None
+        config = attrs.evolve(case.config("auto", device=gate.device), pattern=peer.computes or case.pattern)
+        contender = _contender(gate, peer.name, peer.kernel, peer.attend, error, explain(config), is_peer=True)
+        if peer.computes is None and not gate.agrees(peer.name, contender.forward(), is_peer=True):
+            return None
+        return contender
+    return None
 
 
 def _attend(case: BenchCase, backend: str, kernel: str, device: str) -> Attend:

@@ -87,7 +87,7 @@ def measure_case(case: BenchCase, settings: Settings, *, floor_tflops: float) ->
     notes: list[str] = []
     gate = Gate(case, settings.device, random_inputs(case.shape, case.dtype, settings.device))
     names = candidates(case, settings.backends, settings.device, notes.append)
-    found = list(ours(gate, names, notes.append))
+    found = ours(gate, names, notes.append)
     found += _peers(gate, settings, floor_tflops, notes.append)
     if settings.device_type == "cuda":
         found += _graphs(found, case, notes.append)
