@@ -149,8 +149,8 @@ class FlexKernel:
             lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=query.device)
             return torch.zeros_like(query), lse
         with torch.no_grad():
-            out, lse = self._attend(query, key, value, piece)
-        return out.to(query.dtype), lse.to(torch.float32)
+            out, lse = self._attend(_compact(query), _compact(key), _compact(value), piece)
+        return out.transpose(1, 2).to(query.dtype), lse.to(torch.float32)
 
     def backward(
         self,
@@ -168,17 +168,20 @@ class FlexKernel:
         if query.numel() == 0 or key.numel() == 0:
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with recording():
-            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            results = self._attend(q, k, v, piece)
+            # Leaves as they are compiled for: a compiler looks for the gradient of whatever records one.
+            leaves = [_compact(x.detach()).requires_grad_() for x in (query, key, value)]
+            results = self._attend(leaves[0], leaves[1], leaves[2], piece)
             used = results[:1] if dlse is None else results
-            upstream = [dout] if dlse is None else [dout, dlse.to(results[1].dtype)]
-            dq, dk, dv = torch.autograd.grad(used, (q, k, v), upstream)
+            upstream = [dout.transpose(1, 2)] if dlse is None else [dout.transpose(1, 2), dlse.to(results[1].dtype)]
+            dq, dk, dv = (x.transpose(1, 2) for x in torch.autograd.grad(used, leaves, upstream))
         return dq, dk, dv
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         tables, run = self.tables(piece.layout, query.device)
-        # Compact, so that other strides compile nothing anew.
-        q, k, v = (x.contiguous().transpose(1, 2) for x in (query, key, value))
         options = _MASKED if tables.has_masks else None
-        out, lse = run(q, k, v, tables.score_mod, tables.block_mask, piece.scale, options)
-        return out.transpose(1, 2), lse
+        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale, options)
+
+
+def _compact(x: Tensor) -> Tensor:
+    """(B, heads, len, D) as FlexAttention takes it, over compact memory, so that other strides compile nothing anew."""
+    return x.contiguous().transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
 from dilated_attention.backends.fused import launches
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.tiles import Tile, Tiles
+from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.backends.fused.walks import make_tables
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
@@ -50,7 +50,7 @@ def check_interpreted(
     )
     tile = Tile(16, 16, 4, 1)
     name = f"interpreted, bounded from {bound_from}"
-    fused = FusedKernel(name, Tiles(tile, tile, tile, tile), bound_from)
+    fused = FusedKernel(name, TileSizes(Tiles.alike(tile), Tiles.alike(tile)), bound_from)
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
     tensors = [tensors[0].detach().mul(factor).requires_grad_(), *tensors[1:]]
@@ -137,7 +137,7 @@ def test_blocks_with_masks_beside_branches() -> None:
 def test_a_rank_computes_its_own_keys_and_received_blocks(pattern: Pattern, is_causal: bool) -> None:
     """Two ranks, a segment across both; merged with what they receive, it is the whole sequence's attention."""
     tile = Tile(16, 16, 4, 1)
-    kernel = FusedKernel("interpreted", Tiles(tile, tile, tile, tile), NEVER)
+    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)), NEVER)
     shards = Shards(17, 2, 2, 1, is_causal)
     found = worst(pattern, shards, kernel=kernel, takes_staged=True, through_lse=True, dtype=torch.float32, head_dim=16)
     assert found < 1e-5

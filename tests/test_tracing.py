@@ -75,7 +75,7 @@ def test_the_fused_kernel_names_its_launches() -> None:
     tile, cpu = Tile(16, 16, 4, 1), torch.device("cpu")
     layout = lower(LONGNET | Local(9), Geometry.self_attention(256, 2))
     assert layout.blocks is not None
-    tiles = Tiles(tile, tile, tile, tile)
+    tiles = Tiles.alike(tile)
     assert (
         BranchPart(layout.branches, layout.geometry, tiles, cpu, BOUND_FROM).name == "branch w=64 r=1, branch w=128 r=2"
     )

@@ -12,7 +12,7 @@ from ...core.lowering import lower
 from ...core.refusal import Refusal
 from ..libraries import checked_options, labelled
 from .kernel import FusedKernel
-from .tiles import Tiles
+from .tiles import TileSizes
 from .walks import MAX_PERIOD, period_of
 
 MIN_BLOCK: Final = 16  # what a product of tiles takes
@@ -50,5 +50,6 @@ class TritonBackend:
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        tiles = Tiles.of(request.config.head_dim, getattr(torch, request.config.dtype))
+        config = request.config
+        tiles = TileSizes.of(config.head_dim, getattr(torch, config.dtype), is_causal=config.is_causal)
         return FusedKernel(self.pin(request), tiles)

@@ -12,7 +12,7 @@ from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
 from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part
-from .tiles import Tiles, ceil_div, padded
+from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
     from ...core.kernel import LayoutPiece
@@ -32,7 +32,7 @@ class FusedKernel:
         bound_from: from how many pairs a key on `BranchPart` bounds the scores of branches before it attends.
     """
 
-    def __init__(self, name: str, tiles: Tiles, bound_from: int = BOUND_FROM) -> None:
+    def __init__(self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM) -> None:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
@@ -48,9 +48,11 @@ class FusedKernel:
         if device not in known:
             found: list[Part] = []
             if layout.branches:
-                found.append(BranchPart(layout.branches, layout.geometry, self.tiles, device, self._bound_from))
+                found.append(
+                    BranchPart(layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from)
+                )
             if layout.blocks is not None:
-                found.append(BlockPart(layout.blocks, self.tiles, device))
+                found.append(BlockPart(layout.blocks, self.tiles.within(layout.blocks.block_size), device))
             known[device] = tuple(found)
         return known[device]
 

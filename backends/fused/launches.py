@@ -194,7 +194,7 @@ class BlockPart:
     def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device) -> None:
         self.name = f"blocks of {layout.block_size}"
         self._geometry = layout.geometry
-        self._tiles = tiles.within(layout.block_size)
+        self._tiles = tiles
         self._by_rows, self._by_columns = (
             BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
         )

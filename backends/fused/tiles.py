@@ -34,37 +34,65 @@ class Tile:
 
 @attrs.frozen
 class Tiles:
-    """The tiles of the three kernels, and of the forward pass over blocks that are large enough for it."""
+    """The tiles of the three passes."""
 
     forward: Tile
     queries: Tile
     keys: Tile
-    blocks: Tile
 
     @classmethod
-    def of(cls, head_dim: int, dtype: torch.dtype) -> Tiles:
-        """What was fastest on an H100 (docs/performance.md)."""
+    def alike(cls, tile: Tile) -> Tiles:
+        """One tile for all passes."""
+        return cls(tile, tile, tile)
+
+
+@attrs.frozen
+class TileSizes:
+    """The tiles over branches, and those over tables of blocks, which are cut to the block."""
+
+    branches: Tiles
+    blocks: Tiles
+
+    @classmethod
+    def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool) -> TileSizes:
+        """What was fastest on an H100 (docs/performance.md).
+
+        Causal walks are short, so that one loop over each is worth more than sparing masks in another.
+        """
         if dtype == torch.float32:
-            small = Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)
-            return cls(small, small, small, small)
+            small = Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1))
+            return cls(small, small)
         if head_dim <= 64:
             return cls(
-                Tile(64, 64, 4, 3, 128),
-                Tile(64, 32, 4, 4, 128),
-                Tile(64, 32, 4, 3, 168, split=False),
-                Tile(128, 64, 8, 3, 128),
+                Tiles(
+                    Tile(64, 64, 4, 3, 128, split=not is_causal),
+                    Tile(64, 32, 4, 4, 128),
+                    Tile(64, 32, 4, 3, 168, split=False),
+                ),
+                Tiles(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168)),
             )
         if head_dim <= 128:
+            forward = Tile(64, 32, 4, 3, 168, split=False) if is_causal else Tile(128, 32, 8, 3, 128)
             return cls(
-                Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2, 255, split=False), Tile(64, 64, 4, 3)
+                Tiles(forward, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 255, split=False)),
+                Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255)),
             )
-        return cls(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4, 2))
+        large = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
+        return cls(large, large)
 
     def within(self, block: int) -> Tiles:
-        """For a table of blocks of that many positions, which rows and columns have to divide."""
-        forward = self.blocks if self.blocks.rows <= block else self.forward
-        cut = (
-            attrs.evolve(tile, rows=min(tile.rows, block), columns=min(tile.columns, block))
-            for tile in (forward, self.queries, self.keys, forward)
+        """For a table of blocks of that many positions, which rows and columns have to divide.
+
+        Where a block is too small for a tile of blocks, that of branches is cut, which is compiled for fewer rows.
+        """
+
+        def cut(tile: Tile, other: Tile) -> Tile:
+            chosen = tile if tile.rows <= block else other
+            return attrs.evolve(chosen, rows=min(chosen.rows, block), columns=min(chosen.columns, block))
+
+        blocks, branches = self.blocks, self.branches
+        return Tiles(
+            cut(blocks.forward, branches.forward),
+            cut(blocks.queries, branches.queries),
+            cut(blocks.keys, branches.keys),
         )
-        return Tiles(*cut)
