@@ -99,7 +99,7 @@ def require_known(function: Callable[..., Any]) -> None:
     if name == _BOTH:
         parts = _captured(function)["mask_functions"]
         names = [_name(part) for part in parts]
-        if names == [_WINDOW, "causal_mask_function"] or names[0] == _PACKED:
+        if names == [_WINDOW, "causal_mask_function"] or _PACKED in names:  # first, or as in 5.0 last
             for part in parts:
                 if _name(part) != _WINDOW:
                     require_known(part)

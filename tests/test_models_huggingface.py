@@ -190,9 +190,9 @@ def test_packed_documents_are_each_alone() -> None:
         llama(seen, cu_seq_lens_q=ends, cu_seq_lens_k=ends + 1)
 
 
-@pytest.mark.parametrize("kind", ["Persimmon", "GPTBigCode"])
+@pytest.mark.parametrize("kind", ["Llama", "GPTBigCode"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_packed_documents_of_models_that_keep_position_ids_from_their_attention(kind: str, batch: int) -> None:
+def test_packed_documents_whether_or_not_the_attention_is_handed_position_ids(kind: str, batch: int) -> None:
     small = {"n_embd": 32, "n_layer": 2, "n_head": H, "n_positions": 64} if kind == "GPTBigCode" else {}
     mine, seen, lengths = model(kind, **small), tokens(batch), [9, 1, 11]
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(batch, -1)
