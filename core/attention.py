@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checks import require_int
 from .composer import accumulator_dtype
 from .decoding import DecodingCache
-from .documents import check_forms
+from .documents import check_arguments, check_forms
 from .errors import ConfigError
 from .ops import attend, intern, without_autocast
 from .packed import attend_documents, received_in_documents
@@ -126,7 +126,8 @@ class Attention(nn.Module):
             ConfigError: for shapes, dtypes or devices other than those it was built for, for padding within a row's
                 tokens, lengths that do not add up, or a backend that does not declare varlen.
         """
-        device_type = query.device.type
+        check_arguments(query, key, value, q_offset, kv_offset)
+        device_type = self._device_type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
@@ -238,7 +239,8 @@ class Attention(nn.Module):
         Raises:
             ConfigError: as the attention, and for an lse of another shape.
         """
-        if torch.is_autocast_enabled(query.device.type):
+        check_arguments(query, key, lse, q_offset, kv_offset)
+        if torch.is_autocast_enabled(self._device_type):
             query, key = query.to(self._dtype), key.to(self._dtype)
         if self.config.tensor_layout == "bhsd" and query.dim() == key.dim() == 4:
             query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -309,7 +311,8 @@ class Attention(nn.Module):
             ConfigError: tensors that the attention was not built for, a cache of another attention or full, inputs that
                 require gradients, or dropout in training.
         """
-        if torch.is_autocast_enabled(query.device.type):
+        check_arguments(query, key, value)
+        if torch.is_autocast_enabled(self._device_type):
             query, key, value = (x.to(self._dtype) for x in (query, key, value))
         swap = self.config.tensor_layout == "bhsd"
         if swap and query.dim() == key.dim() == value.dim() == 4:

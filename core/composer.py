@@ -133,13 +133,34 @@ def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab
     return _is_stack(call.query, call.segments, query) and _is_stack(call.key, call.segments, key)
 
 
+@attrs.frozen
+class _OfNegatedQueries:
+    """A kernel for the negated queries: what it computes with a scale, `kernel` computes with the opposite one."""
+
+    kernel: DenseKernel
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        return self.kernel.forward(-query, key, value, piece)
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self.kernel.backward(dout, -query, key, value, out, lse, piece)
+        return -dq, dk, dv
+
+
 @attrs.frozen(eq=False)
 class Composer:
     """A dense kernel made to compute schedules.
 
     Attributes:
         kernel: computes one dense piece.
-        scale: factor on q·k.
+        scale: factor on q·k. The kernel only sees positive ones: flash kernels that mask and take maxima before they
+            scale (aten's for CPUs among them) turn masked scores into +inf with a negative one.
         deterministic: passed on to the kernel.
     """
 
@@ -147,11 +168,16 @@ class Composer:
     scale: float
     deterministic: bool
     _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
+    _kernel: DenseKernel = attrs.field(init=False)
 
     @_pieces.default
     def _make_pieces(self) -> tuple[DensePiece, DensePiece]:
-        full = DensePiece(is_causal=False, scale=self.scale, deterministic=self.deterministic)
+        full = DensePiece(is_causal=False, scale=abs(self.scale), deterministic=self.deterministic)
         return full, attrs.evolve(full, is_causal=True)
+
+    @_kernel.default
+    def _make_kernel(self) -> DenseKernel:
+        return self.kernel if self.scale > 0 else _OfNegatedQueries(self.kernel)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """Return out (B, S, H, D), in the accumulator's dtype where pieces were merged, and lse (B, H, S).
@@ -160,7 +186,7 @@ class Composer:
         """
         calls = schedule.calls
         if schedule.is_whole:
-            return self.kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
+            return self._kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
         start = 0
@@ -169,8 +195,8 @@ class Composer:
             start = 1
             with span(calls[0].name):
                 first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
-            out = first.reshape(query.shape)
-            lse = first_lse.transpose(1, 2).reshape(batch, length, heads).transpose(1, 2)
+            out = first.reshape(query.shape).contiguous()  # whatever strides the kernel's results have
+            lse = first_lse.transpose(1, 2).reshape(batch, length, heads).contiguous().transpose(1, 2)
             if len(calls) == 1:
                 return out, lse
             out = out.to(dtype)
@@ -209,7 +235,7 @@ class Composer:
 
     def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
-        out, lse = self.kernel.forward(*views, self._pieces[call.is_causal])
+        out, lse = self._kernel.forward(*views, self._pieces[call.is_causal])
         return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
 
     def backward(
@@ -218,7 +244,7 @@ class Composer:
         """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
         calls = schedule.calls
         if schedule.is_whole:
-            return self.kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
+            return self._kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -228,7 +254,7 @@ class Composer:
             start = 1
             with span(calls[0].name):
                 grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
-            totals = [grad.reshape(x.shape) for grad, x in zip(grads, inputs, strict=True)]
+            totals = [grad.reshape(x.shape).contiguous() for grad, x in zip(grads, inputs, strict=True)]
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
         else:
@@ -272,7 +298,7 @@ class Composer:
         self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse_view = slab.view_lse(lse, call.query)
-        return self.kernel.backward(
+        return self._kernel.backward(
             slab.view(dout, call.query),
             slab.view(query, call.query),
             slab.view(key, call.key),

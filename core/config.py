@@ -22,6 +22,7 @@ from .structure import check_keys, from_mapping, keys_of
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
+_MOST_HEADS: Final = 1 << 16  # the pattern says of each what it sees
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*(:\d+)?")
 # What people coming from torchscale or from a flat configuration pass here; it is the pattern's.
 _DILATED_FIELDS: Final = {
@@ -172,6 +173,8 @@ class AttentionConfig:
     limits: Limits = attrs.field(factory=Limits, validator=_limits)
 
     def __attrs_post_init__(self) -> None:
+        if self.num_heads > _MOST_HEADS:
+            raise ConfigError(f"num_heads must be at most {_MOST_HEADS:,}, got {self.num_heads:,}")
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             raise ConfigError(
@@ -264,7 +267,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"the config file {str(path)!r} is not UTF-8 text: {error.reason}") from error
     try:
         parsed = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except ValueError as error:  # tomllib's and json's decode errors both
+    except (ValueError, RecursionError) as error:  # tomllib's and json's decode errors, and tables in tables in tables
         raise ConfigError(f"the config file {str(path)!r} is malformed: {error}") from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"the config file {str(path)!r} must hold a table of names, got a {type(parsed).__name__}")

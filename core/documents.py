@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import attrs
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
+
+_FARTHEST: Final = 1 << 60  # positions and sums of them fit int64
 
 
 @attrs.frozen
@@ -67,6 +70,20 @@ class Stack:
         )
 
 
+def check_arguments(query: object, key: object, value: object, q_offset: object = None, kv_offset: object = 0) -> None:
+    """Raise `ConfigError` for tensors that are none and offsets that are no positions."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        found = ", ".join(type(x).__name__ for x in (query, key, value))
+        raise ConfigError(f"an attention is called with tensors, got {found}")
+    if q_offset is None and type(kv_offset) is int and kv_offset == 0:  # what nearly every call has
+        return
+    for name, offset in (("q_offset", 0 if q_offset is None else q_offset), ("kv_offset", kv_offset)):
+        if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
+            raise ConfigError(f"{name} is one position for all batch rows, an integer, got {offset!r}")
+        if not -_FARTHEST < offset < _FARTHEST:
+            raise ConfigError(f"{name} must lie between -2**60 and 2**60, got {offset}")
+
+
 def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:
     """Raise `ConfigError` for arguments whose shape or dtype says already that they cannot be honoured.
 
@@ -78,6 +95,9 @@ def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, quer
     """
     if key_padding_mask is not None and cu_seqlens is not None:
         raise ConfigError("give key_padding_mask or cu_seqlens, not both: documents without padding need no mask")
+    for name, given in (("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(given, Tensor | None):
+            raise ConfigError(f"{name} must be a tensor, got {type(given).__name__}; give torch.tensor(...) of it")
     batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:

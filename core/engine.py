@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 import torch
@@ -117,6 +117,9 @@ class Engine:
         identity = repr((plan, config, pattern, origin, takes_layout, has_dlse, sorted(call_axes)))
         self.key = sha256(identity.encode()).hexdigest()
         self._forward_name, self._backward_name = self.range_name("forward"), self.range_name("backward")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an attention is not pickled; save config.to_dict() and state_dict(), and build it anew")
 
     def __deepcopy__(self, memo: dict[int, object]) -> Engine:
         return self

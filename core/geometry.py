@@ -17,8 +17,8 @@ class Geometry:
     """The shape of one attention call, without its data.
 
     Query index i stands at absolute position i + q_offset, key index j at j + kv_offset, for pattern and causality
-    alike. The default q_offset aligns the last query with the last key (kv_len - q_len). A call that holds parts of a
-    sequence says in `whole_len` how long the whole is.
+    alike. The default q_offset, kv_len - q_len, puts the last query at the last key where keys begin at 0. A call that
+    holds parts of a sequence says in `whole_len` how long the whole is.
     """
 
     q_len: int = attrs.field(validator=non_negative_int)

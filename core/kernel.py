@@ -30,7 +30,7 @@ class DensePiece:
 
     Attributes:
         is_causal: query row i sees key rows j <= i; only ever set where the lengths are equal.
-        scale: factor on q·k.
+        scale: factor on q·k, above 0.
         deterministic: the same bits on every run, forward and backward.
     """
 

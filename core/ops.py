@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .composer import accumulator_dtype
+from .transforms import Operators, is_active, transformed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -173,6 +174,7 @@ class _Attend(torch.autograd.Function):
         return (*_gradients(operator if torch.is_grad_enabled() else _attend_backward, ctx, dout, dlse), None)
 
 
+_OPERATORS = Operators("attend", "attend_backward", ("seed", "tables"))
 # What `Function.apply` itself calls. The layers above it serve functorch alone and cost a tiny call 6 us and more.
 _RECORD: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Attend).apply
 
@@ -213,7 +215,8 @@ def attend(
             query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute
         )
         return out, lse
+    if is_active():
+        return transformed(_OPERATORS, query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        record = _Attend.apply if torch._C._are_functorch_transforms_active() else _RECORD
-        return record(query, key, value, (engine, q_offset, kv_offset, seed, tables, recompute))
+        return _RECORD(query, key, value, (engine, q_offset, kv_offset, seed, tables, recompute))
     return engine.forward(query, key, value, q_offset, kv_offset, seed, tables)

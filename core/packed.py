@@ -18,6 +18,7 @@ from .composer import accumulator_dtype
 from .documents import Stack, read_documents
 from .errors import ConfigError
 from .ops import attend_backward_fake, attend_fake, engine_of, no_second_derivative, without_autocast
+from .transforms import Operators, is_active, transformed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -34,6 +35,7 @@ _LIBRARY.define(
 )
 
 Tables = Sequence[Tensor] | None
+_OPERATORS = Operators("attend_documents", "attend_documents_backward", ("seed", "key_padding_mask", "cu_seqlens"))
 
 
 def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -227,15 +229,16 @@ def attend_documents(
         ConfigError: a backend that declares no varlen, or documents that cannot be.
     """
     _check_varlen(engine, key_padding_mask)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_active():
         if gate is not None:
             raise ConfigError(
-                "a learned pattern chooses blocks for each document by itself, which torch.compile cannot trace; call "
-                "it with key_padding_mask or cu_seqlens outside the compiled function"
+                "a learned pattern chooses blocks for each document by itself, which torch.compile and torch.func "
+                "cannot trace; call it with key_padding_mask or cu_seqlens outside the compiled or transformed function"
             )
-        out, lse = torch.ops.dilated_attention.attend_documents.default(
-            query, key, value, seed, key_padding_mask, cu_seqlens, engine.key, recompute
-        )
+        args = (query, key, value, seed, key_padding_mask, cu_seqlens, engine.key, recompute)
+        if not torch.compiler.is_compiling():
+            return transformed(_OPERATORS, *args)
+        out, lse = torch.ops.dilated_attention.attend_documents.default(*args)
         return out, lse
     stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
     tables = _tables(gate, query, key, stacks)

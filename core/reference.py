@@ -62,7 +62,7 @@ def attention(
         pattern: who attends to whom; `Full` by default.
         is_causal: query position p sees key positions q <= p only.
         scale: factor on q·k, 1/sqrt(D) by default.
-        q_offset: absolute position of the first query, T - S by default.
+        q_offset: absolute position of the first query; default: the last query stands at the last key.
         kv_offset: absolute position of the first key.
         whole_len: length of the sequence, where queries and keys are parts of it and others reach further.
         dropout_p: probability with which each counted occurrence is dropped after normalisation; lse is undropped.
@@ -136,7 +136,7 @@ def _geometry(
     (b, s, h, d), (bk, t, k, dk), (bv, tv, kv, _) = shapes
     if not (b == bk == bv and t == tv and k == kv and d == dk):
         raise ConfigError(f"query, key and value do not fit together: {shapes}")
-    offset = t - s if q_offset is None else q_offset
+    offset = kv_offset + t - s if q_offset is None else q_offset
     return Geometry(
         q_len=s, kv_len=t, num_heads=h, num_kv_heads=k, is_causal=is_causal, q_offset=offset, kv_offset=kv_offset
     )

@@ -14,6 +14,8 @@ from ..core.errors import ConfigError
 
 # Where training programs put the state_dict among other things.
 _NESTED = ("model", "state_dict", "module")
+# What torch.load makes of bytes that are no pickle but begin like one.
+_JUNK = (LookupError, TypeError, AttributeError, AssertionError)
 
 
 def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -26,6 +28,8 @@ def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ConfigError: for a file that is missing, damaged, or holds more than tensors where they should be.
     """
+    if not isinstance(source, str | Path | Mapping):
+        raise ConfigError(f"a checkpoint is a file's path or a state_dict, got {source!r} ({type(source).__name__})")
     found = _read_file(Path(source)) if isinstance(source, str | Path) else dict(source)
     for name in _NESTED:
         if isinstance(inner := found.get(name), Mapping):
@@ -50,7 +54,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError, *_JUNK) as error:
         raise _unreadable(path, error) from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(f"the checkpoint {str(path)!r} holds a {type(loaded).__name__}, not a mapping of tensors")

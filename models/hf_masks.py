@@ -1,8 +1,9 @@
-"""The mask function that stands beside our attention in transformers' registry: None or 2-D padding, never N × N.
+"""The mask function that stands beside our attention in transformers' registry: None or two dimensions, never N × N.
 
 transformers describes a mask by a function of (query, key) positions that it composes from known pieces. Causality and
 windows reach the attention by other ways (`is_causal`, `sliding_window`), so all there is to do here is to make sure
-that the function says nothing else, and to cut the padding mask to the keys that there are.
+that the function says nothing else, to cut the padding mask to the keys that there are, and to hand on which tokens are
+packed together.
 
 Shapes: B batch, S query length, T key length as the cache has it, F the filled part of it.
 """
@@ -52,13 +53,17 @@ def padding_mask(
 
     Returns:
         None where every key is filled and none is padding; otherwise (B, F) bool, False for padding: the attention
-        takes the first F keys.
+        takes the first F keys. For rows that hold several documents (B, S) int32, the number of each token's document:
+        not every model hands its attention the position_ids that say so.
 
     Raises:
         ConfigError: for a mask function that says more.
     """
     if mask_function is not None:
         require_known(mask_function)
+        documents = _documents(mask_function)
+        if documents is not None and attention_mask is None and bool((documents != documents[:, :1]).any()):
+            return documents.expand(batch_size, -1).to(torch.int32)  # not int64, as masks of 0 and 1 often are
     if q_length is None:
         if cache_position is None:
             raise ConfigError("a mask needs q_length or cache_position; this version of transformers gives neither")
@@ -94,7 +99,7 @@ def require_known(function: Callable[..., Any]) -> None:
     if name == _BOTH:
         parts = _captured(function)["mask_functions"]
         names = [_name(part) for part in parts]
-        if names == [_WINDOW, "causal_mask_function"] or names[0] == _PACKED:
+        if names == [_WINDOW, "causal_mask_function"] or _PACKED in names:  # first, or as in 5.0 last
             for part in parts:
                 if _name(part) != _WINDOW:
                     require_known(part)
@@ -105,6 +110,17 @@ def require_known(function: Callable[..., Any]) -> None:
         f"masks, causal sliding windows and packed sequences, and says by its pattern who attends to whom. Use "
         f"set_attn_implementation('eager') for this model"
     )
+
+
+def _documents(function: Callable[..., Any]) -> Tensor | None:
+    """The number of the document of each token, (B or 1, S) int64, where a known mask function has one."""
+    if _name(function) == _BOTH:
+        found = (_documents(part) for part in _captured(function)["mask_functions"])
+        return next((numbers for numbers in found if numbers is not None), None)
+    if _name(function) != _PACKED:
+        return None
+    numbers: Tensor = _captured(function)["packed_sequence_mask"]
+    return numbers
 
 
 def _is_causal(function: Callable[..., Any] | None) -> bool:

@@ -32,13 +32,18 @@ def document_starts(position_ids: Tensor) -> Tensor | None:
     """
     if position_ids.dim() != 2:
         raise ConfigError(f"position_ids must be (batch, seq_len), got {tuple(position_ids.shape)}")
-    breaks = position_ids.diff(dim=-1) != 1
+    return _starts(position_ids, 1)
+
+
+def _starts(ids: Tensor, step: int) -> Tensor | None:
+    """`document_starts` of rows (B, S) that count up by `step` within a document."""
+    breaks = ids.diff(dim=-1) != step
     if torch.compiler.is_compiling():
         require(~breaks.any(), "packed position_ids in a compiled graph: give cu_seq_lens_q and cu_seq_lens_k too")
         return None
-    if position_ids not in _READ:
-        _READ[position_ids] = _cumulative(breaks) if bool(breaks.any()) else None
-    starts: Tensor | None = _READ[position_ids]
+    if ids not in _READ:
+        _READ[ids] = _cumulative(breaks) if bool(breaks.any()) else None
+    starts: Tensor | None = _READ[ids]
     return starts
 
 
@@ -48,11 +53,12 @@ def _cumulative(breaks: Tensor) -> Tensor:
     return torch.cat([starts.nonzero().squeeze(-1), starts.new_tensor([starts.numel()], dtype=torch.int64)])
 
 
-def packed_lengths(arguments: dict[str, Any], *, batch: int, is_self: bool) -> Tensor | None:
+def packed_lengths(arguments: dict[str, Any], documents: Tensor | None, *, batch: int, is_self: bool) -> Tensor | None:
     """The cumulative lengths that a call speaks of, or None.
 
     Args:
         arguments: what the attention function was given by name.
+        documents: (B, S) int32, the number of each token's document, of `padding_mask`.
         batch: B.
         is_self: as many queries as keys and no padding, so that positions may start again within a row.
 
@@ -67,6 +73,8 @@ def packed_lengths(arguments: dict[str, Any], *, batch: int, is_self: bool) -> T
             raise ConfigError(f"cu_seq_lens_q packs documents in a batch of one row, got {batch} rows")
         lengths: Tensor = queries
         return lengths
+    if documents is not None:
+        return _starts(documents, 0)
     position_ids = arguments.get("position_ids")
     if position_ids is None or not is_self:
         return None

@@ -177,7 +177,7 @@ class _Implementation:
             query: (B, H, S, D).
             key: (B, K, T, D), not repeated.
             value: likewise.
-            attention_mask: None, or (B, F) bool of `padding_mask`.
+            attention_mask: None, or (B, F) bool or (B, S) int32 of `padding_mask`.
             dropout: of attention weights; transformers gives 0 in evaluation mode.
             scaling: factor on q·k.
             is_causal: by default the module's.
@@ -190,6 +190,9 @@ class _Implementation:
         self._check(others, attention_mask, query, value)
         causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
         built = self._attention(module, query, key, dropout, scaling, causal, _window(module, sliding_window))
+        documents = None
+        if attention_mask is not None and attention_mask.dtype == torch.int32:
+            documents, attention_mask = attention_mask, None
         if attention_mask is not None:
             key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
             if not torch.compiler.is_compiling() and is_plain(attention_mask):
@@ -201,7 +204,7 @@ class _Implementation:
             raise ConfigError(
                 f"{length} queries attend to {k.shape[1]} keys of another sequence: only Full() does that"
             )
-        lengths = packed_lengths(others, batch=batch, is_self=is_self)
+        lengths = packed_lengths(others, documents, batch=batch, is_self=is_self)
         if lengths is not None:
             out = built(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=causal, cu_seqlens=lengths)
             return out.unflatten(1, (batch, length)).squeeze(0), None
@@ -216,7 +219,8 @@ class _Implementation:
                 f"the model hands {', '.join(asked)} to its attention, which no pattern honours; use "
                 f"set_attn_implementation('eager') for it"
             )
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool):
+        ours = (torch.bool, torch.int32)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype in ours):
             shape = tuple(getattr(mask, "shape", ()))
             raise ConfigError(
                 f"a ready-made mask of shape {shape} cannot be honoured: give attention_mask as (batch, seq_len) and "

@@ -46,11 +46,18 @@ def _positive(_: object, attribute: attrs.Attribute[float], value: object) -> No
         raise ConfigError(f"{attribute.name} must be a positive number, got {value!r}")
 
 
+def _flag(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{attribute.name} must be True or False, got {value!r}")
+
+
 def _optional(check: Any) -> Any:
     return attrs.validators.optional(check)
 
 
-def _copied(value: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"attention must be a mapping of fields of AttentionConfig, got {value!r}")
     return dict(value)
 
 
@@ -103,7 +110,7 @@ class LongNetConfig:
     rotary_base: float = attrs.field(default=10_000.0, validator=_positive)
     xpos_base: float = attrs.field(default=512.0, validator=_positive)
     norm: str = attrs.field(default="sub", validator=_choice(*NORMS))
-    final_norm: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    final_norm: bool = attrs.field(default=True, validator=_flag)
     layer_norm_eps: float = attrs.field(default=1e-5, validator=_positive)
     activation: str = attrs.field(default="gelu", validator=_choice(*ACTIVATIONS))
     dropout: float = attrs.field(default=0.0, validator=_probability)
@@ -111,7 +118,7 @@ class LongNetConfig:
     activation_dropout: float = attrs.field(default=0.0, validator=_probability)
     drop_path: float = attrs.field(default=0.0, validator=_probability)
     vocab_size: int | None = attrs.field(default=None, validator=_optional(positive_int))
-    tie_embeddings: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    tie_embeddings: bool = attrs.field(default=False, validator=_flag)
     activation_checkpointing: Checkpointing = attrs.field(default=False, validator=_checkpointing)
     compatibility: str | None = None
     attention: Mapping[str, Any] = attrs.field(factory=dict, converter=_copied, hash=False)

@@ -21,6 +21,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core.checks import is_int
 from ..core.errors import ConfigError
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetDecoder, LongNetEncoder, LongNetLM
@@ -112,11 +113,11 @@ def load_torchscale(
         ConfigError: an argument that a LongNet has no place for, or a tensor without a place.
     """
     tensors = Tensors(read_tensors(source), "the torchscale checkpoint")
-    is_causal = "decoder_embed_dim" in arguments
     has_tokens = "embed_tokens.weight" in tensors
     config = torchscale_config(
         arguments, final_norm="layer_norm.weight" in tensors, compatibility=compatibility, attention=attention
     )
+    is_causal = "decoder_embed_dim" in arguments
     state: dict[str, Tensor] = {}
     model: LongNetEncoder | LongNetDecoder | LongNetLM
     take_stack(tensors, config, state, new="stack." if has_tokens else "")
@@ -139,6 +140,11 @@ def torchscale_config(
     attention: Mapping[str, Any] | None = None,
 ) -> LongNetConfig:
     """The `LongNetConfig` of torchscale's arguments; raises `ConfigError` for those it has no place for."""
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"torchscale's arguments are a mapping, vars(args) of its config, got {arguments!r} "
+            f"({type(arguments).__name__})"
+        )
     side = "decoder" if "decoder_embed_dim" in arguments else "encoder"
     known = {*_READ, *_HARMLESS, *_MUST_BE, *(f"{side}_{name}" for name in _SIDES)}
     for name, value in arguments.items():
@@ -177,13 +183,23 @@ def torchscale_config(
 
 def dilated_pattern(segment_lengths: str | Sequence[int], rates: str | Sequence[int]) -> dict[str, Any]:
     """torchscale's dilated attention as a pattern's mapping: its heads' offsets are numbered in blocks."""
-    widths, rates = (json.loads(x) if isinstance(x, str) else x for x in (segment_lengths, rates))
     return {
         "kind": "dilated",
-        "segment_lengths": [int(w) for w in widths],
-        "dilation_rates": [int(r) for r in rates],
+        "segment_lengths": _integers("segment_length", segment_lengths),
+        "dilation_rates": _integers("dilated_ratio", rates),
         "offsets": "blocked",
     }
+
+
+def _integers(name: str, value: object) -> list[int]:
+    """A list of integers, or its text, which torchscale evaluates as Python."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, Sequence) or isinstance(found, str) or not all(is_int(x) for x in found):
+        raise ConfigError(f"torchscale's {name} must be a list of integers such as '[1024,2048]', got {value!r}")
+    return list(found)
 
 
 def _norm(arguments: Mapping[str, Any], side: str) -> str:

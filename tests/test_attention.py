@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -273,6 +274,28 @@ def bad(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Te
 def test_wrong_inputs_are_told_apart(tensors: list[Tensor], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build()(*tensors)
+
+
+def test_what_is_no_tensor_no_position_and_not_to_be_pickled() -> None:
+    attention = build()
+    tensors = [x.detach() for x in inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float32)]
+    arguments: list[Any] = [tensors[0], None, [1.0]]
+    for call in (attention, attention.received, lambda q, k, v: attention.step(q, k, v, attention.make_cache(1))):
+        with pytest.raises(ConfigError, match="called with tensors, got Tensor, NoneType, list"):
+            call(*arguments)
+    for name, value in (("q_offset", 1.5), ("q_offset", True), ("kv_offset", None), ("kv_offset", torch.tensor(3))):
+        wrong: dict[str, Any] = {name: value}
+        with pytest.raises(ConfigError, match=f"{name} is one position for all batch rows, an integer, got"):
+            attention(*tensors, **wrong)
+    with pytest.raises(ConfigError, match="kv_offset must lie between"):
+        attention(*tensors, kv_offset=1 << 63)
+    with pytest.raises(ConfigError, match="query is on meta, but the attention was built for cpu"):
+        attention(tensors[0].to("meta"), *tensors[1:])
+    mask: Any = [[False] * 90]
+    with pytest.raises(ConfigError, match="key_padding_mask must be a tensor, got list"):
+        attention(*tensors, key_padding_mask=mask)
+    with pytest.raises(TypeError, match="an attention is not pickled; save config"):
+        pickle.dumps(Block(attention))
 
 
 def test_a_gradient_that_was_built_away_is_an_error() -> None:

@@ -191,6 +191,14 @@ def test_what_cannot_be_is_refused(invoke: Invoke, arguments: list[str], status:
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
 
 
+def test_a_place_that_cannot_be_saved_to_is_refused_before_anything_is_measured(invoke: Invoke) -> None:
+    done = invoke("bench", "--device", "cpu", "--case", "tiny", "--save", "/no/such/runs")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: cannot append to '/no/such/runs': No such file or directory\n",
+    )
+
+
 def test_charts_need_matplotlib(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = invoke("bench", "--case", "tiny", "--output", str(tmp_path / "out"))

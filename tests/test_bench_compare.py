@@ -67,7 +67,7 @@ def test_other_results_get_no_times(tree: Path) -> None:
         (["--compare", "--memory-threshold", "-1"], "--memory-threshold must be at least 0 bytes, got -1"),
         (["--compare", "--backend", "sdpa", "--backend", "fa3"], "--compare takes one --backend, got sdpa, fa3"),
         (["--compare", "--save", "x", "--rounds", "3"], "--rounds, --save: not for --compare"),
-        (["HEAD"], "the argument REF: not for measuring cases"),
+        (["HEAD"], "the argument REF: not for measuring cases; a case is named by --case HEAD"),
         (["--memory-threshold", "0"], "--memory-threshold: not for measuring cases"),
         (["--scaling", "--case", "longnet-4k"], "--case: not for --scaling"),
         (["--list", "--gpus", "1"], "--gpus: not for --list"),

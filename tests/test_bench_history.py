@@ -12,7 +12,15 @@ from typing import Any
 import attrs
 import pytest
 
-from dilated_attention.bench.history import LIMIT_BYTES, Machine, Result, Run, append_run, read_history
+from dilated_attention.bench.history import (
+    LIMIT_BYTES,
+    Machine,
+    Result,
+    Run,
+    append_run,
+    check_appendable,
+    read_history,
+)
 from dilated_attention.errors import ConfigError
 
 RESULT = Result(
@@ -135,6 +143,17 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_history(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot append to .*No such file"):
         append_run(tmp_path / "none" / "runs.jsonl", RUN)
+
+
+def test_whether_a_run_can_be_appended_is_known_before_it(tmp_path: Path) -> None:
+    check_appendable(tmp_path / "runs.jsonl")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs.jsonl").write_text("kept", encoding="utf-8")
+    check_appendable(tmp_path / "runs.jsonl")
+    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == "kept"
+    for place in (tmp_path, tmp_path / "none" / "runs.jsonl"):
+        with pytest.raises(ConfigError, match="cannot append to"):
+            check_appendable(place)
 
 
 def test_a_file_beyond_the_limit_is_refused_at_once(tmp_path: Path) -> None:

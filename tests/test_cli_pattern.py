@@ -158,8 +158,12 @@ def test_a_store_that_is_not_there_is_empty_and_one_that_cannot_be_is_an_error(i
         done = invoke("pattern", *arguments, "--root", "none")
         assert (done.returncode, done.stdout) == (0, "no patterns are stored in 'none'\n")
     assert as_json(invoke("pattern", "list", "--root", "none", "--json")) == []
-    done = invoke("pattern", "load", "p", "--root", "local.toml")
-    assert (done.returncode, done.stderr) == (2, "error: cannot use the store 'local.toml': Not a directory\n")
+    done = invoke("pattern", "load", "p", "--root", "local.toml/store")
+    assert (done.returncode, done.stderr) == (2, "error: cannot use the store 'local.toml/store': Not a directory\n")
+    for arguments in (["list"], ["load", "p"], ["save", "p", "--config", "local.toml", "--seq-len", "64"]):
+        done = invoke("pattern", *arguments, "--root", "local.toml")
+        said = "error: --root must be a folder, but 'local.toml' is none; choose another\n"
+        assert (done.returncode, done.stderr) == (2, said)
 
 
 def shown(invoke: Invoke, *arguments: str) -> dict[str, Any]:

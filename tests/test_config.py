@@ -74,6 +74,7 @@ def test_defaults_are_the_documented_ones() -> None:
     [
         ({"num_heads": 0}, ["num_heads", "at least 1", "0"]),
         ({"num_heads": 2.0}, ["num_heads", "integer", "2.0"]),
+        ({"num_heads": 10**18}, ["num_heads", "at most 65,536", "1,000,000,000"]),
         ({"num_heads": True}, ["num_heads", "integer", "True"]),
         ({"head_dim": -64}, ["head_dim", "at least 1", "-64"]),
         ({"num_kv_heads": 3}, ["num_kv_heads", "8 and 3", "1, 2, 4, 8"]),
@@ -142,6 +143,8 @@ def test_a_pattern_object_is_written_as_its_mapping() -> None:
         ("missing.toml", None, ["cannot read", "missing.toml", "No such file"]),
         ("bad.toml", "num_heads = \nhead_dim = 8", ["malformed", "bad.toml", "line 1"]),
         ("bad.json", "{", ["malformed", "bad.json", "line 1"]),
+        ("deep.json", '{"a":' * 100_000, ["malformed", "deep.json", "recursion"]),
+        ("deep.toml", "a = " + "[" * 10_000, ["malformed", "deep.toml"]),
         ("list.json", "[1]", ["table", "list"]),
         ("conf.yaml", "num_heads: 8", [".toml or .json", "conf.yaml"]),
         ("typo.toml", "num_heads = 8\nhead_dim = 8\nis_casual = true", ["is_casual", "did you mean 'is_causal'"]),

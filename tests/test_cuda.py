@@ -26,6 +26,9 @@ PATTERNS: list[Pattern] = [
     Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 7)),
     Local(window_size=70) | Global(tokens=3),
     Strided(stride=3) + Local(window_size=9),
+    Dilated(
+        segment_lengths=(600, 47), dilation_rates=(1, 1)
+    ),  # of 517 tokens the first call covers all, one tiles them
 ]
 
 

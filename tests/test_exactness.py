@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dilated_attention import Dilated, Full, Global, Local, Strided, build_attention
+from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import DensePiece
 from dilated_attention.core.pattern import Pattern
 
 from . import strategies
+from .kernel_kit import check_emulated
 from .support import NAMES, error, inputs, oracle, ours
 
 LONGNET = Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
@@ -116,6 +120,19 @@ def test_rows_without_keys_give_zero_and_minus_infinity_and_no_gradient() -> Non
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_negative_scale(pattern: Pattern) -> None:
+    """That of the negated queries; aten's kernel for CPUs alone makes NaN of it under causality."""
+    geometry = Geometry(q_len=77, kv_len=61, num_heads=4, num_kv_heads=2, is_causal=True, q_offset=0)
+    tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)
+    attention = build_attention(pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=8, is_causal=True, scale=-0.5)
+    negated = [(-tensors[0] * 0.5 * 8**0.5).detach().requires_grad_(), *tensors[1:]]  # the oracle has the default scale
+    expected = oracle(pattern, negated, geometry, through_lse=True)
+    expected[2] *= -0.5 * 8**0.5
+    for name, a, e in zip(NAMES, ours(attention, tensors, geometry, through_lse=True), expected, strict=True):
+        assert error(a, e) < 1e-5, name
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_values_of_one_give_one(pattern: Pattern) -> None:
     attention = build_attention(pattern=pattern, num_heads=4, head_dim=8, is_causal=True)
     query, key, _ = inputs(Geometry.self_attention(77, 4), batch=1, head_dim=8, dtype=torch.float32)
@@ -151,6 +168,42 @@ def test_strided_and_sliced_inputs_are_read_in_place() -> None:
         actual = ours(attention, tensors, geometry, through_lse=True)
         for a, e in zip(actual, oracle(LONGNET, tensors, geometry, through_lse=True), strict=True):
             assert error(a, e) < 1e-5
+
+
+def test_heads_that_share_their_queries() -> None:
+    """Expanded over the heads, in several batch rows, where one call covers all and a shorter segment tiles it."""
+    pattern = Dilated(segment_lengths=(64, 8), dilation_rates=(1, 2))
+    geometry = Geometry.self_attention(64, 4)
+    query, key, value = inputs(geometry, batch=3, head_dim=8, dtype=torch.float32)
+    tensors = [query.detach()[:, :, :1].expand_as(query).requires_grad_(), key, value]
+    actual = ours(build_attention(pattern=pattern, like=query), tensors, geometry, through_lse=True)
+    for a, e in zip(actual, oracle(pattern, tensors, geometry, through_lse=True), strict=True):
+        assert error(a, e) < 1e-5
+
+
+class HeadsFirst(CpuFlash):
+    """The kernel with results in another memory order, as CUDA's have it: (B, H, S, D) and (B, H, S)."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return heads_first(out), lse.contiguous()
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = super().backward(dout, query, key, value, out, lse, piece)
+        return heads_first(dq), heads_first(dk), heads_first(dv)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [(64, 8), (8, 80), (16, 32), (64, 20)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_memory_order_of_a_kernels_results_does_not_matter(lengths: tuple[int, int], is_causal: bool) -> None:
+    geometry = Geometry.self_attention(64, 2, is_causal=is_causal)
+    check_emulated(HeadsFirst(), geometry, Dilated(lengths, (1, 1)), 8)
 
 
 def test_a_weighted_repetition_is_the_branch_counted_twice() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_attention.core.counting import allowed_pairs
+from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.pattern import Full, Pattern
@@ -52,6 +53,12 @@ def test_many_nested_branches_do_not_cost_two_to_their_number(is_causal: bool) -
     begin = time.perf_counter()
     check(Dilated(lengths, rates) + Full() + Strided(16), geometry)
     assert time.perf_counter() - begin < 10
+
+
+def test_more_segments_than_memory_holds_are_an_error() -> None:
+    layout = lower(Dilated((16,), (1,)), Geometry.self_attention(10**10))
+    with pytest.raises(ConfigError, match=r"10,000,000,000 queries lie in 625,000,000 segments of 16, but at most"):
+        assert layout.pairs
 
 
 @pytest.mark.parametrize(

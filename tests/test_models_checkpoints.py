@@ -159,15 +159,22 @@ def test_files_and_nesting(tmp_path: Path) -> None:
     (tmp_path / "d.safetensors").write_bytes(b"no tensors")
     torch.save([1], tmp_path / "e.pth")
     torch.save({"epoch": 3}, tmp_path / "f.pth")
+    (tmp_path / "g.pth").write_bytes(b"junk" * 100)  # torch.load raises KeyError
     for name, words in (
         ("c.pth", "as tensors alone"),
         ("d.safetensors", "as tensors alone"),
         ("e.pth", "holds a list"),
         ("f.pth", "'epoch' are none"),
+        ("g.pth", "as tensors alone"),
         ("missing.pth", "there is no checkpoint file"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_torchscale(tmp_path / name, ENCODER.config)
+    nothing: Any = None
+    with pytest.raises(ConfigError, match="a checkpoint is a file's path or a state_dict, got None"):
+        load_torchscale(nothing, ENCODER.config)
+    with pytest.raises(ConfigError, match="torchscale's arguments are a mapping"):
+        load_torchscale(weights, nothing)
 
 
 def test_every_key_is_accounted_for() -> None:
@@ -190,6 +197,9 @@ def test_every_key_is_accounted_for() -> None:
         ({"encoder_wings": 2}, "encoder_wings=2 is not known"),
         ({"subln": False, "pre_norm": False}, "post-norm"),
         ({"dilated_ratio": "[1,2]"}, "2"),
+        ({"segment_length": "[print(1)]"}, r"segment_length must be a list of integers such as '\[1024,2048\]', got"),
+        ({"dilated_ratio": [1, 2.5, 4]}, "dilated_ratio must be a list of integers"),
+        ({"dilated_ratio": 4}, "dilated_ratio must be a list of integers"),
     ],
 )
 def test_arguments_without_a_place(arguments: dict[str, Any], words: str) -> None:

@@ -190,6 +190,21 @@ def test_packed_documents_are_each_alone() -> None:
         llama(seen, cu_seq_lens_q=ends, cu_seq_lens_k=ends + 1)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPTBigCode"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_whether_or_not_the_attention_is_handed_position_ids(kind: str, batch: int) -> None:
+    small = {"n_embd": 32, "n_layer": 2, "n_head": H, "n_positions": 64} if kind == "GPTBigCode" else {}
+    mine, seen, lengths = model(kind, **small), tokens(batch), [9, 1, 11]
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(batch, -1)
+    dense = mine(seen, position_ids=positions, use_cache=False).logits
+    register_with_transformers(mine, Full())
+    assert error(mine(seen, position_ids=positions, use_cache=False).logits, dense) < 1e-5
+    register_with_transformers(mine, DILATED)
+    alone = torch.cat([mine(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)
+    assert error(mine(seen, position_ids=positions, use_cache=False).logits, alone) < 1e-5
+    assert error(mine(seen).logits, alone) > 1e-3
+
+
 def test_encoders_and_cross_attention() -> None:
     torch.manual_seed(0)
     bert = transformers.BertModel(

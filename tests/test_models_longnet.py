@@ -304,6 +304,9 @@ def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
         ({"attention": {"backnd": "sdpa"}}, "did you mean 'backend'"),
         ({"pattern": {"kind": "dilatd"}}, "did you mean 'dilated'"),
         ({"xpos_base": 0.0}, "positive number"),
+        ({"final_norm": "no"}, "final_norm must be True or False, got 'no'"),
+        ({"tie_embeddings": 1}, "tie_embeddings must be True or False, got 1"),
+        ({"attention": "sdpa"}, "attention must be a mapping of fields of AttentionConfig, got 'sdpa'"),
         ({"activation_checkpointing": "layer"}, "False, True or 'pointwise', got 'layer'"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional
 
+from dilated_attention import build_attention
 from dilated_attention.backends.reference import ReferenceBackend, ReferenceKernel
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.errors import ConfigError
@@ -68,6 +69,17 @@ def run(tensors: Tensors, pattern: Pattern, geometry: Geometry) -> tuple[Tensor,
         q_offset=geometry.q_offset,
         kv_offset=geometry.kv_offset,
     )
+
+
+def test_by_default_the_last_query_stands_at_the_last_key_wherever_that_is() -> None:
+    query, key, value = inputs(Geometry(q_len=4, kv_len=9, num_heads=2, num_kv_heads=1, is_causal=True))
+    pattern = Dilated((3, 7), (1, 2))
+    expected = attention(query, key, value, pattern=pattern, is_causal=True, kv_offset=5, q_offset=10)
+    actual = attention(query, key, value, pattern=pattern, is_causal=True, kv_offset=5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    fast = build_attention(pattern=pattern, like=query, num_kv_heads=1, is_causal=True)
+    out = fast(query, key, functional.pad(value, (0, 1)), kv_offset=5)
+    torch.testing.assert_close(out[..., :-1], expected[0], rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

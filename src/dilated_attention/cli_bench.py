@@ -95,7 +95,8 @@ def _refuse_others(given: Mapping[str, Any], taken: frozenset[str], what: str) -
     others = sorted(given.keys() - taken)
     if others:
         names = ["the argument REF" if name == "ref" else f"--{name.replace('_', '-')}" for name in others]
-        raise ConfigError(f"{', '.join(names)}: not for {what}")
+        hint = f"; a case is named by --case {given['ref']}" if "ref" in others else ""
+        raise ConfigError(f"{', '.join(names)}: not for {what}{hint}")
 
 
 def _list(*, as_json: bool) -> None:
@@ -144,13 +145,15 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     """Measure and print; exit status 1 where anything failed."""
     from .bench import output as out
     from .bench.cases import named_cases
-    from .bench.history import append_run
+    from .bench.history import append_run, check_appendable
     from .bench.measure import Settings, floor_of, measure_case
     from .bench.peers import dense_sdpa, load_peer
 
     device, output = _device(given.get("device")), given.get("output")
     if output is not None:
         out.require_matplotlib()  # before minutes are spent
+    if "save" in given:
+        check_appendable(given["save"])
     _load(given.get("load_library", ()))
     settings = Settings(
         device=device,

@@ -203,6 +203,8 @@ def _store(root: Path) -> Iterator[PatternStore]:
     from .patterns.store import PatternStore
 
     try:
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"--root must be a folder, but {str(root)!r} is none; choose another")
         yield PatternStore(root)
     except OSError as error:
         raise ConfigError(f"cannot use the store {str(root)!r}: {error.strerror or error}") from error

@@ -207,6 +207,17 @@ def read_history(path: Path | str) -> list[Run]:
     return [_run(line, f"line {number} of {str(path)!r}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def check_appendable(path: Path) -> None:
+    """Raise `ConfigError` where `append_run` could not write; what is there stays as it is, and nothing is left."""
+    is_new = not (path.exists() or path.is_symlink())
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot append to {str(path)!r}: {error.strerror or error}") from error
+
+
 def append_run(path: Path | str, run: Run) -> None:
     """Add `run` to the file, in one write so that two who append at once do not mix; a missing file is made.
 

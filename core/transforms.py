@@ -1,0 +1,116 @@
+"""The operators under torch.func: gradients (grad, vjp, jacrev) and vmap, whose calls become rows of one batch.
+
+torch.func needs autograd functions of its own form; they cost a call more than a small attention does, so `ops` and
+`packed` come here only while a transform is active. Shapes as in `engine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+class Operators(NamedTuple):
+    """Names of an operator and of its backward, both of `torch.ops.dilated_attention`.
+
+    forward(query, key, value, *tensors, *rest, recompute), backward(dout, dlse, query, key, value, out, lse, *tensors,
+    *rest), where `tensors` names optional tensors.
+    """
+
+    forward: str
+    backward: str
+    tensors: tuple[str, ...]
+
+
+_UNMAPPED: Final = {
+    "seed": "dropout cannot be mapped by torch.vmap; call eval(), or loop over the calls",
+    "cu_seqlens": "cu_seqlens cannot be mapped by torch.vmap: they divide one row of tokens; flatten all calls into it",
+}
+
+
+def is_active() -> bool:
+    """Whether a transform of torch.func is tracing."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def transformed(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
+    """What the operator returns for `args`, out and lse, under any transforms but forward-mode derivatives."""
+    out, lse = _Forward.apply(operators, *args)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def _call(name: str, *args: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = getattr(torch.ops.dilated_attention, name).default(*args)
+    return results
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """x (B, ...) of each of `size` calls, which lie along `dim` (None: they share it), as (size * B, ...)."""
+    if x is None:
+        return None
+    return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+
+def _mapped(
+    function: Any, first: int, info: Any, in_dims: tuple[int | None, ...], operators: Operators, *args: Any
+) -> Any:
+    """The rule for vmap of a function whose arguments after `operators` are `first` tensors and the optional ones."""
+    end = first + len(operators.tensors)
+    for name, x in zip(operators.tensors, args[first:end], strict=True):
+        if name in _UNMAPPED and x is not None:
+            raise ConfigError(_UNMAPPED[name])
+    size = info.batch_size
+    folded = [_fold(x, dim, size) for x, dim in zip(args[:end], in_dims[1 : end + 1], strict=True)]
+    results = function.apply(operators, *folded, *args[end:])
+    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in results), (0,) * len(results)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(operators: Operators, *args: Any) -> tuple[Tensor, ...]:
+        return _call(operators.forward, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        operators, *args = inputs
+        end = 3 + len(operators.tensors)
+        *rest, recompute = args[end:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:end], *((None, None) if recompute else output))
+        ctx.operators, ctx.rest, ctx.unused = operators, rest, len(inputs) - 4
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, *tensors, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(query) if dout is None else dout
+        saved = (dout, dlse, query, key, value, out, lse, *tensors)
+        grads = _Backward.apply(ctx.operators, *saved, *ctx.rest)  # type: ignore[no-untyped-call]
+        return (None, *grads, *(None,) * ctx.unused)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], operators: Operators, *args: Any) -> Any:
+        return _mapped(_Forward, 3, info, in_dims, operators, *args)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(operators: Operators, *args: Any) -> tuple[Tensor, ...]:
+        return _call(operators.backward, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        from .ops import no_second_derivative
+
+        no_second_derivative()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], operators: Operators, *args: Any) -> Any:
+        return _mapped(_Backward, 7, info, in_dims, operators, *args)

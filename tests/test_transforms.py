@@ -1,0 +1,109 @@
+"""torch.func over attentions: gradients and vmap against plain calls, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vjp, vmap
+
+from dilated_attention import Attention, ConfigError, Dilated, Learned, Local, Pattern, build_attention
+
+LONGNET = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
+MASK = torch.arange(20) < torch.tensor([[0], [3]])
+
+
+def build(pattern: Pattern = LONGNET, **fields: Any) -> Attention:
+    return build_attention(
+        pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=8, is_causal=True, dtype="float64", **fields
+    )
+
+
+def tensors(*lead: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*lead, 20, heads, 8) for heads in (4, 2, 2)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def loss(attention: Attention, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
+    out, lse = attention(query, key, value, return_lse=True, **call)
+    total: Tensor = out.sin().sum() + torch.where(lse.isinf(), 0.0, lse).cos().sum()
+    return total
+
+
+def plain_gradients(attention: Attention, inputs: list[Tensor], **call: Any) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(loss(attention, *leaves, **call), leaves)
+
+
+@pytest.mark.parametrize("call", [{}, {"key_padding_mask": MASK}, {"q_offset": 3}], ids=["plain", "padded", "offset"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(call: dict[str, Any], checkpointing: bool) -> None:
+    attention, inputs = build(LONGNET | Local(3), activation_checkpointing=checkpointing), tensors(2)
+    expected = plain_gradients(attention, inputs, **call)
+    found = grad(lambda *x: loss(attention, *x, **call), argnums=(0, 1, 2))(*inputs)
+    pull: Any = vjp(lambda *x: loss(attention, *x, **call), *inputs)[1]
+    for a, b, e in zip(found, pull(torch.ones((), dtype=torch.float64)), expected, strict=True):
+        assert torch.equal(a, e)
+        assert torch.equal(b, e)
+
+
+def test_packed_documents_have_gradients() -> None:
+    attention, inputs = build(), tensors(1)
+    call = {"cu_seqlens": torch.tensor([0, 7, 20])}
+    found = grad(lambda *x: loss(attention, *x, **call), argnums=(0, 1, 2))(*inputs)
+    for a, e in zip(found, plain_gradients(attention, inputs, **call), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Local(3), Learned(block_size=4, blocks_per_row=2)], ids=repr)
+def test_mapped_calls_are_those_of_a_loop(pattern: Pattern) -> None:
+    attention, (query, key, value) = build(pattern), tensors(3, 2)
+    mapped = vmap(attention, in_dims=(0, 0, None))(query, key, value[0])
+    assert torch.equal(mapped, torch.stack([attention(query[i], key[i], value[0]) for i in range(3)]))
+    last = vmap(attention, in_dims=4, out_dims=1)(*(x.movedim(0, 4) for x in (query, key, value)))
+    assert torch.equal(last[:, 2], attention(query[2], key[2], value[2]))
+
+
+def test_mapped_masks() -> None:
+    attention, (query, key, value) = build(), tensors(3, 2)
+    masks = torch.stack([MASK, ~MASK, MASK.flip(0)])
+    masks[1, 0] = False  # a row of padding alone is one, too; this one has none
+    call = vmap(lambda q, k, v, mask: attention(q, k, v, key_padding_mask=mask))
+    expected = [attention(query[i], key[i], value[i], key_padding_mask=masks[i]) for i in range(3)]
+    assert torch.equal(call(query, key, value, masks), torch.stack(expected))
+
+
+def test_a_gradient_for_each_sample() -> None:
+    attention, inputs = build(), tensors(3, 1)
+    found = vmap(grad(lambda *x: loss(attention, *x), argnums=(0, 1, 2)))(*inputs)
+    for i in range(3):
+        expected = plain_gradients(attention, [x[i] for x in inputs])
+        for a, e in zip(found, expected, strict=True):
+            assert torch.equal(a[i], e)
+
+
+def test_a_jacobian() -> None:
+    attention, (query, key, value) = build(), tensors(1)
+    jacobian = jacrev(lambda k: attention(query, k, value)[0, 5].sum(-1))(key)  # (heads, 1, seq, kv_heads, head_dim)
+    for head in range(4):
+        leaf = key.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(attention(query, leaf, value)[0, 5, head].sum(), leaf)
+        torch.testing.assert_close(jacobian[head], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_cannot_be_transformed_is_refused() -> None:
+    attention, (query, key, value) = build(), tensors(2)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad(lambda x: grad(lambda y: loss(attention, y, key, value))(x).sum())(query)
+    one = [x[:1].expand(3, *x[:1].shape) for x in (query, key, value)]
+    with pytest.raises(ConfigError, match=r"cu_seqlens cannot be mapped by torch\.vmap"):
+        vmap(lambda *x: attention(*x, cu_seqlens=torch.tensor([0, 20])))(*one)
+    dropping = build(dropout_p=0.5, backend="reference")
+    with pytest.raises(ConfigError, match=r"dropout cannot be mapped by torch\.vmap; call eval"):
+        vmap(dropping, randomness="same")(*one)
+    assert torch.equal(vmap(dropping.eval())(*one)[2], dropping(*(x[2] for x in one)))
+    with pytest.raises(ConfigError, match=r"torch\.func cannot trace"):
+        grad(lambda x: build(Learned(4, 2))(x, key, value, key_padding_mask=MASK).sum())(query)
