@@ -26,9 +26,9 @@ from ..core.lowering import lower
 from ..core.ops import no_second_derivative, without_autocast
 from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
-from .compute import Compute, Merged, RankProgram, mergeable
-from .empty_piece import EmptyPiece
+from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
+from .pieces import EmptyPiece, Merged, mergeable
 from .plan import plan_rank
 from .ring_kernel import RingKernel
 from .rows import most_rows, survey

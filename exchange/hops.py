@@ -17,11 +17,13 @@ from torch import Tensor
 from ..core.lowering import lower
 from ..core.tracing import span
 from .communicator import HOPS, HOPS_BACK
-from .compute import Compute, Merged, Piece, mergeable
+from .compute import Compute
+from .pieces import mergeable
 
 if TYPE_CHECKING:
     from ..core.pattern import Pattern
     from .communicator import Communicator, Counters
+    from .pieces import Merged, Piece
     from .shards import Shards
 
 

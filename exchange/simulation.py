@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core.pattern import Pattern
-from .compute import Compute, Merged, RankProgram, mergeable
+from .compute import Compute, RankProgram
 from .hops import HopProgram
+from .pieces import Merged, mergeable
 from .plan import plan_rank
 from .shards import Shards
 

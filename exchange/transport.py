@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakSet
 
 import attrs
 import torch.distributed as dist
@@ -59,10 +60,16 @@ class _Works:
             try:
                 work.wait(left)
             except RuntimeError as error:
-                self.works.clear()
+                del work  # the error's traceback keeps what this frame holds
+                self.drop()
                 # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
                 late = time.monotonic() >= deadline
                 raise Failure(peer, _first_line(error), is_certain=late) from error
+        self.tensors = ()
+
+    def drop(self) -> None:
+        """Forget what has not been waited for: handles keep their connections open."""
+        self.works.clear()
         self.tensors = ()
 
 
@@ -81,20 +88,24 @@ class GlooTransport:
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
+        self._posted: WeakSet[_Works] = WeakSet()  # an error's traceback may hold them for as long as it is kept
 
     def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
-        works: list[tuple[int, Any]] = []
+        posted = _Works([], tuple(x for _, x in (*sends, *receives)))
+        self._posted.add(posted)
         peer = -1
         try:  # nothing may keep a reference to the group here: the traceback of an error would keep it open
             for peer, x in receives:
-                works.append((peer, self._group.recv([x], peer, _TAG)))
+                posted.works.append((peer, self._group.recv([x], peer, _TAG)))
             for peer, x in sends:
-                works.append((peer, self._group.send([x], peer, _TAG)))
+                posted.works.append((peer, self._group.send([x], peer, _TAG)))
         except RuntimeError as error:
             raise Failure(peer, _first_line(error)) from error
-        return _Works(works, tuple(x for _, x in (*sends, *receives)))
+        return posted
 
     def close(self) -> None:
         """See `Transport`."""
+        for posted in tuple(self._posted):
+            posted.drop()
         self._group = None

@@ -22,6 +22,7 @@ from dilated_attention import (
     ConfigError,
     ContextParallel,
     Dilated,
+    Limits,
     Local,
     Pattern,
     RingBroken,
@@ -32,7 +33,8 @@ from dilated_attention import (
 )  # fmt: skip
 from dilated_attention.core import reference
 from dilated_attention.core.attention import Attention
-from dilated_attention.exchange.compute import ComposedPiece, RankProgram
+from dilated_attention.exchange.compute import RankProgram
+from dilated_attention.exchange.pieces import ComposedPiece
 
 from .ring_cases import ring_engine, run_shard, tensors_of
 from .support import error
@@ -128,14 +130,17 @@ class FailingKernel:
 
 
 def fault(kind: str, attention: Attention, seconds: float) -> None:
-    """Fail in some way, at once or "before sending": within the next pass, when the others rely on its rows."""
+    """Fail in some way, at once or "before sending": within the next pass, when the others rely on its rows.
+
+    Whoever raises does so once its first messages are under way; "amid hops" others wait for further ones.
+    """
     sudden: dict[str, Callable[..., Any]] = {
         "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
         "hang": lambda *_: time.sleep(seconds),
         "raise": FailingKernel().forward,
     }
     how, _, late = kind.partition(" ")
-    if late:
+    if late == "before sending":
         pack = RankProgram.pack
 
         def failing(*rest: Any) -> Tensor:
@@ -145,7 +150,7 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
 
         RankProgram.pack = failing  # type: ignore[method-assign, assignment]
     elif how == "raise":
-        object.__setattr__(ring_engine(attention)._composer, "kernel", FailingKernel())
+        object.__setattr__(ring_engine(attention)._composer, "_kernel", FailingKernel())
     else:
         sudden[how]()
 
@@ -165,7 +170,8 @@ def block_in_passes(device: str) -> None:
 def drill(seat: Seat, kind: str, culprit: int, at: int, timeout_s: float, near: bool, blocks: bool) -> dict[str, Any]:
     """Steps until the ring breaks: when it did for this rank, what was said, and whether any step was wrong."""
     with group(seat) as mesh:
-        config = config_of(seat, 40, NEAR if near else FAR)
+        fields = {"limits": Limits(exchange_buffer_bytes=1)} if kind == "raise amid hops" else {}
+        config = config_of(seat, 40, NEAR if near else FAR, **fields)
         attention = build_attention(config, mesh=mesh)
         whole, truth = whole_of(config, seat), truth_of(config, mesh)
         failed_at = 0.0

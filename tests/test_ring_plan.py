@@ -14,8 +14,8 @@ from dilated_attention.backends.reference import ReferenceKernel
 from dilated_attention.core import reference
 from dilated_attention.core.composer import delta_of
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.exchange import compute
-from dilated_attention.exchange.compute import Merged
+from dilated_attention.exchange import pieces
+from dilated_attention.exchange.pieces import Merged
 from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
 from dilated_attention.exchange.progressions import BranchRows
 from dilated_attention.exchange.rows import most_rows, survey
@@ -84,7 +84,7 @@ def test_delta_is_computed_for_tables_of_blocks_only(monkeypatch: pytest.MonkeyP
         made.append(1)
         return delta_of(*rows)
 
-    monkeypatch.setattr(compute, "delta_of", counted)
+    monkeypatch.setattr(pieces, "delta_of", counted)
     shards = Shards(32, 3, 4, 2, True)
     assert worst(LONGNET, shards) < 1e-12
     assert made == []

@@ -1,0 +1,260 @@
+"""Queries of a shard against one tensor of keys, and how the results of such pieces are brought together.
+
+Shapes: B batch, S queries of the shard, T keys, H query heads, K key-value heads, D head_dim. lse is (B, H, S),
+(B, S, H) in memory where pieces are merged.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.block_product import BlockProduct
+from ..core.composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
+from ..core.empty import empty_gradients, empty_results
+from ..core.kernel import LayoutKernel, LayoutPiece
+from ..core.schedule import Schedule
+
+
+def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` as pieces are merged into them: in the accumulator's dtype, both (B, S, H, ...) in memory.
+
+    Where no row is merged into more than `once`, `out` keeps its dtype: one more rounding costs less than passes over
+    whole tensors of twice the size.
+    """
+    out = out if once else out.to(lse.dtype)
+    return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attrs.define(eq=False)
+class Merged:
+    """What the backward of every piece needs of the whole row, and the sum of their gradients of queries.
+
+    Attributes:
+        dout: (B, S, H, D), and query and out alike.
+        dlse: (B, H, S) contiguous, or None.
+        query: see dout.
+        out: see dout.
+        lse: (B, H, S) contiguous, -inf in rows without keys.
+        once: no row has gradients of more than two pieces, whose sum is then of the queries' dtype.
+    """
+
+    dout: Tensor
+    dlse: Tensor | None
+    query: Tensor
+    out: Tensor
+    lse: Tensor
+    once: bool = False
+    _dq: Tensor | None = attrs.field(default=None, init=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulator's."""
+        return accumulator_dtype(self.query.dtype)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """(B, H, S), sum(dout * out) - dlse."""
+        return delta_of(self.dout, self.dlse, self.out)
+
+    @cached_property
+    def row_lse(self) -> Tensor:
+        """`lse` as dense kernels take it: (B, S, H) in memory, +inf in rows without keys."""
+        lse = self.lse.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.where(lse == -math.inf, math.inf, lse)
+
+    @cached_property
+    def wide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dout, query and out, with `WIDENING` more columns where lse has a gradient."""
+        if self.dlse is None:
+            return self.dout, self.query, self.out
+        return widen_rows(self.dout, self.dlse, self.query, self.out)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """Keys or values with as many columns as `wide`."""
+        return x if self.dlse is None else functional.pad(x, (0, self.wide[1].shape[3] - x.shape[3]))
+
+    def add(self, dq: Tensor) -> None:
+        """Add a gradient of all queries, (B, S, H, D), a tensor of its own; the first one is taken as it is."""
+        self._dq = dq if self._dq is None else self._dq.to(self._sum_dtype).add_(dq)
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return self.query.dtype if self.once else self.dtype
+
+    def sums(self) -> Tensor:
+        """The sum so far, (B, S, H, D) contiguous, for gradients of some queries to be added."""
+        if self._dq is None:
+            self._dq = torch.zeros(self.query.shape, dtype=self._sum_dtype, device=self.query.device)
+        self._dq = self._dq.to(self._sum_dtype).contiguous()
+        return self._dq
+
+    def dq(self) -> Tensor:
+        """The gradient of the queries, contiguous in their dtype."""
+        total = torch.zeros_like(self.query) if self._dq is None else self._dq
+        return total.to(self.query.dtype).contiguous()
+
+
+class Piece(Protocol):
+    """Queries of the shard against one tensor of keys; a batch row counts `pairs`."""
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that a batch row counts."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute."""
+
+    @property
+    def merges(self) -> int:
+        """How often it merges into a row at most."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Fresh out and lse as the kernel gives them; `mergeable` prepares them for other pieces."""
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Merge this piece into what `mergeable` returned."""
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to `merged`; return dk and dv, (B, T, K, D) in the inputs' or the accumulator's dtype."""
+
+
+@attrs.frozen(eq=False)
+class ComposedPiece:
+    """A `Piece` of dense calls and a table of blocks, which core composes."""
+
+    composer: Composer
+    schedule: Schedule
+    blocks: BlockProduct | None
+    pairs: int
+
+    @property
+    def is_empty(self) -> bool:
+        """As `Piece.is_empty`."""
+        return not self.schedule.calls and self.blocks is None
+
+    @property
+    def merges(self) -> int:
+        """As `Piece.merges`: calls of one name are of one branch, and no row is in two of them."""
+        return len({call.name for call in self.schedule.calls}) + (self.blocks is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """As `Piece.nbytes`."""
+        return self.schedule.nbytes + (0 if self.blocks is None else self.blocks.nbytes)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.forward`."""
+        if self.blocks is None:
+            return self.composer.forward(query, key, value, self.schedule)
+        out, lse = mergeable(*self.blocks.forward(query, key, value))
+        self.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
+        return out, lse
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As `Piece.merge_into`."""
+        self.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
+        if self.blocks is not None:
+            merge_(out, lse, *self.blocks.forward(query, key, value))
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.backward`."""
+        if self.blocks is None:
+            return self._dense_backward(merged, key, value)
+        rows = merged.dout, merged.query, key, value, merged.delta, merged.row_lse
+        dq, dk, dv = self.blocks.backward(*rows)
+        merged.add(dq)
+        if self.schedule.calls:
+            more_k, more_v = self._dense_backward(merged, key, value)
+            dk, dv = dk + more_k, dv + more_v
+        return dk, dv
+
+    def _dense_backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`backward` of the dense calls."""
+        composer, head_dim = self.composer, key.shape[3]
+        dout, query, out = merged.wide
+        key, value = merged.widened(key), merged.widened(value)
+        inputs = (dout, query, key, value, out, merged.row_lse)
+        if self.schedule.cover:
+            dq, dk, dv = composer.backward(*inputs, self.schedule)
+            merged.add(dq[..., :head_dim])
+        else:
+            dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in (key, value))
+            if merged.dlse is None:
+                composer.backward_into((merged.sums(), dk, dv), *inputs, self.schedule.calls)
+            else:
+                dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)
+                composer.backward_into((dq, dk, dv), *inputs, self.schedule.calls)
+                merged.add(dq[..., :head_dim])
+        return dk[..., :head_dim], dv[..., :head_dim]
+
+
+@attrs.frozen(eq=False)
+class WholePiece:
+    """A `Piece` that a kernel for whole layouts computes in one go."""
+
+    kernel: LayoutKernel
+    piece: LayoutPiece
+    pairs: int
+
+    @property
+    def is_empty(self) -> bool:
+        """As `Piece.is_empty`."""
+        return not self.pairs
+
+    @property
+    def merges(self) -> int:
+        """As `Piece.merges`."""
+        return 1
+
+    @property
+    def nbytes(self) -> int:
+        """As `Piece.nbytes`, the kernel's own tables not known."""
+        return self.piece.layout.nbytes
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.forward`."""
+        return self.kernel.forward(query, key, value, self.piece)
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As `Piece.merge_into`."""
+        merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.backward`."""
+        rows = merged.dout, merged.query, key, value, merged.out, merged.lse
+        dq, dk, dv = self.kernel.backward(*rows, self.piece, dlse=merged.dlse)
+        merged.add(dq)
+        return dk, dv
+
+
+@attrs.frozen
+class EmptyPiece:
+    """A `Piece` without pairs, which no kernel is asked for."""
+
+    pairs: int = 0
+    nbytes: int = 0
+    is_empty: bool = True
+    merges: int = 0
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.forward`."""
+        return empty_results(query)
+
+    def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As `Piece.merge_into`."""
+
+    def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Piece.backward`."""
+        return empty_gradients(merged.query, key, value)[1:]
