@@ -174,7 +174,8 @@ class RingEngine(Engine):
         shards = Shards(length, self.communicator.size, self.config.num_heads, self.num_kv_heads, self.config.is_causal)
         limits = self.config.limits
         row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
-        hops, sent = self._judge(shards, limits.exchange_buffer_bytes // max(1, row_bytes))
+        # The rows of no batch fit any buffer.
+        hops, sent = self._judge(shards, limits.exchange_buffer_bytes // row_bytes) if batch else (False, None)
         key = (length, hops, device)
         found = self.rings.get(key)
         if found is None:
