@@ -129,7 +129,7 @@ def _peers(gate: Gate, settings: Settings, floor_tflops: float, note: Callable[[
         seconds = TRAINING_FACTOR * flops / (0.5e12 * floor_tflops)
         if seconds > settings.slowest_seconds:
             note(
-                f"{gate.case.name}: {peer.name} left out: a step needs about {seconds:.0f} s by its FLOPs, allowed are "
+                f"{gate.case.name}: {peer.name} left out: a step needs about {seconds:.2g} s by its FLOPs, allowed are "
                 f"{settings.slowest_seconds:g} (--slowest)"
             )
             continue
