@@ -42,6 +42,11 @@ def merge_(out: Tensor, lse: Tensor, out_piece: Tensor, lse_piece: Tensor) -> No
     lse.copy_(torch.logaddexp(lse, lse_piece))
 
 
+def by_rows(lse: Tensor) -> Tensor:
+    """lse (B, H, S) with (B, S, H) in memory, like the rows of out, so that strided views of rows serve both."""
+    return lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     """sum(dout * out) - dlse, (B, H, S) in the accumulator's dtype: what backward takes off each row's dout·v."""
     delta = (dout * out).sum(dim=-1, dtype=accumulator_dtype(out.dtype)).transpose(1, 2)
@@ -247,7 +252,7 @@ class Composer:
             return self._kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = by_rows(lse)
         start = 0
         slabs = slabs_of(calls[0], (query, dout, out), (key, value)) if schedule.cover == 1 else []
         if _adoptable(schedule, query, key, slabs):
@@ -282,7 +287,7 @@ class Composer:
 
         Those of the first `written` calls replace what is there.
         """
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = by_rows(lse)
         for index, call in enumerate(calls):
             with span(call.name):
                 for slab in slabs_of(call, (query, dout, out), (key, value)):

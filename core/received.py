@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype, slabs_of
+from .composer import accumulator_dtype, by_rows, slabs_of
 from .schedule import Call, Schedule
 
 _TILE = 512  # rows and columns of scores formed at once, at most
@@ -40,7 +40,7 @@ def received_from(
     dtype = accumulator_dtype(query.dtype)
     # Rows before heads in memory, so that segments stack over the batch as those of query and key do.
     total = torch.zeros(batch, kv_len, heads, dtype=dtype, device=query.device).transpose(1, 2)
-    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = by_rows(lse)
     for call in schedule.calls:
         places = attrs.evolve(  # where the keys of each query head stand
             call.key, head=call.query.head, head_step=call.query.head_step, num_heads=call.query.num_heads

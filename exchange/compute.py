@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer
+from ..core.composer import Composer, accumulator_dtype
 from ..core.kernel import LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
 from ..core.pattern import Pattern
@@ -196,17 +196,15 @@ class RankProgram:
     def unpack(self, dk: Tensor, dv: Tensor, home: Mapping[int, Tensor]) -> None:
         """Add the gradients that come back from ranks, (n, 2, B, D) each, to dk and dv (B, S, K, D), contiguous.
 
-        Of the rows that went anywhere the sum is made in the gradients' dtype, and rounded once.
+        Of the rows that went anywhere the sum is made in the accumulator's dtype, and rounded once.
         """
-        for place, x in enumerate((dk, dv)):
+        arrived = {to: grads for to, grads in home.items() if grads.numel()}
+        for place, x in enumerate((dk, dv) if arrived else ()):
             rows = x.flatten(1, 2)
-            total: Tensor | None = None
-            for to, grads in home.items():
-                if grads.numel():
-                    total = rows.index_select(1, self.shared).to(grads.dtype) if total is None else total
-                    total.index_add_(1, self.places[to], grads[:, place].transpose(0, 1))
-            if total is not None:
-                rows.index_copy_(1, self.shared, total.to(x.dtype))
+            total = rows.index_select(1, self.shared).to(accumulator_dtype(x.dtype))
+            for to, grads in arrived.items():
+                total.index_add_(1, self.places[to], grads[:, place].transpose(0, 1))
+            rows.index_copy_(1, self.shared, total.to(x.dtype))
 
     def merge_received(self, out: Tensor, lse: Tensor, query: Tensor, received: Tensor) -> None:
         """Merge what received rows (U, 2, B, D) contribute into what `mergeable` returned."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer, accumulator_dtype, delta_of, merge_, widen_rows
+from ..core.composer import Composer, accumulator_dtype, by_rows, delta_of, merge_, widen_rows
 from ..core.empty import empty_gradients, empty_results
 from ..core.kernel import LayoutKernel, LayoutPiece
 from ..core.schedule import Schedule
@@ -29,7 +29,7 @@ def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, 
     whole tensors of twice the size.
     """
     out = out if once else out.to(lse.dtype)
-    return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous(), by_rows(lse)
 
 
 @attrs.define(eq=False)
@@ -42,7 +42,7 @@ class Merged:
         query: see dout.
         out: see dout.
         lse: (B, H, S) contiguous, -inf in rows without keys.
-        once: no row has gradients of more than two pieces, whose sum is then of the queries' dtype.
+        once: received rows add to no row's gradient more than once, so that the sum is of the queries' dtype.
     """
 
     dout: Tensor
@@ -66,7 +66,7 @@ class Merged:
     @cached_property
     def row_lse(self) -> Tensor:
         """`lse` as dense kernels take it: (B, S, H) in memory, +inf in rows without keys."""
-        lse = self.lse.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = by_rows(self.lse)
         return torch.where(lse == -math.inf, math.inf, lse)
 
     @cached_property
@@ -138,16 +138,17 @@ class ComposedPiece:
     schedule: Schedule
     blocks: BlockProduct | None
     pairs: int
+    merges: int = attrs.field(init=False)
+
+    @merges.default
+    def _count_merges(self) -> int:
+        """Calls of one name are of one branch, and no row is in two of them."""
+        return len({call.name for call in self.schedule.calls}) + (self.blocks is not None)
 
     @property
     def is_empty(self) -> bool:
         """As `Piece.is_empty`."""
         return not self.schedule.calls and self.blocks is None
-
-    @property
-    def merges(self) -> int:
-        """As `Piece.merges`: calls of one name are of one branch, and no row is in two of them."""
-        return len({call.name for call in self.schedule.calls}) + (self.blocks is not None)
 
     @property
     def nbytes(self) -> int:
@@ -191,7 +192,8 @@ class ComposedPiece:
             merged.add(dq[..., :head_dim])
         else:
             dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in (key, value))
-            if merged.dlse is None:
+            adds_once = not merged.once or self.merges == 1  # else the sum of half precision would round each addition
+            if merged.dlse is None and adds_once:
                 composer.backward_into((merged.sums(), dk, dv), *inputs, self.schedule.calls)
             else:
                 dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)

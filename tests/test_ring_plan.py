@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
+from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.backends.reference import ReferenceKernel
+from dilated_attention.bench.oracle import truth
+from dilated_attention.bench.timing import difference
 from dilated_attention.core import reference
-from dilated_attention.core.composer import delta_of
+from dilated_attention.core.composer import Composer, delta_of
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange import pieces
+from dilated_attention.exchange.compute import Compute, RankProgram
 from dilated_attention.exchange.pieces import Merged
 from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
 from dilated_attention.exchange.progressions import BranchRows
 from dilated_attention.exchange.rows import most_rows, survey
 from dilated_attention.exchange.shards import Shards, shard_length
+from dilated_attention.exchange.simulation import simulate
 
 from .ring_simulation import worst
 from .strategies import patterns
@@ -154,3 +159,18 @@ def test_a_length_that_cannot_be_cut_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"1,000 tokens cannot be cut into 3 equal shards.*999 and 1,002"):
         shard_length(1000, 3)
     assert shard_length(999, 3) == 333
+
+
+def test_half_precision_is_rounded_once_a_piece_and_not_once_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, shards = Dilated((8, 16, 24, 48, 96), (2,) * 5), Shards(48, 2, 2, 2, True)  # one branch reaches across
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 96, 2, 16, generator=generator).bfloat16() for _ in range(4)]
+    expected = truth(inputs, pattern, is_causal=True)[1]
+    compute = Compute(Composer(CpuFlash(), 0.25, False), torch.device("cpu"), torch.bfloat16, 1 << 20)
+
+    def off() -> float:
+        return difference(simulate(pattern, shards, compute, inputs[:3], dout=inputs[3])[2], expected)
+
+    found = off()
+    monkeypatch.setattr(RankProgram, "once", False)  # sums in float32 throughout
+    assert found < 1.05 * off()
