@@ -125,7 +125,7 @@ TRITON = BackendSpec(
 FLEX = BackendSpec(
     name="flex",
     target="dilated_attention.backends.flex:FlexBackend",
-    priority=-50,  # by name only: it has not run on a card yet, compiles for every length and ignores strided branches
+    priority=-50,  # last: few cases have run on a card, it compiles for every length and ignores strided branches
     capabilities=_WHOLE
     | {
         # Not cpu: PyTorch's FlexAttention gives no lse there.

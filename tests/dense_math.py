@@ -5,10 +5,12 @@ Shapes: queries (B, S, H, D), keys and values (B, T, K, D), lse (B, H, S).
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
+
+from dilated_attention.core.kernel import DensePiece
+from dilated_attention.registry.conformance_ring import ExactDense
+
+_EXACT = ExactDense()
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -21,9 +23,8 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     """Out in the dtype of the queries and lse in float32, computed in float64."""
-    scores = _scores(query, key, scale, is_causal)
-    out = torch.einsum("bhst,bthd->bshd", scores.softmax(-1), _each(value, query))
-    return out.to(query.dtype), scores.logsumexp(-1).float()
+    out, lse = _EXACT.forward(query, key, value, _piece(scale, is_causal))
+    return out, lse.float()
 
 
 def backward(
@@ -32,21 +33,8 @@ def backward(
     """Gradients in the dtype of the queries, for out and lse of the whole row."""
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-    p = (_scores(query, key, scale, is_causal) - lse.double().unsqueeze(-1)).exp()
-    delta = (dout.double() * out.double()).sum(-1).transpose(1, 2).unsqueeze(-1)
-    ds = p * (torch.einsum("bshd,bthd->bhst", dout.double(), _each(value, query)) - delta) * scale
-    dq = torch.einsum("bhst,bthd->bshd", ds, _each(key, query)).to(query.dtype)
-    wide = (torch.einsum("bhst,bshd->bthd", x, y.double()) for x, y in ((ds, query), (p, dout)))
-    dk, dv = (torch.unflatten(x, 2, (key.shape[2], -1)).sum(3).to(query.dtype) for x in wide)
-    return dq, dk, dv
+    return _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal))
 
 
-def _each(x: Tensor, query: Tensor) -> Tensor:
-    """One head of x for each query head, float64."""
-    return x.double().repeat_interleave(query.shape[2] // x.shape[2], 2)
-
-
-def _scores(query: Tensor, key: Tensor, scale: float, is_causal: bool) -> Tensor:
-    scores = torch.einsum("bshd,bthd->bhst", query.double(), _each(key, query)) * scale
-    future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf) if is_causal else scores
+def _piece(scale: float, is_causal: bool) -> DensePiece:
+    return DensePiece(is_causal=is_causal, scale=scale, deterministic=True)
