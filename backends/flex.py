@@ -118,9 +118,9 @@ class FlexKernel:
         self.make = make
         self._made: WeakKeyDictionary[Layout, dict[torch.device, tuple[FlexTables, Attend]]] = WeakKeyDictionary()
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
+    def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call."""
-        self.tables(layout, device)
+        return self.tables(layout, device)[0].nbytes
 
     def tables(self, layout: Layout, device: torch.device) -> tuple[FlexTables, Attend]:
         """The tables of a layout on the device, and what computes it; made once.

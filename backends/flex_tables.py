@@ -47,11 +47,13 @@ class FlexTables:
         block_mask: the lists, with the masks as its mask_mod.
         score_mod: adds the logarithm of how often a pair counts; None where none counts more than once.
         has_masks: whether the mask_mod reads masks, not only which blocks are listed.
+        nbytes: memory of all tables on the device.
     """
 
     block_mask: BlockMask
     score_mod: ScoreMod | None
     has_masks: bool
+    nbytes: int
 
     @classmethod
     def of(cls, layout: BlockLayout, device: torch.device) -> FlexTables:
@@ -80,16 +82,12 @@ class FlexTables:
             torch.from_numpy(np.array(array)).to(device) for array in (layout.head_table, numbers, masks)
         )
         mask_mod, score_mod = _modifiers(head_table, number_table, mask_table, size)
-        block_mask = BlockMask(
-            (geometry.q_len, geometry.kv_len),
-            *lists(masked, transposed=False),
-            *lists(~masked, transposed=False),
-            *lists(masked, transposed=True),
-            *lists(~masked, transposed=True),
-            BLOCK_SIZE=(size, size),
-            mask_mod=mask_mod,
-        )
-        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None, bool(masked.any()))
+        keys = *lists(masked, transposed=False), *lists(~masked, transposed=False)
+        queries = *lists(masked, transposed=True), *lists(~masked, transposed=True)
+        shape = geometry.q_len, geometry.kv_len
+        block_mask = BlockMask(shape, *keys, *queries, BLOCK_SIZE=(size, size), mask_mod=mask_mod)
+        nbytes = sum(x.nbytes for x in (*keys, *queries, head_table, number_table, mask_table))
+        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None, bool(masked.any()), nbytes)
 
 
 def _with_weights(layout: BlockLayout) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

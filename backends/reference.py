@@ -90,9 +90,10 @@ class ReferenceKernel:
         dq, dk, dv = torch.autograd.grad([x for x, _ in used], (q, k, v), [grad for _, grad in used])
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
+    def prepare(self, layout: Layout, device: torch.device) -> int:
         """Nothing but the judgement whether the mask fits; raises `ConfigError` where it does not."""
         self._check_mask(layout.geometry)
+        return 0
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         geometry = piece.layout.geometry

@@ -45,12 +45,13 @@ class _Program:
     schedule: Schedule
     blocks: BlockProduct | None = None
     dynamic: DynamicTables | None = None
+    prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
 
     @property
     def nbytes(self) -> int:
         parts = (self.layout, self.schedule, self.blocks, self.dynamic)
-        return sum(part.nbytes for part in parts if part is not None)
+        return self.prepared_bytes + sum(part.nbytes for part in parts if part is not None)
 
     @pairs.default
     def _count_pairs(self) -> int:
@@ -172,9 +173,10 @@ class Engine:
         if self._learned is not None:
             return _Program(Layout(self._learned, geometry, (), None), Schedule((), 0))
         layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        prepared = 0
         if isinstance(self._layout_kernel, Prepares) and layout.pairs:
-            self._layout_kernel.prepare(layout, device)
-        return _Program(layout, Schedule((), 0))
+            prepared = self._layout_kernel.prepare(layout, device)
+        return _Program(layout, Schedule((), 0), prepared_bytes=prepared)
 
     def _composed(self, geometry: Geometry, device: torch.device) -> _Program:
         """The program that core itself runs, with dense pieces and blocks."""

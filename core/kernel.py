@@ -126,5 +126,8 @@ class LayoutKernel(Protocol):
 class Prepares(Protocol):
     """What a `LayoutKernel` may have besides: work of its own for a layout, done when a length is first lowered."""
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
-        """Make what later calls with this layout need, so that they may be captured in a CUDA graph."""
+    def prepare(self, layout: Layout, device: torch.device) -> int:
+        """Make what later calls with this layout need, so that they may be captured in a CUDA graph.
+
+        Returns how many bytes of it are kept for as long as the layout lives: the cache of layouts counts them.
+        """

@@ -55,7 +55,6 @@ class RingKernel:
         """As `LayoutKernel.backward`."""
         return self.layout.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
+    def prepare(self, layout: Layout, device: torch.device) -> int:
         """As `Prepares.prepare`, where the layout kernel has it."""
-        if isinstance(self.layout, Prepares):
-            self.layout.prepare(layout, device)
+        return self.layout.prepare(layout, device) if isinstance(self.layout, Prepares) else 0

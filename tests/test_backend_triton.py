@@ -123,6 +123,36 @@ def test_the_walks_count_positions_before_0(pattern: Pattern, is_causal: bool, t
         assert np.array_equal(counted(tables, rows, columns, head), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(dilated(), st.booleans(), st.sampled_from([4, 16]), st.booleans())
+def test_there_is_a_place_for_every_run_of_a_tile(pattern: Pattern, transposed: bool, rows: int, spans: bool) -> None:
+    """A kernel writes them without looking where the places end."""
+    length, heads = 150, 4
+    branches = lower(pattern, Geometry.self_attention(length, heads)).branches
+    if np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD:
+        return
+    tables = make_tables(branches, is_causal=True, transposed=transposed, span=length if spans else 0)
+    start, places = tables.places_of_runs(rows, length)
+    kinds, period = start.shape
+    ends = np.concatenate([start[:, 1:], np.full((kinds, 1), places)], axis=1)
+    for kind in range(kinds):
+        for slot in range(period):
+            group = tables.slot_group[kind, slot]
+            size, first_residue = int(tables.group_size[kind, group]), int(tables.group_start[kind, group])
+            element = tables.slot_index[kind, slot] * rows + np.arange(rows)
+            residue = tables.residues[kind, first_residue + element % size]
+            for block in range(-(-length // (rows * period))):
+                position = block * rows * period + element // size * period + residue
+                position = position[position < length]
+                if not position.size:
+                    continue
+                found = 0
+                for walk in tables.walks[kind, group, : tables.counts[kind, group]]:
+                    segment = int(walk[0])
+                    found += 1 if segment == 0 else int(position[-1] // segment - position[0] // segment) + 1
+                assert found <= ends[kind, slot] - start[kind, slot]
+
+
 def test_a_column_of_several_branches_is_met_once() -> None:
     geometry = Geometry.self_attention(4096, 4)
     pattern = Dilated(segment_lengths=(512, 1024, 2048), dilation_rates=(1, 2, 4))

@@ -26,9 +26,9 @@ LONGNET = Dilated((16, 32, 64), (1, 2, 4))
 class WholeKernel(ReferenceKernel):
     """Fails where it is handed nothing."""
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
+    def prepare(self, layout: Layout, device: torch.device) -> int:
         assert layout.pairs
-        super().prepare(layout, device)
+        return super().prepare(layout, device)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         assert all(x.numel() for x in (query, key, value))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_FAR = tl.constexpr(1 << 30)
+FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -37,17 +37,13 @@ def tile_and_head(num_heads):
 
 @triton.jit
 def tile_of_rows(
-    head_kind, slot_group, slot_index, group_size, group_start, residues,
-    low, high, origin, num_heads, period, groups, BLOCK_M: tl.constexpr,
+    kind, tile, slot_group, slot_index, group_size, group_start, residues, low, high, origin, period, groups,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What this program computes, of rows at the positions from `low` up to `high`.
+    """The rows of a tile, of those at the positions from `low` up to `high`.
 
-    Returns head, batch row, the place of its group in the tables, the positions (M,) of its rows, ascending, which of
-    them are valid, and the first and last that are; the first is past the last where none is.
+    Returns the place of its group in the tables, the positions (M,) of its rows, ascending, and which are valid.
     """
-    tile, head = tile_and_head(num_heads)
-    batch = tl.program_id(1).to(tl.int64)
-    kind = tl.load(head_kind + head)
     slot = kind * period + tile % period
     table = kind * groups + tl.load(slot_group + slot)
     size = tl.load(group_size + table)
@@ -55,37 +51,32 @@ def tile_of_rows(
     element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
     residue = tl.load(residues + kind * period + start + element % size)
     position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
-    valid = (position >= low) & (position < high)
-    first = tl.min(tl.where(valid, position, _FAR), 0)
-    last = tl.max(tl.where(valid, position, -_FAR), 0)
-    return head, batch, table, position, valid, first, last
+    return table, position, (position >= low) & (position < high)
 
 
 @triton.jit
-def segments(walk, first, last, SHIFTS: tl.constexpr):
-    """The first and the last segment of a walk that the rows from `first` to `last` reach into."""
-    length, log_length = tl.load(walk), tl.load(walk + 6)
-    divisor = tl.maximum(length, 1)
-    low = tl.where(length == 0, 0, floor_div(first, divisor, log_length, SHIFTS))
-    high = tl.where(length == 0, 0, floor_div(last, divisor, log_length, SHIFTS))
-    return low, high
+def place_of_runs(kind, tile, run_start, blocks, period, block_runs):
+    """Where the runs of a tile begin, and where its total stands."""
+    block, slot = tile // period, tile % period
+    first = (kind * blocks + block).to(tl.int64) * block_runs + tl.load(run_start + kind * period + slot)
+    return first * 4, (kind * blocks + block) * period + slot
 
 
 @triton.jit
 def columns(walk, segment, position, valid, low_column, high_column, SHIFTS: tl.constexpr):
-    """What a tile of rows walks in one segment: columns first + j * step for 0 <= j < count.
+    """What a tile of rows walks in one segment: columns first + j * step for j >= 0, of which a row meets j < bound.
 
-    Within a segment only one end of a row's columns depends on the row, and j counts towards that end: a row meets
-    j < bound (M,), and every valid row meets j < full.
+    Within a segment only one end of a row's columns depends on the row, and j counts towards that end. Rows that are
+    not valid meet none.
 
-    Returns (first, step, count, bound, full).
+    Returns (first, step, bound (M,)).
     """
     length, step, residue, mode = tl.load(walk), tl.load(walk + 1), tl.load(walk + 2), tl.load(walk + 3)
     inner, row_rate = tl.load(walk + 4), tl.load(walk + 5)
     log_step, log_inner = tl.load(walk + 7), tl.load(walk + 8)
-    start = tl.where(length == 0, -_FAR, segment * length)
-    end = tl.where(length == 0, _FAR, start + length)
-    member = (position >= start) & (position < end)
+    start = tl.where(length == 0, -FAR, segment * length)
+    end = tl.where(length == 0, FAR, start + length)
+    member = valid & (position >= start) & (position < end)
     member &= (row_rate == 0) | ((position - start) % tl.maximum(row_rate, 1) == residue)
     residue += tl.where(row_rate == 0, 0, start)
     low, high = tl.maximum(low_column, start), tl.minimum(high_column, end)
@@ -103,9 +94,21 @@ def columns(walk, segment, position, valid, low_column, high_column, SHIFTS: tl.
         bound = tl.minimum(stop, high) - 1 - first
         factor = 1
     bound = tl.where(member & (bound >= 0), floor_div(bound, step, log_step, SHIFTS) + 1, 0)
-    count = tl.max(tl.where(valid, bound, 0), 0)
-    full = tl.min(tl.where(valid, bound, _FAR), 0)
-    return first, step * factor, count, bound, full
+    return first, step * factor, bound
+
+
+@triton.jit
+def next_run(
+    runs, walks, biases, position, valid, low_column, high_column, SHIFTS: tl.constexpr,
+):  # fmt: skip
+    """The run that stands at `runs` (see `runs`), as the steps over a tile of rows take it.
+
+    Returns its first column, counted from `low_column`, the step to the next, how many columns some row meets and how
+    many every row does, how many each row does (M,), and the bias of their scores.
+    """
+    index, segment, count, full = tl.load(runs), tl.load(runs + 1), tl.load(runs + 2), tl.load(runs + 3)
+    first, step, bound = columns(walks + index * 9, segment, position, valid, low_column, high_column, SHIFTS)
+    return first - low_column, step, count, full, bound, tl.load(biases + index)
 
 
 @triton.jit

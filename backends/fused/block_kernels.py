@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .addressing import load_columns, load_rows, store_rows, tile_and_head
-from .gradient_kernels import _key_gradient_tile, _query_gradient_tile, _unpack
-from .kernels import _attend_tile
+from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
+from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
 
@@ -47,7 +47,7 @@ def attend_blocks(
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
     q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -56,9 +56,9 @@ def attend_blocks(
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
-        out, row_sum, row_max = _attend_tile(
-            q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, out, row_sum, row_max, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, False, PRECISION, WIDE,
+        out, row_sum, row_max = attend_tile(
+            q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, out, row_sum, row_max, scale,
+            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -72,10 +72,11 @@ def attend_blocks(
         shift = tl.where(new_max == -_INF, 0.0, new_max)
         p = tl.exp2(scores - shift[:, None]) * count
         shrink = tl.exp2(row_max - shift)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
+        row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
@@ -101,7 +102,7 @@ def block_gradients_of_queries(
     g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
     q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
-    lse, delta = _unpack(tl.load(stats_ptr + (batch * num_heads + head) * q_len + row, mask=valid, other=0))
+    lse, delta = unpack(tl.load(stats_ptr + (batch * num_heads + head) * q_len + row, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -110,9 +111,9 @@ def block_gradients_of_queries(
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
-        dq = _query_gradient_tile(
-            q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+        dq = query_gradient_tile(
+            q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, scale,
+            tl.load(biases + entry), HEAD_DIM, BLOCK_D, PRECISION, WIDE,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -157,9 +158,9 @@ def block_gradients_of_keys(
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
-        dk, dv = _key_gradient_tile(
-            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, column, offset, offset, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+        dk, dv = key_gradient_tile(
+            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, column, offset, offset, False, scale,
+            tl.load(biases + entry), HEAD_DIM, BLOCK_D, PRECISION, WIDE,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -167,7 +168,7 @@ def block_gradients_of_keys(
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, q_len - 1)
         q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
-        lse, delta = _unpack(tl.load(stats_base + column))
+        lse, delta = unpack(tl.load(stats_base + column))
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
         count = _counts(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
         p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[None, :]) * count

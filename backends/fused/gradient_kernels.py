@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import ceil_div, columns, load_columns, load_rows, segments, store_rows, tile_of_rows
+from .addressing import load_columns, load_rows, next_run, place_of_runs, store_rows, tile_and_head, tile_of_rows
 
 _INF = tl.constexpr(float("inf"))
 
@@ -37,24 +37,23 @@ def prepare_rows(
 
 
 @triton.jit
-def _unpack(pair):
+def unpack(pair):
     """The two float32 of an int64: lse in base 2 and delta of a row, which one load brings."""
     lse = pair.to(tl.int32).to(tl.float32, bitcast=True)
     return lse, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _query_gradient_tile(
-    q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+def query_gradient_tile(
+    q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k."""
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[:, None])
-    if MASKED:
+    if is_partial:
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
@@ -64,71 +63,68 @@ def _query_gradient_tile(
 @triton.jit
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
-    head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
-    period, groups, most_walks,
+    period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
-    head, batch, table, position, valid, first, last = tile_of_rows(
-        head_kind, slot_group, slot_index, group_size, group_start, residues,
-        q_low, q_high, origin, num_heads, period, groups, BLOCK_M,
+    tile, head = tile_and_head(num_heads)
+    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    table, position, valid = tile_of_rows(
+        kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
+        BLOCK_M,
     )  # fmt: skip
-    if first > last:
-        return
+    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
+    runs += place
+    walks += table * most_walks * 9
+    biases += table * most_walks
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
     q = load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
-    place = (batch * num_heads + head) * (q_high - q_low) + position - q_low
-    lse, delta = _unpack(tl.load(stats_ptr + place, mask=valid, other=0))
+    row = (batch * num_heads + head) * (q_high - q_low) + position - q_low
+    lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
-    for index in range(tl.load(counts + table)):
-        walk = walks + (table * most_walks + index) * 9
-        bias = tl.load(bias_ptr + table * most_walks + index)
-        segment_from, segment_to = segments(walk, first, last, SHIFTS)
-        for segment in range(segment_from, segment_to + 1):
-            begin, step, count, bound, full = columns(walk, segment, position, valid, k_low, k_high, SHIFTS)
-            begin -= k_low
-            row = begin + offset * step
-            unmasked = full // BLOCK_N if SPLIT else 0
-            for _ in range(unmasked):
-                dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
-                    row, offset, bound, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
-                )  # fmt: skip
-                row += BLOCK_N * step
-            for number in range(unmasked, ceil_div(count, BLOCK_N)):
-                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
-                dq = _query_gradient_tile(
-                    q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs,
-                    row, offset, bound - number * BLOCK_N, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
-                )  # fmt: skip
+    begin, step, left, full, bias = 0, 0, 0, 0, 0.0
+    for _ in range(tl.load(totals + total_place)):
+        if left <= 0:
+            begin, step, left, full, bound, bias = next_run(
+                runs, walks, biases, position, valid, k_low, k_high, SHIFTS
+            )  # fmt: skip
+            runs += 4
+        rows = begin + tl.minimum(offset, left - 1) * step
+        dq = query_gradient_tile(
+            q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, rows, offset, bound,
+            full < BLOCK_N if SPLIT else True, scale, bias, HEAD_DIM, BLOCK_D, PRECISION, WIDE,
+        )  # fmt: skip
+        begin += BLOCK_N * step
+        left -= BLOCK_N
+        full -= BLOCK_N
+        bound -= BLOCK_N
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
     store_rows(o_base, position - q_low, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _key_gradient_tile(
-    k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+def key_gradient_tile(
+    k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, is_partial, scale, bias,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
     q = load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
     dout = load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
-    lse, delta = _unpack(tl.load(stats_base + rows))
+    lse, delta = unpack(tl.load(stats_base + rows))
     scores = tl.dot(k, q.trans(), input_precision=PRECISION)
     p = tl.exp2(scores * scale + (bias - lse)[None, :])
-    if MASKED:
+    if is_partial:
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
@@ -139,21 +135,25 @@ def _key_gradient_tile(
 @triton.jit
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
-    head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
-    period, groups, most_walks,
+    period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
-    head, batch, table, position, valid, first, last = tile_of_rows(
-        head_kind, slot_group, slot_index, group_size, group_start, residues,
-        k_low, k_high, origin, num_heads, period, groups, BLOCK_M,
+    tile, head = tile_and_head(num_heads)
+    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    table, position, valid = tile_of_rows(
+        kind, tile, slot_group, slot_index, group_size, group_start, residues, k_low, k_high, origin, period, groups,
+        BLOCK_M,
     )  # fmt: skip
-    if first > last:
-        return
+    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
+    runs += place
+    walks += table * most_walks * 9
+    biases += table * most_walks
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
@@ -163,30 +163,24 @@ def gradients_of_keys(
     stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
-    for index in range(tl.load(counts + table)):
-        walk = walks + (table * most_walks + index) * 9
-        bias = tl.load(bias_ptr + table * most_walks + index)
-        segment_from, segment_to = segments(walk, first, last, SHIFTS)
-        for segment in range(segment_from, segment_to + 1):
-            begin, step, count, bound, full = columns(walk, segment, position, valid, q_low, q_high, SHIFTS)
-            begin -= q_low
-            row = begin + offset * step
-            unmasked = full // BLOCK_N if SPLIT else 0
-            for _ in range(unmasked):
-                dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
-                    row, offset, bound, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
-                )  # fmt: skip
-                row += BLOCK_N * step
-            for number in range(unmasked, ceil_div(count, BLOCK_N)):
-                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
-                dk, dv = _key_gradient_tile(
-                    k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs,
-                    row, offset, bound - number * BLOCK_N, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, PRECISION, WIDE,
-                )  # fmt: skip
-    place = batch * stride_ob + head.to(tl.int64) * stride_oh
-    store_rows(dk_ptr + place, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr + place, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)
+    begin, step, left, full, bias = 0, 0, 0, 0, 0.0
+    for _ in range(tl.load(totals + total_place)):
+        if left <= 0:
+            begin, step, left, full, bound, bias = next_run(
+                runs, walks, biases, position, valid, q_low, q_high, SHIFTS
+            )  # fmt: skip
+            runs += 4
+        rows = begin + tl.minimum(offset, left - 1) * step
+        dk, dv = key_gradient_tile(
+            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, rows, offset, bound,
+            full < BLOCK_N if SPLIT else True, scale, bias, HEAD_DIM, BLOCK_D, PRECISION, WIDE,
+        )  # fmt: skip
+        begin += BLOCK_N * step
+        left -= BLOCK_N
+        full -= BLOCK_N
+        bound -= BLOCK_N
+    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh
+    store_rows(dk_ptr + place_out, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + place_out, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

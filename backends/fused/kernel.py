@@ -38,9 +38,9 @@ class FusedKernel:
         self._bound_from = bound_from
         self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
 
-    def prepare(self, layout: Layout, device: torch.device) -> None:
+    def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
-        self.parts(layout, device)
+        return sum(part.nbytes for part in self.parts(layout, device))
 
     def parts(self, layout: Layout, device: torch.device) -> tuple[Part, ...]:
         """The parts of a layout with their tables on the device; made once."""

@@ -8,38 +8,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import ceil_div, columns, load_columns, load_rows, segments, store_rows, tile_of_rows
+from .addressing import load_columns, load_rows, next_run, place_of_runs, store_rows, tile_and_head, tile_of_rows
 
 _INF = tl.constexpr(float("inf"))
 _FIXED_BELOW = tl.constexpr(48.0)  # see `_reach`
 
 
 @triton.jit
-def _attend_tile(
-    q, k_base, v_base, stride_k, stride_v, rows, index, bound, out, row_sum, row_max, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def partial_sums(p):
+    """Of each row the sums over every eighth column, (M, 8): threads need not ask each other at every step."""
+    return tl.sum(tl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def attend_tile(
+    q, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, out, row_sum, row_max, scale, bias,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns.
 
-    Where `FIXED`, `row_max` is known to be no less than any score without its bias, and stays.
+    Where `is_partial`, a row meets only columns whose `index` (N,) is below its `bound` (M,). Where `FIXED`, `row_max`
+    is known to be no less than any score without its bias, and stays.
     """
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     if FIXED:
         p = tl.exp2(scores * scale + (bias - row_max)[:, None])
-        if MASKED:
+        if is_partial:
             p = tl.where(index[None, :] < bound[:, None], p, 0.0)
         v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
-        return out, row_sum + tl.sum(p, 1), row_max
-    if MASKED:
+        return out, row_sum + partial_sums(p), row_max
+    if is_partial:
         scores = tl.where(index[None, :] < bound[:, None], scores, -_INF)
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale + bias)
-    shift = tl.where(new_max == -_INF, 0.0, new_max) if MASKED else new_max
+    shift = tl.where(new_max == -_INF, 0.0, new_max)
     p = tl.exp2(scores * scale + (bias - shift)[:, None])
     shrink = tl.exp2(row_max - shift)
-    row_sum = row_sum * shrink + tl.sum(p, 1)
+    row_sum = row_sum * shrink[:, None] + partial_sums(p)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
@@ -57,81 +63,80 @@ def _reach(q, largest, scale):
 
 
 @triton.jit
-def _attend_walks(
-    q, k_base, v_base, stride_k, stride_v, walks, bias_ptr, num_walks, position, valid, first, last,
-    k_low, k_high, row_max, scale,
+def _attend_runs(
+    q, k_base, v_base, stride_k, stride_v, runs, total, walks, biases, position, valid, k_low, k_high,
+    out, row_sum, row_max, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile of queries over all its walks, not yet divided: out, row_sum and row_max."""
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    """Adds the columns of all runs to the sums of a tile of queries, not yet divided: out, row_sum and row_max."""
+    bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
-    for index in range(num_walks):
-        walk = walks + index * 9
-        bias = tl.load(bias_ptr + index)
-        segment_from, segment_to = segments(walk, first, last, SHIFTS)
-        for segment in range(segment_from, segment_to + 1):
-            begin, step, count, bound, full = columns(walk, segment, position, valid, k_low, k_high, SHIFTS)
-            begin -= k_low
-            row = begin + offset * step
-            unmasked = full // BLOCK_N if SPLIT else 0
-            for _ in range(unmasked):
-                out, row_sum, row_max = _attend_tile(
-                    q, k_base, v_base, stride_k, stride_v,
-                    row, offset, bound, out, row_sum, row_max, scale, bias,
-                    HEAD_DIM, BLOCK_D, False, FIXED, PRECISION, WIDE,
-                )  # fmt: skip
-                row += BLOCK_N * step
-            for number in range(unmasked, ceil_div(count, BLOCK_N)):
-                row = begin + tl.minimum(number * BLOCK_N + offset, count - 1) * step
-                out, row_sum, row_max = _attend_tile(
-                    q, k_base, v_base, stride_k, stride_v,
-                    row, offset, bound - number * BLOCK_N, out, row_sum, row_max, scale, bias,
-                    HEAD_DIM, BLOCK_D, True, FIXED, PRECISION, WIDE,
-                )  # fmt: skip
+    begin, step, left, full, bias = 0, 0, 0, 0, 0.0
+    for _ in range(total):
+        if left <= 0:
+            begin, step, left, full, bound, bias = next_run(
+                runs, walks, biases, position, valid, k_low, k_high, SHIFTS
+            )  # fmt: skip
+            runs += 4
+        rows = begin + tl.minimum(offset, left - 1) * step
+        out, row_sum, row_max = attend_tile(
+            q, k_base, v_base, stride_k, stride_v, rows, offset, bound, full < BLOCK_N if SPLIT else True,
+            out, row_sum, row_max, scale, bias, HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE,
+        )  # fmt: skip
+        begin += BLOCK_N * step
+        left -= BLOCK_N
+        full -= BLOCK_N
+        bound -= BLOCK_N
     return out, row_sum, row_max
 
 
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
-    head_kind, slot_group, slot_index, group_size, group_start, residues, counts, walks, bias_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
-    period, groups, most_walks,
+    period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
-    head, batch, table, position, valid, first, last = tile_of_rows(
-        head_kind, slot_group, slot_index, group_size, group_start, residues,
-        q_low, q_high, origin, num_heads, period, groups, BLOCK_M,
+    tile, head = tile_and_head(num_heads)
+    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    table, position, valid = tile_of_rows(
+        kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
+        BLOCK_M,
     )  # fmt: skip
-    if first > last:
-        return
+    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
+    runs += place
+    total = tl.load(totals + total_place)
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
     q = load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     walks += table * most_walks * 9
-    bias_ptr += table * most_walks
-    num_walks = tl.load(counts + table)
+    biases += table * most_walks
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
-    key_head = batch * (num_heads // group_heads) + head // group_heads
-    reach = _reach(q, largest_ptr + key_head, scale) if BOUNDED else row_max
-    if (tl.max(reach, 0) < _FIXED_BELOW) if BOUNDED else False:
-        out, row_sum, row_max = _attend_walks(
-            q, k_base, v_base, stride_ks, stride_vs, walks, bias_ptr, num_walks, position, valid, first, last,
-            k_low, k_high, reach, scale,
+    if BOUNDED:
+        reach = _reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
+        is_bounded = tl.max(reach, 0) < _FIXED_BELOW
+        # One loop after the other, of which one has no steps: in two branches of an `if` both would have memory.
+        row_max = tl.where(is_bounded, reach, row_max)
+        out, row_sum, row_max = _attend_runs(
+            q, k_base, v_base, stride_ks, stride_vs, runs, tl.where(is_bounded, total, 0), walks, biases,
+            position, valid, k_low, k_high, out, row_sum, row_max, scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION, WIDE, SPLIT, SHIFTS,
         )  # fmt: skip
-    else:
-        out, row_sum, row_max = _attend_walks(
-            q, k_base, v_base, stride_ks, stride_vs, walks, bias_ptr, num_walks, position, valid, first, last,
-            k_low, k_high, row_max, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS,
-        )  # fmt: skip
+        total = tl.where(is_bounded, 0, total)
+    out, row_sum, row_max = _attend_runs(
+        q, k_base, v_base, stride_ks, stride_vs, runs, total, walks, biases,
+        position, valid, k_low, k_high, out, row_sum, row_max, scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS,
+    )  # fmt: skip
+    row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -13,8 +12,9 @@ from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from . import block_kernels, gradient_kernels, kernels
 from .block_tables import BlockTables
+from .runs import DeviceTables, Runs
 from .tiles import Tile, Tiles, ceil_div, padded
-from .walks import Tables, make_tables
+from .walks import make_tables
 
 if TYPE_CHECKING:
     from ...core.geometry import Geometry
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...core.pattern import Branch
 
 Pass = Literal["forward", "queries", "keys"]
+PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys")
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows
 # From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
 BOUND_FROM: Final = 768
@@ -29,9 +30,10 @@ MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a
 
 
 class Part(Protocol):
-    """One part of a layout with its tables on the device; `name` as traces show it."""
+    """One part of a layout with its tables on the device, of `nbytes`; `name` as traces show it."""
 
     name: str
+    nbytes: int
 
     def run(
         self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
@@ -66,34 +68,6 @@ def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(stride for x in strided for stride in x.stride()[:3])
 
 
-@attrs.frozen(eq=False)
-class _Walks:
-    """`Tables` where the kernels read them."""
-
-    host: Tables
-    tensors: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, host: Tables, device: torch.device) -> _Walks:
-        arrays = (
-            host.head_kind,
-            host.slot_group,
-            host.slot_index,
-            host.group_size,
-            host.group_start,
-            host.residues,
-            host.counts,
-            host.walks,
-            host.bias,
-        )
-        return cls(host, tuple(torch.from_numpy(array).to(device) for array in arrays))
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Period, groups and walks: how the tables are strided."""
-        return self.host.period, self.host.counts.shape[1], self.host.walks.shape[2]
-
-
 class BranchPart:
     """All branches of a layout.
 
@@ -111,7 +85,12 @@ class BranchPart:
     }
 
     def __init__(
-        self, branches: tuple[Branch, ...], geometry: Geometry, tiles: Tiles, device: torch.device, bound_from: int
+        self,
+        branches: tuple[Branch, ...],
+        geometry: Geometry,
+        tiles: Tiles,
+        device: torch.device,
+        bound_from: int,
     ) -> None:
         positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
         if max(map(abs, positions)) >= MAX_POSITION:
@@ -125,41 +104,49 @@ class BranchPart:
         self._tiles = tiles
         pairs = sum(branch_pairs(branch, geometry) for branch in branches)
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
-        self._by_rows, self._by_columns = (
-            _Walks.of(make_tables(branches, is_causal=geometry.is_causal, transposed=side, span=span), device)
+        by_rows, by_columns = (
+            DeviceTables.of(make_tables(branches, is_causal=geometry.is_causal, transposed=side, span=span), device)
             for side in (False, True)
         )
+        queries = geometry.q_offset, geometry.q_offset + geometry.q_len
+        keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
+        self._limits = (*queries, *keys)
+        self._listed = {
+            which: (by_columns, Runs.of(by_columns, tiles.of(which), keys, queries))
+            if which == "keys"
+            else (by_rows, Runs.of(by_rows, tiles.of(which), queries, keys))
+            for which in PASSES
+        }
+        self.nbytes = by_rows.nbytes + by_columns.nbytes + sum(runs.nbytes for _, runs in self._listed.values())
 
     def run(
         self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
     ) -> None:
         """As `Part.run`."""
-        geometry, query = self._geometry, pointers[0]
-        tile: Tile = getattr(self._tiles, which)
-        tables = self._by_columns if which == "keys" else self._by_rows
-        q_low, k_low = geometry.q_offset, geometry.kv_offset
-        q_high, k_high = q_low + geometry.q_len, k_low + geometry.kv_len
-        low, high = (k_low, k_high) if which == "keys" else (q_low, q_high)
-        period = tables.host.period
-        origin = low // period * period
-        tiles = ceil_div(high - origin, tile.rows * period) * period
+        query, tile = pointers[0], self._tiles.of(which)
+        tables, runs = self._listed[which]
         constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
         if which == "forward":
             constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
             pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
-        self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](
+        self._KERNELS[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
             *pointers,
-            *tables.tensors,
+            tables.head_kind,
+            *tables.rows,
+            tables.walks,
+            tables.bias,
+            runs.start,
+            runs.runs,
+            runs.totals,
             *_strides(strided),
-            q_low,
-            q_high,
-            k_low,
-            k_high,
-            origin,
+            *self._limits,
+            runs.origin,
             *scales,
             query.shape[2],
-            geometry.group_size,
-            *tables.sizes,
+            self._geometry.group_size,
+            *tables.host.sizes,
+            runs.blocks,
+            runs.block_runs,
             **constants,
             **_options(query, strided, tile),
         )
@@ -198,13 +185,14 @@ class BlockPart:
         self._by_rows, self._by_columns = (
             BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
         )
+        self.nbytes = sum(x.nbytes for tables in (self._by_rows, self._by_columns) for x in tables.tensors)
 
     def run(
         self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
     ) -> None:
         """As `Part.run`."""
         geometry, query = self._geometry, pointers[0]
-        tile: Tile = getattr(self._tiles, which)
+        tile = self._tiles.of(which)
         tables = self._by_columns if which == "keys" else self._by_rows
         tiles = tables.block_rows * (tables.block_size // tile.rows)
         self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](

@@ -20,8 +20,8 @@ def padded(head_dim: int) -> int:
 class Tile:
     """Rows and columns of a tile, and how it is compiled.
 
-    `registers` is the most that a thread may have; without `split` columns that every row meets take the masked loop
-    too, which costs a little more work and fewer registers.
+    `registers` is the most that a thread may have; with `split` steps whose columns every row meets are told apart, and
+    spared the mask.
     """
 
     rows: int
@@ -29,12 +29,12 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
-    split: bool = True
+    split: bool = False
 
 
 @attrs.frozen
 class Tiles:
-    """The tiles of the three passes."""
+    """The tiles of the passes."""
 
     forward: Tile
     queries: Tile
@@ -44,6 +44,11 @@ class Tiles:
     def alike(cls, tile: Tile) -> Tiles:
         """One tile for all passes."""
         return cls(tile, tile, tile)
+
+    def of(self, which: str) -> Tile:
+        """That of a pass."""
+        found: Tile = getattr(self, which)
+        return found
 
 
 @attrs.frozen
@@ -57,24 +62,21 @@ class TileSizes:
     def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool) -> TileSizes:
         """What was fastest on an H100 (docs/performance.md).
 
-        Causal walks are short, so that one loop over each is worth more than sparing masks in another.
+        More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
         if dtype == torch.float32:
             small = Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1))
             return cls(small, small)
         if head_dim <= 64:
+            forward = Tile(64, 64, 4, 3, 128) if is_causal else Tile(128, 64, 8, 3, 128)
             return cls(
-                Tiles(
-                    Tile(64, 64, 4, 3, 128, split=not is_causal),
-                    Tile(64, 32, 4, 4, 128),
-                    Tile(64, 32, 4, 3, 168, split=False),
-                ),
+                Tiles(forward, Tile(64, 32, 4, 4, 128), Tile(64, 32, 4, 3, 168)),
                 Tiles(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168)),
             )
         if head_dim <= 128:
-            forward = Tile(64, 32, 4, 3, 168, split=False) if is_causal else Tile(128, 32, 8, 3, 128)
+            forward = Tile(64, 32, 4, 3, 168) if is_causal else Tile(128, 32, 8, 3, 128, split=True)
             return cls(
-                Tiles(forward, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 255, split=False)),
+                Tiles(forward, Tile(64, 32, 4, 3, split=True), Tile(64, 32, 4, 3, 255)),
                 Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255)),
             )
         large = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))

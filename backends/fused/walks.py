@@ -91,6 +91,25 @@ class Tables:
     bias: NDArray[np.float32]
     shifts: bool = False
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """P, G and W: how the tables are strided."""
+        return self.period, self.counts.shape[1], self.walks.shape[2]
+
+    def places_of_runs(self, rows: int, span: int) -> tuple[NDArray[np.int32], int]:
+        """Room for what each of the P tiles of so many rows may meet, a run for each segment of each walk.
+
+        Rows lie within `span` positions. Returns where each tile's places begin, (N, P) int32, and how many there are.
+        """
+        reach = np.minimum((-(-rows // self.group_size) + 1) * self.period, span)
+        length = self.walks[..., 0]
+        segments = np.where(length == 0, 1, reach[..., None] // np.maximum(length, 1) + 2)
+        is_walk = np.arange(length.shape[2]) < self.counts[..., None]
+        of_group = np.where(is_walk, segments, 0).sum(2)
+        of_slot = np.take_along_axis(of_group, self.slot_group.astype(np.int64), 1)
+        ends = of_slot.cumsum(1)
+        return (ends - of_slot).astype(np.int32), max(1, int(ends.max()))
+
 
 def period_of(branches: Sequence[Branch]) -> int:
     """Least common multiple of the rates of branches whose classes are the same in every segment, at any length."""

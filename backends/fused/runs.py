@@ -1,0 +1,109 @@
+"""The runs of tiles of rows: what each meets of each walk in each segment, listed before anything is computed.
+
+A kernel then goes through all columns of a tile in one loop, whose loads are under way across the ends of runs.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .run_kernels import list_runs
+from .tiles import Tile, ceil_div
+from .walks import Tables
+
+
+@attrs.frozen(eq=False)
+class Runs:
+    """The runs of all tiles of rows of one size.
+
+    Shapes: N kinds of heads, P period, T blocks of P tiles, R places for the runs of a block.
+
+    Attributes:
+        blocks: T.
+        origin: the position that tiles are counted from.
+        block_runs: R.
+        start: (N, P) int32, where in its block's places each tile's begin.
+        runs: (N, T, R, 4) int32: the walk, its segment, the columns that some row of the tile meets, and those that
+            every row does.
+        totals: (N, T, P) int32, steps of a tile of columns that the runs take.
+    """
+
+    blocks: int
+    origin: int
+    block_runs: int
+    start: Tensor
+    runs: Tensor
+    totals: Tensor
+
+    @classmethod
+    def of(cls, tables: DeviceTables, tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Runs:
+        """List them for rows and columns at these positions (from, up to)."""
+        host, device = tables.host, tables.counts.device
+        kinds = host.counts.shape[0]
+        origin = rows[0] // host.period * host.period
+        blocks = ceil_div(rows[1] - origin, tile.rows * host.period)
+        start, block_runs = host.places_of_runs(tile.rows, rows[1] - rows[0])
+        made = cls(
+            blocks,
+            origin,
+            block_runs,
+            torch.from_numpy(start).to(device),
+            torch.empty((kinds, blocks, block_runs, 4), dtype=torch.int32, device=device),
+            torch.empty((kinds, blocks, host.period), dtype=torch.int32, device=device),
+        )
+        list_runs[(blocks * host.period, kinds)](
+            *tables.rows,
+            tables.walks,
+            tables.counts,
+            made.start,
+            made.runs,
+            made.totals,
+            *rows,
+            *columns,
+            origin,
+            *host.sizes,
+            blocks,
+            block_runs,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            SHIFTS=host.shifts,
+        )
+        return made
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        return sum(x.nbytes for x in (self.start, self.runs, self.totals))
+
+
+@attrs.frozen(eq=False)
+class DeviceTables:
+    """`Tables` where the kernels read them; `rows` are those by which they find the rows of a tile."""
+
+    host: Tables
+    head_kind: Tensor
+    rows: tuple[Tensor, ...]
+    walks: Tensor
+    bias: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, host: Tables, device: torch.device) -> DeviceTables:
+        """Move them to the device."""
+
+        def move(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        rows = (host.slot_group, host.slot_index, host.group_size, host.group_start, host.residues)
+        return cls(
+            host, move(host.head_kind), tuple(map(move, rows)), move(host.walks), move(host.bias), move(host.counts)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        return sum(x.nbytes for x in (self.head_kind, *self.rows, self.walks, self.bias, self.counts))
