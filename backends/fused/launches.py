@@ -34,7 +34,13 @@ class Part(Protocol):
     name: str
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """Launch one program a tile of rows, query head and batch row.
 
@@ -43,6 +49,7 @@ class Part(Protocol):
             pointers: the kernel's tensors, query first, key second.
             strided: those whose batch, row and head strides it takes.
             scales: what it takes of scales.
+            adds: merge into what is there, or add to it; of blocks, forward and for queries.
         """
 
 
@@ -131,9 +138,16 @@ class BranchPart:
         )
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """As `Part.run`."""
+        assert not adds
         geometry, query = self._geometry, pointers[0]
         tile: Tile = getattr(self._tiles, which)
         tables = self._by_columns if which == "keys" else self._by_rows
@@ -200,7 +214,13 @@ class BlockPart:
         )
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """As `Part.run`."""
         geometry, query = self._geometry, pointers[0]
@@ -218,5 +238,6 @@ class BlockPart:
             geometry.group_size,
             tables.block_rows,
             BLOCK=tables.block_size,
+            **({} if which == "keys" else {"ADDS": adds}),
             **_options(query, strided, tile),
         )
