@@ -138,6 +138,25 @@ def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab
     return _is_stack(call.query, call.segments, query) and _is_stack(call.key, call.segments, key)
 
 
+def _stacks_by_rows(lse: Tensor, calls: Sequence[Call]) -> bool:
+    """Whether views of lse (B, H, S) stack where those of rows do: it lies by rows, or none stacks over the batch."""
+    batch, heads, _ = lse.shape
+    return batch == 1 or heads == 1 or lse.stride(1) == 1 or all(call.segments == 1 for call in calls)
+
+
+@attrs.frozen(eq=False)
+class RowsOfQueries:
+    """A gradient of those queries that a call takes."""
+
+    _slab: _Slab
+    _rows: Rows
+    _grad: Tensor
+
+    def add_to(self, total: Tensor) -> None:
+        """Add it to the gradient of all queries (B, S, H, D); columns beyond D are left out."""
+        self._slab.view(total, self._rows).add_(self._grad[..., : total.shape[3]])
+
+
 @attrs.frozen
 class _OfNegatedQueries:
     """A kernel for the negated queries: what it computes with a scale, `kernel` computes with the opposite one."""
@@ -224,9 +243,10 @@ class Composer:
     ) -> None:
         """Merge calls into `out` (B, S, H, D) and `lse` (B, H, S) of the accumulator's dtype, in place.
 
-        `out` is contiguous and `lse` is (B, S, H) in memory. The results of the first `written` calls replace what
-        is there.
+        `out` is contiguous; `lse` is (B, S, H) in memory where calls stack segments and batch rows. The results of the
+        first `written` calls replace what is there.
         """
+        assert _stacks_by_rows(lse, calls)
         for index, call in enumerate(calls):
             with span(call.name):
                 for slab in slabs_of(call, (query,), (key, value)):
@@ -298,6 +318,32 @@ class Composer:
                             into.copy_(grad)
                         else:
                             into.add_(grad)
+
+    def backward_of_keys(
+        self,
+        totals: tuple[Tensor, Tensor],
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        calls: Sequence[Call],
+    ) -> list[RowsOfQueries]:
+        """Add the gradients of keys and values to `totals` as `backward_into` does, and return those of queries.
+
+        `lse` is (B, S, H) in memory where calls stack segments and batch rows.
+        """
+        assert _stacks_by_rows(lse, calls)
+        found = []
+        for call in calls:
+            with span(call.name):
+                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                    dq, *grads = self._backward(call, slab, dout, query, key, value, out, lse)
+                    for total, grad in zip(totals, grads, strict=True):
+                        slab.view(total, call.key).add_(grad)
+                    found.append(RowsOfQueries(slab, call.query, dq))
+        return found
 
     def _backward(
         self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor

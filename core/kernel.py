@@ -131,3 +131,35 @@ class Prepares(Protocol):
 
         Returns how many bytes of it are kept for as long as the layout lives: the cache of layouts counts them.
         """
+
+
+@runtime_checkable
+class Adds(Protocol):
+    """What a `LayoutKernel` of a backend that declares `staged_blocks` may have besides: its backward in parts.
+
+    What staged blocks give is then added where it belongs, without passes of its own over whole tensors. `out`, `lse`,
+    `dlse` and `dq` are contiguous.
+    """
+
+    def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
+        """Merge a layout of blocks alone into what other keys gave, in place; rows without any of its keys stay."""
+
+    def row_sums(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+        """What backward needs of whole rows: the same for all pieces of these rows."""
+
+    def gradients_of_queries(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row_sums: Tensor,
+        piece: LayoutPiece,
+        dq: Tensor | None = None,
+    ) -> Tensor:
+        """Return dq; of a layout of blocks alone, added to a given one in place."""
+
+    def gradients_of_keys(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
+    ) -> tuple[Tensor, Tensor]:
+        """Return (dk, dv)."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -66,26 +66,60 @@ class Posted:
 
 
 class Pass:
-    """One pass of one rank: everything posted in it is waited for before it ends."""
+    """One pass of one rank, which the others know of: everything posted in it is waited for before it ends.
 
-    def __init__(self, communicator: Communicator, kind: int, deadline: float, counters: Counters) -> None:
+    What is computed before the first messages are posted runs while the others' headers are on their way.
+    """
+
+    def __init__(
+        self, communicator: Communicator, kind: int, deadline: float, counters: Counters, agree: Callable[[], None]
+    ) -> None:
         self._communicator = communicator
         self._counters = (communicator.counters, counters)
         self._kind = kind
         self._deadline = deadline
+        self._agree: Callable[[], None] | None = agree
         self._step = 0
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Posted:
-        """Start an exchange; messages of 0 elements are left out on both sides."""
+    def agree(self) -> None:
+        """Wait, once, until all ranks are in this pass; nothing is posted before.
+
+        Raises:
+            Failure: a rank is gone, has failed, is in another pass, or silent at the deadline.
+        """
+        if self._agree is not None:
+            agree, self._agree = self._agree, None
+            with span("ring headers"):
+                agree()
+
+    @property
+    def launches_first(self) -> bool:
+        """See `Transport`."""
+        return self._communicator.transport.launches_first
+
+    def mark(self) -> object:
+        """A point of the device's work, for `post`."""
+        return self._communicator.transport.mark()
+
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], *, after: object = None
+    ) -> Posted:
+        """Start an exchange, once all ranks are in the pass; messages of 0 elements are left out on both sides.
+
+        Args:
+            sends: contiguous tensors, by receiver.
+            receives: contiguous tensors, by sender.
+            after: a `mark` at which all of these tensors are ready to be read and written; by default that is now.
+        """
+        self.agree()
         sends = [(peer, x) for peer, x in sends if x.numel()]
         receives = [(peer, x) for peer, x in receives if x.numel()]
         for counters in self._counters:
             counters.count(self._kind, sends, receives)
         self._step += 1
         peers = ", ".join(str(peer) for peer, _ in receives) or "none"
-        return Posted(
-            self._communicator.transport.post(sends, receives), f"ring step {self._step} receive from {peers}"
-        )
+        pending = self._communicator.transport.post(sends, receives, after)
+        return Posted(pending, f"ring step {self._step} receive from {peers}")
 
     def wait(self, posted: Posted) -> None:
         """Wait for an exchange, until the pass's deadline."""
@@ -135,7 +169,9 @@ class Communicator:
     def begin(
         self, kind: int, *, digest: bytes, batch: int, length: int, dtype: torch.dtype, counters: Counters
     ) -> Iterator[Pass]:
-        """Enter a pass together with all ranks; whatever goes wrong inside breaks the ring.
+        """Tell all ranks of a pass and enter it; whatever goes wrong inside breaks the ring.
+
+        Before anything is posted, and before the pass ends, all ranks are waited for (`Pass.agree`).
 
         What it moves is counted in `counters` too, those of the plan that it computes.
 
@@ -156,16 +192,24 @@ class Communicator:
                 dtype=_DTYPES.index(dtype),
             )  # fmt: skip
             try:
-                self._control.agree(header, deadline)
+                self._control.announce(header)
                 counters.header_bytes += self._control.bytes_sent - self.counters.header_bytes
                 self.counters.header_bytes = self._control.bytes_sent
-                with nullcontext() if self._guard is None else self._guard.over(deadline):
-                    yield Pass(self, kind, deadline, counters)
+                with ExitStack() as watched:
+                    current = Pass(self, kind, deadline, counters, lambda: self._agree(header, deadline, watched))
+                    yield current
+                    current.agree()
             except Exception as error:
                 raise self._break(error) from error
             except BaseException as error:  # an interrupt goes on as it is; the others still hear of it
                 self._break(error)
                 raise
+
+    def _agree(self, header: Header, deadline: float, watched: ExitStack) -> None:
+        """Wait for all ranks; from then on the pass is guarded, where it needs to be."""
+        self._control.agree(header, deadline)
+        if self._guard is not None:
+            watched.enter_context(self._guard.over(deadline))
 
     def _break(self, error: BaseException) -> RingBroken:
         """Close at once, telling the others; returns what to raise."""

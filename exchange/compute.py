@@ -1,12 +1,12 @@
 """The computation of one rank, without any communication: local keys, rows received from others, and their gradients.
 
 Shapes: B batch, S queries of the shard, T keys, H query heads, K key-value heads, D head_dim, U received rows. A block
-of rows on its way is (U, 2, B, D): keys and values of a row side by side. lse is (B, H, S), (B, S, H) in memory.
+of rows on its way is (U, 2, B, D): keys and values of a row side by side. lse is (B, H, S).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, accumulator_dtype
-from ..core.kernel import LayoutKernel, LayoutPiece, Prepares
+from ..core.kernel import Adds, LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
 from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
@@ -58,17 +58,17 @@ class Compute:
     def staged_blocks(self, pattern: Pattern, blocks: BlockLayout) -> Piece:
         """A table of `pattern`'s blocks over keys that were copied together."""
         if self.layout_kernel is not None and self.takes_staged:
-            return self._whole(self.layout_kernel, Layout(pattern, blocks.geometry, (), blocks))
+            return self._whole(self.layout_kernel, Layout(pattern, blocks.geometry, (), blocks), is_staged=True)
         return ComposedPiece(self.composer, Schedule((), 0), self._product(blocks), blocks.pairs)
 
-    def _whole(self, kernel: LayoutKernel, layout: Layout) -> Piece:
+    def _whole(self, kernel: LayoutKernel, layout: Layout, *, is_staged: bool = False) -> Piece:
         if not layout.pairs:
             return EmptyPiece()
-        if isinstance(kernel, Prepares):
-            kernel.prepare(layout, self.device)
+        prepared = kernel.prepare(layout, self.device) if isinstance(kernel, Prepares) else 0
         scale, deterministic = self.composer.scale, self.composer.deterministic
         piece = LayoutPiece(layout=layout, scale=scale, deterministic=deterministic, is_part=True)
-        return WholePiece(kernel, piece, layout.pairs)
+        adds = kernel if isinstance(kernel, Adds) else None
+        return WholePiece(kernel, piece, layout.pairs, layout.nbytes + prepared, adds, is_staged)
 
     def _product(self, layout: BlockLayout | None) -> BlockProduct | None:
         """A table of blocks on the device."""
@@ -91,6 +91,7 @@ class _Stage:
         piece: is computed over them.
         target: places that are filled, the others being 0; None: all of them, in order.
         sources: the received rows that fill them.
+        homes: where `target` is given, received rows (n,), none twice, and the places (n, c) that each of them fills.
         size: places, over all heads.
         heads: by which the places are ordered first.
         is_copy: the places are the received rows, in order.
@@ -102,6 +103,7 @@ class _Stage:
     size: int
     heads: int
     is_copy: bool = False
+    homes: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def fill(self, received: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, heads, D) as views of one copy."""
@@ -119,7 +121,9 @@ class _Stage:
         """Add dk and dv (B, T, heads, D) to the rows they were copied from, grads (U, 2, B, D)."""
         staged = torch.stack([dk, dv]).permute(3, 2, 0, 1, 4).flatten(0, 1).to(grads.dtype)
         if self.target is not None:
-            grads.index_add_(0, self.sources[0], staged.index_select(0, self.target))
+            for rows, places in self.homes:
+                copies = staged.index_select(0, places.flatten()).view(*places.shape, *staged.shape[1:])
+                grads.index_add_(0, rows, copies.squeeze(1) if places.shape[1] == 1 else copies.sum(1))
             return
         if self.is_copy:
             grads.add_(staged)
@@ -138,7 +142,8 @@ class RankProgram:
         plan: what it computes.
         local: over the rank's own keys.
         stages: over received rows.
-        sent: of each rank, the own rows that go there, counted over (position, head).
+        sent: the own rows that go to other ranks, rank after rank, counted over (position, head).
+        send_counts: how many of them go to each rank.
         shared: the own rows that go anywhere, ascending.
         places: of each rank, where its rows are among those.
     """
@@ -146,7 +151,8 @@ class RankProgram:
     plan: RankPlan
     local: Piece
     stages: tuple[_Stage, ...]
-    sent: tuple[Tensor, ...]
+    sent: Tensor
+    send_counts: list[int]
     shared: Tensor
     places: tuple[Tensor, ...]
 
@@ -157,7 +163,7 @@ class RankProgram:
         def move(index: object) -> Tensor:
             return torch.as_tensor(index, dtype=torch.int64).to(compute.device)
 
-        stages = []
+        stages: list[_Stage] = []
         if plan.branches.sources:
             piece = compute.staged_calls(plan.branches.schedule)
             sources = tuple(move(source) for source in plan.branches.sources)
@@ -165,11 +171,13 @@ class RankProgram:
         for part in plan.blocks:
             heads, slots = plan.shards.num_kv_heads, part.slots
             piece = compute.staged_blocks(plan.local.pattern, part.layout)
-            stages.append(_Stage(piece, move(part.target), (move(part.source),), heads * slots, heads))
+            homes = tuple((move(rows), move(places)) for rows, places in part.homes)
+            target, source = move(part.target), move(part.source)
+            stages.append(_Stage(piece, target, (source,), heads * slots, heads, homes=homes))
         shared = np.unique(np.concatenate(plan.sent))
         places = tuple(move(np.searchsorted(shared, index)) for index in plan.sent)
-        sent = tuple(move(index) for index in plan.sent)
-        return cls(plan, compute.shard(plan.local), tuple(stages), sent, move(shared), places)
+        sent, counts = move(np.concatenate(plan.sent)), [index.size for index in plan.sent]
+        return cls(plan, compute.shard(plan.local), tuple(stages), sent, counts, move(shared), places)
 
     @property
     def nbytes(self) -> int:
@@ -187,18 +195,19 @@ class RankProgram:
         """Pairs that a batch row of the rank counts."""
         return self.local.pairs + sum(stage.piece.pairs for stage in self.stages)
 
-    def pack(self, key: Tensor, value: Tensor, to: int) -> Tensor:
-        """The own rows that go to a rank, (n, 2, B, D) contiguous."""
-        index = self.sent[to]
-        rows = [x.flatten(1, 2).index_select(1, index).transpose(0, 1) for x in (key, value)]
-        return torch.stack(rows, dim=1)
+    def pack(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The own rows that go to each rank, (n, 2, B, D) contiguous."""
+        if not self.sent.numel():
+            return tuple(key.new_empty((0, 2, key.shape[0], key.shape[3])) for _ in self.send_counts)
+        rows = [x.flatten(1, 2).index_select(1, self.sent).transpose(0, 1) for x in (key, value)]
+        return torch.stack(rows, dim=1).split_with_sizes(self.send_counts)
 
-    def unpack(self, dk: Tensor, dv: Tensor, home: Mapping[int, Tensor]) -> None:
-        """Add the gradients that come back from ranks, (n, 2, B, D) each, to dk and dv (B, S, K, D), contiguous.
+    def unpack(self, dk: Tensor, dv: Tensor, home: Sequence[Tensor]) -> None:
+        """Add the gradients that come back from each rank, (n, 2, B, D), to dk and dv (B, S, K, D), contiguous.
 
         Of the rows that went anywhere the sum is made in the accumulator's dtype, and rounded once.
         """
-        arrived = {to: grads for to, grads in home.items() if grads.numel()}
+        arrived = {to: grads for to, grads in enumerate(home) if grads.numel()}
         for place, x in enumerate((dk, dv) if arrived else ()):
             rows = x.flatten(1, 2)
             total = rows.index_select(1, self.shared).to(accumulator_dtype(x.dtype))

@@ -133,14 +133,20 @@ class Control:
         """The other ranks."""
         return tuple(self._buffers)
 
+    def announce(self, header: Header) -> None:
+        """Send `header` to everyone, without waiting.
+
+        Raises:
+            Failure: a rank is gone.
+        """
+        self._send_all(header.frame())
+
     def agree(self, header: Header, deadline: float) -> None:
-        """Send `header` to everyone and wait for everyone's.
+        """Wait for everyone's header, which must be `header`, as announced.
 
         Raises:
             Failure: a rank is gone, has failed, is elsewhere, or is silent at the deadline.
         """
-        frame = header.frame()
-        self._send_all(frame)
         missing = set(self._sockets)
         with selectors.DefaultSelector() as selector:
             for peer, link in self._sockets.items():

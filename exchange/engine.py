@@ -2,8 +2,8 @@
 
 Shapes: B batch, S queries of the shard (S = N / R), H query heads, K key-value heads, D head_dim, U received rows.
 
-Selective passes move exactly the named rows (see `plan`): rows are posted first, local pieces are computed meanwhile,
-received ones after, all merged by log-sum-exp. Received rows are kept for the backward, which then sends their
+Selective passes move exactly the named rows (see `plan`): own keys are computed while rows are on their way, received
+ones after, all merged by log-sum-exp. Received rows are kept for the backward, which then sends their
 gradients home in the accumulator's dtype while the local backward runs. A `RingKernel` computes the rank's own keys by
 its kernel for whole layouts.
 """
@@ -35,11 +35,13 @@ from .rows import most_rows, survey
 from .shards import Shards, shard_length
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from ..core.config import AttentionConfig
     from ..core.kernel import DenseKernel
     from ..core.layout import Layout
     from ..core.pattern import IntArray, Pattern
-    from .communicator import Communicator
+    from .communicator import Communicator, Pass, Posted
 
 
 @attrs.frozen(eq=False)
@@ -207,7 +209,7 @@ class RingEngine(Engine):
         assert self._composer is not None
         compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
         if isinstance(kernel, RingKernel):
-            compute = attrs.evolve(compute, layout_kernel=kernel, takes_staged=kernel.takes_staged)
+            compute = attrs.evolve(compute, layout_kernel=kernel.layout, takes_staged=kernel.takes_staged)
         selective = travelling = None
         if hops:
             travelling = HopProgram.prepare(self.pattern, shards, rank, compute, limit_bytes=limits.layout_bytes)
@@ -238,15 +240,15 @@ class RingEngine(Engine):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, _, _, head_dim = key.shape
         received = key.new_empty((program.plan.received.size, 2, batch, head_dim))
+
+        def own() -> tuple[Tensor, Tensor]:
+            out, lse = program.local.forward(query, key, value)
+            return mergeable(out, lse, once=program.once) if program.stages else (out, lse)
+
         with self._pass(ROWS, digest, query) as current:
-            pending = current.post(
-                [(to, program.pack(key, value, to)) for to in self._others()],
-                list(enumerate(received.split_with_sizes(program.plan.receive_counts.tolist()))),
-            )
-            with span("own keys"):
-                out, lse = program.local.forward(query, key, value)
-                if program.stages:
-                    out, lse = mergeable(out, lse, once=program.once)
+            sends = list(enumerate(program.pack(key, value)))
+            receives = list(enumerate(received.split_with_sizes(program.plan.receive_counts.tolist())))
+            (out, lse), pending = _beside(current, sends, receives, own)
             current.wait(pending)
             with span("received keys"):
                 program.merge_received(out, lse, query, received)
@@ -285,29 +287,49 @@ class RingEngine(Engine):
     def _selective_backward(
         self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
     ) -> tuple[Tensor, Tensor]:
-        shape = (2, key.shape[0], key.shape[3])
+        shape = (program.sent.numel(), 2, key.shape[0], key.shape[3])
+
+        def own() -> tuple[Tensor, Tensor]:
+            dk, dv = program.local.backward(merged, key, value)
+            merged.settle()
+            return dk.contiguous(), dv.contiguous()
+
         with self._pass(GRADIENTS, digest, key) as current:
             with span("received keys"):
                 grads = program.received_backward(merged, received)
-            home = {
-                to: torch.empty((program.sent[to].numel(), *shape), dtype=grads.dtype, device=key.device)
-                for to in self._others()
-            }
+            home = torch.empty(shape, dtype=grads.dtype, device=key.device).split_with_sizes(program.send_counts)
             sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
-            pending = current.post(sends, list(home.items()))
-            with span("own keys"):
-                dk, dv = (x.contiguous() for x in program.local.backward(merged, key, value))
+            (dk, dv), pending = _beside(current, sends, list(enumerate(home)), own)
             current.wait(pending)
-            program.unpack(dk, dv, home)
+            with span("rows come home"):
+                program.unpack(dk, dv, home)
         return dk, dv
-
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.communicator.size) if rank != self.communicator.rank]
 
     def _pass(self, kind: int, digest: bytes, x: Tensor) -> Any:
         return self.communicator.begin(
             kind, digest=digest, batch=x.shape[0], length=x.shape[1], dtype=x.dtype, counters=self._moved
         )
+
+
+def _beside(
+    current: Pass,
+    sends: Sequence[tuple[int, Tensor]],
+    receives: Sequence[tuple[int, Tensor]],
+    own: Callable[[], tuple[Tensor, Tensor]],
+) -> tuple[tuple[Tensor, Tensor], Posted]:
+    """Start an exchange, and compute the rank's own keys while rows are on their way.
+
+    Where computing is asynchronous it is launched first: the host then waits for the others (`Pass.post` for their
+    headers) while the device works, and messages need not wait for it, since they follow the point before.
+    """
+    if not current.launches_first:
+        pending = current.post(sends, receives)
+        with span("own keys"):
+            return own(), pending
+    ready = current.mark()
+    with span("own keys"):
+        results = own()
+    return results, current.post(sends, receives, after=ready)
 
 
 class _RingAttend(torch.autograd.Function):

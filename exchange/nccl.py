@@ -3,6 +3,9 @@
 NCCL's kernels wait for peers and never give up; its calls block where a peer is missing; neither ends but by aborting
 the communicator. So the host waits for every exchange before its pass ends, looking at an event: nothing is computed
 with rows that have not arrived, and no kernel of ours is left waiting behind a pass. `Guard` aborts if a peer is gone.
+
+Messages travel on streams of their own, of high priority: they need not wait for what the compute stream was given
+after their rows were ready, nor until a kernel under way has no more blocks to place.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class NcclTransport:
 
     name: Final = "ring_nccl"
     is_guarded: Final = True
+    launches_first: Final = True
 
     def __init__(
         self, store: Store, rank: int, size: int, *, timeout_s: float, deadline: float, watch: Callable[[], None]
@@ -58,25 +62,36 @@ class NcclTransport:
         timeout = timedelta(seconds=timeout_s + _WATCHDOG_MARGIN_S)
         group = in_time(lambda: _connected(store, rank, size, device, timeout), deadline, watch)
         self._group: Any = group
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._abort = weakref.finalize(self, _abort, group)
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+    def mark(self) -> torch.cuda.Event:
+        """See `Transport`."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
+    ) -> Pending:
         """See `Transport`."""
         group = self._group
         if group is None:
             raise Failure(None, "its communicator was aborted")
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if sends or receives:
-            group._start_coalescing()
-            try:
-                for peer, x in receives:
-                    group.recv([x], peer, 0)
-                for peer, x in sends:
-                    group.send([x], peer, 0)
-            finally:  # else all later calls of NCCL on this thread would be part of this group
-                work = group._end_coalescing()
-            with torch.cuda.stream(self._side):
+            ready = self.mark() if after is None else after
+            assert isinstance(ready, torch.cuda.Event)
+            self._side.wait_event(ready)
+            with torch.cuda.stream(self._side):  # which NCCL's own stream waits for, and then is waited for by it
+                group._start_coalescing()
+                try:
+                    for peer, x in receives:
+                        group.recv([x], peer, 0)
+                    for peer, x in sends:
+                        group.send([x], peer, 0)
+                finally:  # else all later calls of NCCL on this thread would be part of this group
+                    work = group._end_coalescing()
                 work.wait()
         event.record(self._side)
         return _Exchange(self, event, tuple(x for _, x in (*sends, *receives)))
@@ -117,7 +132,7 @@ def _connected(store: Store, rank: int, size: int, device: torch.device, timeout
     from torch._C._distributed_c10d import ProcessGroupNCCL
 
     torch.cuda.set_device(device)  # this thread's
-    options: Any = ProcessGroupNCCL.Options()
+    options: Any = ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
     group: Any = ProcessGroupNCCL(store, rank, size, options)
     group.eager_connect_single_device(device)

@@ -1,14 +1,13 @@
 """Queries of a shard against one tensor of keys, and how the results of such pieces are brought together.
 
-Shapes: B batch, S queries of the shard, T keys, H query heads, K key-value heads, D head_dim. lse is (B, H, S),
-(B, S, H) in memory where pieces are merged.
+Shapes: B batch, S queries of the shard, T keys, H query heads, K key-value heads, D head_dim. lse is (B, H, S).
 """
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import torch
@@ -18,18 +17,21 @@ from torch.nn import functional
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, accumulator_dtype, by_rows, delta_of, merge_, widen_rows
 from ..core.empty import empty_gradients, empty_results
-from ..core.kernel import LayoutKernel, LayoutPiece
+from ..core.kernel import Adds, LayoutKernel, LayoutPiece
 from ..core.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` as pieces are merged into them: in the accumulator's dtype, both (B, S, H, ...) in memory.
+    """`out` and `lse` as pieces are merged into them: contiguous in the accumulator's dtype, and as it is.
 
     Where no row is merged into more than `once`, `out` keeps its dtype: one more rounding costs less than passes over
     whole tensors of twice the size.
     """
     out = out if once else out.to(lse.dtype)
-    return out.contiguous(), by_rows(lse)
+    return out.contiguous(), lse
 
 
 @attrs.define(eq=False)
@@ -52,6 +54,8 @@ class Merged:
     lse: Tensor
     once: bool = False
     _dq: Tensor | None = attrs.field(default=None, init=False)
+    _later: list[Later] = attrs.field(factory=list, init=False)
+    _row_sums: Tensor | None = attrs.field(default=None, init=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,6 +88,16 @@ class Merged:
         """Add a gradient of all queries, (B, S, H, D), a tensor of its own; the first one is taken as it is."""
         self._dq = dq if self._dq is None else self._dq.to(self._sum_dtype).add_(dq)
 
+    def add_rows(self, rows: Iterable[Later]) -> None:
+        """Add gradients of some queries, once all others are there: no other row is touched for them."""
+        self._later += rows
+
+    def row_sums(self, adds: Adds) -> Tensor:
+        """What a kernel needs of the rows, the same for all pieces."""
+        if self._row_sums is None:
+            self._row_sums = adds.row_sums(self.dout, self.out, self.lse, self.dlse)
+        return self._row_sums
+
     @property
     def _sum_dtype(self) -> torch.dtype:
         return self.query.dtype if self.once else self.dtype
@@ -95,10 +109,24 @@ class Merged:
         self._dq = self._dq.to(self._sum_dtype).contiguous()
         return self._dq
 
+    def settle(self) -> None:
+        """Add what `add_rows` was given; for when all other gradients are there."""
+        for rows in self._later:
+            rows.add_to(self.sums())
+        self._later.clear()
+
     def dq(self) -> Tensor:
         """The gradient of the queries, contiguous in their dtype."""
+        self.settle()
         total = torch.zeros_like(self.query) if self._dq is None else self._dq
         return total.to(self.query.dtype).contiguous()
+
+
+class Later(Protocol):
+    """A gradient of some queries."""
+
+    def add_to(self, total: Tensor) -> None:
+        """Add it to the gradient of all queries (B, S, H, D), contiguous, in place."""
 
 
 class Piece(Protocol):
@@ -160,6 +188,7 @@ class ComposedPiece:
         if self.blocks is None:
             return self.composer.forward(query, key, value, self.schedule)
         out, lse = mergeable(*self.blocks.forward(query, key, value))
+        lse = by_rows(lse)
         self.composer.merge_into(out, lse, query, key, value, self.schedule.calls)
         return out, lse
 
@@ -185,30 +214,44 @@ class ComposedPiece:
         """`backward` of the dense calls."""
         composer, head_dim = self.composer, key.shape[3]
         dout, query, out = merged.wide
-        key, value = merged.widened(key), merged.widened(value)
-        inputs = (dout, query, key, value, out, merged.row_lse)
+        inputs = dout, query, merged.widened(key), merged.widened(value), out
         if self.schedule.cover:
-            dq, dk, dv = composer.backward(*inputs, self.schedule)
+            dq, dk, dv = composer.backward(*inputs, merged.row_lse, self.schedule)
             merged.add(dq[..., :head_dim])
-        else:
-            dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in (key, value))
-            adds_once = not merged.once or self.merges == 1  # else the sum of half precision would round each addition
-            if merged.dlse is None and adds_once:
-                composer.backward_into((merged.sums(), dk, dv), *inputs, self.schedule.calls)
-            else:
-                dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)
-                composer.backward_into((dq, dk, dv), *inputs, self.schedule.calls)
-                merged.add(dq[..., :head_dim])
+            return dk[..., :head_dim], dv[..., :head_dim]
+        dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in inputs[2:4])
+        calls = self.schedule.calls
+        if self.merges == 1:  # a row of a call has keys: its lse is finite
+            lse = merged.lse if all(call.segments == 1 for call in calls) else merged.row_lse
+            merged.add_rows(composer.backward_of_keys((dk, dv), *inputs, lse, calls))
+        elif merged.dlse is None and not merged.once:
+            composer.backward_into((merged.sums(), dk, dv), *inputs, merged.row_lse, calls)
+        else:  # a sum of half precision would round each addition
+            dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)
+            composer.backward_into((dq, dk, dv), *inputs, merged.row_lse, calls)
+            merged.add(dq[..., :head_dim])
         return dk[..., :head_dim], dv[..., :head_dim]
 
 
 @attrs.frozen(eq=False)
 class WholePiece:
-    """A `Piece` that a kernel for whole layouts computes in one go."""
+    """A `Piece` that a kernel for whole layouts computes in one go.
+
+    Attributes:
+        kernel: see there.
+        piece: what it computes.
+        pairs: see `Piece`.
+        nbytes: see `Piece`.
+        adds: the kernel, where it can add what staged blocks give to what its own keys gave.
+        is_staged: it is over keys that were copied together, which stay as they are for the whole pass.
+    """
 
     kernel: LayoutKernel
     piece: LayoutPiece
     pairs: int
+    nbytes: int
+    adds: Adds | None = None
+    is_staged: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -220,25 +263,46 @@ class WholePiece:
         """As `Piece.merges`."""
         return 1
 
-    @property
-    def nbytes(self) -> int:
-        """As `Piece.nbytes`, the kernel's own tables not known."""
-        return self.piece.layout.nbytes
-
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `Piece.forward`."""
         return self.kernel.forward(query, key, value, self.piece)
 
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """As `Piece.merge_into`."""
-        merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
+        if self.adds is not None and self.is_staged:
+            self.adds.merge(out, lse, query, key, value, self.piece)
+        else:
+            merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
 
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `Piece.backward`."""
+        if self.adds is not None:
+            return self._backward_in_parts(self.adds, merged, key, value)
         rows = merged.dout, merged.query, key, value, merged.out, merged.lse
         dq, dk, dv = self.kernel.backward(*rows, self.piece, dlse=merged.dlse)
         merged.add(dq)
         return dk, dv
+
+    def _backward_in_parts(self, adds: Adds, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`backward`, the gradient of queries once own keys' is there, where this is not theirs."""
+        rows = merged.dout, merged.query, key, value, merged.row_sums(adds), self.piece
+        if self.is_staged:
+            merged.add_rows([_QueriesOfPiece(adds, rows)])
+        else:
+            merged.add(adds.gradients_of_queries(*rows))
+        return adds.gradients_of_keys(*rows)
+
+
+@attrs.frozen(eq=False)
+class _QueriesOfPiece:
+    """The gradient of queries over staged keys, still to be computed."""
+
+    adds: Adds
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, LayoutPiece]
+
+    def add_to(self, total: Tensor) -> None:
+        """As `Later.add_to`."""
+        self.adds.gradients_of_queries(*self.rows, total)
 
 
 @attrs.frozen

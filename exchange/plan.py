@@ -8,7 +8,7 @@ contiguous. Shapes: L positions in a shard, K key-value heads, U rows received, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import numpy as np
@@ -23,6 +23,11 @@ from .shards import Shards
 if TYPE_CHECKING:
     from ..core.geometry import Geometry
     from ..core.pattern import IntArray
+
+
+# Rows of blocks that share a copy of a staged column. The gradient of a column's keys is computed row after row, and
+# alone: a few columns that every row lists, such as those of global tokens, would keep a card from its other work.
+ROWS_A_COPY: Final = 32
 
 
 def row_codes(head: IntArray, position: IntArray, shards: Shards) -> IntArray:
@@ -54,10 +59,12 @@ class BranchPart:
 class BlockPart:
     """A table of blocks over the named columns only, which are copied into one stage (B, slots, K, D).
 
+    A column that many rows of blocks list is staged more than once, and its rows share the copies (`ROWS_A_COPY`).
+
     Attributes:
         layout: the table; its keys are the stage's.
-        target: stage rows to be filled, counted over (head, slot), (n,) int64; the others stay 0.
-        source: the received rows that fill them, (n,) int64.
+        target: stage rows to be filled, counted over (head, slot), each once, (n,) int64; the others stay 0.
+        source: the received rows that fill them, (n,) int64; those of a column with copies repeat.
     """
 
     layout: BlockLayout
@@ -68,6 +75,14 @@ class BlockPart:
     def slots(self) -> int:
         """Key rows of each head in the stage."""
         return self.layout.geometry.kv_len
+
+    @property
+    def homes(self) -> Iterator[tuple[IntArray, IntArray]]:
+        """Received rows (n,), and the stage rows (n, c) that each of them fills: all of as many copies at once."""
+        order = np.argsort(self.source, kind="stable")
+        rows, times = np.unique(self.source, return_counts=True)
+        for copies in np.unique(times):
+            yield rows[times == copies], self.target[order[np.repeat(times, times) == copies]].reshape(-1, copies)
 
 
 @attrs.frozen(eq=False)
@@ -184,7 +199,7 @@ def _named(sides: Sequence[Layout], shards: Shards) -> IntArray:
     for side in sides:
         parts += [_call_codes(call, side.geometry, shards).ravel() for call in _calls(side)]
         if side.blocks is not None:
-            parts += [codes for codes, _ in _column_codes(side.blocks, shards)]
+            parts += [codes for codes, _ in _column_codes(side.blocks, _columns(side.blocks), shards)]
     return np.unique(np.concatenate(parts))
 
 
@@ -226,11 +241,36 @@ def _columns(blocks: BlockLayout) -> tuple[IntArray, ...]:
     )
 
 
-def _column_codes(blocks: BlockLayout, shards: Shards) -> Iterator[tuple[IntArray, IntArray]]:
+def _copied(blocks: BlockLayout, columns: Sequence[IntArray]) -> tuple[IntArray, ...]:
+    """`columns`, each as often as it is staged, ascending."""
+    times = [np.ones(cols.size, dtype=np.int64) for cols in columns]
+    for table, head in _tables(blocks):
+        named, rows = np.unique(_entries(blocks, table), return_counts=True)
+        place = np.searchsorted(columns[head], named)
+        times[head][place] = np.maximum(times[head][place], -(-rows // ROWS_A_COPY))
+    return tuple(np.repeat(cols, n) for cols, n in zip(columns, times, strict=True))
+
+
+def _tables(blocks: BlockLayout) -> list[tuple[int, int]]:
+    """Each (table, key-value head) of which query heads read the one at the other."""
+    group = blocks.geometry.group_size
+    return list(dict.fromkeys((int(table), head // group) for head, table in enumerate(blocks.head_table)))
+
+
+def _entries(blocks: BlockLayout, table: int) -> IntArray:
+    """The columns that a table lists, row after row."""
+    pointers = blocks.row_ptr[table]
+    entries: IntArray = blocks.cols[pointers[0] : pointers[-1]].astype(np.int64)
+    return entries
+
+
+def _column_codes(
+    blocks: BlockLayout, columns: Sequence[IntArray], shards: Shards
+) -> Iterator[tuple[IntArray, IntArray]]:
     """For each key-value head the codes of its columns' rows, and the stage slot of each row."""
     size, geometry = blocks.block_size, blocks.geometry
     place = np.arange(size, dtype=np.int64)
-    for head, cols in enumerate(_columns(blocks)):
+    for head, cols in enumerate(columns):
         index = cols[:, None] * size + place
         slot = np.arange(cols.size, dtype=np.int64)[:, None] * size + place
         inside = index < geometry.kv_len
@@ -241,10 +281,10 @@ def _column_codes(blocks: BlockLayout, shards: Shards) -> Iterator[tuple[IntArra
 def _block_part(side: Layout, received: IntArray, shards: Shards) -> BlockPart:
     blocks = side.blocks
     assert blocks is not None
-    columns = _columns(blocks)
+    columns = _copied(blocks, _columns(blocks))
     slots = max(cols.size for cols in columns) * blocks.block_size
     targets, sources = [], []
-    for head, (codes, slot) in enumerate(_column_codes(blocks, shards)):
+    for head, (codes, slot) in enumerate(_column_codes(blocks, columns, shards)):
         targets.append(head * slots + slot)
         sources.append(np.searchsorted(received, codes))
     layout = _compact(blocks, columns, slots)
@@ -253,25 +293,34 @@ def _block_part(side: Layout, received: IntArray, shards: Shards) -> BlockPart:
 
 def _compact(blocks: BlockLayout, columns: Sequence[IntArray], slots: int) -> BlockLayout:
     """The table with its columns renumbered to those that each key-value head has; a table per such head."""
-    geometry = blocks.geometry
-    pairs = [(int(table), head // geometry.group_size) for head, table in enumerate(blocks.head_table)]
-    tables = list(dict.fromkeys(pairs))
+    geometry, tables = blocks.geometry, _tables(blocks)
     cols, entries, row_ptr, begin = [], [], [], 0
     for table, head in tables:
-        pointers = blocks.row_ptr[table]
-        mine = np.arange(pointers[0], pointers[-1])
-        entries.append(mine)
-        cols.append(np.searchsorted(columns[head], blocks.cols[mine]))
+        pointers, listed = blocks.row_ptr[table], _entries(blocks, table)
+        entries.append(np.arange(pointers[0], pointers[-1]))
+        cols.append(np.searchsorted(columns[head], listed) + _earlier(listed) // ROWS_A_COPY)
         row_ptr.append(pointers - pointers[0] + begin)
-        begin += mine.size
+        begin += listed.size
     kept = np.concatenate(entries)
     return BlockLayout(
         geometry=attrs.evolve(geometry, kv_len=slots),
         block_size=blocks.block_size,
-        head_table=np.array([tables.index(pair) for pair in pairs], dtype=np.int32),
+        head_table=np.array(
+            [tables.index((int(t), head // geometry.group_size)) for head, t in enumerate(blocks.head_table)],
+            dtype=np.int32,
+        ),
         row_ptr=np.stack(row_ptr),
         cols=np.concatenate(cols).astype(np.int32),
         weights=blocks.weights[kept],
         mask_ids=blocks.mask_ids[kept],
         masks=blocks.masks,
     )
+
+
+def _earlier(values: IntArray) -> IntArray:
+    """For each of `values` how many equal ones come before it."""
+    order = np.argsort(values, kind="stable")
+    sorted_values = values[order]
+    found = np.empty(values.size, dtype=np.int64)
+    found[order] = np.arange(values.size) - np.searchsorted(sorted_values, sorted_values)
+    return found

@@ -74,7 +74,8 @@ class _Rows:
         self.key, self.value = key, value
         self.programs = [RankProgram.prepare(plan_rank(pattern, shards, rank), compute) for rank in ranks]
         self.once = [program.once for program in self.programs]
-        self.received = [torch.cat([self.programs[o].pack(key[o], value[o], to) for o in ranks]) for to in ranks]
+        packed = [program.pack(k, v) for program, k, v in zip(self.programs, key, value, strict=True)]
+        self.received = [torch.cat([packed[owner][to] for owner in ranks]) for to in ranks]
 
     def forward(self, rank: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of a rank."""
@@ -100,7 +101,7 @@ class _Rows:
             for program, grads in zip(self.programs, home, strict=True)
         ]
         for owner, program in enumerate(self.programs):
-            program.unpack(*sums[owner], {rank: share[owner] for rank, share in enumerate(shares)})
+            program.unpack(*sums[owner], [share[owner] for share in shares])
         return sums
 
 

@@ -38,8 +38,20 @@ class Transport(Protocol):
     def is_guarded(self) -> bool:
         """A rank may block in it, or because of it, until `close` is called from another thread: see `Guard`."""
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
-        """Start sending and receiving contiguous tensors, at most one a peer and direction."""
+    @property
+    def launches_first(self) -> bool:
+        """Computing is asynchronous: launched before anyone is waited for, it hides that the host waits."""
+
+    def mark(self) -> object:
+        """A point of the device's work so far, for `post`; None where computing is not asynchronous."""
+
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
+    ) -> Pending:
+        """Start sending and receiving contiguous tensors, at most one a peer and direction.
+
+        They may be read and written from `after` on, a `mark`; None: from now on.
+        """
 
     def close(self) -> None:
         """Drop all connections, waking everyone on this rank who waits for one; may be called twice, by any thread."""
@@ -85,12 +97,18 @@ class GlooTransport:
 
     name: Final = "gloo_cpu"
     is_guarded: Final = False
+    launches_first: Final = False
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
         self._posted: WeakSet[_Works] = WeakSet()  # an error's traceback may hold them for as long as it is kept
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+    def mark(self) -> None:
+        """See `Transport`."""
+
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
+    ) -> Pending:
         """See `Transport`."""
         posted = _Works([], tuple(x for _, x in (*sends, *receives)))
         self._posted.add(posted)

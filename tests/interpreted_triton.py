@@ -16,6 +16,7 @@ from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
 from dilated_attention.core.ops import attend, intern
+from dilated_attention.exchange import plan
 from dilated_attention.exchange.shards import Shards
 
 from .ring_simulation import worst
@@ -106,8 +107,9 @@ def test_offsets_lengths_and_rows_without_keys() -> None:
     check_interpreted(pattern, before)
 
 
-def test_dense_with_a_negative_scale() -> None:
-    check_interpreted(Full(), Geometry.self_attention(21, 1), scale=-0.25)
+@pytest.mark.parametrize("pattern", [Full(), Local(4)], ids=repr)
+def test_a_negative_scale(pattern: Pattern) -> None:
+    check_interpreted(pattern, Geometry.self_attention(21, 1), scale=-0.25)
 
 
 def test_positions_beyond_its_arithmetic_are_an_error() -> None:
@@ -137,11 +139,19 @@ def test_blocks_with_masks_beside_branches() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "is_causal"),
-    [(Dilated((8, 34), (1, 2)), True), (Random(blocks_per_row=2, block_size=16, seed=3), False)],
+    [
+        (Dilated((8, 34), (1, 2)), True),
+        (Random(blocks_per_row=2, block_size=16, seed=3), False),
+        (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True),
+    ],
     ids=repr,
 )
-def test_a_rank_computes_its_own_keys_and_received_blocks(pattern: Pattern, is_causal: bool) -> None:
+@pytest.mark.parametrize("rows_a_copy", [1, 32])
+def test_a_rank_computes_its_own_keys_and_received_blocks(
+    pattern: Pattern, is_causal: bool, rows_a_copy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks, a segment across both; merged with what they receive, it is the whole sequence's attention."""
+    monkeypatch.setattr(plan, "ROWS_A_COPY", rows_a_copy)
     tile = Tile(16, 16, 4, 1)
     kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)), NEVER)
     shards = Shards(17, 2, 2, 1, is_causal)

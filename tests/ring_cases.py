@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import attrs
 import torch
@@ -28,6 +31,8 @@ from dilated_attention import (
 from dilated_attention.core import reference
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.exchange.communicator import Pass
+from dilated_attention.exchange.compute import RankProgram
 from dilated_attention.exchange.engine import RingEngine
 
 from .support import inputs
@@ -108,6 +113,59 @@ def watched(fields: dict[str, Any], size: int) -> Any:
         run_shard(attention, mesh, whole)
     words = ("dilated_attention ", "ring ", "own keys", "received keys", "keys of")
     return counters, {event.key for event in trace.key_averages() if event.key.startswith(words)}
+
+
+def ordered(fields: dict[str, Any], size: int, launches_first: bool) -> Any:
+    """What happens in which order in a forward and a backward pass, and the results."""
+    mesh = mesh_of(size)
+    config = AttentionConfig(**fields, context_parallel=ContextParallel(size=size))
+    attention = build_attention(config, mesh=mesh)
+    engine, whole, seen = ring_engine(attention), tensors_of(config, 1), list[str]()
+    run_shard(attention, mesh, whole)
+    assert config.seq_len is not None
+    program = engine.rings.get((config.seq_len // size, False, torch.device("cpu")))
+    assert program is not None
+    assert program.selective is not None
+    marks: list[object] = []
+
+    def told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*rest: Any, **named: Any) -> Any:
+            seen.append(name)
+            return call(*rest, **named)
+
+        return telling
+
+    def mark() -> object:
+        marks.append(object())
+        return marks[-1]
+
+    communicator, transport = engine.communicator, engine.communicator.transport
+    with ExitStack() as stack:
+
+        def watch(owner: Any, name: str, label: str, call: Callable[..., Any] | None = None) -> None:
+            patched = mock.patch.object(owner, name, told(label, call or getattr(owner, name)))
+            stack.enter_context(patched)
+
+        stack.enter_context(mock.patch.object(transport, "launches_first", launches_first))
+        post = transport.post
+
+        def posted(sends: Any, receives: Any, after: object = None) -> Any:
+            assert after is (marks[-1] if launches_first else None)
+            return post(sends, receives)
+
+        watch(communicator._control, "announce", "announce")
+        watch(communicator._control, "agree", "agree")
+        watch(transport, "mark", "mark", mark)
+        watch(transport, "post", "post", posted)
+        watch(Pass, "wait", "wait")
+        watch(RankProgram, "pack", "pack")
+        watch(RankProgram, "unpack", "unpack")
+        watch(RankProgram, "merge_received", "received keys")
+        watch(RankProgram, "received_backward", "received keys")
+        watch(type(program.selective.local), "forward", "own keys")
+        watch(type(program.selective.local), "backward", "own keys")
+        results = run_shard(attention, mesh, whole)
+    return seen, [x.numpy() for x in results]
 
 
 def refusals() -> dict[str, Any]:

@@ -33,8 +33,8 @@ from dilated_attention import (
 )  # fmt: skip
 from dilated_attention.core import reference
 from dilated_attention.core.attention import Attention
+from dilated_attention.exchange.communicator import Pass, Posted
 from dilated_attention.exchange.compute import RankProgram
-from dilated_attention.exchange.pieces import ComposedPiece
 
 from .ring_cases import ring_engine, run_shard, tensors_of
 from .support import error
@@ -132,7 +132,8 @@ class FailingKernel:
 def fault(kind: str, attention: Attention, seconds: float) -> None:
     """Fail in some way, at once or "before sending": within the next pass, when the others rely on its rows.
 
-    Whoever raises does so once its first messages are under way; "amid hops" others wait for further ones.
+    Whoever raises does so once its first messages are under way; "amid hops" others wait for further ones. "once
+    launched" is when it has launched its own work and would wait for the others' headers.
     """
     sudden: dict[str, Callable[..., Any]] = {
         "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
@@ -143,12 +144,21 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
     if late == "before sending":
         pack = RankProgram.pack
 
-        def failing(*rest: Any) -> Tensor:
+        def failing(*rest: Any) -> tuple[Tensor, ...]:
             RankProgram.pack = pack  # type: ignore[method-assign]
             sudden[how]()
             return pack(*rest)
 
         RankProgram.pack = failing  # type: ignore[method-assign, assignment]
+    elif late == "once launched":
+        post = Pass.post
+
+        def failing_post(*rest: Any, **named: Any) -> Posted:
+            Pass.post = post  # type: ignore[method-assign]
+            sudden[how]()
+            return post(*rest, **named)
+
+        Pass.post = failing_post  # type: ignore[method-assign]
     elif how == "raise":
         object.__setattr__(ring_engine(attention)._composer, "_kernel", FailingKernel())
     else:
@@ -157,14 +167,14 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
 
 def block_in_passes(device: str) -> None:
     """Make this rank wait for its whole device amid every pass, as CUDA's allocator does when memory is short."""
-    forward = ComposedPiece.forward
+    wait = Pass.wait
 
-    def waiting(*rest: Any) -> tuple[Tensor, Tensor]:
+    def waiting(current: Pass, posted: Posted) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        return forward(*rest)
+        wait(current, posted)
 
-    ComposedPiece.forward = waiting  # type: ignore[method-assign, assignment]
+    Pass.wait = waiting  # type: ignore[method-assign, assignment]
 
 
 def drill(seat: Seat, kind: str, culprit: int, at: int, timeout_s: float, near: bool, blocks: bool) -> dict[str, Any]:
@@ -173,6 +183,8 @@ def drill(seat: Seat, kind: str, culprit: int, at: int, timeout_s: float, near: 
         fields = {"limits": Limits(exchange_buffer_bytes=1)} if kind == "raise amid hops" else {}
         config = config_of(seat, 40, NEAR if near else FAR, **fields)
         attention = build_attention(config, mesh=mesh)
+        if kind.endswith("once launched"):  # Gloo's ranks too then launch first, and wait for each other after
+            ring_engine(attention).communicator.transport.launches_first = True  # type: ignore[misc]
         whole, truth = whole_of(config, seat), truth_of(config, mesh)
         failed_at = 0.0
         for step in range(at + 20):

@@ -119,6 +119,12 @@ def test_a_rank_killed_while_others_wait_for_its_rows_is_known_at_once(drills: D
     drills.check(drills.break_ring("kill before sending", 0, at=at), 0, at=at)
 
 
+@pytest.mark.parametrize("kind", ["kill once launched", "raise once launched"])
+def test_a_rank_that_fails_with_its_own_work_under_way_is_known_at_once(drills: Drills, kind: str) -> None:
+    culprit = drills.size - 1
+    drills.check(drills.break_ring(kind, culprit), culprit)
+
+
 def test_a_rank_that_waits_for_its_device_amid_a_pass_knows_too(drills: Drills) -> None:
     drills.check(drills.break_ring("kill before sending", 0, blocks=True), 0)
 

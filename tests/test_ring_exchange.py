@@ -23,7 +23,7 @@ from dilated_attention import (
 )  # fmt: skip
 from dilated_attention.core import reference
 
-from .ring_cases import exact, tensors_of
+from .ring_cases import exact, ordered, tensors_of
 from .ring_ranks import Ranks
 from .support import error
 
@@ -147,6 +147,21 @@ def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:
         limits = Limits(exchange_buffer_bytes=budget)
         assert worst(pool, config_of(pattern, is_causal=is_causal, limits=limits), 8, batch=2) < 1e-5
     pool.close()
+
+
+@pytest.mark.parametrize("launches_first", [True, False], ids=["launched first", "posted first"])
+def test_own_keys_hide_that_others_are_waited_for(ranks: Ranks, launches_first: bool) -> None:
+    """Launched before headers are waited for where that costs nothing, else once rows are under way."""
+    fields = config_of(LONGNET, backend="reference", dtype="float64")
+    told = ranks.run(ordered, fields, 4, launches_first)
+    tail = ["mark", "own keys", "agree", "post"] if launches_first else ["agree", "post", "own keys"]
+    forward = ["announce", "pack", *tail, "wait", "received keys"]
+    backward = ["announce", "received keys", *tail, "wait", "unpack"]
+    for seen, _ in told:
+        assert seen == forward + backward
+    truth = expected(AttentionConfig(**fields), 1, through_lse=False)
+    found = joined([(results, None) for _, results in told], 4)
+    assert max(error(a, e) for a, e in zip(found, truth, strict=True)) < 1e-12
 
 
 def test_two_rings_in_one_mesh(ranks: Ranks) -> None:

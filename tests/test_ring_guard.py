@@ -94,15 +94,18 @@ def test_ranks_that_are_ahead_or_have_left_in_peace_break_nothing(controls: list
     door = Door()
     guard = Guard(controls[0], door.closed.set)
     with ThreadPoolExecutor(2) as pool:
+        for control in controls:
+            control.announce(header(1))
         others = [pool.submit(controls[rank].agree, header(1), time.monotonic() + 20) for rank in (1, 2)]
         controls[0].agree(header(1), time.monotonic() + 20)
         for other in others:
             other.result()
     with guard.over(time.monotonic() + 20):
-        controls[1]._send_all(header(2).frame())  # it has entered the next pass
+        controls[1].announce(header(2))  # it has entered the next pass
         controls[2].close(None, failed=False)
         time.sleep(5 * LOOK_EVERY_S)
     assert not door.closed.is_set()
+    controls[0].announce(header(2))
     with pytest.raises(Failure, match="it has closed its attention") as caught:  # what was read is not lost
         controls[0].agree(header(2), time.monotonic() + 20)
     assert caught.value.peer == 2

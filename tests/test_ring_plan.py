@@ -18,6 +18,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.composer import Composer, delta_of
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange import pieces
+from dilated_attention.exchange import plan as planning
 from dilated_attention.exchange.compute import Compute, RankProgram
 from dilated_attention.exchange.pieces import Merged
 from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
@@ -62,6 +63,31 @@ def test_a_kernel_for_whole_layouts_computes_a_ranks_own_keys(pattern: Pattern, 
     for size, batch, kv_heads in ((2, 2, 2), (3, 1, 4)):
         shards = Shards(96 // size, size, 4, kv_heads, is_causal)
         assert worst(pattern, shards, batch=batch, through_lse=batch == 2, kernel=kernel) < 1e-12
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rows_of_blocks_share_copies_of_a_column_that_many_list(
+    is_causal: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pattern in (Random(6, 4), Random(4, 3) + LONGNET):
+        shards = Shards(32, 3, 4, kv_heads, is_causal)
+        kept = plan_rank(pattern, shards, 2)
+        monkeypatch.setattr(planning, "ROWS_A_COPY", 2)
+        found = plan_rank(pattern, shards, 2)
+        assert np.array_equal(found.received, kept.received)
+        for part, whole in zip(found.blocks, kept.blocks, strict=True):
+            assert np.array_equal(np.unique(part.source), np.unique(whole.source))
+            assert np.unique(part.target).size == part.target.size
+            assert part.layout.pairs == whole.layout.pairs
+            for table, pointers in enumerate(part.layout.row_ptr):
+                listed = part.layout.cols[pointers[0] : pointers[-1]]
+                assert np.bincount(listed).max() <= 2, table
+            assert sorted(np.concatenate([places.ravel() for _, places in part.homes])) == sorted(part.target)
+        assert any(part.source.size > whole.source.size for part, whole in zip(found.blocks, kept.blocks, strict=True))
+        assert worst(pattern, shards, through_lse=True) < 1e-12
+        assert worst(pattern, shards, kernel=ReferenceKernel(1 << 20), batch=2) < 1e-12
+        monkeypatch.undo()
 
 
 def merged_of(dtype: torch.dtype) -> Merged:

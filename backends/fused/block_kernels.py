@@ -32,14 +32,26 @@ def _counts(masks, mask, row, column, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _merge(out, lse, out_more, lse_more):
+    """Rows (M, D) and their lse (M,) of two sets of keys as those of both; either may have none."""
+    top = tl.maximum(lse, lse_more)
+    top = tl.where(top == -_INF, 0.0, top)
+    share, share_more = tl.exp(lse - top), tl.exp(lse_more - top)
+    total = share + share_more
+    counted = tl.where(total > 0, total, 1.0)
+    out = (out * share[:, None] + out_more * share_more[:, None]) / counted[:, None]
+    return out, tl.where(total > 0, top + tl.log(counted), -_INF)
+
+
+@triton.jit
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """Out and lse of a tile of queries of one head: grid (tiles * heads, batch)."""
+    """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
     block_row, inside, row, head, batch = _block_rows(num_heads, BLOCK, BLOCK_M)
     valid = row < q_len
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -79,9 +91,18 @@ def attend_blocks(
     row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
+    out /= counted[:, None]
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    store_rows(o_base, row, stride_os, valid, out / counted[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (batch * num_heads + head) * q_len + row, lse, mask=valid)
+    lse_place = lse_ptr + (batch * num_heads + head) * q_len + row
+    if ADDS:
+        if last > first:
+            there = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+            out, lse = _merge(there, tl.load(lse_place, mask=valid, other=0.0), out, lse)
+            store_rows(o_base, row, stride_os, valid, out, HEAD_DIM, BLOCK_D)
+            tl.store(lse_place, lse, mask=valid)
+    else:
+        store_rows(o_base, row, stride_os, valid, out, HEAD_DIM, BLOCK_D)
+        tl.store(lse_place, lse, mask=valid)
 
 
 @triton.jit
@@ -91,9 +112,9 @@ def block_gradients_of_queries(
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries of one head: grid (tiles * heads, batch)."""
+    """dq of a tile of queries of one head: grid (tiles * heads, batch); ADDS adds it to what is there."""
     block_row, inside, row, head, batch = _block_rows(num_heads, BLOCK, BLOCK_M)
     valid = row < q_len
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
@@ -126,8 +147,14 @@ def block_gradients_of_queries(
         p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[:, None]) * count
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
+    dq *= grad_scale
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    store_rows(o_base, row, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
+    if ADDS:
+        if last > first:
+            dq += load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+            store_rows(o_base, row, stride_os, valid, dq, HEAD_DIM, BLOCK_D)
+    else:
+        store_rows(o_base, row, stride_os, valid, dq, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

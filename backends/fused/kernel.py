@@ -89,59 +89,90 @@ class FusedKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
-        batch, _, heads, head_dim = query.shape
-        kv_len, kv_heads = key.shape[1:3]
-        parts = self.parts(piece.layout, query.device)
-        stats = _stats(dout, out, lse, dlse)
-        scale = abs(piece.scale)
+        row_sums = self.row_sums(dout, out, lse, dlse)
+        dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
+        return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
+
+    def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
+        """As `Adds.merge`."""
+        (part,) = self.parts(piece.layout, query.device)
         if piece.scale < 0:
             query = -query
-        inputs, strided = (query, key, value, dout, stats), (query, key, value, dout)
+        with span(part.name):
+            scales = (abs(piece.scale) * _LOG2_E,)
+            part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales, adds=True)
+
+    def row_sums(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
+        """As `Adds.row_sums`: (B, H, S) pairs of float32 as int64, lse in base 2 and delta."""
+        batch, length, heads, head_dim = out.shape
+        stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
+        gradient_kernels.prepare_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
+            dout,
+            out,
+            lse,
+            lse if dlse is None else dlse.contiguous(),
+            stats,
+            *dout.stride()[:3],
+            *out.stride()[:3],
+            length,
+            heads,
+            HAS_DLSE=dlse is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
+            BLOCK_M=STATS_ROWS,
+        )
+        return stats.view(torch.int64).squeeze(-1)
+
+    def gradients_of_queries(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row_sums: Tensor,
+        piece: LayoutPiece,
+        dq: Tensor | None = None,
+    ) -> Tensor:
+        """As `Adds.gradients_of_queries`."""
+        parts, total = self.parts(piece.layout, query.device), dq
+        if piece.scale < 0:
+            query = -query
+        scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
+        for part in parts:
+            into = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device) if dq is None else dq
+            pointers, strided = (query, key, value, dout, row_sums, into), (query, key, value, dout, into)
+            with span(f"{part.name}, gradients of queries"):
+                part.run("queries", pointers, strided, scales, adds=dq is not None)
+            total = into if total is None or total is into else total.add_(into)
+        assert total is not None
+        return total if dq is not None else total.to(query.dtype)
+
+    def gradients_of_keys(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
+    ) -> tuple[Tensor, Tensor]:
+        """As `Adds.gradients_of_keys`."""
+        batch, kv_len, kv_heads, head_dim = key.shape
+        heads, parts = query.shape[2], self.parts(piece.layout, query.device)
+        if piece.scale < 0:
+            query = -query
+        scales = abs(piece.scale) * _LOG2_E, abs(piece.scale)
         # Query heads that share a key-value head write apart and are summed after.
         key_dtype = _part_dtype(key, parts) if heads == kv_heads else torch.float32
         sums: list[Tensor] = []
         for part in parts:
-            dq = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
-            dk, dv = (
-                torch.empty((batch, kv_len, heads, head_dim), dtype=key_dtype, device=key.device) for _ in range(2)
-            )
-            with span(f"{part.name}, gradients of queries"):
-                part.run("queries", (*inputs, dq), (*strided, dq), (scale * _LOG2_E, scale))
+            shape = batch, kv_len, heads, head_dim
+            grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
+            pointers, strided = (query, key, value, dout, row_sums, *grads), (query, key, value, dout, grads[0])
             with span(f"{part.name}, gradients of keys"):
-                part.run("keys", (*inputs, dk, dv), (*strided, dk), (scale * _LOG2_E, scale))
-            grads = [dq, dk, dv]
+                part.run("keys", pointers, strided, scales)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
-        dq, dk, dv = sums
-        if piece.scale < 0:
-            dq = -dq
+        dk, dv = sums
         if heads > kv_heads:
             grouped = (batch, kv_len, kv_heads, heads // kv_heads, head_dim)
             dk, dv = (x.view(grouped).sum(3) for x in (dk, dv))
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+        return dk.to(key.dtype), dv.to(value.dtype)
 
 
 def _part_dtype(x: Tensor, parts: tuple[Part, ...]) -> torch.dtype:
     """What a part writes: float32 where there are others to be added."""
     return x.dtype if len(parts) == 1 else torch.float32
-
-
-def _stats(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
-    """What backward needs of each row, (B, H, S) pairs of float32 as int64: lse in base 2 and delta."""
-    batch, length, heads, head_dim = out.shape
-    stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
-    gradient_kernels.prepare_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
-        dout,
-        out,
-        lse,
-        lse if dlse is None else dlse.contiguous(),
-        stats,
-        *dout.stride()[:3],
-        *out.stride()[:3],
-        length,
-        heads,
-        HAS_DLSE=dlse is not None,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_M=STATS_ROWS,
-    )
-    return stats.view(torch.int64).squeeze(-1)

@@ -36,7 +36,13 @@ class Part(Protocol):
     nbytes: int
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """Launch one program a tile of rows, query head and batch row.
 
@@ -45,6 +51,7 @@ class Part(Protocol):
             pointers: the kernel's tensors, query first, key second.
             strided: those whose batch, row and head strides it takes.
             scales: what it takes of scales.
+            adds: merge into what is there, or add to it; of blocks, forward and for queries.
         """
 
 
@@ -120,9 +127,16 @@ class BranchPart:
         self.nbytes = by_rows.nbytes + by_columns.nbytes + sum(runs.nbytes for _, runs in self._listed.values())
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """As `Part.run`."""
+        assert not adds
         query, tile = pointers[0], self._tiles.of(which)
         tables, runs = self._listed[which]
         constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
@@ -188,7 +202,13 @@ class BlockPart:
         self.nbytes = sum(x.nbytes for tables in (self._by_rows, self._by_columns) for x in tables.tensors)
 
     def run(
-        self, which: Pass, pointers: tuple[Tensor, ...], strided: tuple[Tensor, ...], scales: tuple[float, ...]
+        self,
+        which: Pass,
+        pointers: tuple[Tensor, ...],
+        strided: tuple[Tensor, ...],
+        scales: tuple[float, ...],
+        *,
+        adds: bool = False,
     ) -> None:
         """As `Part.run`."""
         geometry, query = self._geometry, pointers[0]
@@ -206,5 +226,6 @@ class BlockPart:
             geometry.group_size,
             tables.block_rows,
             BLOCK=tables.block_size,
+            **({} if which == "keys" else {"ADDS": adds}),
             **_options(query, strided, tile),
         )

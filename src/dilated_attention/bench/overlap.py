@@ -88,10 +88,21 @@ class _WaitingTransport:
         """See `Transport`."""
         return self._inner.is_guarded
 
-    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+    @property
+    def launches_first(self) -> bool:
+        """See `Transport`."""
+        return self._inner.launches_first
+
+    def mark(self) -> object:
+        """See `Transport`."""
+        return self._inner.mark()
+
+    def post(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
+    ) -> Pending:
         """See `Transport`."""
         start = time.perf_counter()
-        self._inner.post(sends, receives).wait(time.monotonic() + self._timeout_s)
+        self._inner.post(sends, receives, after).wait(time.monotonic() + self._timeout_s)
         self.seconds += time.perf_counter() - start
         return _Done()
 
