@@ -24,7 +24,7 @@ from dilated_attention.backends.aten import CpuFlash, CudaCudnn, CudaEfficient, 
 from dilated_attention.bench.cases import CASES, BenchCase
 from dilated_attention.bench.contenders import Gate, ours
 from dilated_attention.bench.history import PHASES
-from dilated_attention.bench.timing import extra_bytes, in_turns, random_inputs
+from dilated_attention.bench.timing import extra_bytes, in_turns
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DenseKernel, DensePiece
 from dilated_attention.core.schedule import schedule
@@ -68,7 +68,7 @@ def bare(case: BenchCase, kernel: DenseKernel, inputs: list[Tensor]) -> dict[str
 
 def measure(case: BenchCase, backend: str, device: str, rounds: int) -> list[dict[str, object]]:
     """Interleaved medians, and the ratio of each to ours."""
-    gate = Gate(case, device, random_inputs(case.shape, case.dtype, device))
+    gate = Gate(case, device, case.inputs(device))
     found = ours(gate, [backend], lambda line: print(line, file=sys.stderr))
     if not found or found[0].kernel not in _KERNELS:
         sys.exit("\n".join(gate.failures) or f"{backend} does not run {case.name} on a kernel of aten's")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import attrs
+from torch import Tensor
 
 from ..core.checks import did_you_mean
 from ..core.config import AttentionConfig
@@ -16,6 +17,7 @@ from ..patterns.dilated import Dilated
 from ..patterns.global_tokens import Global
 from ..patterns.local import Local
 from ..patterns.random import Random
+from .timing import random_inputs
 
 GATE_TOKENS: Final = 1024
 
@@ -33,7 +35,8 @@ class BenchCase:
         name: what the command line calls it.
         pattern: who attends to whom.
         seq_len: tokens.
-        num_heads: heads of query, key and value alike.
+        num_heads: query heads.
+        num_kv_heads: key-value heads.
         head_dim: width of a head.
         dtype: of the tensors.
         is_causal: whether later keys are hidden.
@@ -54,6 +57,7 @@ class BenchCase:
     gate_pattern: Pattern
     gate_len: int = GATE_TOKENS
     is_default: bool = True
+    num_kv_heads: int = attrs.field(default=attrs.Factory(lambda case: case.num_heads, takes_self=True))
 
     def small(self) -> BenchCase:
         """The likeness that is compared with the oracle."""
@@ -64,6 +68,7 @@ class BenchCase:
         return AttentionConfig(
             pattern=self.pattern,
             num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=device,
@@ -75,12 +80,17 @@ class BenchCase:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of query, key, value and out."""
+        """Of query and out."""
         return (1, self.seq_len, self.num_heads, self.head_dim)
+
+    def inputs(self, device: str, *, seed: int = 0) -> list[Tensor]:
+        """Random query, key, value and gradient of out."""
+        return random_inputs(self.shape, self.dtype, device, seed=seed, kv_heads=self.num_kv_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what a worker of another version of this package needs to compute the case."""
-        config = {"num_heads": self.num_heads, "head_dim": self.head_dim, "dtype": self.dtype}
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        config = heads | {"head_dim": self.head_dim, "dtype": self.dtype}
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -89,8 +99,9 @@ class BenchCase:
 
     def __str__(self) -> str:
         causal = "causal" if self.is_causal else "not causal"
+        heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"
         return (
-            f"{self.name}: {self.pattern!r}, {self.seq_len:,} tokens, {self.num_heads} heads of {self.head_dim}, "
+            f"{self.name}: {self.pattern!r}, {self.seq_len:,} tokens, {heads} heads of {self.head_dim}, "
             f"{self.dtype}, {causal}"
         )
 
@@ -143,15 +154,18 @@ def _on_cuda() -> Iterator[BenchCase]:
     yield _dilated(
         "longnet-128k-blocked", _LENGTHS, 1 << 17, offsets="blocked", head_dim=64, is_causal=True, **shape
     )  # fmt: skip
-    for name, density, length in (
-        ("random-32k-10", 0.1, 1 << 15),
-        ("random-32k-3", 0.027, 1 << 15),
-        ("random-128k-10", 0.1, 1 << 17),
-        ("random-128k-2", 0.02, 1 << 17),
+    for name, density, length, head_dim, block, kv_heads in (
+        ("random-32k-10", 0.1, 1 << 15, 64, 128, 16),
+        ("random-32k-3", 0.027, 1 << 15, 64, 128, 16),
+        ("random-128k-10", 0.1, 1 << 17, 64, 128, 16),
+        ("random-128k-2", 0.02, 1 << 17, 64, 128, 16),
+        ("random-128k-2-d128", 0.02, 1 << 17, 128, 128, 16),
+        ("random-32k-10-gqa", 0.1, 1 << 15, 64, 64, 4),  # blocks of 64, four query heads to a key-value head
     ):
         yield BenchCase(
-            name=name, pattern=Random(density=density), gate_pattern=Random(density=0.3), seq_len=length,
-            head_dim=64, is_causal=False, **shape,
+            name=name, pattern=Random(density=density, block_size=block),
+            gate_pattern=Random(density=0.3, block_size=block), seq_len=length, head_dim=head_dim,
+            num_kv_heads=kv_heads, is_causal=False, **shape,
         )  # fmt: skip
     for name, length in (("gigapath-10k", 10_000), ("gigapath-100k", 100_000)):
         yield BenchCase(

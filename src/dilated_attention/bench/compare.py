@@ -28,7 +28,6 @@ from .checkout import checkout_root, git
 from .contenders import BOUNDS, Gate, ours
 from .history import PHASES, Phase
 from .intervals import Interval, ratio_interval
-from .timing import random_inputs
 
 _FEWEST: Final = 15
 _BLOCK_MS: Final = 20.0  # what is shorter is repeated within a turn
@@ -206,7 +205,7 @@ def compare(
 
 def _gated(case: BenchCase, settings: CompareSettings) -> list[str]:
     """What of the new code is not right."""
-    gate = Gate(case, settings.device, random_inputs(case.shape, case.dtype, settings.device))
+    gate = Gate(case, settings.device, case.inputs(settings.device))
     notes: list[str] = []
     return [] if ours(gate, [settings.backend], notes.append) else gate.failures or notes
 

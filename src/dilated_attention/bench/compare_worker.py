@@ -42,7 +42,9 @@ class Worker:
     def prepare(self, config: dict[str, Any], shape: list[int]) -> dict[str, Any]:
         """Build, warm up, and say what was chosen and what came out, as sums that equal results share."""
         attention = self.package.build_attention(config, device=self.device, seq_len=shape[1])
-        inputs = self.timing.random_inputs(tuple(shape), config["dtype"], self.device)
+        inputs = self.timing.random_inputs(
+            tuple(shape), config["dtype"], self.device, kv_heads=config.get("num_kv_heads")
+        )
 
         def forward() -> torch.Tensor:
             with torch.no_grad():

@@ -15,7 +15,7 @@ from .contenders import Contender, Gate, admitted, candidates, ours
 from .graphs import LONGEST, captured
 from .history import PHASES, Phase, Result
 from .peers import Peer, PeerMaker
-from .timing import extra_bytes, in_turns, matrix_tflops, milliseconds, random_inputs
+from .timing import extra_bytes, in_turns, matrix_tflops, milliseconds
 
 TRAINING_FACTOR = 3.5  # forward and backward against forward: five matrix products more, of two
 _FEWEST_ROUNDS = 3
@@ -85,7 +85,7 @@ class CaseReport:
 def measure_case(case: BenchCase, settings: Settings, *, floor_tflops: float) -> CaseReport:
     """Gate, time and weigh every way to compute `case`."""
     notes: list[str] = []
-    gate = Gate(case, settings.device, random_inputs(case.shape, case.dtype, settings.device))
+    gate = Gate(case, settings.device, case.inputs(settings.device))
     names = candidates(case, settings.backends, settings.device, notes.append)
     found = ours(gate, names, notes.append)
     found += _peers(gate, settings, floor_tflops, notes.append)

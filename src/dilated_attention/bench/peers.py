@@ -23,7 +23,7 @@ class Peer:
 
     Attributes:
         name: as shown.
-        attend: query, key and value, each (B, S, H, D), to out; differentiable.
+        attend: query (B, S, H, D), key and value (B, S, K, D), to out; differentiable.
         kernel: what it runs on, in words.
         computes: its pattern where that is another than the case's; its results are then not compared with ours.
         has_exact_gradients: whether its gradients are those of the definition; else they are timed, not compared.
@@ -45,7 +45,10 @@ def dense_sdpa(case: BenchCase, device: str) -> Peer | None:
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return scaled_dot_product_attention(query, key, value, is_causal=case.is_causal).transpose(1, 2)
+        grouped = case.num_kv_heads < case.num_heads
+        return scaled_dot_product_attention(query, key, value, is_causal=case.is_causal, enable_gqa=grouped).transpose(
+            1, 2
+        )
 
     return Peer("dense SDPA", attend, kernel="PyTorch's choice", computes=Full())
 

@@ -139,8 +139,12 @@ def training(forward: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Sequen
     return lambda: torch.autograd.grad(forward(*leaves), leaves, inputs[3])
 
 
-def random_inputs(shape: tuple[int, ...], dtype: str, device: str, *, seed: int = 0) -> list[Tensor]:
-    """query, key, value and the gradient of out, all random and of one shape."""
+def random_inputs(
+    shape: tuple[int, ...], dtype: str, device: str, *, seed: int = 0, kv_heads: int | None = None
+) -> list[Tensor]:
+    """query, key, value and the gradient of out, random; key and value with `kv_heads` heads where that is given."""
     generator = torch.Generator(device).manual_seed(seed)
     kind: torch.dtype = getattr(torch, dtype)
-    return [torch.randn(shape, generator=generator, device=device).to(kind) for _ in range(4)]
+    kv_shape = shape if kv_heads is None else (*shape[:2], kv_heads, *shape[3:])
+    shapes = (shape, kv_shape, kv_shape, shape)
+    return [torch.randn(each, generator=generator, device=device).to(kind) for each in shapes]

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from .block_sparsity import BlockSparseTensorsTorch
+
 def _flash_attn_fwd(
     q: Tensor,
     k: Tensor,
@@ -9,6 +11,7 @@ def _flash_attn_fwd(
     *,
     softmax_scale: float | None = ...,
     causal: bool = ...,
+    block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
     return_lse: bool = ...,
 ) -> tuple[Tensor, ...]: ...
 def _flash_attn_bwd(
@@ -20,4 +23,6 @@ def _flash_attn_bwd(
     lse: Tensor,
     softmax_scale: float | None = ...,
     causal: bool = ...,
+    *,
+    block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
 ) -> tuple[Tensor, ...]: ...
