@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -12,12 +13,13 @@ from ...core.lowering import lower
 from ...core.refusal import Refusal
 from ..libraries import checked_options, labelled
 from .kernel import FusedKernel
-from .tiles import TileSizes
+from .tiles import TileSizes, can_be_by_hand
 from .walks import MAX_PERIOD, period_of
 
 MIN_BLOCK: Final = 16  # what a product of tiles takes
 
 if TYPE_CHECKING:
+    from ...core.layout import Layout
     from ...registry.specs import Request
 
 
@@ -27,15 +29,7 @@ class TritonBackend:
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """Dilation rates whose classes of positions repeat too late, and sizes of blocks that no tile divides."""
         checked_options(request, "triton")
-        config = request.config
-        geometry = Geometry(
-            q_len=1,
-            kv_len=1,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            is_causal=config.is_causal,
-        )
-        layout = lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        layout = self._layout(request)
         period = period_of(layout.branches)
         if period > MAX_PERIOD:
             required = f"dilation rates with the least common multiple {period}"
@@ -44,12 +38,31 @@ class TritonBackend:
         if size < MIN_BLOCK or size & (size - 1):
             yield Refusal("block_sizes", str(size), f"powers of two from {MIN_BLOCK}", "choose such a block_size")
 
+    def _layout(self, request: Request) -> Layout:
+        """Of a single token: the branches, and how large blocks are."""
+        config = request.config
+        geometry = Geometry(
+            q_len=1,
+            kv_len=1,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            is_causal=config.is_causal,
+        )
+        return lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
-        return f"fused ({labelled('triton')})"
+        return f"fused{', backward in Gluon' if self._by_hand(request) else ''} ({labelled('triton')})"
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        config = request.config
-        tiles = TileSizes.of(config.head_dim, getattr(torch, config.dtype), is_causal=config.is_causal)
+        config, by_hand = request.config, self._by_hand(request)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, by_hand=by_hand)
         return FusedKernel(self.pin(request), tiles)
+
+    def _by_hand(self, request: Request) -> bool:
+        """Of branches alone."""
+        config, layout = request.config, self._layout(request)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return bool(layout.branches) and can_be_by_hand(config.head_dim, dtype, version("triton"))

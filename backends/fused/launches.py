@@ -17,6 +17,8 @@ from .tiles import Tile, Tiles, ceil_div, padded
 from .walks import make_tables
 
 if TYPE_CHECKING:
+    from triton import JITFunction
+
     from ...core.geometry import Geometry
     from ...core.layout import BlockLayout
     from ...core.pattern import Branch
@@ -58,17 +60,32 @@ class Part(Protocol):
 def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str, Any]:
     """What all kernels are compiled for."""
     head_dim = query.shape[3]
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "WIDE": any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
         "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        **({"STAGES": tile.stages} if tile.by_hand else {"PRECISION": precision, "num_stages": tile.stages}),
         **({"maxnreg": tile.registers} if tile.registers else {}),
     }
+
+
+def _of_branches(tiles: Tiles) -> dict[Pass, JITFunction]:
+    """The kernels over branches."""
+    found: dict[Pass, JITFunction] = {
+        "forward": kernels.attend,
+        "queries": gradient_kernels.gradients_of_queries,
+        "keys": gradient_kernels.gradients_of_keys,
+    }
+    if tiles.queries.by_hand or tiles.keys.by_hand:
+        from . import hopper_kernels  # other releases of Triton cannot read it
+
+        found |= {"queries": hopper_kernels.gradients_of_queries} if tiles.queries.by_hand else {}
+        found |= {"keys": hopper_kernels.gradients_of_keys} if tiles.keys.by_hand else {}
+    return found
 
 
 def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -84,12 +101,6 @@ class BranchPart:
     Raises:
         ConfigError: for positions beyond `MAX_POSITION`.
     """
-
-    _KERNELS: Final = {
-        "forward": kernels.attend,
-        "queries": gradient_kernels.gradients_of_queries,
-        "keys": gradient_kernels.gradients_of_keys,
-    }
 
     def __init__(
         self,
@@ -109,6 +120,7 @@ class BranchPart:
         span = 0 if min(positions) < 0 else geometry.seq_len
         self._geometry = geometry
         self._tiles = tiles
+        self._kernels = _of_branches(tiles)
         pairs = sum(branch_pairs(branch, geometry) for branch in branches)
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         by_rows, by_columns = (
@@ -143,7 +155,7 @@ class BranchPart:
         if which == "forward":
             constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
             pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
-        self._KERNELS[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
+        self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
             *pointers,
             tables.head_kind,
             *tables.rows,

@@ -1,0 +1,85 @@
+"""Compiles the kernels in Gluon for Hopper, without a card and without torch: `python compile_hopper.py FUSED_FOLDER`.
+
+Prints a line for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of its products.
+`test_hopper_kernels` runs it with the Triton that they are made for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# The compiler by itself has no Python types.
+triton: Any = importlib.import_module("triton")
+GPUTarget: Any = importlib.import_module("triton.backends.compiler").GPUTarget
+GluonASTSource: Any = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+
+POINTERS = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16"),
+    **dict.fromkeys(("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues"), "*i32"),
+    **dict.fromkeys(("walks", "run_start", "runs", "totals"), "*i32"),
+    "stats_ptr": "*i64",
+    "biases": "*fp32",
+}
+FLOATS = ("scale", "grad_scale")
+ALIGNED = ("num_heads", "q_high", "k_high", "period")  # multiples of 16, as of any length that is measured
+
+
+def kernel(folder: str, name: str) -> Any:
+    """A kernel of the folder's `hopper_kernels`, as of a package of its own."""
+    package = ModuleType("fused")
+    package.__path__ = [folder]
+    sys.modules["fused"] = package
+    return getattr(importlib.import_module("fused.hopper_kernels"), name)
+
+
+def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers: int) -> tuple[str, str]:
+    """The PTX, and what ptxas says of it."""
+    kinds = {name: POINTERS.get(name, "fp32" if name in FLOATS else "i32") for name in fn.arg_names}
+    signature = kinds | dict.fromkeys(constants, "constexpr")
+    values = {(i,): constants[name] for i, name in enumerate(fn.arg_names) if name in constants}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(fn.arg_names)
+        if name in POINTERS or name in ALIGNED or name.startswith("stride")
+    }
+    source = GluonASTSource(fn, signature, values, divisible)
+    options = {"num_warps": warps, "maxnreg": registers}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [str(ptxas), "-arch=sm_90a", "-v", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return ptx, said
+
+
+def main(folder: str) -> None:
+    """All that `TileSizes.of` chooses, for the widths, tables and sizes of tensors that compile apart."""
+    tiles = {
+        ("gradients_of_queries", 64): (64, 64, 3, 4, 168),
+        ("gradients_of_queries", 128): (128, 64, 3, 8, 255),
+        ("gradients_of_keys", 64): (64, 64, 4, 4, 255),
+        ("gradients_of_keys", 128): (64, 32, 4, 4, 255),
+    }
+    for (name, width), (rows, columns, stages, warps, registers) in tiles.items():
+        for head_dim, shifts, wide in ((width, True, False), (width - 16, False, True)):
+            constants = {
+                "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": columns, "STAGES": stages,
+                "WIDE": wide, "SPLIT": False, "SHIFTS": shifts,
+            }  # fmt: skip
+            _, said = compile_for_hopper(kernel(folder, name), constants, warps, registers)
+            (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+            overlap = "serialized" if "serialized" in said else "overlaps"
+            sys.stdout.write(f"{name} {head_dim} {spilled} {overlap}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,5 @@
+"""What Ampere brought."""
+
+from typing import Any
+
+async_copy: Any

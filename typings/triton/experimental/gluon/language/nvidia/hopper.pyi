@@ -1,0 +1,5 @@
+"""What Hopper brought."""
+
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
