@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE: Final = 128
 _REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
-# Loads of masks would be kept for several stages too, for which shared memory is too small.
-_MASKED: Final[FlexKernelOptions] = {"num_stages": 1}
+# The modifiers' loads would be kept for several stages too, for which shared memory is too small; and few queries would
+# get another kernel, which has no tiles for every type.
+_OPTIONS: Final[FlexKernelOptions] = {"num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True}
 # query, key, value (B, heads, len, D), score_mod, block_mask, scale, kernel_options -> out (B, H, S, D), lse (B, H, S);
 # differentiable
 Attend = Callable[
-    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions | None], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions], tuple[Tensor, Tensor]
 ]
 
 
@@ -75,7 +76,7 @@ def attend(
     score_mod: ScoreMod | None,
     block_mask: BlockMask,
     scale: float,
-    options: FlexKernelOptions | None,
+    options: FlexKernelOptions,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; never called as it is, since without a compiler it would form all scores."""
     out, aux = flex_attention(
@@ -177,8 +178,7 @@ class FlexKernel:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         tables, run = self.tables(piece.layout, query.device)
-        options = _MASKED if tables.has_masks else None
-        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale, options)
+        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale, _OPTIONS)
 
 
 def _compact(x: Tensor) -> Tensor:

@@ -46,13 +46,11 @@ class FlexTables:
     Attributes:
         block_mask: the lists, with the masks as its mask_mod.
         score_mod: adds the logarithm of how often a pair counts; None where none counts more than once.
-        has_masks: whether the mask_mod reads masks, not only which blocks are listed.
         nbytes: memory of all tables on the device.
     """
 
     block_mask: BlockMask
     score_mod: ScoreMod | None
-    has_masks: bool
     nbytes: int
 
     @classmethod
@@ -87,7 +85,7 @@ class FlexTables:
         shape = geometry.q_len, geometry.kv_len
         block_mask = BlockMask(shape, *keys, *queries, BLOCK_SIZE=(size, size), mask_mod=mask_mod)
         nbytes = sum(x.nbytes for x in (*keys, *queries, head_table, number_table, mask_table))
-        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None, bool(masked.any()), nbytes)
+        return cls(block_mask, score_mod if masks.max(initial=0) > 1 else None, nbytes)
 
 
 def _with_weights(layout: BlockLayout) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

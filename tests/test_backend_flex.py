@@ -134,8 +134,6 @@ def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> 
     assert full is not None
     assert int(full.sum()) == 8
     assert local.score_mod is None
-    assert local.has_masks
-    assert not tables(Random(density=0.5, block_size=128), Geometry.self_attention(1024, 2)).has_masks
     weighted = tables(WEIGHTED, geometry)
     assert weighted.score_mod is not None
     layout = lower_blocks(WEIGHTED, geometry, block_size=BLOCK_SIZE)
