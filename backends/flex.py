@@ -35,9 +35,7 @@ _REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another
 _OPTIONS: Final[FlexKernelOptions] = {"num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True}
 # query, key, value (B, heads, len, D), score_mod, block_mask, scale, kernel_options -> out (B, H, S, D), lse (B, H, S);
 # differentiable
-Attend = Callable[
-    [Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions], tuple[Tensor, Tensor]
-]
+Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions], tuple[Tensor, Tensor]]
 
 
 class FlexBackend:
