@@ -33,14 +33,13 @@ from benchmarks.ring_trace import STEP, gaps_of, kernels_of, steps_of, summarise
 from dilated_attention import build_attention
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.ring_settings import PATTERNS, RingSettings
-from dilated_attention.bench.ring_worker import gate, seconds
+from dilated_attention.bench.ring_worker import gate, seconds, seconds_in_a_row
 from dilated_attention.bench.timing import Call, random_inputs, training
 from dilated_attention.core.attention import Attention
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.registry.build import explain
 
 _ROUNDS: Final = 15
-_IN_A_ROW: Final = 10
 _TRACED: Final = 4
 
 
@@ -68,16 +67,6 @@ def in_turns(steps: dict[str, Call], settings: RingSettings) -> dict[str, float]
             if number >= 3:
                 times[name].append(1e3 * taken)
     return {name: statistics.median(each) for name, each in times.items()}
-
-
-def in_a_row(step: Call, settings: RingSettings) -> float:
-    """Milliseconds a step of many that follow each other without a barrier, of the slowest rank."""
-
-    def many() -> None:
-        for _ in range(_IN_A_ROW):
-            step()
-
-    return min(seconds(many, settings.device) for _ in range(3)) * 1e3 / _IN_A_ROW
 
 
 def by_events(attention: Attention, inputs: list[Tensor]) -> dict[str, float]:
@@ -133,7 +122,7 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str) -> dict[str, An
     steps: dict[str, Call] = {name: training(attention, inputs) for name, attention in built.items()}
     times = in_turns(steps, settings)
     found: dict[str, Any] = {"error": error, "single": times}
-    found["in a row"] = {name: in_a_row(step, settings) for name, step in steps.items()}
+    found["in a row"] = {name: 1e3 * seconds_in_a_row(step, settings.device) for name, step in steps.items()}
     if settings.device == "cuda":
         found["events"] = {name: by_events(attention, inputs) for name, attention in built.items()}
     return found | {"traced": {name: traced(step, settings) for name, step in steps.items()}}

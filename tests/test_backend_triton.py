@@ -165,6 +165,32 @@ def test_a_column_of_several_branches_is_met_once() -> None:
     assert tables.bias.max() == pytest.approx(np.log2(3))
 
 
+def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
+    """Only what memory accesses and heads depend on is compiled for."""
+    from dilated_attention.backends.fused import block_kernels, gradient_kernels, kernels, run_kernels
+
+    compiled_for = {f"stride_{x}{axis}" for x in "qkvgo" for axis in "bsh"} | {"num_heads", "group_heads"}
+    compiled_for |= {"stride_b", "stride_s", "stride_h", "scale", "grad_scale"}
+    for kernel in (
+        kernels.attend,
+        kernels.largest_rows,
+        gradient_kernels.prepare_rows,
+        gradient_kernels.gradients_of_queries,
+        gradient_kernels.gradients_of_keys,
+        block_kernels.attend_blocks,
+        block_kernels.block_gradients_of_queries,
+        block_kernels.block_gradients_of_keys,
+        run_kernels.list_runs,
+    ):
+        tables = {
+            *("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues", "walks", "counts"),
+            *("biases", "run_start", "runs", "totals", "head_table", "starts", "cols", "mask_ids", "masks"),
+        }
+        params: Any = kernel.params
+        free = {p.name for p in params if not p.is_constexpr and not p.do_not_specialize}
+        assert {name for name in free if not name.endswith("_ptr")} <= compiled_for | tables
+
+
 def test_its_kernels_interpreted_on_a_cpu() -> None:
     """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
     if torch.cuda.is_available():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import load_columns, load_rows, store_rows, tile_and_head
+from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 from .kernels import attend_tile, partial_sums
 
@@ -43,7 +43,7 @@ def _merge(out, lse, out_more, lse_more):
     return out, tl.where(total > 0, top + tl.log(counted), -_INF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -105,7 +105,7 @@ def attend_blocks(
         tl.store(lse_place, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -157,7 +157,7 @@ def block_gradients_of_queries(
         store_rows(o_base, row, stride_os, valid, dq, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,

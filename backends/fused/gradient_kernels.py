@@ -8,12 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import load_columns, load_rows, next_run, place_of_runs, store_rows, tile_and_head, tile_of_rows
+from .addressing import (
+    AS_THEY_ARE,
+    load_columns,
+    load_rows,
+    next_run,
+    place_of_runs,
+    store_rows,
+    tile_and_head,
+    tile_of_rows,
+)
 
 _INF = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def prepare_rows(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, stats_ptr, stride_gb, stride_gs, stride_gh,
     stride_ob, stride_os, stride_oh, length, num_heads,
@@ -60,7 +69,7 @@ def query_gradient_tile(
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
@@ -132,7 +141,7 @@ def key_gradient_tile(
     return tl.dot(ds, q, dk, input_precision=PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .addressing import next_run, place_of_runs, tile_and_head
+from .addressing import AS_THEY_ARE, next_run, place_of_runs, tile_and_head
 from .gradient_kernels import unpack
 
 _TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -124,7 +124,7 @@ def _copy_stats(to, base, begin, step, left, BLOCK_N: gl.constexpr):
     async_copy.async_copy_global_to_shared(to, base + begin + (index - BLOCK_N) * step)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
@@ -219,7 +219,7 @@ def gradients_of_queries(
     _store_rows(dq_base, row, stride_os, exists, dq * grad_scale, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,

@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import load_columns, load_rows, next_run, place_of_runs, store_rows, tile_and_head, tile_of_rows
+from .addressing import (
+    AS_THEY_ARE,
+    load_columns,
+    load_rows,
+    next_run,
+    place_of_runs,
+    store_rows,
+    tile_and_head,
+    tile_of_rows,
+)
 
 _INF = tl.constexpr(float("inf"))
 _FIXED_BELOW = tl.constexpr(48.0)  # see `_reach`
@@ -91,7 +100,7 @@ def _attend_runs(
     return out, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
@@ -146,7 +155,7 @@ def attend(
     tl.store(lse_base + position - q_low, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def largest_rows(
     x_ptr, largest_ptr, stride_b, stride_s, stride_h, length, num_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,

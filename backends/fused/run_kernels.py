@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import FAR, ceil_div, columns, floor_div, place_of_runs, tile_of_rows
+from .addressing import AS_THEY_ARE, FAR, ceil_div, columns, floor_div, place_of_runs, tile_of_rows
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _segments(walk, first, last, SHIFTS: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=AS_THEY_ARE)
 def list_runs(
     slot_group, slot_index, group_size, group_start, residues, walks, counts, run_start, runs, totals,
     low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,

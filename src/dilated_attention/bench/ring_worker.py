@@ -35,6 +35,7 @@ from .timing import Call, difference, extra_bytes, random_inputs, training
 
 SHORT = 1024  # tokens of the comparison with the oracle
 _SHORT_STEP_S = 1.0
+IN_A_ROW = 8
 _MOVED = ("forward_received", "forward_sent", "backward_received", "backward_sent")
 
 
@@ -68,6 +69,16 @@ def seconds(step: Call, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return _largest(time.perf_counter() - before, device)
+
+
+def seconds_in_a_row(step: Call, device: str) -> float:
+    """One call of several that follow each other as in training, with no barrier between; the best of three."""
+
+    def several() -> None:
+        for _ in range(IN_A_ROW):
+            step()
+
+    return min(seconds(several, device) for _ in range(3)) / IN_A_ROW
 
 
 def interleaved(steps: dict[str, Call], settings: RingSettings) -> dict[str, list[float]]:
@@ -129,6 +140,9 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, sh
             built["alone, auto"] = auto
     steps: dict[str, Call] = {name: training(attention, inputs) for name, attention in built.items()}
     times = interleaved(steps, settings)
+    in_a_row = {
+        name: seconds_in_a_row(step, settings.device) for name, step in steps.items() if name in ("ring", "alone")
+    }
     peak, moved = weighed(ring, steps["ring"], settings.device)
     found: dict[str, Any] = {
         "pattern": kind,
@@ -137,6 +151,7 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, sh
         "seconds": {name: statistics.median(each) for name, each in times.items()},
         "spread": {name: (min(each), max(each)) for name, each in times.items()},
         "rounds": len(times["ring"]),
+        "seconds_in_a_row": in_a_row,
         "peak_bytes": peak + sum(x.nbytes for x in inputs),
     }
     if size > 1:

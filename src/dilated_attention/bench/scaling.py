@@ -135,16 +135,21 @@ def summarised(sizes: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row a pattern, way of scaling and size, of what the ranks have measured.
 
     The efficiency of weak scaling is against a rank alone that took turns with the ring; of strong scaling, against
-    the smallest size. Both run the same backend. `to_auto` is the same against what one rank alone would run.
+    the smallest size. Both run the same backend. `to_auto` is the same against what one rank alone would run, and
+    `in_a_row` of steps that follow each other as in training, where all ranks wait for each other before a single one.
     """
     for way in ("weak", "strong"):
         for index, kind in enumerate(PATTERNS):
-            first = sizes[0]["ranks"][0][way][index]["seconds"]
+            first = sizes[0]["ranks"][0][way][index]
             for entry in sizes:
                 each = [rank[way][index] for rank in entry["ranks"]]
                 taken, times = each[0]["seconds"], entry["size"] / sizes[0]["size"]
-                alone = taken if way == "weak" else {name: value / times for name, value in first.items()}
+                alone = taken if way == "weak" else {name: value / times for name, value in first["seconds"].items()}
                 base = alone["ring"] if way == "strong" else alone.get("alone", alone["ring"])
+                in_a_row = each[0]["seconds_in_a_row"]
+                base_in_a_row = in_a_row.get("alone", in_a_row["ring"])
+                if way == "strong":
+                    base_in_a_row = first["seconds_in_a_row"]["ring"] / times
                 row = {
                     "way": way,
                     "pattern": kind,
@@ -154,6 +159,7 @@ def summarised(sizes: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                     "milliseconds": {name: 1e3 * value for name, value in taken.items()},
                     "rounds": each[0]["rounds"],
                     "efficiency": base / taken["ring"],
+                    "efficiency_in_a_row": base_in_a_row / in_a_row["ring"],
                     "efficiency_to_auto": alone.get("alone, auto", base) / taken["ring"],
                     "peak_bytes": max(one["peak_bytes"] for one in each),
                 }
@@ -176,8 +182,8 @@ def _exchange_row(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def text_of(report: dict[str, Any]) -> str:
     """The report for people."""
     header = (
-        "", "ranks", "tokens", "f+b ms", "alone", "alone, auto", "full ring", "efficiency", "to auto", "received",
-        "as planned", "hidden", "peak MiB", "planned",
+        "", "ranks", "tokens", "f+b ms", "alone", "alone, auto", "full ring", "efficiency", "in a row", "to auto",
+        "received", "as planned", "hidden", "peak MiB", "planned",
     )  # fmt: skip
     lines = list(columns([header, *(_cells(row) for row in report["summary"])]))
     backends = {
@@ -215,7 +221,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{row['way']}, {row['pattern']}", str(row["ranks"]), f"{row['tokens']:,}", f"{times['ring']:.2f}",
         *(f"{times[name]:.2f}" if name in times else "-" for name in ("alone", "alone, auto", "full ring")),
-        f"{row['efficiency']:.3f}", f"{row['efficiency_to_auto']:.3f}", *exchange,
+        f"{row['efficiency']:.3f}", f"{row['efficiency_in_a_row']:.3f}", f"{row['efficiency_to_auto']:.3f}", *exchange,
         f"{row['peak_bytes'] / 2**20:.1f}", planned,
     )  # fmt: skip
 
