@@ -22,7 +22,7 @@ _SCALING: Final = frozenset(
     {"scaling", "gpus", "weak_tokens", "strong_tokens", "longest", "longest_limit", "rounds", "device", "output"}
 )
 _COMPARING: Final = frozenset(
-    {"compare", "ref", "threshold", "memory_threshold", "case", "backend", "device", "case_seconds"}
+    {"compare", "ref", "threshold", "memory_threshold", "threads", "case", "backend", "device", "case_seconds"}
 )
 _MEASURING: Final = frozenset(
     {"case", "backend", "rounds", "device", "output", "save", "peer", "load_library", "case_seconds", "slowest"}
@@ -57,6 +57,7 @@ def bench(
     memory_threshold: Annotated[
         int | None, typer.Option(help="Bytes by which peak memory may grow. Default: 0.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a CPU's kernels, for --compare. Default: 1.")] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Measure one sequence over several ranks instead.")
     ] = False,
@@ -205,6 +206,7 @@ def _compare(given: Mapping[str, Any], *, as_json: bool) -> None:
         threshold=given.get("threshold", 1.05),
         memory_threshold=given.get("memory_threshold", 0),
         seconds=given.get("case_seconds", 30.0),
+        threads=given.get("threads", 1),
     )
     cases = named_cases(given.get("case", ()), settings.device.partition(":")[0])
     found, failures = compare(cases, settings, lambda line: typer.echo(line, err=True))
