@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import AsJson
+from .console import AsJson, make_folder
 from .core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     device, output = _device(given.get("device")), given.get("output")
     if output is not None:
         out.require_matplotlib()  # before minutes are spent
+        make_folder(output)
     if "save" in given:
         check_appendable(given["save"])
     _load(given.get("load_library", ()))
@@ -234,7 +235,7 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
         raise ConfigError(f"--gpus must be integers with commas between them, got {gpus!r}") from error
     if output is not None:
         require_matplotlib()
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     # Not `_device`, which opens the device: the memory here is the ranks'.
     device = given.get("device") or _device(None)
     on_cpu = device == "cpu"

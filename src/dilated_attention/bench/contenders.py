@@ -90,11 +90,11 @@ class Gate:
         return self._truths[pattern]
 
     @contextmanager
-    def reporting(self, name: str) -> Iterator[None]:
-        """A kernel that raises (no memory, no compilation) is a failure of its own; the others go on."""
+    def reporting(self, name: str, *, errors: type[Exception] = RuntimeError) -> Iterator[None]:
+        """A kernel that raises (no memory, no compilation) is a failure of its own, and so is a peer; others go on."""
         try:
             yield
-        except RuntimeError as error:
+        except errors as error:
             said = str(error).strip().partition("\n")[0]
             self.failures.append(f"{self.case.name}, {name}: {type(error).__name__}: {said}: no times")
 
@@ -188,7 +188,7 @@ def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> list[
 def admitted(gate: Gate, peer: Peer, make: PeerMaker) -> Contender | None:
     """The peer, where it passes the gate."""
     case = gate.case
-    with gate.reporting(peer.name):
+    with gate.reporting(peer.name, errors=Exception):
         small = make(case.small(), gate.device)
         if small is None:
             gate.failures.append(
