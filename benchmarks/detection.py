@@ -1,11 +1,11 @@
 """How well `bench --compare` tells slow-downs from noise on this machine: planted ones, and equal code.
 
-    python -m benchmarks.detection                     40 runs of equal code and 20 slow-downs, some 15 minutes
+    python -m benchmarks.detection                     40 runs of equal code and 20 slow-downs, some 40 minutes
     python -m benchmarks.detection --equal 4 --planted 4
 
 A copy of this checkout becomes a git repository of its own, in a temporary folder; what is planted makes its CPU
-kernels spin for a share of the time that they took, so the slow-down is real and known. Every run is the command
-itself, in a process of its own.
+kernels spin for a share of the processor time that they took, so the slow-down is real and known, and no larger where
+other work takes the processor away. Every run is the command itself, in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _spinning(plain, share):
 
     @functools.wraps(plain)
     def call(self, *arguments, **named):
-        start = time.perf_counter()
+        start = time.thread_time()
         result = plain(self, *arguments, **named)
-        end = start + (1 + share) * (time.perf_counter() - start)
-        while time.perf_counter() < end:
+        end = start + (1 + share) * (time.thread_time() - start)
+        while time.thread_time() < end:
             pass
         return result
 

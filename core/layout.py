@@ -44,7 +44,18 @@ class BlockGrid:
 
     @classmethod
     def of(cls, geometry: Geometry, block_size: int, max_blocks: int | None = None) -> BlockGrid:
-        """The grid over all queries and keys of `geometry`."""
+        """The grid over all queries and keys of `geometry`.
+
+        Raises:
+            ConfigError: the first positions of its rows or columns alone take more bytes than `max_blocks` blocks.
+        """
+        for what, length in (("queries", geometry.q_len), ("keys", geometry.kv_len)):
+            nbytes = -(-length // block_size) * 8
+            if max_blocks is not None and nbytes > max_blocks * ENTRY_BYTES:
+                raise ConfigError(
+                    f"the block layout of {length:,} {what} needs more than {nbytes:,} bytes in blocks of {block_size}"
+                    f", allowed are {max_blocks * ENTRY_BYTES:,}; raise Limits.layout_bytes or block_size"
+                )
         query = np.arange(0, geometry.q_len, block_size, dtype=np.int64) + geometry.q_offset
         key = np.arange(0, geometry.kv_len, block_size, dtype=np.int64) + geometry.kv_offset
         return cls(block_size, query, key, max_blocks)

@@ -27,6 +27,7 @@ SCHEMA: Final = 1
 _PARAMETRIC: Final = frozenset({"full", "dilated", "local", "global", "strided"})
 _COMPOSITE: Final = frozenset({"union", "sum"})
 _MAX_DEPTH: Final = 32
+_MOST: Final = (1 << 40) - 1  # tokens, and heads: numbers of blocks are int32
 _FIELDS: Final = frozenset({"schema", "form", "pattern", "seq_len", "num_heads", "is_causal"})
 
 
@@ -224,6 +225,9 @@ def load_pattern(root: str | Path, name: str) -> Pattern:
 def _geometry(seq_len: int, num_heads: int, is_causal: bool) -> Geometry:
     require_int("seq_len", seq_len, minimum=0)
     require_int("num_heads", num_heads, minimum=1)
+    for name, number in (("seq_len", seq_len), ("num_heads", num_heads)):
+        if number > _MOST:
+            raise ConfigError(f"{name} must be at most {_MOST:,} to be stored, got {number:,}")
     if not isinstance(is_causal, bool):
         raise ConfigError(f"is_causal must be True or False, got {is_causal!r}")
     return Geometry.self_attention(seq_len, num_heads, is_causal=is_causal)
@@ -231,7 +235,7 @@ def _geometry(seq_len: int, num_heads: int, is_causal: bool) -> Geometry:
 
 def _check_numbers(document: dict[str, Any], path: Path) -> None:
     numbers = document["seq_len"], document["num_heads"]
-    whole = all(is_int(number) and 0 <= number < 1 << 40 for number in numbers)
+    whole = all(is_int(number) and 0 <= number <= _MOST for number in numbers)
     if not whole or document["num_heads"] == 0 or not isinstance(document["is_causal"], bool):
         raise PatternFileError(f"{str(path)!r} is no valid pattern: it was stored for {numbers}")
 

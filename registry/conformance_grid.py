@@ -59,11 +59,10 @@ def devices_of(spec: BackendSpec, device: str | None) -> tuple[str, ...]:
     declared = spec.capabilities.get("device_types", ())
     if device is not None:
         found = describe_device(device)
-        if not found.available or not covers(declared, found.type):
-            here = "" if found.available else ", which this machine does not have"
-            raise ConfigError(
-                f"backend {spec.name!r} declares {', '.join(declared) or 'no device'}, not {device!r}{here}"
-            )
+        if not covers(declared, found.type):
+            raise ConfigError(f"backend {spec.name!r} declares {', '.join(declared) or 'no device'}, not {device!r}")
+        if not found.available:
+            raise ConfigError(f"device {device!r}: there is none on this machine")
         return (found.torch_name,)
     local = tuple(name for name in local_device_types() if covers(declared, device_type_of_torch(name)))
     if not local:

@@ -77,6 +77,20 @@ def failing(case: BenchCase, device: str) -> Peer:
     return Peer("failing", attend)
 
 
+def raising(case: BenchCase, device: str) -> Peer:
+    """Does not even come to be."""
+    raise KeyError(case.name)
+
+
+def failing_otherwise(case: BenchCase, device: str) -> Peer:
+    """Raises what no kernel does."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise TypeError("no tensors, please")
+
+    return Peer("failing otherwise", attend)
+
+
 def ring_figures(settings: str) -> dict[str, Any]:
     """What one of two real ranks measures for `--scaling`."""
     from dilated_attention.bench.ring_worker import run

@@ -115,6 +115,8 @@ def test_a_terminal_gets_a_table_that_is_not_cut(
         ),
         ("wrong_when_long", "FAILED tiny, wrong when long: differs from sdpa by 1.0e-02 at 256 tokens, allowed is"),
         ("failing", "FAILED tiny, failing: RuntimeError: "),
+        ("raising", "FAILED tiny, raising: KeyError: 'tiny': no times"),
+        ("failing_otherwise", "FAILED tiny, failing otherwise: TypeError: no tensors, please: no times"),
     ],
 )
 def test_what_is_wrong_gets_no_time(invoke: Invoke, peer: str, said: str) -> None:
@@ -189,6 +191,17 @@ def test_what_cannot_be_is_refused(invoke: Invoke, arguments: list[str], status:
     device = [] if "--device" in arguments else ["--device", "cpu"]
     done = invoke("bench", "--rounds", "1", *device, *arguments)
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"], ["bench", "--scaling", "--gpus", "1"]])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
+    tmp_path: Path, invoke: Invoke, command: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    device = [] if command == ["demo"] else ["--device", "cpu"]
+    done = invoke(*command, *device, "--output", str(tmp_path / "file" / "folder"))
+    said = f"error: --output: cannot make the folder {str(tmp_path / 'file' / 'folder')!r}: Not a directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_a_place_that_cannot_be_saved_to_is_refused_before_anything_is_measured(invoke: Invoke) -> None:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.detection import LEAK, SLOW, compared, copied_checkout, plant
 from dilated_attention.bench import checkout
 from dilated_attention.bench.checkout import commit_of, git
-from dilated_attention.bench.compare import CompareSettings, compare
+from dilated_attention.bench.compare import CompareSettings, WorkerProcess, compare
 from dilated_attention.bench.intervals import Interval, ratio_interval, student_quantile
 from dilated_attention.errors import ConfigError
 
@@ -65,6 +65,8 @@ def test_other_results_get_no_times(tree: Path) -> None:
         ),
         (["--compare", "--threshold", "1"], "--threshold must be a ratio above 1, such as 1.05; got 1.0"),
         (["--compare", "--memory-threshold", "-1"], "--memory-threshold must be at least 0 bytes, got -1"),
+        (["--compare", "--threads", "0"], "--threads must be 1 to 1,024, got 0"),
+        (["--threads", "2"], "--threads: not for measuring cases"),
         (["--compare", "--backend", "sdpa", "--backend", "fa3"], "--compare takes one --backend, got sdpa, fa3"),
         (["--compare", "--save", "x", "--rounds", "3"], "--rounds, --save: not for --compare"),
         (["HEAD"], "the argument REF: not for measuring cases; a case is named by --case HEAD"),
@@ -84,6 +86,15 @@ def test_an_installed_copy_has_nothing_to_compare_with(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="needs the package to run from a git checkout"):
         compare([TINY], CompareSettings(), lambda line: None)
     assert commit_of(checkout.checkout_root()) == (None, False)
+
+
+def test_a_worker_computes_with_the_threads_it_is_given(tree: Path) -> None:
+    worker = WorkerProcess(tree, "cpu", 3)
+    try:
+        worker.ready()
+        assert worker.ask("threads") == 3
+    finally:
+        worker.close()
 
 
 def test_a_checkout_knows_its_commit(tree: Path) -> None:

@@ -110,6 +110,7 @@ def check_figures(entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         assert 0 <= row["hidden_share"] <= 1
         assert row["peak_bytes"] > 0
         assert set(row["milliseconds"]) >= {"ring", "alone"}
+        assert row["efficiency_in_a_row"] > 0
 
 
 @pytest.mark.slow

@@ -152,3 +152,15 @@ def test_a_terminal_gets_colour_and_whole_lines() -> None:
     lines = printed.decode().splitlines()
     assert any(line.startswith("reference\x1b") or "\x1b[32m" in line for line in lines)
     assert "    dropout: needs dropout_p=0.1, has none declared" in lines
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["plugins"], ["bench", "--list"], ["--version"]])
+def test_a_full_disk_is_one_message(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dilated_attention", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")

@@ -94,6 +94,8 @@ def test_names_that_do_not_exist_and_devices_that_are_not_here() -> None:
         Kit("sdap")
     with pytest.raises(ConfigError, match="declares cpu, cuda, not 'meta'"):
         Kit("sdpa", device="meta")
+    with pytest.raises(ConfigError, match=r"^device 'cuda:99': there is none on this machine$"):
+        Kit("sdpa", device="cuda:99")
 
 
 def test_every_check_says_what_it_asserts() -> None:

@@ -165,6 +165,14 @@ def test_a_layout_beyond_the_limit_is_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"needs at least [\d,]+ bytes, allowed are 20,000"):
         lower(Noisy(), Geometry.self_attention(512, 2), limit_bytes=20_000)
     assert lower(Local(3), Geometry.self_attention(512, 2), limit_bytes=100_000).nbytes <= 100_000
+    long = 10**15  # not even the numbers of its blocks find room
+    for geometry, what in (
+        (Geometry.self_attention(long, 2), "queries"),
+        (Geometry(q_len=1, kv_len=long, num_heads=2, num_kv_heads=2, is_causal=True, q_offset=long - 1), "keys"),
+    ):
+        said = rf"of 1,000,000,000,000,000 {what} needs more than 62,500,000,000,000 bytes in blocks of 128, allowed"
+        with pytest.raises(ConfigError, match=said):
+            lower(Local(3), geometry, limit_bytes=2_000_000_000)
 
 
 def test_more_than_255_occurrences_are_refused() -> None:

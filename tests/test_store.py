@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -58,6 +59,14 @@ def save(store: PatternStore, name: str, pattern: Pattern, *, is_causal: bool = 
 @pytest.fixture
 def store(tmp_path: Path) -> PatternStore:
     return PatternStore(tmp_path / "root")
+
+
+@pytest.mark.parametrize("number", ["seq_len", "num_heads"])
+def test_what_could_not_be_read_again_is_not_stored(store: PatternStore, number: str) -> None:
+    sizes: dict[str, Any] = {"seq_len": 60, "num_heads": 4} | {number: 1 << 40}
+    with pytest.raises(ConfigError, match=rf"{number} must be at most 1,099,511,627,775 to be stored, got 1,099,511,6"):
+        store.save("x", Local(3), **sizes, is_causal=True)
+    assert store.list() == ()
 
 
 @pytest.mark.parametrize("pattern", PARAMETRIC)

@@ -6,7 +6,9 @@ backend fits, 4 a bad or unsafe pattern file. torch is imported only by the comm
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -66,6 +68,16 @@ def main() -> None:
     except DilatedAttentionError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
+    except OSError as error:  # a disk that is full, say
+        typer.echo(f"error: {error}", err=True)
+        _forget_stdout()
+        sys.exit(1)
+
+
+def _forget_stdout() -> None:
+    """What could not be written is not tried again, with a traceback, when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import AsJson
+from .console import AsJson, make_folder
 from .core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _SCALING: Final = frozenset(
     {"scaling", "gpus", "weak_tokens", "strong_tokens", "longest", "longest_limit", "rounds", "device", "output"}
 )
 _COMPARING: Final = frozenset(
-    {"compare", "ref", "threshold", "memory_threshold", "case", "backend", "device", "case_seconds"}
+    {"compare", "ref", "threshold", "memory_threshold", "threads", "case", "backend", "device", "case_seconds"}
 )
 _MEASURING: Final = frozenset(
     {"case", "backend", "rounds", "device", "output", "save", "peer", "load_library", "case_seconds", "slowest"}
@@ -57,6 +57,7 @@ def bench(
     memory_threshold: Annotated[
         int | None, typer.Option(help="Bytes by which peak memory may grow. Default: 0.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a CPU's kernels, for --compare. Default: 1.")] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Measure one sequence over several ranks instead.")
     ] = False,
@@ -152,6 +153,7 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     device, output = _device(given.get("device")), given.get("output")
     if output is not None:
         out.require_matplotlib()  # before minutes are spent
+        make_folder(output)
     if "save" in given:
         check_appendable(given["save"])
     _load(given.get("load_library", ()))
@@ -205,6 +207,7 @@ def _compare(given: Mapping[str, Any], *, as_json: bool) -> None:
         threshold=given.get("threshold", 1.05),
         memory_threshold=given.get("memory_threshold", 0),
         seconds=given.get("case_seconds", 30.0),
+        threads=given.get("threads", 1),
     )
     cases = named_cases(given.get("case", ()), settings.device.partition(":")[0])
     found, failures = compare(cases, settings, lambda line: typer.echo(line, err=True))
@@ -232,7 +235,7 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
         raise ConfigError(f"--gpus must be integers with commas between them, got {gpus!r}") from error
     if output is not None:
         require_matplotlib()
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     # Not `_device`, which opens the device: the memory here is the ranks'.
     device = given.get("device") or _device(None)
     on_cpu = device == "cpu"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
+from .core.errors import ConfigError
 from .registry.discovery import Registry, default_registry
 from .report import paint
 
@@ -27,3 +29,15 @@ def registry() -> Registry:
 def show(text: str, data: object, *, as_json: bool) -> None:
     """Print `data` as JSON, or `text`, coloured on a terminal."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else paint(text))
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that results go to, if it is missing, before time is spent on them.
+
+    Raises:
+        ConfigError: it cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot make the folder {str(path)!r}: {error.strerror or error}") from error

@@ -29,6 +29,8 @@ from .contenders import BOUNDS, Gate, ours
 from .history import PHASES, Phase
 from .intervals import Interval, ratio_interval
 
+MAX_THREADS: Final = 1024
+
 _FEWEST: Final = 15
 _BLOCK_MS: Final = 20.0  # what is shorter is repeated within a turn
 
@@ -44,6 +46,7 @@ class CompareSettings:
         threshold: a ratio of times beyond this is a slow-down.
         memory_threshold: growth of peak memory beyond so many bytes is flagged.
         seconds: longest time for one case and phase; an interval that is still wide then is undecided.
+        threads: of a CPU's kernels. Several wait for each other, so other work on the machine delays them far more.
     """
 
     ref: str = "HEAD"
@@ -52,12 +55,15 @@ class CompareSettings:
     threshold: float = 1.05
     memory_threshold: int = 0
     seconds: float = 30.0
+    threads: int = 1
 
     def __attrs_post_init__(self) -> None:
         if not 1 < self.threshold < math.inf:
             raise ConfigError(f"--threshold must be a ratio above 1, such as 1.05; got {self.threshold}")
         if self.memory_threshold < 0:
             raise ConfigError(f"--memory-threshold must be at least 0 bytes, got {self.memory_threshold}")
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"--threads must be 1 to {MAX_THREADS:,}, got {self.threads}")
 
 
 @attrs.frozen(kw_only=True)
@@ -93,10 +99,10 @@ class Comparison:
 class WorkerProcess:
     """A process that measures one tree."""
 
-    def __init__(self, tree: Path, device: str) -> None:
+    def __init__(self, tree: Path, device: str, threads: int) -> None:
         worker = Path(__file__).with_name("compare_worker.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(worker), str(tree), device],
+            [sys.executable, "-P", str(worker), str(tree), device, str(threads)],
             env=os.environ | {"PYTHONPATH": str(tree / "src")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -180,7 +186,7 @@ def compare(
         trees = (stack.enter_context(old_tree(root, settings.ref)), root)
         workers = []
         for tree in trees:
-            worker = WorkerProcess(tree, settings.device)
+            worker = WorkerProcess(tree, settings.device, settings.threads)
             stack.callback(worker.close)
             workers.append(worker)
         wrong = {case.name: _gated(case, settings) for case in cases}  # while the workers start

@@ -1,4 +1,4 @@
-"""Measures one tree of this package, of any version; run as a script: `python -P compare_worker.py TREE DEVICE`.
+"""Measures one tree of this package, of any version, as a script: `python -P compare_worker.py TREE DEVICE THREADS`.
 
 Orders come as lines of JSON on stdin and are answered on the stdout that it was started with. Of the tree it uses
 nothing but `build_attention`; what times and weighs is this file's neighbour, so that both trees are measured alike.
@@ -67,6 +67,10 @@ class Worker:
         taken: float = self.timing.milliseconds(several, self.device_type)
         return taken
 
+    def threads(self) -> int:
+        """Of a CPU's kernels here."""
+        return torch.get_num_threads()
+
     def peak_bytes(self, phase: str) -> int:
         """The smaller of two measurements: what grows between them is no peak of one call."""
         found: list[int] = [self.timing.extra_bytes(self.calls[phase], self.device_type) for _ in range(2)]
@@ -76,6 +80,7 @@ class Worker:
 def main() -> None:
     """Serve until stdin ends."""
     tree, device = Path(sys.argv[1]).resolve(), sys.argv[2]
+    torch.set_num_threads(int(sys.argv[3]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     package = importlib.import_module("dilated_attention")  # the tree's, whatever it is: this file is of no package

@@ -92,7 +92,7 @@ class Gate:
 
     @contextmanager
     def reporting(self, name: str) -> Iterator[None]:
-        """A kernel that raises (no memory, no compilation) is a failure of its own; the others go on."""
+        """A kernel that raises (no memory, no compilation) is a failure of its own, and so is a peer; others go on."""
         try:
             yield
         except PLUGIN_FAULTS as error:  # libraries that compile raise what they like

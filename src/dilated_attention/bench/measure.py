@@ -114,7 +114,9 @@ def floor_of(case: BenchCase, device: str) -> float:
 def _peers(gate: Gate, settings: Settings, floor_tflops: float, note: Callable[[str], None]) -> list[Contender]:
     found = []
     for make in settings.makers:
-        peer = make(gate.case, settings.device)
+        peer: object = None
+        with gate.reporting(getattr(make, "__name__", repr(make))):
+            peer = make(gate.case, settings.device)
         if peer is None:
             continue
         if not isinstance(peer, Peer):

@@ -162,13 +162,7 @@ def require_matplotlib() -> None:
 
 
 def write_files(folder: Path, run: Run) -> list[Path]:
-    """results.csv, results.jsonl and results.png in `folder`, which is made where it is missing.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    require_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    """results.csv, results.jsonl and results.png in `folder`."""
     rows = [attrs.asdict(result) for result in run.results]
     paths = [folder / f"results.{suffix}" for suffix in ("csv", "jsonl", "png")]
     with paths[0].open("w", encoding="utf-8", newline="") as file:

@@ -16,7 +16,7 @@ from ..core.errors import ConfigError, DilatedAttentionError
 from ..core.explain import columns
 from ..registry.build import preflight
 from .longest import LOG
-from .output import require_matplotlib, versions
+from .output import versions
 from .ring_settings import PATTERNS, RingSettings
 
 SIMULATED: Final = (4, 8, 64, 1024)
@@ -240,13 +240,7 @@ def _counted(tokens: int | None) -> str:
 
 
 def write_scaling(folder: Path, report: dict[str, Any]) -> list[Path]:
-    """scaling.json and scaling.png in `folder`, which is made where it is missing.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    require_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    """scaling.json and scaling.png in `folder`."""
     paths = [folder / "scaling.json", folder / "scaling.png"]
     paths[0].write_text(json.dumps(report, indent=1), encoding="utf-8")
     draw_scaling(report, paths[1])

@@ -14,6 +14,11 @@
     memory: ["peak memory, MB", (v) => `${number(v / 1e6)} MB`],
   };
   const SCALES = { floor: 100, memory: 1e-6 };
+  const COLUMNS = {
+    lines: ["xs", "ys", "color", "dash"],
+    points: ["x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"],
+    marks: ["x", "y", "color", "marker"],
+  };
   const TABLE_ROWS = 200;
   const charts = [];
 
@@ -72,16 +77,27 @@
     root.setv({ background_fill_color: card, border_fill_color: card, outline_line_color: null });
   }
 
-  function embed(item, id, prepare) {
-    const drawing = Bokeh.require("document").Document.from_json(item.doc);
-    const root = drawing.roots()[0];
-    charts.push(root);
-    prepare(root);
-    paint(root);
+  // No zoom by the wheel, which would catch whoever scrolls past.
+  function figure(height, label, options) {
+    const chart = Bokeh.Plotting.figure({ height, tools: "pan,box_zoom,reset", sizing_mode: "stretch_width", ...options });
+    chart.toolbar.logo = null;
+    chart.left[0].axis_label = label;
+    return chart;
+  }
+
+  function hover(chart, renderers, tooltips) {
+    chart.add_tools(new Bokeh.HoverTool({ renderers, tooltips, point_policy: "snap_to_data" }));
+  }
+
+  function embed(chart, id) {
+    const drawing = new (Bokeh.require("document").Document)();
+    drawing.add_root(chart);
+    charts.push(chart);
+    paint(chart);
     return Bokeh.embed.add_document_standalone(drawing, byId(id));
   }
 
-  let sources = {};
+  const sources = {};
   let yAxis = null;
   let drawHistory = () => undefined; // what was last chosen to be shown
   let off = new Set();
@@ -156,7 +172,7 @@
     describe(shown, runs);
     fillTable(runs);
     drawHistory = () => {
-      sources.points.data = column(said, ["x", "y", "low", "high", "color", "marker", "name", "when", "value", "commit", "said"]);
+      sources.points.data = column(said, COLUMNS.points);
       sources.lines.data = {
         xs: shown.map(({ runs: own }) => own.map((run) => run.x)), ys: shown.map(({ runs: own }) => own.map((run) => run.y)),
         color: shown.map(({ style }) => colour(`s${style.index}`)), dash: shown.map(({ style }) => DASHES[style.dash]),
@@ -199,7 +215,7 @@
   }
 
   function startHistory() {
-    if (!data.historyChart) return;
+    if (!data.history.length) return;
     byId("case").append(...data.history.map((group, index) => make("option", group.label, { value: index })));
     for (const id of ["case", "phase"]) byId(id).addEventListener("change", () => { buildLegend(); showHistory(); });
     for (const id of ["metric", "span"]) byId(id).addEventListener("change", showHistory);
@@ -208,12 +224,49 @@
     showHistory();
   }
 
-  function fillHistory(root) {
-    for (const model of root.references()) {
-      if (model.type === "ColumnDataSource" && model.name) sources[model.name] = model;
-      if (model.type === "LinearAxis") yAxis = model;
-    }
+  // Days, with the year below the first; hours and minutes, with the day below the first.
+  function datesOfAxis() {
+    const small = ["seconds", "minsec", "minutes", "hourmin", "hours"];
+    const all = (format, names) => Object.fromEntries(names.map((name) => [name, format]));
+    const none = all("", ["microseconds", "milliseconds", "months", "years"]);
+    const context = new Bokeh.DatetimeTickFormatter({ ...none, ...all("%b %d, %Y", small), days: "%Y", hide_repeats: true, boundary_scaling: false });
+    const times = { ...all("%T", small.slice(0, 2)), ...all("%H:%M", small.slice(2)), days: "%b %d", months: "%b %Y", years: "%Y" };
+    return new Bokeh.DatetimeTickFormatter({ ...times, context, context_which: "all", boundary_scaling: false });
+  }
+
+  // Lines, intervals, and a triangle on marked runs.
+  function historyChart() {
+    for (const [name, columns] of Object.entries(COLUMNS)) sources[name] = new Bokeh.ColumnDataSource({ data: Object.fromEntries(columns.map((column) => [column, []])) });
+    const { lines, points, marks } = sources;
+    const day = 24 * 60 * 60 * 1000; // the span of a single run
+    const chart = figure(360, "runs over time", { x_axis_type: "datetime", x_range: new Bokeh.DataRange1d({ default_span: day }) });
+    chart.below[0].formatter = datesOfAxis();
+    yAxis = chart.left[0];
+    const field = (name) => ({ field: name });
+    chart.multi_line(field("xs"), field("ys"), { line_color: field("color"), line_dash: field("dash"), line_width: 1.5, line_alpha: 0.8, source: lines });
+    chart.segment(field("x"), field("low"), field("x"), field("high"), { line_color: field("color"), line_width: 4, line_alpha: 0.3, source: points });
+    const dots = chart.scatter(field("x"), field("y"), { size: 7, marker: field("marker"), color: field("color"), source: points });
+    chart.scatter(field("x"), field("y"), { size: 18, marker: field("marker"), line_color: field("color"), fill_alpha: 0, line_width: 2.5, source: marks });
+    hover(chart, [dots], [["", "@name"], ["when", "@when"], ["value", "@value"], ["commit", "@commit"], ["", "@said"]]);
     drawHistory();
+    return chart;
+  }
+
+  function ringChart() {
+    const { lines, ranks, ticks } = data.ringChart;
+    const chart = figure(340, "bytes of the busiest rank", { x_axis_type: "log", y_axis_type: "log" });
+    const dots = lines.map(({ name, marker, dash, x, y }, index) => {
+      const source = new Bokeh.ColumnDataSource({ data: { x, y, what: x.map(() => name) } });
+      const tags = [`s${index}`];
+      chart.line({ field: "x" }, { field: "y" }, { line_width: 2, line_dash: DASHES[dash], source }).tags = tags;
+      const drawn = chart.scatter({ field: "x" }, { field: "y" }, { size: 9, marker, fill_alpha: 0.25, line_width: 2, source });
+      drawn.tags = tags;
+      return drawn;
+    });
+    hover(chart, dots, [["", "@what"], ["ranks", "@x{0,0}"], ["bytes", "@y{0,0}"]]);
+    chart.below[0].setv({ ticker: new Bokeh.FixedTicker({ ticks: ranks }), formatter: new Bokeh.NumeralTickFormatter({ format: "0,0" }), axis_label: "ranks that share the sequence" });
+    chart.left[0].setv({ ticker: new Bokeh.FixedTicker({ ticks: ticks.map(([tick]) => tick) }), major_label_overrides: new Map(ticks) });
+    return chart;
   }
 
   function startPicture(svg) {
@@ -264,12 +317,12 @@
     if (!byId("library")) return;
     document.head.append(make("script", byId("library").textContent));
     Bokeh.set_log_level("error");
-    if (data.historyChart) await embed(data.historyChart, "history-chart", fillHistory);
+    if (data.history.length) await embed(historyChart(), "history-chart");
     document.documentElement.dataset.chartMs = Math.round(performance.now());
-    if (data.ringChart) whenNear(byId("ring-chart"), () => embed(data.ringChart, "ring-chart", () => undefined));
+    if (data.ringChart) whenNear(byId("ring-chart"), () => embed(ringChart(), "ring-chart"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
       charts.forEach(paint);
-      if (data.historyChart) showHistory();
+      if (data.history.length) showHistory();
     });
   }
 

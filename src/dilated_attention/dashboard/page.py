@@ -60,11 +60,10 @@ def render(gathered: Gathered) -> str:
     shown, left_out = group_runs(gathered.history or ())
     data: dict[str, Any] = {
         "history": [view.group_data(group) for group in shown],
-        "historyChart": charts.history_chart() if shown else None,
         "ringChart": charts.ring_chart(gathered.rings) if any(ring.cost for ring in gathered.rings) else None,
         "pictures": [item.to_dict() for item in gathered.pictures if not isinstance(item, tuple)],
     }
-    library = charts.library() if data["historyChart"] or data["ringChart"] else ""
+    library = charts.library() if data["history"] or data["ringChart"] else ""
     script = _text("page.js")
     environment = Environment(
         loader=PackageLoader(__package__ or "", "."),

@@ -17,6 +17,7 @@ import torch
 import typer
 
 from .. import Dilated
+from ..console import make_folder
 from ..core.checks import require_int
 from . import compare, pictures, text
 from .model import ModelConfig
@@ -52,7 +53,7 @@ def run(output: Path, *, steps: int | None = None, json_output: bool = False) ->
     if steps is not None:
         require_int("steps", steps, minimum=1)
     start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     report: dict[str, object] = {"machine": machine()}
     say("1. This machine: " + ", ".join(f"{key} {value}" for key, value in machine().items()) + "\n")
     report["plan"] = explain(say)
