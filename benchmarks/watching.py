@@ -1,12 +1,13 @@
 """What counters and ranges cost: this code against a copy of it without them, and their own time within a pass.
 
-    python -m benchmarks.watching                     some eight minutes
-    python -m benchmarks.watching --seconds 20        less of every row
+    python -m benchmarks.watching                     some ten minutes
+    python -m benchmarks.watching --only '8 tokens'   rows in turns whose title contains the words
 
 *In turns*: two processes, one thread each, compute the same; the code of one has been stripped of counters and ranges.
-The interval is that of the trimmed mean of the pairs' log ratios, 99 %. *Within*: in a third process every entry into
-the watching code is timed, timers included, so that what is measured is no less than what it costs. The second is what
-tells a hundredth of a long pass from noise.
+Where a process happens to lie in memory makes it faster or slower by some hundredths for all its life, so twelve pairs
+of processes are started, and the interval (trimmed mean of log ratios, 99 %) is over these. *Within*: in this process
+every entry into the watching code is timed, timers included, so that what is measured is no less than what it costs.
+The second is what tells a hundredth of a long pass from noise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ import torch
 from dilated_attention import build_attention
 from dilated_attention.bench.cases import CASES
 from dilated_attention.bench.compare import WorkerProcess
+from dilated_attention.bench.history import PHASES
 from dilated_attention.bench.intervals import ratio_interval
 from dilated_attention.bench.timing import random_inputs, training
 from dilated_attention.core import tracing
@@ -39,7 +41,7 @@ from .detection import copied_checkout
 
 TINY = {"num_heads": 1, "head_dim": 16, "dtype": "float32"}
 LONG = CASES["longnet-16k"]
-FEWEST_ROUNDS, PASSES = 15, 7
+PROCESSES, PASSES = 12, 7
 # What is stripped, line by line; all of it stands on one line each.
 _STRIPPED = (
     (re.compile(r"^( *)with span\(.*\):$", re.M), r"\1if True:"),
@@ -126,20 +128,52 @@ def within(call: Callable[[], object], passes: int) -> dict[str, float]:
     }
 
 
-def in_turns(workers: list[WorkerProcess], phase: str, calls: int, seconds: float) -> dict[str, float]:
-    """Microseconds a call without and with, and the interval of their ratio."""
+def in_turns(workers: Sequence[WorkerProcess], phase: str, calls: int, seconds: float) -> tuple[float, float]:
+    """Medians without and with, microseconds a call."""
     shuffled = random.Random(0)
     times: tuple[list[float], list[float]] = ([], [])
     end = time.monotonic() + seconds
-    while len(times[0]) < FEWEST_ROUNDS or time.monotonic() < end:
+    while not times[0] or time.monotonic() < end:
         for which in shuffled.sample((0, 1), 2):
             times[which].append(workers[which].ask("milliseconds", phase=phase, calls=calls) / calls * 1e3)
-    ratio = ratio_interval(*times)
-    without = statistics.median(times[0])
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def compared(seconds: float, only: str) -> dict[str, dict[str, float]]:
+    """Every row in turns whose title contains `only`."""
+    long = LONG.to_dict()
+    cases: tuple[tuple[str, dict[str, Any], tuple[int, ...], int], ...] = (
+        ("8 tokens", TINY, (1, 8, 1, 16), 200),
+        ("16,384 tokens", long["config"], tuple(long["shape"]), 1),
+    )
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        trees = [copied_checkout(Path(name) / kind) for kind in ("without", "with")]
+        strip(trees[0])
+        for _ in range(PROCESSES):
+            with ExitStack() as stack:
+                workers = [WorkerProcess(tree, "cpu", 1) for tree in trees]
+                for worker in workers:
+                    stack.callback(worker.close)
+                for worker in workers:
+                    worker.ready()
+                for title, config, shape, calls in cases:
+                    phases = [phase for phase in PHASES if only in f"{title}, {phase}"]
+                    for worker in workers if phases else ():
+                        worker.ask("prepare", config=config, shape=shape)
+                    for phase in phases:
+                        medians = in_turns(workers, phase, calls, seconds / PROCESSES)
+                        found.setdefault(f"{title}, {phase}", []).append(medians)
+    return {title: _row(pairs) for title, pairs in found.items()}
+
+
+def _row(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Microseconds a call, the ratio with and without, and what is added; a pair of processes is one observation."""
+    ratio = ratio_interval([old for old, _ in pairs], [new for _, new in pairs])
+    without = statistics.median(old for old, _ in pairs)
     return {
         "without_us": without,
-        "with_us": statistics.median(times[1]),
-        "rounds": len(times[0]),
+        "with_us": statistics.median(new for _, new in pairs),
         "ratio": ratio.ratio,
         "low": ratio.low,
         "high": ratio.high,
@@ -147,34 +181,6 @@ def in_turns(workers: list[WorkerProcess], phase: str, calls: int, seconds: floa
         "more_us_low": (ratio.low - 1) * without,
         "more_us_high": (ratio.high - 1) * without,
     }
-
-
-def compared(seconds: float) -> dict[str, dict[str, float]]:
-    """Every row in turns."""
-    long = LONG.to_dict()
-    cases: tuple[tuple[str, dict[str, Any], tuple[int, ...], int], ...] = (
-        ("8 tokens", TINY, (1, 8, 1, 16), 200),
-        ("16,384 tokens", long["config"], tuple(long["shape"]), 1),
-    )
-    found = {}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        workers = []
-        for kind in ("without", "with"):
-            tree = copied_checkout(Path(name) / kind)
-            if kind == "without":
-                strip(tree)
-            workers.append(WorkerProcess(tree, "cpu", 1))
-            stack.callback(workers[-1].close)
-        for worker in workers:
-            worker.ready()
-        for title, config, shape, calls in cases:
-            for worker in workers:
-                worker.ask("prepare", config=config, shape=shape)
-            for phase in ("forward", "training"):
-                for worker in workers:
-                    worker.ask("milliseconds", phase=phase, calls=calls)
-                found[f"{title}, {phase}"] = in_turns(workers, phase, calls, seconds)
-    return found
 
 
 def counted() -> dict[str, dict[str, float]]:
@@ -195,9 +201,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=100.0, help="of every row in turns")
+    parser.add_argument("--only", default="", help="rows in turns whose title contains this")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    own, turns = counted(), compared(args.seconds)
+    own, turns = counted(), compared(args.seconds, args.only)
     if args.json:
         print(json.dumps({"within": own, "in_turns": turns}, indent=2))
         return
@@ -205,7 +212,7 @@ def main() -> None:
         print(
             f"{title:24}{row['without_us']:12,.1f} us without, {row['with_us']:12,.1f} with: "
             f"{row['ratio']:.4f} ({row['low']:.4f} to {row['high']:.4f}), {row['more_us']:+,.2f} us "
-            f"({row['more_us_low']:+,.2f} to {row['more_us_high']:+,.2f}), {row['rounds']} pairs"
+            f"({row['more_us_low']:+,.2f} to {row['more_us_high']:+,.2f})"
         )
     for title, row in own.items():
         print(

@@ -65,7 +65,7 @@ def store(tmp_path: Path) -> PatternStore:
 def test_what_could_not_be_read_again_is_not_stored(store: PatternStore, number: str) -> None:
     sizes: dict[str, Any] = {"seq_len": 60, "num_heads": 4} | {number: 1 << 40}
     with pytest.raises(ConfigError, match=rf"{number} must be at most 1,099,511,627,775 to be stored, got 1,099,511,6"):
-        store.save("x", Local(3), **sizes, is_causal=True)
+        store.save("x", Local(3), seq_len=sizes["seq_len"], num_heads=sizes["num_heads"], is_causal=True)
     assert store.list() == ()
 
 
