@@ -15,6 +15,7 @@ from dilated_attention.backends.fused.walks import make_tables
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.exchange import plan
 from dilated_attention.exchange.shards import Shards
@@ -77,6 +78,16 @@ def check_interpreted(
         assert error(a, e) < 1e-5, (name, error(a, e))
 
 
+def test_launches_are_named_and_their_tables_counted() -> None:
+    layout = lower(LONGNET | Local(9), Geometry.self_attention(64, 2))
+    assert layout.blocks is not None
+    tile, cpu = Tile(16, 16, 4, 1), torch.device("cpu")
+    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)))
+    branches, blocks = kernel.parts(layout, cpu)
+    assert (branches.name, blocks.name) == ("branch w=8 r=1, branch w=16 r=2", "blocks of 128")
+    assert kernel.prepare(layout, cpu) == branches.nbytes + blocks.nbytes > 0
+
+
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
@@ -93,9 +104,9 @@ def test_rates_that_do_not_divide_and_grouped_heads(is_causal: bool) -> None:
     check_interpreted(Dilated((7, 12), (2, 3)), geometry, head_dim=24)
 
 
-def test_a_rate_of_hundreds() -> None:
+def test_more_classes_than_rows_of_a_tile() -> None:
     """As of a branch over all of a long sequence, of whose classes few rows are."""
-    check_interpreted(Dilated((64, 256), (1, 128)), Geometry.self_attention(150, 1, is_causal=True), bound_from=0)
+    check_interpreted(Dilated((64, 216), (1, 72)), Geometry.self_attention(150, 1, is_causal=True), bound_from=0)
 
 
 def test_offsets_lengths_and_rows_without_keys() -> None:
@@ -138,15 +149,14 @@ def test_blocks_with_masks_beside_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "is_causal"),
+    ("pattern", "is_causal", "rows_a_copy"),
     [
-        (Dilated((8, 34), (1, 2)), True),
-        (Random(blocks_per_row=2, block_size=16, seed=3), False),
-        (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True),
+        (Dilated((8, 34), (1, 2)), True, 32),
+        (Random(blocks_per_row=2, block_size=16, seed=3), False, 1),
+        (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True, 32),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("rows_a_copy", [1, 32])
 def test_a_rank_computes_its_own_keys_and_received_blocks(
     pattern: Pattern, is_causal: bool, rows_a_copy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from dilated_attention import Attention, Dilated, Full, Global, Local, Pattern, Strided, build_attention
 from dilated_attention.core import tracing
-from dilated_attention.core.geometry import Geometry
 
 LONGNET = Dilated((64, 128), (1, 2))
 
@@ -64,22 +63,6 @@ def test_lowering_and_steps_have_ranges() -> None:
             attention.step(query, key, value, cache)
     found = {event.key for event in trace.key_averages()}
     assert found >= {f"dilated_attention sdpa {what} (plan {plan})" for what in ("lower", "forward", "step")}
-
-
-def test_the_fused_kernel_names_its_launches() -> None:
-    pytest.importorskip("triton")
-    from dilated_attention.backends.fused.launches import BOUND_FROM, BlockPart, BranchPart
-    from dilated_attention.backends.fused.tiles import Tile, Tiles
-    from dilated_attention.core.lowering import lower
-
-    tile, cpu = Tile(16, 16, 4, 1), torch.device("cpu")
-    layout = lower(LONGNET | Local(9), Geometry.self_attention(256, 2))
-    assert layout.blocks is not None
-    tiles = Tiles.alike(tile)
-    assert (
-        BranchPart(layout.branches, layout.geometry, tiles, cpu, BOUND_FROM).name == "branch w=64 r=1, branch w=128 r=2"
-    )
-    assert BlockPart(layout.blocks, tiles, cpu).name == "blocks of 128"
 
 
 def test_nothing_is_recorded_where_nobody_traces() -> None:
