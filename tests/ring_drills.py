@@ -28,6 +28,7 @@ from dilated_attention import (
     RingBroken,
     agree,
     build_attention,
+    explain,
     rebuild,
     shard_sequence,
 )  # fmt: skip
@@ -257,6 +258,7 @@ def astray(seat: Seat) -> tuple[int | None, str]:
 def absent(seat: Seat) -> tuple[int | None, str, float]:
     """One rank does not build; whom the others miss, and after how long."""
     with group(seat) as mesh:
+        explain(config_of(seat, 1.5))  # imports and discovery, which are not what is timed
         before = time.perf_counter()
         try:
             if seat.rank != 1:

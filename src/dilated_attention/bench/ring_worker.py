@@ -71,14 +71,14 @@ def seconds(step: Call, device: str) -> float:
     return _largest(time.perf_counter() - before, device)
 
 
-def seconds_in_a_row(step: Call, device: str) -> float:
-    """One call of several that follow each other as in training, with no barrier between; the best of three."""
+def seconds_in_a_row(step: Call, device: str, rounds: int = 3) -> float:
+    """One call of several that follow each other as in training, with no barrier between; the best round."""
 
     def several() -> None:
         for _ in range(IN_A_ROW):
             step()
 
-    return min(seconds(several, device) for _ in range(3)) / IN_A_ROW
+    return min(seconds(several, device) for _ in range(rounds)) / IN_A_ROW
 
 
 def interleaved(steps: dict[str, Call], settings: RingSettings) -> dict[str, list[float]]:
@@ -141,7 +141,9 @@ def measure(settings: RingSettings, mesh: DeviceMesh, kind: str, tokens: int, sh
     steps: dict[str, Call] = {name: training(attention, inputs) for name, attention in built.items()}
     times = interleaved(steps, settings)
     in_a_row = {
-        name: seconds_in_a_row(step, settings.device) for name, step in steps.items() if name in ("ring", "alone")
+        name: seconds_in_a_row(step, settings.device, min(3, settings.rounds))
+        for name, step in steps.items()
+        if name in ("ring", "alone")
     }
     peak, moved = weighed(ring, steps["ring"], settings.device)
     found: dict[str, Any] = {
