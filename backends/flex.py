@@ -33,9 +33,9 @@ _REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another
 # The modifiers' loads would be kept for several stages too, for which shared memory is too small; and few queries would
 # get another kernel, which has no tiles for every type.
 _OPTIONS: Final[FlexKernelOptions] = {"num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True}
-# query, key, value (B, heads, len, D), score_mod, block_mask, scale, kernel_options -> out (B, H, S, D), lse (B, H, S);
+# query, key, value (B, heads, len, D), score_mod, block_mask, scale -> out (B, H, S, D), lse (B, H, S);
 # differentiable
-Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float, FlexKernelOptions], tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float], tuple[Tensor, Tensor]]
 
 
 class FlexBackend:
@@ -74,7 +74,6 @@ def attend(
     score_mod: ScoreMod | None,
     block_mask: BlockMask,
     scale: float,
-    options: FlexKernelOptions,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; never called as it is, since without a compiler it would form all scores."""
     out, aux = flex_attention(
@@ -84,7 +83,7 @@ def attend(
         score_mod=score_mod,
         block_mask=block_mask,
         scale=scale,
-        kernel_options=options,
+        kernel_options=_OPTIONS,
         enable_gqa=query_BHSD.shape[1] != key_BKTD.shape[1],
         return_aux=AuxRequest(lse=True),
     )
@@ -176,7 +175,7 @@ class FlexKernel:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         tables, run = self.tables(piece.layout, query.device)
-        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale, _OPTIONS)
+        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale)
 
 
 def _compact(x: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Compiles the kernels in Gluon for Hopper, without a card and without torch: `python compile_hopper.py FUSED_FOLDER`.
+"""Compiles the kernels in Gluon for Hopper, without a card and without torch.
 
-Prints a line for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of its products.
-`test_hopper_kernels` runs it with the Triton that they are made for.
+`python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of [kernel, width, rows, columns, stages, warps,
+registers]. Prints a line for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of
+its products. `test_hopper_kernels` runs it with the Triton that they are made for.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -61,15 +63,9 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
     return ptx, said
 
 
-def main(folder: str) -> None:
-    """All that `TileSizes.of` chooses, for the widths, tables and sizes of tensors that compile apart."""
-    tiles = {
-        ("gradients_of_queries", 64): (64, 64, 3, 4, 168),
-        ("gradients_of_queries", 128): (128, 64, 3, 8, 255),
-        ("gradients_of_keys", 64): (64, 64, 4, 4, 255),
-        ("gradients_of_keys", 128): (64, 32, 4, 4, 255),
-    }
-    for (name, width), (rows, columns, stages, warps, registers) in tiles.items():
+def main(folder: str, tiles: str) -> None:
+    """Each tile, for the head_dims, tables and sizes of tensors that compile apart."""
+    for name, width, rows, columns, stages, warps, registers in json.loads(tiles):
         for head_dim, shifts, wide in ((width, True, False), (width - 16, False, True)):
             constants = {
                 "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": columns, "STAGES": stages,
@@ -82,4 +78,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
 from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel, compiled
@@ -44,7 +44,6 @@ def dense_attend(
     score_mod: ScoreMod | None,
     mask: BlockMask,
     scale: float,
-    options: FlexKernelOptions | None,
 ) -> tuple[Tensor, Tensor]:
     """What FlexAttention documents, over all pairs: only listed blocks, masks in those of the first list."""
     q_len, kv_len, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]

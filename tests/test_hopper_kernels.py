@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -59,7 +60,13 @@ def test_they_compile_for_hopper_and_keep_their_overlap(tmp_path: Path) -> None:
     python = tmp_path / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "-q", "triton==3.6.0"], check=True)
-    command = [str(python), str(ROOT / "tests" / "compile_hopper.py"), str(ROOT / "backends" / "fused")]
+    tiles = []
+    for width in (64, 128):
+        branches = TileSizes.of(width, torch.bfloat16, is_causal=True, by_hand=True).branches
+        for name, tile in (("gradients_of_queries", branches.queries), ("gradients_of_keys", branches.keys)):
+            tiles.append([name, width, tile.rows, tile.columns, tile.stages, tile.warps, tile.registers])
+    script, folder = ROOT / "tests" / "compile_hopper.py", ROOT / "backends" / "fused"
+    command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
     assert len(lines) == 8
     for line in lines:
