@@ -1,8 +1,9 @@
 """Compiles the kernels in Gluon for Hopper, without a card and without torch.
 
-`python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of [kernel, width, rows, columns, stages, warps,
-registers]. Prints a line for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of
-its products. `test_hopper_kernels` runs it with the Triton that they are made for.
+`python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of [module, kernel, width, columns, stages, warps,
+registers of a part, those to begin with, those of what feeds, split, parts]. Prints a line
+for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of its products.
+`test_hopper_kernels` runs it with the Triton that they are made for.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ GluonASTSource: Any = importlib.import_module("triton.experimental.gluon._runtim
 POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16"),
     **dict.fromkeys(("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues"), "*i32"),
-    **dict.fromkeys(("walks", "run_start", "runs", "totals"), "*i32"),
+    **dict.fromkeys(("walks", "run_start", "runs", "totals", "head_table", "starts", "cols", "mask_ids"), "*i32"),
+    **dict.fromkeys(("lse_ptr", "largest_ptr"), "*fp32"),
+    "out_ptr": "*bf16",
     "stats_ptr": "*i64",
+    "masks": "*u8",
     "biases": "*fp32",
 }
 FLOATS = ("scale", "grad_scale")
 ALIGNED = ("num_heads", "q_high", "k_high", "period")  # multiples of 16, as of any length that is measured
 
 
-def kernel(folder: str, name: str) -> Any:
-    """A kernel of the folder's `hopper_kernels`, as of a package of its own."""
+def kernel(folder: str, module: str, name: str) -> Any:
+    """A kernel of a module of the folder, as of a package of its own."""
     package = ModuleType("fused")
     package.__path__ = [folder]
     sys.modules["fused"] = package
-    return getattr(importlib.import_module("fused.hopper_kernels"), name)
+    return getattr(importlib.import_module(f"fused.{module}"), name)
 
 
 def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers: int) -> tuple[str, str]:
@@ -65,13 +69,16 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
 
 def main(folder: str, tiles: str) -> None:
     """Each tile, for the head_dims, tables and sizes of tensors that compile apart."""
-    for name, width, rows, columns, stages, warps, registers in json.loads(tiles):
+    for module, name, width, columns, stages, warps, registers, begin, feeding, split, parts in json.loads(tiles):
+        fn = kernel(folder, module, name)
         for head_dim, shifts, wide in ((width, True, False), (width - 16, False, True)):
             constants = {
-                "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_M": rows, "BLOCK_N": columns, "STAGES": stages,
-                "WIDE": wide, "SPLIT": False, "SHIFTS": shifts,
+                "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
+                "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,
+                "PART_REGISTERS": registers, "FEED_REGISTERS": feeding,
             }  # fmt: skip
-            _, said = compile_for_hopper(kernel(folder, name), constants, warps, registers)
+            taken = {key: value for key, value in constants.items() if key in fn.arg_names}
+            _, said = compile_for_hopper(fn, taken, warps, begin)
             (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
             overlap = "serialized" if "serialized" in said else "overlaps"
             sys.stdout.write(f"{name} {head_dim} {spilled} {overlap}\n")

@@ -53,18 +53,19 @@ def tile_of_rows(
     table = kind * groups + tl.load(slot_group + slot)
     size = tl.load(group_size + table)
     start = tl.load(group_start + table)
-    element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, triton.next_power_of_2(BLOCK_M))
+    element = tl.load(slot_index + slot) * BLOCK_M + row
     residue = tl.load(residues + kind * period + start + element % size)
     position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
-    return table, position, (position >= low) & (position < high)
+    return table, position, (row < BLOCK_M) & (position >= low) & (position < high)
 
 
 @triton.jit
-def place_of_runs(kind, tile, run_start, blocks, period, block_runs):
-    """Where the runs of a tile begin, and where its total stands."""
+def place_of_runs(kind, tile, run_start, blocks, period, block_runs, PARTS: tl.constexpr = 0):
+    """Where the runs of a tile begin, and where its totals stand."""
     block, slot = tile // period, tile % period
     first = (kind * blocks + block).to(tl.int64) * block_runs + tl.load(run_start + kind * period + slot)
-    return first * 4, (kind * blocks + block) * period + slot
+    return first * (4 + 2 * PARTS), ((kind * blocks + block) * period + slot) * (1 + PARTS)
 
 
 @triton.jit

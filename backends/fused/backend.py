@@ -13,7 +13,7 @@ from ...core.lowering import lower
 from ...core.refusal import Refusal
 from ..libraries import checked_options, labelled
 from .kernel import FusedKernel
-from .tiles import TileSizes, can_be_by_hand
+from .tiles import TileSizes, can_be_fed
 from .walks import MAX_PERIOD, period_of
 
 MIN_BLOCK: Final = 16  # what a product of tiles takes
@@ -52,17 +52,22 @@ class TritonBackend:
 
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
-        return f"fused{', backward in Gluon' if self._by_hand(request) else ''} ({labelled('triton')})"
+        return f"fused{' in Gluon' if self._is_fed(request) else ''} ({labelled('triton')})"
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        config, by_hand = request.config, self._by_hand(request)
+        config, fed = request.config, self._is_fed(request)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, by_hand=by_hand)
+        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, fed=fed)
         return FusedKernel(self.pin(request), tiles)
 
-    def _by_hand(self, request: Request) -> bool:
-        """Of branches alone."""
+    def _is_fed(self, request: Request) -> bool:
+        """Whether any of it is computed by the kernels for Hopper."""
         config, layout = request.config, self._layout(request)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        return bool(layout.branches) and can_be_by_hand(config.head_dim, dtype, version("triton"))
+        if not can_be_fed(config.head_dim, dtype, version("triton")):
+            return False
+        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, fed=True)
+        return bool(layout.branches) or (
+            layout.blocks is not None and tiles.within(layout.blocks.block_size).forward.parts > 0
+        )

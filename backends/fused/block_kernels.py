@@ -32,7 +32,7 @@ def _counts(masks, mask, row, column, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _merge(out, lse, out_more, lse_more):
+def merge(out, lse, out_more, lse_more):
     """Rows (M, D) and their lse (M,) of two sets of keys as those of both; either may have none."""
     top = tl.maximum(lse, lse_more)
     top = tl.where(top == -_INF, 0.0, top)
@@ -97,7 +97,7 @@ def attend_blocks(
     if ADDS:
         if last > first:
             there = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-            out, lse = _merge(there, tl.load(lse_place, mask=valid, other=0.0), out, lse)
+            out, lse = merge(there, tl.load(lse_place, mask=valid, other=0.0), out, lse)
             store_rows(o_base, row, stride_os, valid, out, HEAD_DIM, BLOCK_D)
             tl.store(lse_place, lse, mask=valid)
     else:

@@ -1,322 +1,207 @@
-"""The backward pass over branches in Gluon, Triton's lower dialect, for Hopper: products overlap by hand.
+"""The forward pass over branches for Hopper, in Gluon: as that of `kernels`, with a ring that feeds.
 
-The same sums in the same order as `gradient_kernels`. There each product is waited for before the next one is issued;
-here a step issues those of scores and of dout·v together, leaves the last ones under way, and a ring of tiles in shared
-memory is filled ahead. ptxas gives the overlap up ("serialized") where a sum that is under way when a step begins may
-also come from elsewhere than the step before: hence the early return of tiles without columns.
-
-Letters as in `addressing`. The columns of a step are rows (N, D) of two tensors, x and y: keys and values, or queries
-and dout.
+A part passes over steps whose columns none of its rows meets: `runs` says which. Letters as in `addressing`.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from .addressing import AS_THEY_ARE, columns, next_run, place_of_runs, tile_and_head
+from .hopper_ring import (
+    ROWS,
+    feed_step,
+    free_step,
+    in_shared,
+    load_rows,
+    make_ring,
+    pass_over,
+    product,
+    rows_in_memory,
+    store_rows,
+    wait_for_step,
 )
-
-from .addressing import AS_THEY_ARE, next_run, place_of_runs, tile_and_head
-from .gradient_kernels import unpack
-
-_TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-_LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.constexpr_function
-def _product(warps, columns):
-    """Layout of a product of M rows, 16 of them a warp, by so many columns."""
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def _rows_in_memory(warps, width):
-    """Layout of rows of that width as memory is read and written, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [warps, 1], [1, 0])
+from .hopper_steps import attend_columns, bounded, finish_attending, no_sums, scores_of
 
 
 @gluon.jit
-def _rows(
-    kind, tile, slot_group, slot_index, group_size, group_start, residues, low, high, origin, period, groups,
-    BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
+def place_of_program(
+    num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs,
+    totals, low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As `addressing.tile_of_rows`, in that layout."""
+    """Of this program: head, batch row, where its rows are, and what they walk."""
+    tile, head = tile_and_head(num_heads)
+    kind = gl.load(head_kind + head)
+    group = kind * groups + gl.load(slot_group + kind * period + tile % period)
+    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs, PARTS)
     slot = kind * period + tile % period
-    table = kind * groups + gl.load(slot_group + slot)
-    size = gl.load(group_size + table)
-    start = gl.load(group_start + table)
-    element = gl.load(slot_index + slot) * BLOCK_M + gl.arange(0, BLOCK_M, LAYOUT)
-    residue = gl.load(residues + kind * period + start + element % size)
-    position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
-    return table, position, (position >= low) & (position < high)
+    rows = (
+        origin + (tile // period) * (PARTS * ROWS) * period, gl.load(slot_index + slot) * (PARTS * ROWS),
+        gl.load(group_size + group), residues + kind * period + gl.load(group_start + group), period, low, high,
+    )  # fmt: skip
+    walked = (
+        walks + group * most_walks * 9, biases + group * most_walks, runs + place, totals + total_place,
+        low_column, high_column,
+    )  # fmt: skip
+    return head.to(gl.int64), gl.program_id(1).to(gl.int64), rows, walked
 
 
 @gluon.jit
-def _pointers(base, rows, stride, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr):
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
-    if WIDE:
-        rows = rows.to(gl.int64)
-    return base + (rows[:, None] * stride + column[None, :]), column
+def rows_of_part(rows, PART: gl.constexpr, LAYOUT: gl.constexpr):
+    """As `addressing.tile_of_rows`, of one part and in that layout: positions, and which of them are valid."""
+    first, element, size, residues, period, low, high = rows
+    element += PART * ROWS + gl.arange(0, ROWS, LAYOUT)
+    position = first + (element // size) * period + gl.load(residues + element % size)
+    return position, (position >= low) & (position < high)
 
 
 @gluon.jit
-def _rows_in_shared(
-    base, rows, stride, valid, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Rows (M, D) of one head in shared memory; zeros where a row is not valid and beyond head_dim."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, LAYOUT)
-    x = gl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
-    return gl.allocate_shared_memory(base.dtype.element_ty, x.shape, _TILES, x)
-
-
-@gluon.jit
-def _store_rows(
-    base, rows, stride, valid, x, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr,
-    LAYOUT: gl.constexpr,
+def feed_runs(
+    given, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Write x (M, D) to rows of one head, in their dtype, where a row is valid."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, LAYOUT)
-    x = gl.convert_layout(x.to(base.dtype.element_ty), LAYOUT)
-    gl.store(pointers, x, mask=valid[:, None] & (column < HEAD_DIM)[None, :])
+    """Copies the columns of every step."""
+    ring, walked, fed = given
+    walks, biases, runs, totals, low, high = walked
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_pairs = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    begin, step, left = 0, 0, 0
+    for number in range(gl.load(totals)):
+        if left <= 0:
+            begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, 0, True, low, high, SHIFTS)
+            runs += 4 + 2 * PARTS
+        rows, pair_rows = begin + gl.minimum(offset, left - 1) * step, begin + gl.minimum(of_pairs, left - 1) * step
+        feed_step(ring, number, fed, rows, pair_rows, HAS_PAIRS, HEAD_DIM, BLOCK_D, STAGES, WIDE)
+        begin += BLOCK_N * step
+        left -= BLOCK_N
 
 
 @gluon.jit
-def _copy_rows(
-    to, base, rows, stride, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Begin to copy rows (N, D) that all exist to shared memory; zeros beyond head_dim."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, LAYOUT)
-    if HEAD_DIM == BLOCK_D:
-        async_copy.async_copy_global_to_shared(to, pointers)
-    else:
-        async_copy.async_copy_global_to_shared(to, pointers, mask=(column < HEAD_DIM)[None, :])
-
-
-@gluon.jit
-def _fill(
-    x_tile, y_tile, x_base, y_base, stride_x, stride_y, runs, begin, step, left, walks, biases, position, valid, low,
-    high, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
-    SHIFTS: gl.constexpr, LAYOUT: gl.constexpr,
+def next_step(
+    ring, walked, position, valid, number, left, mine, full, bound, bias,
+    PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFTS: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy the columns of the next step, of the next run where none of this one is left.
+    """Come to the next step that has columns of this part.
 
-    Returns where that leaves off: runs, begin, step and left.
+    `number` counts steps, `left` and `mine` are the columns left of the run that any row of the program and of this
+    part meets, `full` those that every row of the part does.
     """
-    if left <= 0:
-        begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, position, valid, low, high, SHIFTS)
-        runs += 4
-    columns = begin + gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)), left - 1) * step
-    _copy_rows(x_tile, x_base, columns, stride_x, HEAD_DIM, BLOCK_D, WIDE, LAYOUT)
-    _copy_rows(y_tile, y_base, columns, stride_y, HEAD_DIM, BLOCK_D, WIDE, LAYOUT)
-    return runs, begin + BLOCK_N * step, step, left - BLOCK_N
+    walks, biases, runs, totals, low, high = walked
+    if mine <= 0:
+        while mine <= 0:
+            if left > 0:
+                pass_over(ring, number, STAGES)
+                number += 1
+                left -= BLOCK_N
+            else:
+                left = gl.load(runs + 2)
+                mine = gl.load(runs + 4 + 2 * PART)
+                runs += 4 + 2 * PARTS
+        run = runs - (4 + 2 * PARTS)
+        index = gl.load(run)
+        full = gl.load(run + 5 + 2 * PART)
+        bias = gl.load(biases + index)
+        _first, _step, bound = columns(walks + index * 9, gl.load(run + 1), position, valid, low, high, SHIFTS)
+    return (walks, biases, runs, totals, low, high), number, left, mine, full, bound, bias
 
 
 @gluon.jit
-def _copy_stats(to, base, begin, step, left, BLOCK_N: gl.constexpr):
-    """Begin to copy the pairs of the queries that `_fill` has just begun to copy, by where it left off."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    index = gl.minimum(gl.arange(0, BLOCK_N, LAYOUT), left + BLOCK_N - 1)
-    async_copy.async_copy_global_to_shared(to, base + begin + (index - BLOCK_N) * step)
+def _attend_steps(
+    q, ring, walked, own, position, valid, out, row_sum, row_max, scale,
+    PART: gl.constexpr, FIXED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """The sums over the steps of a part, and how many it has come to."""
+    bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
+    number, left, mine, full, bias = 0, 0, 0, 0, 0.0
+    for _ in range(own):
+        walked, number, left, mine, full, bound, bias = next_step(
+            ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
+        )  # fmt: skip
+        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        scores = scores_of(q, k, BLOCK_N)
+        out, row_sum, row_max = attend_columns(
+            scores, v, out, row_sum, row_max, scale, bias, full, bound, FIXED, True, SPLIT, BLOCK_D
+        )  # fmt: skip
+        free_step(ring, number, STAGES)
+        number += 1
+        left -= BLOCK_N
+        mine -= BLOCK_N
+        full -= BLOCK_N
+        bound -= BLOCK_N
+    return out, row_sum, row_max, number
+
+
+@gluon.jit
+def _attend_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
+    BOUNDED: gl.constexpr,
+):  # fmt: skip
+    """Out and lse of the rows of a part."""
+    ring, walked, rows, q_base, stride_q, out_base, stride_o, lse_base, largest, scale = given
+    low, totals = rows[5], walked[3]
+    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(q_base, row - low, stride_q, exists, HEAD_DIM, BLOCK_D, WIDE)
+    q = in_shared(x)
+    fence_async_shared()
+    out, row_sum, row_max = no_sums(BLOCK_N, BLOCK_D)
+    own, number, is_bounded = gl.load(totals + 1 + PART), 0, False
+    if BOUNDED:
+        is_bounded, row_max = bounded(x, largest, row_max, scale)
+        if is_bounded:
+            out, row_sum, row_max, number = _attend_steps(
+                q, ring, walked, own, position, valid, out, row_sum, row_max, scale,
+                PART, True, BLOCK_D, BLOCK_N, STAGES, SPLIT, SHIFTS, PARTS,
+            )  # fmt: skip
+    if not is_bounded:
+        out, row_sum, row_max, number = _attend_steps(
+            q, ring, walked, own, position, valid, out, row_sum, row_max, scale,
+            PART, False, BLOCK_D, BLOCK_N, STAGES, SPLIT, SHIFTS, PARTS,
+        )  # fmt: skip
+    for other in range(number, gl.load(totals)):
+        pass_over(ring, other, STAGES)
+    out, lse = finish_attending(out, row_sum, row_max, BLOCK_D)
+    store_rows(out_base, row - low, stride_o, exists, out, HEAD_DIM, BLOCK_D, WIDE)
+    gl.store(lse_base + position - low, lse, mask=valid)
 
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
-def gradients_of_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
+def attend(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, BOUNDED: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `gradient_kernels.gradients_of_queries`."""
-    SCORES: gl.constexpr = _product(gl.num_warps(), BLOCK_N)
-    SUMS: gl.constexpr = _product(gl.num_warps(), BLOCK_D)
-    MEMORY: gl.constexpr = _rows_in_memory(gl.num_warps(), BLOCK_D)
-    AHEAD: gl.constexpr = STAGES - 2  # the tile before the last one may still be read
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    tile, head = tile_and_head(num_heads)
-    batch, kind = gl.program_id(1).to(gl.int64), gl.load(head_kind + head)
-    table, position, valid = _rows(
-        kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
-        BLOCK_M, gl.SliceLayout(1, SCORES),
+    """As `kernels.attend`, of tiles of 128 rows."""
+    head, batch, rows, walked = place_of_program(
+        num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
+        runs, totals, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
     )  # fmt: skip
-    table, row, exists = _rows(
-        kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
-        BLOCK_M, gl.SliceLayout(1, MEMORY),
+    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    part = (
+        ring, walked, rows, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
+        out_ptr + batch * stride_ob + head * stride_oh, stride_os,
+        lse_ptr + (batch * num_heads + head) * (q_high - q_low),
+        largest_ptr + batch * (num_heads // group_heads) + key_head, scale,
     )  # fmt: skip
-    row -= q_low
-    dq_base = dq_ptr + batch * stride_ob + head.to(gl.int64) * stride_oh
-    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
-    total = gl.load(totals + total_place)
-    if total <= 0:
-        zeros = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, MEMORY)
-        _store_rows(dq_base, row, stride_os, exists, zeros, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-        return
-    runs += place
-    walks += table * most_walks * 9
-    biases += table * most_walks
-    q_base = q_ptr + batch * stride_qb + head.to(gl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(gl.int64) * stride_gh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(gl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(gl.int64) * stride_vh
-    q = _rows_in_shared(q_base, row, stride_qs, exists, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-    dout = _rows_in_shared(g_base, row, stride_gs, exists, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-    fence_async_shared()
-    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
-    lse, delta = unpack(gl.load(stats_base + position - q_low, mask=valid, other=0))
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], _TILES)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], _TILES)
-    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
-    dq = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, SUMS))
-    bound = gl.zeros([BLOCK_M], gl.int32, gl.SliceLayout(1, SCORES))
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    ahead, begin, step, to_load = runs, 0, 0, 0
-    left, full, bias = 0, 0, 0.0
-    for number in gl.static_range(AHEAD):
-        if number < total:
-            ahead, begin, step, to_load = _fill(
-                k_tiles.index(number), v_tiles.index(number), k_base, v_base, stride_ks, stride_vs,
-                ahead, begin, step, to_load, walks, biases, position, valid, k_low, k_high,
-                HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS, MEMORY,
-            )  # fmt: skip
-        async_copy.commit_group()
-    for number in range(total):
-        if number + AHEAD < total:
-            slot = (number + AHEAD) % STAGES
-            ahead, begin, step, to_load = _fill(
-                k_tiles.index(slot), v_tiles.index(slot), k_base, v_base, stride_ks, stride_vs,
-                ahead, begin, step, to_load, walks, biases, position, valid, k_low, k_high,
-                HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS, MEMORY,
-            )  # fmt: skip
-        async_copy.commit_group()
-        if left <= 0:
-            _begin, _step, left, full, bound, bias = next_run(
-                runs, walks, biases, position, valid, k_low, k_high, SHIFTS
-            )  # fmt: skip
-            runs += 4
-        async_copy.wait_group(AHEAD)
-        k, v = k_tiles.index(number % STAGES), v_tiles.index(number % STAGES)
-        scores = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
-        dp = warpgroup_mma(dout, v.permute((1, 0)), none, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        p = gl.exp2(scores * scale + (bias - lse)[:, None])
-        if full < BLOCK_N if SPLIT else True:
-            p = gl.where(offset[None, :] < bound[:, None], p, 0.0)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), gl.DotOperandLayout(0, SUMS, 2))
-        dq = warpgroup_mma(ds, k, dq, is_async=True)
-        left -= BLOCK_N
-        full -= BLOCK_N
-        bound -= BLOCK_N
-    dq = warpgroup_mma_wait(0, deps=[dq])
-    _store_rows(dq_base, row, stride_os, exists, dq * grad_scale, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-
-
-@gluon.jit(do_not_specialize=AS_THEY_ARE)
-def gradients_of_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
-    head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
-    period, groups, most_walks, blocks, block_runs,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
-):  # fmt: skip
-    """As `gradient_kernels.gradients_of_keys`."""
-    SCORES: gl.constexpr = _product(gl.num_warps(), BLOCK_N)
-    SUMS: gl.constexpr = _product(gl.num_warps(), BLOCK_D)
-    MEMORY: gl.constexpr = _rows_in_memory(gl.num_warps(), BLOCK_D)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    AHEAD: gl.constexpr = STAGES - 2  # the tile before the last one may still be read
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    tile, head = tile_and_head(num_heads)
-    batch, kind = gl.program_id(1).to(gl.int64), gl.load(head_kind + head)
-    table, position, valid = _rows(
-        kind, tile, slot_group, slot_index, group_size, group_start, residues, k_low, k_high, origin, period, groups,
-        BLOCK_M, gl.SliceLayout(1, SCORES),
-    )  # fmt: skip
-    table, row, exists = _rows(
-        kind, tile, slot_group, slot_index, group_size, group_start, residues, k_low, k_high, origin, period, groups,
-        BLOCK_M, gl.SliceLayout(1, MEMORY),
-    )  # fmt: skip
-    row -= k_low
-    place_out = batch * stride_ob + head.to(gl.int64) * stride_oh
-    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
-    total = gl.load(totals + total_place)
-    if total <= 0:
-        zeros = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, MEMORY)
-        _store_rows(dk_ptr + place_out, row, stride_os, exists, zeros, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-        _store_rows(dv_ptr + place_out, row, stride_os, exists, zeros, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-        return
-    runs += place
-    walks += table * most_walks * 9
-    biases += table * most_walks
-    q_base = q_ptr + batch * stride_qb + head.to(gl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(gl.int64) * stride_gh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(gl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(gl.int64) * stride_vh
-    k = _rows_in_shared(k_base, row, stride_ks, exists, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-    v = _rows_in_shared(v_base, row, stride_vs, exists, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-    fence_async_shared()
-    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], _TILES)
-    g_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], _TILES)
-    stats = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], _LINES)
-    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
-    dk = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, SUMS))
-    dv = warpgroup_mma_init(gl.zeros([BLOCK_M, BLOCK_D], gl.float32, SUMS))
-    bound = gl.zeros([BLOCK_M], gl.int32, gl.SliceLayout(1, SCORES))
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    ahead, begin, step, to_load = runs, 0, 0, 0
-    left, full, bias = 0, 0, 0.0
-    for number in gl.static_range(AHEAD):
-        if number < total:
-            ahead, begin, step, to_load = _fill(
-                q_tiles.index(number), g_tiles.index(number), q_base, g_base, stride_qs, stride_gs,
-                ahead, begin, step, to_load, walks, biases, position, valid, q_low, q_high,
-                HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS, MEMORY,
-            )  # fmt: skip
-            _copy_stats(stats.index(number), stats_base, begin, step, to_load, BLOCK_N)
-        async_copy.commit_group()
-    for number in range(total):
-        if number + AHEAD < total:
-            slot = (number + AHEAD) % STAGES
-            ahead, begin, step, to_load = _fill(
-                q_tiles.index(slot), g_tiles.index(slot), q_base, g_base, stride_qs, stride_gs,
-                ahead, begin, step, to_load, walks, biases, position, valid, q_low, q_high,
-                HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS, MEMORY,
-            )  # fmt: skip
-            _copy_stats(stats.index(slot), stats_base, begin, step, to_load, BLOCK_N)
-        async_copy.commit_group()
-        if left <= 0:
-            _begin, _step, left, full, bound, bias = next_run(
-                runs, walks, biases, position, valid, q_low, q_high, SHIFTS
-            )  # fmt: skip
-            runs += 4
-        async_copy.wait_group(AHEAD)
-        q, dout = q_tiles.index(number % STAGES), g_tiles.index(number % STAGES)
-        scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v, dout.permute((1, 0)), none, use_acc=False, is_async=True)
-        lse, delta = unpack(stats.index(number % STAGES).load(gl.SliceLayout(0, SCORES)))
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        p = gl.exp2(scores * scale + (bias - lse)[None, :])
-        if full < BLOCK_N if SPLIT else True:
-            p = gl.where(offset[None, :] < bound[:, None], p, 0.0)
-        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), OPERAND), dout, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = (p * (dp - delta[None, :])).to(dtype)
-        dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True)
-        left -= BLOCK_N
-        full -= BLOCK_N
-        bound -= BLOCK_N
-    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-    _store_rows(dk_ptr + place_out, row, stride_os, exists, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
-    _store_rows(dv_ptr + place_out, row, stride_os, exists, dv, HEAD_DIM, BLOCK_D, WIDE, MEMORY)
+    feed = (ring, walked, (k_base, stride_ks, v_base, stride_vs, k_ptr))
+    gl.warp_specialize(
+        [
+            (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS, BOUNDED)),
+            (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS, BOUNDED)),
+            (feed_runs, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )

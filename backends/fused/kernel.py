@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
-from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part
+from .launches import BOUND_FROM, PASSES, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ class FusedKernel:
     Args:
         name: the pinned sub-kernel, as the plan shows it.
         tiles: of the kernels.
-        bound_from: from how many pairs a key on `BranchPart` bounds the scores of branches before it attends.
+        bound_from: from how many pairs a key on a part bounds the scores before it attends.
     """
 
     def __init__(self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM) -> None:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
+        self._is_fed = any(tiles.of(which).parts for tiles in (tiles.branches, tiles.blocks) for which in PASSES)
         self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> int:
@@ -52,16 +53,22 @@ class FusedKernel:
                     BranchPart(layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from)
                 )
             if layout.blocks is not None:
-                found.append(BlockPart(layout.blocks, self.tiles.within(layout.blocks.block_size), device))
+                found.append(
+                    BlockPart(layout.blocks, self.tiles.within(layout.blocks.block_size), device, self._bound_from)
+                )
             known[device] = tuple(found)
         return known[device]
+
+    def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """The queries, with the sign of the scale, and others, as the kernels take them."""
+        given = (-query if piece.scale < 0 else query, *others)
+        return tuple(in_lines(x) for x in given) if self._is_fed else given
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         batch, length, heads, _ = query.shape
         parts = self.parts(piece.layout, query.device)
-        if piece.scale < 0:
-            query = -query
+        query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
         for part in parts:
             out = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
@@ -96,8 +103,7 @@ class FusedKernel:
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
         """As `Adds.merge`."""
         (part,) = self.parts(piece.layout, query.device)
-        if piece.scale < 0:
-            query = -query
+        query, key, value = self._taken(piece, query, key, value)
         with span(part.name):
             scales = (abs(piece.scale) * _LOG2_E,)
             part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales, adds=True)
@@ -135,8 +141,7 @@ class FusedKernel:
     ) -> Tensor:
         """As `Adds.gradients_of_queries`."""
         parts, total = self.parts(piece.layout, query.device), dq
-        if piece.scale < 0:
-            query = -query
+        query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
         for part in parts:
             into = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device) if dq is None else dq
@@ -153,8 +158,7 @@ class FusedKernel:
         """As `Adds.gradients_of_keys`."""
         batch, kv_len, kv_heads, head_dim = key.shape
         heads, parts = query.shape[2], self.parts(piece.layout, query.device)
-        if piece.scale < 0:
-            query = -query
+        query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, abs(piece.scale)
         # Query heads that share a key-value head write apart and are summed after.
         key_dtype = _part_dtype(key, parts) if heads == kv_heads else torch.float32

@@ -20,7 +20,7 @@ from .addressing import (
 )
 
 _INF = tl.constexpr(float("inf"))
-_FIXED_BELOW = tl.constexpr(48.0)  # see `_reach`
+FIXED_BELOW = tl.constexpr(48.0)  # see `_reach`
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def attend_tile(
 def _reach(q, largest, scale):
     """What no score of a row exceeds, by Cauchy and Schwarz: |q| max|k| scale (M,).
 
-    Below `_FIXED_BELOW` it serves as the softmax's maximum: twice that (from the least to the largest score) and the
+    Below `FIXED_BELOW` it serves as the softmax's maximum: twice that (from the least to the largest score) and the
     24 bits of a float32 lie within its exponents, so that nothing that counts underflows.
     """
     wide = q.to(tl.float32)
@@ -131,7 +131,7 @@ def attend(
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     if BOUNDED:
         reach = _reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
-        is_bounded = tl.max(reach, 0) < _FIXED_BELOW
+        is_bounded = tl.max(reach, 0) < FIXED_BELOW
         # One loop after the other, of which one has no steps: in two branches of an `if` both would have memory.
         row_max = tl.where(is_bounded, reach, row_max)
         out, row_sum, row_max = _attend_runs(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
-from . import block_kernels, gradient_kernels, kernels
+from . import kernels
 from .block_tables import BlockTables
 from .runs import DeviceTables, Runs
 from .tiles import Tile, Tiles, ceil_div, padded
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Pass = Literal["forward", "queries", "keys"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys")
+OF_BRANCHES: Final = ("attend", "gradients_of_queries", "gradients_of_keys")
+OF_BLOCKS: Final = ("attend_blocks", "block_gradients_of_queries", "block_gradients_of_keys")
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows
 # From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
 BOUND_FROM: Final = 768
@@ -60,32 +64,39 @@ class Part(Protocol):
 def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str, Any]:
     """What all kernels are compiled for."""
     head_dim = query.shape[3]
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    return {
+    options: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
-        "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "WIDE": any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
         "num_warps": tile.warps,
-        **({"STAGES": tile.stages} if tile.by_hand else {"PRECISION": precision, "num_stages": tile.stages}),
-        **({"maxnreg": tile.registers} if tile.registers else {}),
     }
+    if tile.parts:
+        options |= {"STAGES": tile.stages, "maxnreg": tile.begin}
+        return options | {"PART_REGISTERS": tile.registers, "FEED_REGISTERS": tile.feeding}
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    options |= {"BLOCK_M": tile.rows, "PRECISION": precision, "num_stages": tile.stages}
+    return options | ({"maxnreg": tile.registers} if tile.registers else {})
 
 
-def _of_branches(tiles: Tiles) -> dict[Pass, JITFunction]:
-    """The kernels over branches."""
-    found: dict[Pass, JITFunction] = {
-        "forward": kernels.attend,
-        "queries": gradient_kernels.gradients_of_queries,
-        "keys": gradient_kernels.gradients_of_keys,
-    }
-    if tiles.queries.by_hand or tiles.keys.by_hand:
-        from . import hopper_kernels  # other releases of Triton cannot read it
-
-        found |= {"queries": hopper_kernels.gradients_of_queries} if tiles.queries.by_hand else {}
-        found |= {"keys": hopper_kernels.gradients_of_keys} if tiles.keys.by_hand else {}
+def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
+    """The kernel of each pass, over branches or over blocks."""
+    names = OF_BLOCKS if of_blocks else OF_BRANCHES
+    modules = ("block_kernels",) * 3 if of_blocks else ("kernels", "gradient_kernels", "gradient_kernels")
+    found: dict[Pass, JITFunction] = {}
+    for which, name, module in zip(PASSES, names, modules, strict=True):
+        # Imported when they are chosen: other releases of Triton cannot read those for Hopper.
+        prefix = "hopper_" if tiles.of(which).parts else ""
+        found[which] = getattr(import_module(f".{prefix}{module}", __package__), name)
     return found
+
+
+def in_lines(x: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes, which is what `hopper_ring` copies: x itself, or else a copy."""
+    step = 16 // x.element_size()
+    if x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -120,7 +131,7 @@ class BranchPart:
         span = 0 if min(positions) < 0 else geometry.seq_len
         self._geometry = geometry
         self._tiles = tiles
-        self._kernels = _of_branches(tiles)
+        self._kernels = _kernels(tiles, of_blocks=False)
         pairs = sum(branch_pairs(branch, geometry) for branch in branches)
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         by_rows, by_columns = (
@@ -151,7 +162,7 @@ class BranchPart:
         assert not adds
         query, tile = pointers[0], self._tiles.of(which)
         tables, runs = self._listed[which]
-        constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
+        constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts} | ({"PARTS": tile.parts} if tile.parts else {})
         if which == "forward":
             constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
             pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
@@ -198,16 +209,14 @@ def _largest(key: Tensor) -> Tensor:
 class BlockPart:
     """The table of blocks of a layout."""
 
-    _KERNELS: Final = {
-        "forward": block_kernels.attend_blocks,
-        "queries": block_kernels.block_gradients_of_queries,
-        "keys": block_kernels.block_gradients_of_keys,
-    }
-
-    def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device) -> None:
+    def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device, bound_from: int) -> None:
         self.name = f"blocks of {layout.block_size}"
         self._geometry = layout.geometry
         self._tiles = tiles
+        self._kernels = _kernels(tiles, of_blocks=True)
+        geometry, entries = layout.geometry, np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel()
+        pairs = int(entries[layout.head_table].sum()) * layout.block_size**2
+        self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         self._by_rows, self._by_columns = (
             BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
         )
@@ -227,7 +236,11 @@ class BlockPart:
         tile = self._tiles.of(which)
         tables = self._by_columns if which == "keys" else self._by_rows
         tiles = tables.block_rows * (tables.block_size // tile.rows)
-        self._KERNELS[which][(tiles * query.shape[2], query.shape[0])](
+        constants = {} if which == "keys" else {"ADDS": adds}
+        if which == "forward" and tile.parts:
+            constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
+            pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
+        self._kernels[which][(tiles * query.shape[2], query.shape[0])](
             *pointers,
             *tables.tensors,
             *_strides(strided),
@@ -238,6 +251,6 @@ class BlockPart:
             geometry.group_size,
             tables.block_rows,
             BLOCK=tables.block_size,
-            **({} if which == "keys" else {"ADDS": adds}),
+            **constants,
             **_options(query, strided, tile),
         )

@@ -22,7 +22,7 @@ def _segments(walk, first, last, SHIFTS: tl.constexpr):
 def list_runs(
     slot_group, slot_index, group_size, group_start, residues, walks, counts, run_start, runs, totals,
     low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The runs of one tile of one kind of head, and how many steps of N columns they take: grid (tiles, kinds)."""
     tile, kind = tl.program_id(0), tl.program_id(1)
@@ -32,9 +32,13 @@ def list_runs(
     )  # fmt: skip
     first = tl.min(tl.where(valid, position, FAR), 0)
     last = tl.max(tl.where(valid, position, -FAR), 0)
-    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
+    place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs, PARTS)
     runs += place
     total = 0
+    if PARTS > 0:
+        places: tl.constexpr = triton.next_power_of_2(BLOCK_M) // (BLOCK_M // PARTS)
+        part = tl.arange(0, places)
+        of_parts = tl.zeros([places], tl.int32)
     if first <= last:
         for index in range(tl.load(counts + table)):
             walk = walks + (table * most_walks + index) * 9
@@ -47,6 +51,15 @@ def list_runs(
                     tl.store(runs + 1, segment)
                     tl.store(runs + 2, count)
                     tl.store(runs + 3, tl.min(tl.where(valid, bound, FAR), 0))
-                    runs += 4
+                    if PARTS > 0:
+                        shape: tl.constexpr = [places, BLOCK_M // PARTS]
+                        counts_of_parts = tl.max(tl.reshape(bound, shape), 1)
+                        full_of_parts = tl.min(tl.reshape(tl.where(valid, bound, FAR), shape), 1)
+                        tl.store(runs + 4 + 2 * part, counts_of_parts, mask=part < PARTS)
+                        tl.store(runs + 5 + 2 * part, full_of_parts, mask=part < PARTS)
+                        of_parts += ceil_div(counts_of_parts, BLOCK_N)
+                    runs += 4 + 2 * PARTS
                     total += ceil_div(count, BLOCK_N)
     tl.store(totals + total_place, total)
+    if PARTS > 0:
+        tl.store(totals + total_place + 1 + part, of_parts, mask=part < PARTS)

@@ -52,8 +52,8 @@ class Runs:
             origin,
             block_runs,
             torch.from_numpy(start).to(device),
-            torch.empty((kinds, blocks, block_runs, 4), dtype=torch.int32, device=device),
-            torch.empty((kinds, blocks, host.period), dtype=torch.int32, device=device),
+            torch.empty((kinds, blocks, block_runs, 4 + 2 * tile.parts), dtype=torch.int32, device=device),
+            torch.empty((kinds, blocks, host.period, 1 + tile.parts), dtype=torch.int32, device=device),
         )
         list_runs[(blocks * host.period, kinds)](
             *tables.rows,
@@ -71,6 +71,7 @@ class Runs:
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             SHIFTS=host.shifts,
+            PARTS=tile.parts,
         )
         return made
 

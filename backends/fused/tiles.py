@@ -16,8 +16,8 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def can_be_by_hand(head_dim: int, dtype: torch.dtype, version: str) -> bool:
-    """Whether the kernels of `hopper_kernels` have passed their tests for this, and with this Triton: Gluon changes."""
+def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
+    """Whether the kernels for Hopper have passed their tests for this, and with this Triton: Gluon changes."""
     return version.startswith("3.6.") and dtype != torch.float32 and 32 < head_dim <= 128
 
 
@@ -26,7 +26,7 @@ class Tile:
     """Rows and columns of a tile, and how it is compiled.
 
     `registers` is the most that a thread may have; with `split` steps whose columns every row meets are told apart, and
-    spared the mask. `by_hand` is for the kernels of `hopper_kernels`.
+    spared the mask. With `parts` it is for the kernels with a ring that feeds them (see `hopper_ring`).
     """
 
     rows: int
@@ -35,7 +35,27 @@ class Tile:
     stages: int
     registers: int | None = None
     split: bool = False
-    by_hand: bool = False
+    parts: int = 0
+
+    @classmethod
+    def by_ring(cls, columns: int, stages: int, registers: int, *, parts: int = 2, split: bool = False) -> Tile:
+        """One that is fed, of 64 rows a part."""
+        return cls(64 * parts, columns, 4, stages, registers, split, parts)
+
+    @property
+    def begin(self) -> int:
+        """Registers that each thread of one that is fed begins with: one or two programs fill a multiprocessor.
+
+        The warps that feed then leave the others what `feeding` does not keep.
+        """
+        if self.parts == 1:
+            return 128
+        return 80 if (self.registers or 0) <= 104 else 168
+
+    @property
+    def feeding(self) -> int:
+        """Registers that a thread which feeds keeps."""
+        return (self.parts + 1) * self.begin - self.parts * (self.registers or 0)
 
 
 @attrs.frozen
@@ -59,36 +79,50 @@ class Tiles:
 
 @attrs.frozen
 class TileSizes:
-    """The tiles over branches, and those over tables of blocks, which are cut to the block."""
+    """The tiles over branches, and those over tables of blocks, which are cut to the block.
+
+    Where those are fed, blocks that they do not divide have the tiles of `unfed`.
+    """
 
     branches: Tiles
     blocks: Tiles
+    unfed: TileSizes | None = None
 
     @classmethod
-    def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, by_hand: bool = False) -> TileSizes:
-        """What was fastest on an H100 (docs/performance.md), `by_hand` where `can_be_by_hand` says that it may be.
+    def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, fed: bool = False) -> TileSizes:
+        """What was fastest on an H100 (docs/performance.md), `fed` where `can_be_fed` says that it may be.
 
         More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
         if dtype == torch.float32:
             small = Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1))
             return cls(small, small)
+        if fed:
+            unfed = cls.of(head_dim, dtype, is_causal=is_causal)
+            if head_dim <= 64:
+                forward = Tile.by_ring(64, 4, 104, split=True)
+                two = Tile.by_ring(64, 4, 232, split=True)
+                keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
+                queries = unfed.branches.queries, unfed.blocks.queries
+                return cls(Tiles(forward, queries[0], keys), Tiles(forward, queries[1], two), unfed)
+            large = Tiles(Tile.by_ring(128, 2, 240), Tile.by_ring(64, 4, 232), Tile.by_ring(32, 4, 232))
+            return cls(large, large, unfed)
         if head_dim <= 64:
-            forward = Tile(64, 64, 4, 3, 128) if is_causal else Tile(128, 64, 8, 3, 128)
-            queries, keys = Tile(64, 32, 4, 4, 128), Tile(64, 32, 4, 3, 168)
-            if by_hand:
-                queries, keys = Tile(64, 64, 4, 3, 168, by_hand=True), Tile(64, 64, 4, 4, 255, by_hand=True)
             return cls(
-                Tiles(forward, queries, keys),
+                Tiles(
+                    Tile(64, 64, 4, 3, 128) if is_causal else Tile(128, 64, 8, 3, 128),
+                    Tile(64, 32, 4, 4, 128),
+                    Tile(64, 32, 4, 3, 168),
+                ),
                 Tiles(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168)),
             )
         if head_dim <= 128:
-            forward = Tile(64, 32, 4, 3, 168) if is_causal else Tile(128, 32, 8, 3, 128, split=True)
-            queries, keys = Tile(64, 32, 4, 3, split=True), Tile(64, 32, 4, 3, 255)
-            if by_hand:
-                queries, keys = Tile(128, 64, 8, 3, 255, by_hand=True), Tile(64, 32, 4, 4, 255, by_hand=True)
             return cls(
-                Tiles(forward, queries, keys),
+                Tiles(
+                    Tile(64, 32, 4, 3, 168) if is_causal else Tile(128, 32, 8, 3, 128, split=True),
+                    Tile(64, 32, 4, 3, split=True),
+                    Tile(64, 32, 4, 3, 255),
+                ),
                 Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255)),
             )
         large = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
@@ -99,11 +133,12 @@ class TileSizes:
 
         Where a block is too small for a tile of blocks, that of branches is cut, which is compiled for fewer rows.
         """
+        if self.unfed is not None and block % self.blocks.forward.rows:
+            return self.unfed.within(block)
 
         def cut(tile: Tile, other: Tile) -> Tile:
             chosen = tile if tile.rows <= block else other
-            rows, columns = min(chosen.rows, block), min(chosen.columns, block)
-            return attrs.evolve(chosen, rows=rows, columns=columns, by_hand=False)
+            return attrs.evolve(chosen, rows=min(chosen.rows, block), columns=min(chosen.columns, block))
 
         blocks, branches = self.blocks, self.branches
         return Tiles(

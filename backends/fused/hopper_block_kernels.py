@@ -1,0 +1,315 @@
+"""The kernels over tables of blocks for Hopper, in Gluon: as those of `block_kernels`, with a ring that feeds.
+
+A program takes 128 rows of a block row; steps are blocks, or parts of them: first those that count every pair alike,
+then those with a mask of their own. Letters as in `addressing`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
+
+from .addressing import AS_THEY_ARE, tile_and_head
+from .block_kernels import merge
+from .gradient_kernels import unpack
+from .hopper_ring import (
+    ROWS,
+    feed_step,
+    free_step,
+    in_shared,
+    load_rows,
+    make_ring,
+    product,
+    rows_in_memory,
+    store_rows,
+    wait_for_step,
+)
+from .hopper_steps import (
+    add_to_dk_dv,
+    add_to_dq,
+    attend_columns,
+    begin_products,
+    bounded,
+    counted,
+    finish_attending,
+    no_sums,
+    scores_of,
+)
+
+_PARTS = gl.constexpr(2)
+
+
+@gluon.jit
+def _place(
+    num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Of this program: head, batch row, its first row in the tensor and in the block, and its blocks."""
+    tile, head = tile_and_head(num_heads)
+    tiles: gl.constexpr = BLOCK // (_PARTS * ROWS)
+    steps: gl.constexpr = BLOCK // BLOCK_N
+    starts += 2 * (gl.load(head_table + head).to(gl.int64) * block_rows + tile // tiles)
+    first, masked, last = gl.load(starts), gl.load(starts + 1), gl.load(starts + 2)
+    blocks = (
+        cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
+    )  # fmt: skip
+    inside = (tile % tiles) * (_PARTS * ROWS)
+    return head.to(gl.int64), gl.program_id(1).to(gl.int64), (tile // tiles) * BLOCK + inside, inside, blocks
+
+
+@gluon.jit
+def _feed(
+    given, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Copies the columns of every step."""
+    ring, blocks, fed, length = given
+    cols, _biases, _mask_ids, _masks, _full, total = blocks
+    steps: gl.constexpr = BLOCK // BLOCK_N
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_pairs = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    for number in range(total):
+        begin = gl.load(cols + number // steps) * BLOCK + (number % steps) * BLOCK_N
+        rows, pair_rows = gl.minimum(begin + offset, length - 1), gl.minimum(begin + of_pairs, length - 1)
+        feed_step(ring, number, fed, rows, pair_rows, HAS_PAIRS, HEAD_DIM, BLOCK_D, STAGES, WIDE)
+
+
+@gluon.jit
+def _bias_and_scores(
+    scores, blocks, number, inside, scale, IS_TRANSPOSED: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """The bias of a step, and its scores with the counts of its mask, of rows at `inside` (64,) of the block."""
+    _cols, biases, mask_ids, masks, full, _total = blocks
+    steps: gl.constexpr = BLOCK // BLOCK_N
+    entry = number // steps
+    bias = 0.0
+    if number < full:
+        bias = gl.load(biases + entry)
+    else:
+        column = (number % steps) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))
+        place = masks + gl.load(mask_ids + entry).to(gl.int64) * (BLOCK * BLOCK)
+        if IS_TRANSPOSED:
+            counts = gl.load(place + (column[None, :] * BLOCK + inside[:, None]))
+        else:
+            counts = gl.load(place + (inside[:, None] * BLOCK + column[None, :]))
+        scores = counted(scores, counts.to(gl.float32), scale)
+    return bias, scores
+
+
+@gluon.jit
+def _attend_steps(
+    q, ring, blocks, inside, out, row_sum, row_max, scale, FIXED: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """The sums over all steps."""
+    for number in range(blocks[5]):
+        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        scores = scores_of(q, k, BLOCK_N)
+        bias, scores = _bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
+        out, row_sum, row_max = attend_columns(
+            scores, v, out, row_sum, row_max, scale, bias, 0, 0, FIXED, False, False, BLOCK_D
+        )  # fmt: skip
+        free_step(ring, number, STAGES)
+    return out, row_sum, row_max
+
+
+@gluon.jit
+def _attend_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr,
+):  # fmt: skip
+    """Out and lse of the rows of a part."""
+    ring, blocks, first, inside, q_base, stride_q, out_base, stride_o, lse_base, largest, length, scale = given
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    q = in_shared(x)
+    fence_async_shared()
+    out, row_sum, row_max = no_sums(BLOCK_N, BLOCK_D)
+    is_bounded = False
+    if BOUNDED:
+        is_bounded, row_max = bounded(x, largest, row_max, scale)
+        if is_bounded:
+            out, row_sum, row_max = _attend_steps(
+                q, ring, blocks, inside + of_scores, out, row_sum, row_max, scale, True, BLOCK_D, BLOCK_N, STAGES, BLOCK
+            )  # fmt: skip
+    if not is_bounded:
+        out, row_sum, row_max = _attend_steps(
+            q, ring, blocks, inside + of_scores, out, row_sum, row_max, scale, False, BLOCK_D, BLOCK_N, STAGES, BLOCK
+        )  # fmt: skip
+    out, lse = finish_attending(out, row_sum, row_max, BLOCK_D)
+    exists, place = first + of_scores < length, lse_base + first + of_scores
+    if ADDS:
+        if blocks[5] > 0:
+            there = load_rows(out_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
+            lse_there = gl.load(place, mask=exists, other=0.0)
+            of_sums: gl.constexpr = gl.SliceLayout(1, product(BLOCK_D))
+            out, _lse = merge(
+                gl.convert_layout(there, product(BLOCK_D)), gl.convert_layout(lse_there, of_sums),
+                out, gl.convert_layout(lse, of_sums),
+            )  # fmt: skip
+            store_rows(out_base, row, stride_o, row < length, out, HEAD_DIM, BLOCK_D, WIDE)
+            gl.store(place, gl.convert_layout(_lse, lse.type.layout), mask=exists)
+    else:
+        store_rows(out_base, row, stride_o, row < length, out, HEAD_DIM, BLOCK_D, WIDE)
+        gl.store(place, lse, mask=exists)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def attend_blocks(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
+    head, batch, first, inside, blocks = _place(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    part = (
+        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
+        out_ptr + batch * stride_ob + head * stride_oh, stride_os, lse_ptr + (batch * num_heads + head) * q_len,
+        largest_ptr + batch * (num_heads // group_heads) + key_head, q_len, scale,
+    )  # fmt: skip
+    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, k_ptr), k_len)
+    gl.warp_specialize(
+        [
+            (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
+            (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
+            (_feed, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )
+
+
+@gluon.jit
+def _queries_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr,
+):  # fmt: skip
+    """dq of the rows of a part."""
+    (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, scale,
+     grad_scale) = given  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(g_base, row, stride_g, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    q, dout = in_shared(x), in_shared(y)
+    fence_async_shared()
+    lse, delta = unpack(gl.load(stats_base + first + of_scores, mask=first + of_scores < length, other=0))
+    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    for number in range(blocks[5]):
+        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(q, k, dout, v, BLOCK_N)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        bias, scores = _bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
+        dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
+        free_step(ring, number, STAGES)
+    dq *= grad_scale
+    if ADDS:
+        there = load_rows(dq_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
+        dq += gl.convert_layout(there, product(BLOCK_D))
+    store_rows(dq_base, row, stride_o, row < length, dq, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients_of_queries(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `block_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
+    head, batch, first, inside, blocks = _place(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    part = (
+        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
+        dout_ptr + batch * stride_gb + head * stride_gh, stride_gs, stats_ptr + (batch * num_heads + head) * q_len,
+        dq_ptr + batch * stride_ob + head * stride_oh, stride_os, q_len, scale, grad_scale,
+    )  # fmt: skip
+    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), k_len)
+    gl.warp_specialize(
+        [
+            (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
+            (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
+            (_feed, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )
+
+
+@gluon.jit
+def _keys_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
+     grad_scale) = given  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    k, v = in_shared(x), in_shared(y)
+    fence_async_shared()
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        bias, scores = _bias_and_scores(scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N)
+        dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        free_step(ring, number, STAGES)
+    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients_of_keys(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `block_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
+    head, batch, first, inside, blocks = _place(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
+    place = batch * stride_ob + head * stride_oh
+    part = (
+        ring, blocks, first, inside, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
+        k_len, scale, grad_scale,
+    )  # fmt: skip
+    stats_base = stats_ptr + (batch * num_heads + head) * q_len
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
+    gl.warp_specialize(
+        [
+            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_feed, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )

@@ -1,0 +1,142 @@
+"""What the kernels for Hopper share, in Gluon, Triton's lower dialect: rows in memory, and the ring that feeds them.
+
+A program has one or two parts, four warps each that compute 64 rows, and four warps that feed them: these copy the
+columns of every step into a ring of tiles in shared memory, once for both parts. A part waits for the ring and never
+for the other one, so that products of one go on under the exponentials of the other.
+
+Of two parts each waits for its products before the next step. A single one may leave the last of them under way: ptxas
+keeps that overlap only in the warps that the kernel begins with, and only if the sums under way when a step begins can
+come from nowhere but the step before. Else it gives up every overlap ("serialized"): `compile_hopper` in the tests.
+
+Letters as in `addressing`. The columns of a step are rows (N, D) of two tensors, x and y: keys and values, or queries
+and dout.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+ROWS = gl.constexpr(64)  # of a part
+TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_THREADS = gl.constexpr(128)  # of four warps
+
+
+@gluon.constexpr_function
+def product(columns):
+    """Layout of a product of the rows of a part by so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def rows_in_memory(width):
+    """Layout of rows of that width as memory is read and written, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _pointers(base, rows, stride, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of rows that begin at multiples of 16 bytes, as `launches` sees to."""
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
+    if WIDE:
+        rows = rows.to(gl.int64)
+    return gl.multiple_of(base + (rows[:, None] * stride + column[None, :]), [1, 16]), column
+
+
+@gluon.jit
+def load_rows(
+    base, rows, stride, valid, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
+):  # fmt: skip
+    """Rows of one head as `rows_in_memory`; zeros where a row is not valid and beyond head_dim."""
+    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
+    return gl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+
+
+@gluon.jit
+def store_rows(
+    base, rows, stride, valid, x, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
+):  # fmt: skip
+    """Write x (64, D) to rows of one head, in their dtype, where a row is valid."""
+    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
+    x = gl.convert_layout(x.to(base.dtype.element_ty), rows_in_memory(BLOCK_D))
+    gl.store(pointers, x, mask=valid[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@gluon.jit
+def in_shared(x):
+    """Rows as products read them."""
+    return gl.allocate_shared_memory(x.dtype, x.shape, TILES, x)
+
+
+@gluon.jit
+def _copy_rows(
+    to, base, rows, stride, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
+):  # fmt: skip
+    """Begin to copy rows (N, D) that all exist to shared memory; zeros beyond head_dim."""
+    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
+    if HEAD_DIM == BLOCK_D:
+        async_copy.async_copy_global_to_shared(to, pointers)
+    else:
+        async_copy.async_copy_global_to_shared(to, pointers, mask=(column < HEAD_DIM)[None, :])
+
+
+@gluon.jit
+def make_ring(
+    dtype: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr
+):  # fmt: skip
+    """Tiles of x, of y and of a pair of numbers for each column, and barriers: which are ready, and which are free."""
+    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
+    pairs = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], LINES)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(ready.index(slot), count=_THREADS)
+        mbarrier.init(free.index(slot), count=PARTS)
+    return x_tiles, y_tiles, pairs, ready, free
+
+
+@gluon.jit
+def feed_step(
+    ring, number, fed, rows, pair_rows, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Copy the columns of a step, with their pairs if HAS_PAIRS, as soon as its tiles are free."""
+    x_tiles, y_tiles, pairs, ready, free = ring
+    x_base, stride_x, y_base, stride_y, pair_base = fed
+    slot = number % STAGES
+    mbarrier.wait(free.index(slot), (number // STAGES) & 1 ^ 1)
+    _copy_rows(x_tiles.index(slot), x_base, rows, stride_x, HEAD_DIM, BLOCK_D, WIDE)
+    _copy_rows(y_tiles.index(slot), y_base, rows, stride_y, HEAD_DIM, BLOCK_D, WIDE)
+    if HAS_PAIRS:
+        async_copy.async_copy_global_to_shared(pairs.index(slot), pair_base + pair_rows)
+    async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
+
+
+@gluon.jit
+def wait_for_step(ring, number, STAGES: gl.constexpr):
+    """Its tiles of x, of y and of pairs, once they are ready."""
+    x_tiles, y_tiles, pairs, ready, _free = ring
+    slot = number % STAGES
+    mbarrier.wait(ready.index(slot), (number // STAGES) & 1)
+    fence_async_shared()
+    return x_tiles.index(slot), y_tiles.index(slot), pairs.index(slot)
+
+
+@gluon.jit
+def free_step(ring, number, STAGES: gl.constexpr):
+    """Of this part: the tiles of a step are needed no longer."""
+    _x_tiles, _y_tiles, _pairs, _ready, free = ring
+    mbarrier.arrive(free.index(number % STAGES))
+
+
+@gluon.jit
+def pass_over(ring, number, STAGES: gl.constexpr):
+    """Leave a step to the other part."""
+    _x_tiles, _y_tiles, _pairs, ready, free = ring
+    slot = number % STAGES
+    mbarrier.wait(ready.index(slot), (number // STAGES) & 1)
+    mbarrier.arrive(free.index(slot))
