@@ -16,6 +16,7 @@ from dilated_attention.registry.conformance_grid import QUICK_HEAD_DIMS
 from dilated_attention.registry.conformance_measure import Finding, compare
 
 from .conftest import Invoke
+from .covering import covering
 from .distributions import install_backend, installed
 from .distributions import run as python
 
@@ -28,10 +29,9 @@ class TestSdpa(Conformance):
     quick = True
 
 
-class TestReference(Conformance):
-    backend = "reference"
-    device = "cpu"
-    quick = True
+def test_the_reference_by_every_check_on_half_of_the_grid() -> None:
+    report = covering(Kit("reference", device="cpu", quick=True))
+    assert report.passed, str(report)
 
 
 @pytest.mark.slow

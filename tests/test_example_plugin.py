@@ -30,9 +30,11 @@ from dilated_attention.registry import (
     Request,
     hooks,
 )
+from dilated_attention.registry.conformance import Kit
 
 from .conftest import Invoke
-from .distributions import ROOT, as_json, command, run
+from .covering import covering
+from .distributions import ROOT, as_json, command, installed, run
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 DOCS = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -74,10 +76,11 @@ def test_the_installed_example_is_found_and_used(site: Path, invoke_at: Invoke) 
     assert "-> would be usable with dtype=float32" in refused.stdout
 
 
-def test_the_installed_example_conforms(site: Path, invoke_at: Invoke) -> None:
-    done = invoke_at(site, "conformance", "toy", "--quick", "--pattern", '{kind = "log_sparse", base = 3}')
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    lines = done.stdout.splitlines()
+def test_the_installed_example_conforms(site: Path) -> None:
+    with installed(site):
+        report = covering(Kit("toy", quick=True, patterns=[{"kind": "log_sparse", "base": 3}]))
+    assert report.passed, str(report)
+    lines = str(report).splitlines()
     assert lines[0].startswith("toy of toy-attention 1.0 on cpu: ")
     assert lines[-1].startswith("all 26 checks passed")
     assert any(line.startswith("manifest         ok") for line in lines)
