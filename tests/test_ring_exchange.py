@@ -114,8 +114,7 @@ STRADDLING = [
 def test_a_kernel_for_whole_layouts_and_its_companion_are_exact(ranks: Ranks, pattern: Pattern, budget: int) -> None:
     """Its own keys (or every hop's) by `reference`, staged rows by `sdpa`."""
     for size, is_causal, dtype, bound in (
-        (2, True, "float64", 1e-12), (3, False, "float64", 1e-12), (4, True, "float64", 1e-12),
-        (2, False, "float32", 1e-5), (4, True, "float32", 1e-5),
+        (2, True, "float64", 1e-12), (3, False, "float64", 1e-12), (4, True, "float32", 1e-5),
     ):  # fmt: skip
         kv_heads = 2 if size == 3 or not is_causal else 4
         fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads, dtype=dtype, backend="reference")
