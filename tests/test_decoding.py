@@ -41,7 +41,7 @@ MORE: list[Pattern] = [
 ]
 LENGTH = 150
 # Prompts and the numbers of tokens in the steps after them, which are repeated.
-CHUNKS = ((1, (1,)), (37, (1,)), (64, (1, 1, 5)), (16, (16,)), (1, (70, 1, 2)), (LENGTH, (1,)))
+CHUNKS = ((1, (1,)), (64, (1, 1, 5)), (16, (16,)), (1, (70, 1, 2)), (LENGTH, (1,)))
 
 
 def build(pattern: Pattern, **fields: Any) -> Attention:
