@@ -284,12 +284,12 @@ def test_an_axis_of_tomorrow_is_refused_by_plugins_of_today_without_a_call(tmp_p
     assert told["today"] == told["sdpa"] == ("refused", ["telepathy"])
 
 
-def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path) -> None:
+def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path, invoke_at: Invoke) -> None:
     capabilities = distributions.CAPABILITIES | {"quantum": {"qubits": 3}}
     install_backend(tmp_path, "odd", backend="odd", capabilities=capabilities)
-    (odd,) = [b for b in as_json(command(tmp_path, "backends", "--json")) if b["name"] == "odd"]
+    (odd,) = [b for b in as_json(invoke_at(tmp_path, "backends", "--json")) if b["name"] == "odd"]
     assert odd["capabilities"]["quantum"] == {"qubits": 3}
-    assert "qubits=3  (not in this release's vocabulary)" in command(tmp_path, "backends").stdout
+    assert "qubits=3  (not in this release's vocabulary)" in invoke_at(tmp_path, "backends").stdout
 
 
 def test_listing_backends_imports_neither_torch_nor_numpy_nor_plugin_code(tmp_path: Path) -> None:
