@@ -79,9 +79,10 @@ def config_of(pattern: Pattern, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_results_and_gradients_are_the_oracles(ranks: Ranks, pattern: Pattern, size: int) -> None:
-    for is_causal, kv_heads, batch in ((True, 4, 1), (False, 2, 2)):
-        fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads)
-        assert worst(ranks, fields, size, batch=batch, through_lse=batch == 2) < 1e-5
+    """Every pattern on every number of ranks; both kinds of calls for each of either."""
+    is_plain = (PATTERNS.index(pattern) + size) % 2 == 0
+    fields = config_of(pattern, is_causal=is_plain, num_kv_heads=4 if is_plain else 2)
+    assert worst(ranks, fields, size, batch=1 if is_plain else 2, through_lse=not is_plain) < 1e-5
 
 
 def test_float64_is_exact_and_checkpointing_changes_nothing(ranks: Ranks) -> None:
