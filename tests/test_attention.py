@@ -311,6 +311,7 @@ def test_a_call_changes_no_global_state_and_needs_no_optional_library() -> None:
     state = "torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ)"
     code = (
         f"import os, sys, torch; before = ({state});"
+        "from dilated_attention.reference import attention;"  # by its path, as the first of all
         "from dilated_attention import Dilated, build_attention, counters_of;"
         "a = build_attention(pattern=Dilated(segment_lengths=(4,), dilation_rates=(2,)), num_heads=2, head_dim=8);"
         "a(*torch.zeros(3, 1, 9, 2, 8)); counters_of();"

@@ -204,8 +204,8 @@ def test_any_length_fits_80_columns(invoke: Invoke, work: Path, seq_len: str) ->
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_a_terminal_without_unicode_gets_ascii(work: Path) -> None:
-    saved = command(None, "pattern", "save", "p", "--config", str(work / "local.toml"), "--seq-len", "50")
+def test_a_terminal_without_unicode_gets_ascii(invoke: Invoke, work: Path) -> None:
+    saved = invoke("pattern", "save", "p", "--config", "local.toml", "--seq-len", "50")
     assert (saved.returncode, saved.stderr) == (0, "")
     plain = command(None, "pattern", "show", "p", PYTHONIOENCODING="ascii")
     assert (plain.returncode, plain.stderr) == (0, "")

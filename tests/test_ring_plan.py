@@ -64,8 +64,7 @@ def test_a_kernel_for_whole_layouts_computes_a_ranks_own_keys(pattern: Pattern, 
         assert worst(pattern, shards, batch=batch, through_lse=batch == 2, kernel=kernel) < 1e-12
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("is_causal", "kv_heads"), [(True, 4), (False, 2)])
 def test_rows_of_blocks_share_copies_of_a_column_that_many_list(
     is_causal: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
