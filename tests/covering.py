@@ -8,8 +8,9 @@ from dilated_attention.registry.conformance import Kit, Report
 def covering(kit: Kit) -> Report:
     """Every check, pattern and dtype, with and without causality in turn, as the squares of a chessboard."""
     trials = list(kit.trials())
-    colours = {name: number for number, name in enumerate(dict.fromkeys(case.pattern_name for case in kit.cases))}
-    colours |= {dtype: number for number, dtype in enumerate(dict.fromkeys(case.dtype for case in kit.cases))}
+    cases = [trial.case for trial in trials if trial.case is not None]
+    colours = {name: number for number, name in enumerate(dict.fromkeys(case.pattern_name for case in cases))}
+    colours |= {dtype: number for number, dtype in enumerate(dict.fromkeys(case.dtype for case in cases))}
     chosen = [
         trial
         for trial in trials
