@@ -19,7 +19,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m dilated_attention demo --output demo-output
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

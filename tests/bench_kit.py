@@ -92,12 +92,13 @@ def failing_otherwise(case: BenchCase, device: str) -> Peer:
 
 
 def ring_figures(settings: str) -> dict[str, Any]:
-    """What one of two real ranks measures for `--scaling`."""
-    from dilated_attention.bench.ring_worker import run
+    """What one of two real ranks measures for `--scaling`; its oracle has a sixteenth of the pairs."""
+    from dilated_attention.bench import ring_worker
 
     from .ring_cases import mesh_of
 
-    return run(RingSettings.from_json(settings), mesh_of(2))
+    ring_worker.SHORT = 256
+    return ring_worker.run(RingSettings.from_json(settings), mesh_of(2))
 
 
 def ring_refused(settings: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from dilated_attention.registry.discovery import default_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +73,23 @@ def install_backend(
     manifest = BACKEND.format(name=backend, module=module, priority=priority, capabilities=declared)
     install(site, name, manifest + textwrap.dedent(extra))
     (site / f"{module}_code.py").write_text(textwrap.dedent(code), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def installed(site: Path) -> Iterator[None]:
+    """This process, with the distributions in `site` installed and yet to be found; afterwards as if never there."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    default_registry.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(site))
+        default_registry.cache_clear()
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(site)):
+                del sys.modules[name]
 
 
 def run(site: Path | None, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -79,7 +79,7 @@ def check_interpreted(
 
 
 def test_launches_are_named_and_their_tables_counted() -> None:
-    layout = lower(LONGNET | Local(9), Geometry.self_attention(64, 2))
+    layout = lower(LONGNET | Local(9), Geometry.self_attention(24, 2))
     assert layout.blocks is not None
     tile, cpu = Tile(16, 16, 4, 1), torch.device("cpu")
     kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)))
@@ -93,8 +93,7 @@ def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
         launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
     )  # short segments, weighted all the same
     check_interpreted(LONGNET, Geometry.self_attention(19, 2, is_causal=True))
-    check_interpreted(LONGNET, Geometry.self_attention(19, 2))
-    # The inner two do not nest, the outer two do.
+    # Not causal; the inner two do not nest, the outer two do.
     check_interpreted(Dilated((5, 8, 16), (1, 2, 2)), Geometry.self_attention(19, 1))
 
 
@@ -106,7 +105,7 @@ def test_rates_that_do_not_divide_and_grouped_heads(is_causal: bool) -> None:
 
 def test_more_classes_than_rows_of_a_tile() -> None:
     """As of a branch over all of a long sequence, of whose classes few rows are."""
-    check_interpreted(Dilated((64, 216), (1, 72)), Geometry.self_attention(150, 1, is_causal=True), bound_from=0)
+    check_interpreted(Dilated((20, 60), (1, 18)), Geometry.self_attention(38, 1, is_causal=True), bound_from=0)
 
 
 def test_offsets_lengths_and_rows_without_keys() -> None:
@@ -118,9 +117,11 @@ def test_offsets_lengths_and_rows_without_keys() -> None:
     check_interpreted(pattern, before)
 
 
-@pytest.mark.parametrize("pattern", [Full(), Local(4)], ids=repr)
-def test_a_negative_scale(pattern: Pattern) -> None:
-    check_interpreted(pattern, Geometry.self_attention(21, 1), scale=-0.25)
+@pytest.mark.parametrize("pattern", [Full(), Random(blocks_per_row=2, block_size=16, seed=3)], ids=repr)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_negative_scale(pattern: Pattern, is_causal: bool) -> None:
+    """Where a mask hides pairs too; of blocks, the causal ones at the diagonal have one."""
+    check_interpreted(pattern, Geometry.self_attention(21, 1, is_causal=is_causal), scale=-0.25)
 
 
 def test_positions_beyond_its_arithmetic_are_an_error() -> None:
@@ -149,21 +150,21 @@ def test_blocks_with_masks_beside_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "is_causal", "rows_a_copy"),
+    ("pattern", "is_causal", "rows_a_copy", "num_heads"),
     [
-        (Dilated((8, 34), (1, 2)), True, 32),
-        (Random(blocks_per_row=2, block_size=16, seed=3), False, 1),
-        (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True, 32),
+        (Dilated((8, 34), (1, 2)), True, 32, 2),
+        (Random(blocks_per_row=2, block_size=16, seed=3), False, 1, 2),
+        (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True, 32, 1),
     ],
     ids=repr,
 )
 def test_a_rank_computes_its_own_keys_and_received_blocks(
-    pattern: Pattern, is_causal: bool, rows_a_copy: int, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, is_causal: bool, rows_a_copy: int, num_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks, a segment across both; merged with what they receive, it is the whole sequence's attention."""
     monkeypatch.setattr(plan, "ROWS_A_COPY", rows_a_copy)
     tile = Tile(16, 16, 4, 1)
     kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)), NEVER)
-    shards = Shards(17, 2, 2, 1, is_causal)
+    shards = Shards(17, 2, num_heads, 1, is_causal)
     found = worst(pattern, shards, kernel=kernel, takes_staged=True, through_lse=True, dtype=torch.float32, head_dim=16)
     assert found < 1e-5

@@ -307,14 +307,16 @@ def test_a_gradient_that_was_built_away_is_an_error() -> None:
         attention(*tensors)
 
 
-def test_importing_core_attention_changes_no_global_state() -> None:
+def test_a_call_changes_no_global_state_and_needs_no_optional_library() -> None:
     state = "torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ)"
     code = (
-        f"import os, torch; before = ({state});"
-        "from dilated_attention import Dilated, build_attention;"
+        f"import os, sys, torch; before = ({state});"
+        "from dilated_attention.reference import attention;"  # by its path, as the first of all
+        "from dilated_attention import Dilated, build_attention, counters_of;"
         "a = build_attention(pattern=Dilated(segment_lengths=(4,), dilation_rates=(2,)), num_heads=2, head_dim=8);"
-        "a(*torch.zeros(3, 1, 9, 2, 8));"
+        "a(*torch.zeros(3, 1, 9, 2, 8)); counters_of();"
         f"after = ({state});"
-        "assert before == after"
+        "assert before == after;"
+        "assert not {'prometheus_client', 'matplotlib', 'bokeh', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

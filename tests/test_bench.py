@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dilated_attention.errors import ConfigError
 
 from .bench_kit import BLOCKS, TINY
 from .conftest import Invoke
-from .distributions import ROOT, as_json, install_backend, run
+from .distributions import ROOT, as_json, install_backend
 
 KIT = "tests.bench_kit"
 
@@ -126,7 +125,7 @@ def test_what_is_wrong_gets_no_time(invoke: Invoke, peer: str, said: str) -> Non
     assert {r["backend"] for r in as_json(done)["results"]} == {"sdpa", "dense SDPA"}
 
 
-def test_a_wrong_backend_gets_no_time(tmp_path: Path) -> None:
+def test_a_wrong_backend_gets_no_time(tmp_path: Path, invoke_at: Invoke) -> None:
     code = """
         from dilated_attention.backends.aten import CpuFlash
 
@@ -150,16 +149,7 @@ def test_a_wrong_backend_gets_no_time(tmp_path: Path) -> None:
         "backward": True, "lse": True,
     }  # fmt: skip
     install_backend(tmp_path, "wrong-one", backend="wrong", capabilities=able, code=code)
-    script = """
-        import sys
-        from dilated_attention.bench.cases import CASES
-        from dilated_attention.cli import main
-        from tests.bench_kit import TINY
-        CASES["tiny"] = TINY
-        sys.argv = ["dilated-attention", "bench", "--case", "tiny", "--device", "cpu", "--rounds", "1", "--json"]
-        main()
-    """
-    done = run(tmp_path, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{textwrap.dedent(script)}")
+    done = invoke_at(tmp_path, "bench", "--case", "tiny", "--device", "cpu", "--rounds", "1", "--json")
     assert done.returncode == 1, done.stderr
     assert "FAILED tiny, wrong: dq is off the float64 oracle by" in done.stderr
     data = as_json(done)

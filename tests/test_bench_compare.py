@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
+import attrs
 import pytest
 
 from benchmarks.detection import LEAK, SLOW, compared, copied_checkout, plant
 from dilated_attention.bench import checkout
+from dilated_attention.bench.cases import CASES
 from dilated_attention.bench.checkout import commit_of, git
 from dilated_attention.bench.compare import CompareSettings, WorkerProcess, compare
 from dilated_attention.bench.intervals import Interval, ratio_interval, student_quantile
@@ -16,7 +19,9 @@ from dilated_attention.errors import ConfigError
 
 from .bench_kit import TINY
 from .conftest import Invoke
+from .distributions import as_json
 
+CASE = "longnet-1k"
 OTHER = "CpuFlash.forward = lambda *a, **k: (_plain(*a, **k)[0] * 1.1, _plain(*a, **k)[1])\n"
 
 
@@ -25,10 +30,19 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied_checkout(tmp_path_factory.mktemp("checkout"))
 
 
-def test_a_slow_down_and_a_leak_are_caught(tree: Path) -> None:
+@pytest.fixture
+def compare_here(tree: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """`compared` by the command in this process: what measures the trees are processes of their own all the same."""
+    monkeypatch.setitem(CASES, CASE, attrs.evolve(CASES[CASE], gate_len=256))
+    monkeypatch.setattr(checkout, "_PACKAGE", tree / "src" / "dilated_attention")
+    return partial(invoke, "bench", "--compare", "--case", CASE, "--json", "--device", "cpu")
+
+
+def test_a_slow_down_and_a_leak_are_caught(tree: Path, compare_here: Invoke) -> None:
     plant(tree, SLOW.format(share=0.4) + LEAK)
-    status, data, said = compared(tree)
-    assert status == 1, said
+    done = compare_here()
+    assert done.returncode == 1, done.stderr
+    data = as_json(done)
     assert [(row["phase"], row["verdict"], row["has_grown"]) for row in data["comparisons"]] == [
         ("forward", "slower", True), ("training", "slower", True)
     ]  # fmt: skip
@@ -38,11 +52,11 @@ def test_a_slow_down_and_a_leak_are_caught(tree: Path) -> None:
     assert git(tree, "worktree", "list").count("\n") == 0
 
 
-def test_equal_code_passes(tree: Path) -> None:
+def test_equal_code_passes(tree: Path, compare_here: Invoke) -> None:
     plant(tree, "")
-    status, data, said = compared(tree, "--threshold", "1.3", "HEAD~0")
-    assert status == 0, said
-    for row in data["comparisons"]:
+    done = compare_here("--threshold", "1.3", "HEAD~0")
+    assert done.returncode == 0, done.stderr
+    for row in as_json(done)["comparisons"]:
         assert row["verdict"] == "equal"
         assert row["new_bytes"] == row["old_bytes"] > 0
 

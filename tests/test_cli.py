@@ -80,7 +80,7 @@ def test_no_backend_that_fits_is_status_3_with_the_table(invoke: Invoke) -> None
     assert as_json(invoke("explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa", "--json"))["backend"] is None
 
 
-def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path) -> None:
+def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path, invoke_at: Invoke) -> None:
     manifest = """
     from dilated_attention.registry import BackendSpec, hookimpl
     @hookimpl
@@ -89,7 +89,7 @@ def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path) -> No
     """
     install_backend(tmp_path, "needy", backend="needy", extra="")
     (tmp_path / "needy.py").write_text("\n".join(line[4:] for line in manifest.splitlines()))
-    data = as_json(command(tmp_path, "doctor", "--json"))
+    data = as_json(invoke_at(tmp_path, "doctor", "--json"))
     assert data["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert data["versions"]["torch"]
     assert data["devices"][-1]["type"] == "cpu"
@@ -102,7 +102,7 @@ def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path) -> No
         "pip install 'flash-attn-9>=1'",
     )
     assert (met["requirement"], met["met"]) == ("attrs", True)
-    text = command(tmp_path, "doctor").stdout
+    text = invoke_at(tmp_path, "doctor").stdout
     assert "flash-attn-9>=1 for fa9: missing (no flash-attn-9 installed): pip install 'flash-attn-9>=1'" in text
 
 

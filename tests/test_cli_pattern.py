@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -203,8 +204,8 @@ def test_any_length_fits_80_columns(invoke: Invoke, work: Path, seq_len: str) ->
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_a_terminal_without_unicode_gets_ascii(work: Path) -> None:
-    saved = command(None, "pattern", "save", "p", "--config", str(work / "local.toml"), "--seq-len", "50")
+def test_a_terminal_without_unicode_gets_ascii(invoke: Invoke, work: Path) -> None:
+    saved = invoke("pattern", "save", "p", "--config", "local.toml", "--seq-len", "50")
     assert (saved.returncode, saved.stderr) == (0, "")
     plain = command(None, "pattern", "show", "p", PYTHONIOENCODING="ascii")
     assert (plain.returncode, plain.stderr) == (0, "")
@@ -223,8 +224,7 @@ def test_heads_that_differ_have_maps_of_their_own(invoke: Invoke, work: Path) ->
 PNG, SVG = b"\x89PNG\r\n\x1a\n", b"<?xml"
 
 
-@pytest.mark.parametrize(("file", "starts"), [("a.png", PNG), ("b.SVG", SVG)])
-@pytest.mark.parametrize("name", ["near", "far"])
+@pytest.mark.parametrize(("name", "file", "starts"), [("near", "a.png", PNG), ("far", "b.SVG", SVG)])
 def test_plot_writes_a_picture(invoke: Invoke, work: Path, name: str, file: str, starts: bytes) -> None:
     save(invoke, "near", "local.toml")
     save(invoke, "far", "drawn.toml")
@@ -235,15 +235,15 @@ def test_plot_writes_a_picture(invoke: Invoke, work: Path, name: str, file: str,
     assert Path(file).stat().st_size > 10_000
 
 
-def test_plot_without_matplotlib_names_the_install_line(work: Path) -> None:
-    blocker = work / "site"
-    blocker.mkdir()
-    (blocker / "sitecustomize.py").write_text(
-        "import importlib.util\nreal = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'matplotlib' else real(name, *rest)\n"
+def test_plot_without_matplotlib_names_the_install_line(
+    invoke: Invoke, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(invoke, "near", "local.toml")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
     )
-    command(None, "pattern", "save", "p", "--config", str(work / "local.toml"), "--seq-len", "50")
-    done = command(blocker, "pattern", "show", "p", "--plot", "a.png")
+    done = invoke("pattern", "show", "near", "--root", "store", "--plot", "a.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --plot needs matplotlib: pip install 'dilated-attention[plot]'\n"
     assert not Path("a.png").exists()

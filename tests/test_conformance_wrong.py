@@ -1,4 +1,7 @@
-"""The conformance kit against backends that are wrong on purpose: each is caught, by the check that should."""
+"""The conformance kit against backends that are wrong on purpose: each is caught, by the check that should.
+
+And, through the class that third parties use, against one that is right.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 
 from dilated_attention.registry import BackendSpec, hookimpl
-from dilated_attention.registry.conformance import Kit, Outcome, run
+from dilated_attention.registry.conformance import Conformance, Kit, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
 
@@ -104,6 +107,15 @@ def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
 
 def kit_of(target: type, capabilities: dict[str, Any]) -> Kit:
     return Kit(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
+
+
+class TestDense(Conformance):
+    backend = "dense"
+    quick = True
+    registry = registry_of(
+        plain_backends.Dense,
+        {name: DENSE[name] for name in ("device_types", "dtypes", "layouts", "lse")} | {"head_dims": (24,)},
+    )
 
 
 def failing(kit: Kit, check: str) -> Outcome | None:

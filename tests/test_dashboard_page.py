@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import attrs
 import pytest
 
 from dilated_attention import Dilated, preflight
+from dilated_attention.cli import main
 from dilated_attention.dashboard import HISTORY_BYTES, HISTORY_RESULTS, HISTORY_RUNS, check_can_render, read_runs
 from dilated_attention.errors import ConfigError
 
@@ -35,7 +38,7 @@ pattern = {kind = "dilated", segment_lengths = [64, 256], dilation_rates = [1, 4
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]:
-    """The page of a small configuration with its ring, a history and counters, made by a process of its own."""
+    """The page of a small configuration with its ring, a history and counters."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "a.toml").write_text(CONFIG + "context_parallel = {size = 2}\n")
     write(folder / "runs.jsonl", history(40))
@@ -57,14 +60,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]
     }
     (folder / "ran.json").write_text(json.dumps(ran))
     files = ["--history", "runs.jsonl", "--counters", "ran.json", "--config", "a.toml", "--out", "page.html"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dilated_attention", "dashboard", *files, "--json"],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        redirect_stdout(StringIO()) as out,
+        redirect_stderr(StringIO()) as err,
+    ):
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["dilated-attention", "dashboard", *files, "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert (stopped.value.code, err.getvalue()) == (0, "")
     text = (folder / "page.html").read_text(encoding="utf-8")
     assert {path.name for path in folder.iterdir()} == {"a.toml", "runs.jsonl", "ran.json", "page.html"}
-    return Page(text), json.loads(done.stdout) | {"text": text, "received": costs.loads[1].forward_received}
+    return Page(text), json.loads(out.getvalue()) | {"text": text, "received": costs.loads[1].forward_received}
 
 
 def test_the_page_is_whole_and_fetches_nothing(page: tuple[Page, dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ MORE: list[Pattern] = [
 ]
 LENGTH = 150
 # Prompts and the numbers of tokens in the steps after them, which are repeated.
-CHUNKS = ((1, (1,)), (37, (1,)), (64, (1, 1, 5)), (16, (16,)), (1, (70, 1, 2)), (LENGTH, (1,)))
+CHUNKS = ((1, (1,)), (64, (1,)), (16, (16,)), (1, (70, 1, 2)), (LENGTH, (1,)))
 
 
 def build(pattern: Pattern, **fields: Any) -> Attention:
@@ -73,7 +73,7 @@ def test_steps_equal_the_full_forward(pattern: Pattern) -> None:
     expected = attention(*tensors)
     for prompt, steps in CHUNKS:
         assert error(decode(attention, tensors, prompt, steps), expected) < 1e-5, (prompt, steps)
-    assert error(decode(attention, tensors, 37, (1,), max_seq_len=LENGTH), expected) < 1e-5
+    assert error(decode(attention, tensors, 37, (1, 1, 5), max_seq_len=LENGTH), expected) < 1e-5
 
 
 def test_float64_half_precision_and_the_reference_backend() -> None:

@@ -30,8 +30,11 @@ from dilated_attention.registry import (
     Request,
     hooks,
 )
+from dilated_attention.registry.conformance import Kit
 
-from .distributions import ROOT, as_json, command, run
+from .conftest import Invoke
+from .covering import covering
+from .distributions import ROOT, as_json, command, installed, run
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 DOCS = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -59,24 +62,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_the_installed_example_is_found_and_used(site: Path) -> None:
+def test_the_installed_example_is_found_and_used(site: Path, invoke_at: Invoke) -> None:
     (row,) = [row for row in as_json(command(site, "plugins", "--json")) if row["distribution"] == "toy-attention"]
     assert (row["status"], row["version"]) == ("ok", "1.0")
     assert (row["backends"], row["patterns"]) == (["toy"], ["log_sparse"])
     assert row["import_seconds"] < 0.25
     flags = ("--heads", "4", "--head-dim", "24", "--pattern", "log_sparse", "-P", "base=3")
-    plan = as_json(command(site, "explain", *flags, "--backend", "toy", "--json"))
+    plan = as_json(invoke_at(site, "explain", *flags, "--backend", "toy", "--json"))
     assert (plan["backend"], plan["kernel"]) == ("toy", "toy")
     assert plan["config"]["pattern"] == {"kind": "log_sparse", "base": 3}
-    refused = command(site, "explain", *flags, "--backend", "toy", "--dtype", "bfloat16")
+    refused = invoke_at(site, "explain", *flags, "--backend", "toy", "--dtype", "bfloat16")
     assert refused.returncode == 3
     assert "-> would be usable with dtype=float32" in refused.stdout
 
 
 def test_the_installed_example_conforms(site: Path) -> None:
-    done = command(site, "conformance", "toy", "--quick", "--pattern", '{kind = "log_sparse", base = 3}')
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    lines = done.stdout.splitlines()
+    with installed(site):
+        report = covering(Kit("toy", quick=True, patterns=[{"kind": "log_sparse", "base": 3}]))
+    assert report.passed, str(report)
+    lines = str(report).splitlines()
     assert lines[0].startswith("toy of toy-attention 1.0 on cpu: ")
     assert lines[-1].startswith("all 26 checks passed")
     assert any(line.startswith("manifest         ok") for line in lines)

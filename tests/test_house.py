@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import os
 import re
@@ -59,10 +60,16 @@ def floor_of(name: str) -> str:
     return re.split(r"[/.]", name)[0] or "__init__"
 
 
+@functools.cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree; several rules read it."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imports(name: str, source: str) -> Iterator[tuple[int, str]]:
     """Line and target of each import of our own: `core.pattern`, or `dilated_attention.core…` where it is absolute."""
     here = [*name.removesuffix(".py").split("/")[:-1]]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if floor_of(alias.name) == "dilated_attention":
@@ -105,7 +112,7 @@ def import_problems(name: str, source: str, plugins: Collection[str]) -> list[st
 
 def named_plugins(source: str) -> Iterator[tuple[int, str]]:
     """Line and module of every string that names a pattern or backend: `backends.sdpa`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := PLUGIN_NAME.match(node.value)):
             yield node.lineno, match[1]
 
@@ -154,6 +161,8 @@ def size_problems(name: str, source: str) -> list[str]:
 
 def comment_problems(name: str, source: str) -> list[str]:
     """`type: ignore` without a code, found in comments only."""
+    if "type: ignore" not in source:
+        return []
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     ignores = ((t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT and "type: ignore" in t.string)
     return [f"{name}:{line} ignores every type error" for line, text in ignores if "type: ignore[" not in text]
@@ -161,7 +170,7 @@ def comment_problems(name: str, source: str) -> list[str]:
 
 def except_problems(name: str, source: str) -> list[str]:
     """`except:` catches even KeyboardInterrupt."""
-    handlers = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler))
+    handlers = (node for node in nodes(source) if isinstance(node, ast.ExceptHandler))
     return [f"{name}:{node.lineno} has a bare except" for node in handlers if node.type is None]
 
 

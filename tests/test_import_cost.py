@@ -42,12 +42,11 @@ def test_import_takes_less_than_150_ms() -> None:
     assert min(float(run(None, "-c", code).stdout) for _ in range(3)) < 0.15
 
 
-def test_errors_and_reference_can_be_imported_by_their_path() -> None:
+def test_errors_and_specs_can_be_imported_by_their_path_without_torch() -> None:
     code = (
         "from dilated_attention.errors import ConfigError, DilatedAttentionError\n"
         "from dilated_attention.registry import BackendSpec, PatternSpec, Refusal, hookimpl\n"
-        "import sys; print('torch' in sys.modules, issubclass(ConfigError, ValueError))\n"
-        "from dilated_attention.reference import attention"
+        "import sys; print('torch' in sys.modules, issubclass(ConfigError, ValueError))"
     )
     done = run(None, "-c", code)
     assert (done.stdout.split(), done.stderr) == (["False", "True"], "")

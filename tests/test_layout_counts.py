@@ -34,7 +34,7 @@ def check(pattern: Pattern, geometry: Geometry, block_size: int | None = None) -
     assert layout.density == (distinct / allowed if allowed else 0.0)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(strategies.patterns(), strategies.geometries(max_len=80), st.sampled_from((3, 8, 16, None)))
 def test_pairs_are_those_of_the_oracle(pattern: Pattern, geometry: Geometry, block_size: int | None) -> None:
     check(pattern, geometry, block_size)

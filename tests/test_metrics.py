@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
+import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dilated_attention import Dilated, build_attention, counters_of
 from dilated_attention.metrics import Collector
-
-from .distributions import run
 
 
 def samples(collector: Collector) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -63,15 +65,9 @@ def test_without_modules_it_reports_every_living_attention() -> None:
     assert attention.plan.digest in plans
 
 
-def test_without_the_client_library_the_error_says_what_to_install() -> None:
-    code = (
-        "import sys; sys.modules['prometheus_client'] = None\n"
-        "try:\n    import dilated_attention.metrics\n"
-        "except ModuleNotFoundError as error:\n    print(error)"
-    )
-    assert "pip install 'dilated-attention[metrics]'" in run(None, "-c", code).stdout
-
-
-def test_the_main_package_does_not_need_it() -> None:
-    code = "import sys, dilated_attention; dilated_attention.counters_of(); print('prometheus_client' in sys.modules)"
-    assert run(None, "-c", code).stdout.strip() == "False"
+def test_without_the_client_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "prometheus_client"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "dilated_attention.metrics")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dilated-attention\[metrics\]'"):
+        importlib.import_module("dilated_attention.metrics")

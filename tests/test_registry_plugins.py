@@ -1,4 +1,7 @@
-"""Plugins of other distributions, really installed: they are found, and a broken one hurts nobody else."""
+"""Plugins of other distributions, really installed: they are found, and a broken one hurts nobody else.
+
+Commands that need torch run in this process; the environment and what an import brings are seen in one of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
+import pytest
+import torch
+
+from dilated_attention import AttentionConfig, Full, build_attention, explain
+from dilated_attention.registry.capabilities import make_request
+from dilated_attention.registry.conformance import Kit
+from dilated_attention.registry.device import describe_device
+from dilated_attention.registry.discovery import Registry
+from dilated_attention.registry.selection import select
+
 from . import distributions
-from .distributions import as_json, command, install, install_backend, run
+from .conftest import Invoke
+from .distributions import as_json, command, install, install_backend, installed, run
 
 # Kinds of broken: the module behind the entry point, and words that its cause must have.
 BROKEN: dict[str, tuple[str, list[str]]] = {
@@ -61,16 +76,6 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["'sdpa'", "thief 1.0", "dilated-attention 0.1.0"],
     ),
 }
-# What the other commands stand on: building, calling, and the conformance kit.
-USE = """
-import torch
-from dilated_attention import build_attention
-from dilated_attention.registry.conformance import Kit
-attention = build_attention(num_heads=4, head_dim=32, backend="sdpa", device="cpu")
-attention(*torch.zeros(3, 1, 5, 4, 32))
-trials = [trial for trial in Kit("sdpa", device="cpu", quick=True).trials() if trial.check.name in ("declared", "out")]
-print(attention.plan.backend, all(trial.run().passed for trial in trials[:3]))
-"""
 PLAIN = ("--heads", "4", "--head-dim", "32")
 
 
@@ -79,34 +84,37 @@ def row_of(rows: list[dict[str, Any]], distribution: str) -> dict[str, Any]:
     return row
 
 
-def test_a_backend_of_another_distribution_is_found_and_chosen(tmp_path: Path) -> None:
+def test_a_backend_of_another_distribution_is_found_and_chosen(tmp_path: Path, invoke_at: Invoke) -> None:
     install_backend(tmp_path, "fast-attention", backend="fast")
     listed = as_json(command(tmp_path, "backends", "--json"))
     names = [row["name"] for row in listed]
     assert names[0] == "fast"
     assert names.index("sdpa") < names.index("reference")
     assert (listed[0]["distribution"], listed[0]["version"]) == ("fast-attention", "1.0")
-    plan = as_json(command(tmp_path, "explain", *PLAIN, "--json"))
+    plan = as_json(invoke_at(tmp_path, "explain", *PLAIN, "--json"))
     assert (plan["backend"], plan["kernel"]) == ("fast", "toy kernel")
-    plan = as_json(command(tmp_path, "explain", *PLAIN, "--dtype", "bfloat16", "--json"))
+    plan = as_json(invoke_at(tmp_path, "explain", *PLAIN, "--dtype", "bfloat16", "--json"))
     assert plan["backend"] == "sdpa"
     assert row_of(plan["rows"], "fast-attention")["near_miss"]["changes"] == {"dtype": "float32"}
 
 
-def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path) -> None:
+def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path, invoke_at: Invoke) -> None:
     for name, (code, _) in BROKEN.items():
         install(tmp_path, name, code)
     install_backend(tmp_path, "sound", backend="sound")
     for arguments in (["backends"], ["plugins"], ["doctor"], ["explain", *PLAIN]):
-        done = command(tmp_path, *arguments)
+        done = invoke_at(tmp_path, *arguments)
         assert (done.returncode, done.stderr) == (0, ""), arguments
         for name in BROKEN:
             assert f"{name} 1.0" in done.stdout, (arguments, name)
     assert done.stdout.startswith("sound (toy kernel) chosen")
-    stored = command(tmp_path, "pattern", "list", "--root", str(tmp_path))
+    stored = invoke_at(tmp_path, "pattern", "list", "--root", str(tmp_path))
     assert (stored.returncode, stored.stderr) == (0, "")
-    used = run(tmp_path, "-W", "error", "-c", USE)
-    assert (used.stdout.split(), used.stderr) == (["sdpa", "True"], "")
+    with installed(tmp_path):
+        attention = build_attention(num_heads=4, head_dim=32, backend="sdpa", device="cpu")
+        assert attention(*torch.zeros(3, 1, 5, 4, 32)).shape == (1, 5, 4, 32)
+        for trial in list(Kit("sdpa", device="cpu", quick=True).trials())[:3]:
+            assert trial.run().passed, trial
     rows = as_json(command(tmp_path, "plugins", "--json"))
     for name, (_, words) in BROKEN.items():
         row = row_of(rows, name)
@@ -141,16 +149,17 @@ def test_two_distributions_with_one_name_are_both_named(tmp_path: Path) -> None:
     assert "registered by alpha 1.0" in cause
 
 
-def test_a_slow_import_is_recorded_and_usable(tmp_path: Path) -> None:
+def test_a_slow_import_is_recorded_and_usable(tmp_path: Path, invoke_at: Invoke) -> None:
     install_backend(tmp_path, "sleepy", backend="sleepy", extra="import time\ntime.sleep(0.4)")
     install_backend(tmp_path, "heavy", backend="heavy", extra="import torch")
+    (tmp_path / "torch.py").touch()  # what matters is that the name is imported; the real one takes seconds
     rows = as_json(command(tmp_path, "plugins", "--json"))
     assert row_of(rows, "sleepy")["status"] == "slow"
     assert row_of(rows, "sleepy")["import_seconds"] >= 0.4
     assert "import took" in row_of(rows, "sleepy")["causes"][0]
     assert "imports torch" in row_of(rows, "heavy")["causes"][0]
     assert row_of(rows, "sleepy")["backends"] == ["sleepy"]
-    explained = command(tmp_path, "explain", *PLAIN).stdout
+    explained = invoke_at(tmp_path, "explain", *PLAIN).stdout
     assert explained.startswith("heavy (toy kernel) chosen")
     assert "    its import took" in explained
 
@@ -189,18 +198,15 @@ def test_unknown_variables_are_warned_about() -> None:
     assert "UserWarning: the environment variable DILATED_ATTENTION_X means nothing here" in warned.stderr
 
 
-def test_the_environment_is_read_at_discovery_only(tmp_path: Path) -> None:
+def test_the_environment_is_read_at_discovery_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_backend(tmp_path, "fast-attention", backend="fast")
-    code = (
-        "import os, dilated_attention as d\n"
-        "first = d.explain(num_heads=4, head_dim=32).backend\n"
-        "os.environ['DILATED_ATTENTION_DISABLE_PLUGINS'] = 'fast-attention'\n"
-        "print(first, d.explain(num_heads=4, head_dim=32).backend)"
-    )
-    assert run(tmp_path, "-c", code).stdout.split() == ["fast", "fast"]
+    with installed(tmp_path):
+        assert explain(num_heads=4, head_dim=32, device="cpu").backend == "fast"
+        monkeypatch.setenv("DILATED_ATTENTION_DISABLE_PLUGINS", "fast-attention")
+        assert explain(num_heads=4, head_dim=32, device="cpu").backend == "fast"
 
 
-def test_a_site_ranks_backends(tmp_path: Path) -> None:
+def test_a_site_ranks_backends(tmp_path: Path, invoke_at: Invoke) -> None:
     install_backend(tmp_path, "fast-attention", backend="fast")
     rank = """
     from dilated_attention.registry import hookimpl
@@ -211,8 +217,8 @@ def test_a_site_ranks_backends(tmp_path: Path) -> None:
         return ["sdpa"] if request.config.head_dim == 32 else None
     """
     install(tmp_path, "site-preference", rank)
-    assert as_json(command(tmp_path, "explain", *PLAIN, "--json"))["backend"] == "sdpa"
-    assert as_json(command(tmp_path, "explain", "--heads", "4", "--head-dim", "64", "--json"))["backend"] == "fast"
+    assert as_json(invoke_at(tmp_path, "explain", *PLAIN, "--json"))["backend"] == "sdpa"
+    assert as_json(invoke_at(tmp_path, "explain", "--heads", "4", "--head-dim", "64", "--json"))["backend"] == "fast"
 
 
 WRONG_RANKINGS = {
@@ -223,14 +229,14 @@ WRONG_RANKINGS = {
 }
 
 
-def test_wrong_rankings_are_rows_and_are_ignored(tmp_path: Path) -> None:
+def test_wrong_rankings_are_rows_and_are_ignored(tmp_path: Path, invoke_at: Invoke) -> None:
     for name, (answer, _) in WRONG_RANKINGS.items():
         hook = (
             "from dilated_attention.registry import hookimpl\n"
             f"@hookimpl\ndef dilated_attention_rank_backends(request, candidates):\n    return {answer}\n"
         )
         install(tmp_path, name, hook)
-    plan = as_json(command(tmp_path, "explain", *PLAIN, "--json"))
+    plan = as_json(invoke_at(tmp_path, "explain", *PLAIN, "--json"))
     assert plan["backend"] == "sdpa"
     for name, (_, cause) in WRONG_RANKINGS.items():
         row = row_of(plan["rows"], name)
@@ -253,16 +259,16 @@ SHAKY = {
 }
 
 
-def test_backends_that_break_when_asked_are_rows(tmp_path: Path) -> None:
+def test_backends_that_break_when_asked_are_rows(tmp_path: Path, invoke_at: Invoke) -> None:
     for name, (code, _) in SHAKY.items():
         install_backend(tmp_path, name, backend=name, code=code)
-    plan = as_json(command(tmp_path, "explain", *PLAIN, "--json"))
+    plan = as_json(invoke_at(tmp_path, "explain", *PLAIN, "--json"))
     assert plan["backend"] == "sdpa"
     for name, (_, cause) in SHAKY.items():
         row = row_of(plan["rows"], name)
         assert (row["name"], row["status"], row["version"]) == (name, "broken", "1.0")
         assert cause in row["detail"]
-    asked = command(tmp_path, "explain", *PLAIN, "--backend", "raises")
+    asked = invoke_at(tmp_path, "explain", *PLAIN, "--backend", "raises")
     assert asked.returncode == 3
     assert asked.stdout.startswith("backend 'raises' does not fit, and was asked for by name")
     assert "ValueError: bad day" in asked.stdout
@@ -270,31 +276,21 @@ def test_backends_that_break_when_asked_are_rows(tmp_path: Path) -> None:
 
 def test_an_axis_of_tomorrow_is_refused_by_plugins_of_today_without_a_call(tmp_path: Path) -> None:
     install_backend(tmp_path, "today", backend="today", code="raise AssertionError('was imported')")
-    code = """
-import attrs
-from dilated_attention import AttentionConfig, Full
-from dilated_attention.registry.capabilities import make_request
-from dilated_attention.registry.device import describe_device
-from dilated_attention.registry.discovery import Registry
-from dilated_attention.registry.selection import select
-request = make_request(AttentionConfig(num_heads=4, head_dim=32), Full(), describe_device("cpu"))
-later = attrs.evolve(request, needs={**request.needs, "telepathy": True})
-for row in select(later, Registry.discover()).rows:
-    print(row.name, row.status, [refusal.code for refusal in row.refusals], row.near_miss)
-"""
-    done = run(tmp_path, "-c", code)
-    lines = done.stdout.splitlines()
-    assert len(lines) >= 3, done.stderr
-    assert all("'telepathy'" in line and line.endswith("] None") for line in lines)
-    assert {"today refused ['telepathy'] None", "sdpa refused ['telepathy'] None"} <= set(lines)
+    request = make_request(AttentionConfig(num_heads=4, head_dim=32), Full(), describe_device("cpu"))
+    later = attrs.evolve(request, needs={**request.needs, "telepathy": True})
+    with installed(tmp_path):
+        rows = select(later, Registry.discover({})).rows
+    assert all("telepathy" in [refusal.code for refusal in row.refusals] and row.near_miss is None for row in rows)
+    told = {row.name: (row.status, [refusal.code for refusal in row.refusals]) for row in rows}
+    assert told["today"] == told["sdpa"] == ("refused", ["telepathy"])
 
 
-def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path) -> None:
+def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path, invoke_at: Invoke) -> None:
     capabilities = distributions.CAPABILITIES | {"quantum": {"qubits": 3}}
     install_backend(tmp_path, "odd", backend="odd", capabilities=capabilities)
-    (odd,) = [b for b in as_json(command(tmp_path, "backends", "--json")) if b["name"] == "odd"]
+    (odd,) = [b for b in as_json(invoke_at(tmp_path, "backends", "--json")) if b["name"] == "odd"]
     assert odd["capabilities"]["quantum"] == {"qubits": 3}
-    assert "qubits=3  (not in this release's vocabulary)" in command(tmp_path, "backends").stdout
+    assert "qubits=3  (not in this release's vocabulary)" in invoke_at(tmp_path, "backends").stdout
 
 
 def test_listing_backends_imports_neither_torch_nor_numpy_nor_plugin_code(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ def joined(results: list[Any], ring: int) -> list[torch.Tensor]:
 def worst(ranks: Ranks, fields: dict[str, Any], size: int, *, batch: int = 1, through_lse: bool = False) -> float:
     """The largest error over out, lse, dq, dk, dv on `size` ranks."""
     results = ranks.run(exact, fields, size, batch, through_lse)
+    return off(results, fields, size, batch=batch, through_lse=through_lse)
+
+
+def off(results: list[Any], fields: dict[str, Any], size: int, *, batch: int, through_lse: bool) -> float:
+    """The largest error of these results of `exact`."""
     parallel = fields.get("context_parallel")
     config = AttentionConfig(**{**fields, "context_parallel": None})
     ring = size if parallel is None else parallel.size
@@ -74,9 +79,10 @@ def config_of(pattern: Pattern, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_results_and_gradients_are_the_oracles(ranks: Ranks, pattern: Pattern, size: int) -> None:
-    for is_causal, kv_heads, batch in ((True, 4, 1), (False, 2, 2)):
-        fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads)
-        assert worst(ranks, fields, size, batch=batch, through_lse=batch == 2) < 1e-5
+    """Every pattern on every number of ranks; both kinds of calls for each of either."""
+    is_plain = (PATTERNS.index(pattern) + size) % 2 == 0
+    fields = config_of(pattern, is_causal=is_plain, num_kv_heads=4 if is_plain else 2)
+    assert worst(ranks, fields, size, batch=1 if is_plain else 2, through_lse=not is_plain) < 1e-5
 
 
 def test_float64_is_exact_and_checkpointing_changes_nothing(ranks: Ranks) -> None:
@@ -93,9 +99,10 @@ def test_bfloat16_keeps_its_precision(ranks: Ranks) -> None:
 def test_a_small_budget_makes_shards_travel_hop_by_hop(ranks: Ranks, pattern: Pattern) -> None:
     for is_causal, size in ((True, 4), (False, 3)):
         fields = config_of(pattern, is_causal=is_causal, num_kv_heads=2, limits=Limits(exchange_buffer_bytes=1))
-        assert worst(ranks, fields, size, batch=2, through_lse=True) < 1e-5
+        results = ranks.run(exact, fields, size, 2, True)
+        assert off(results, fields, size, batch=2, through_lse=True) < 1e-5
         row = 2 * 2 * 2 * 8 * 4  # batch 2, K and V, 2 heads of 8 floats
-        for _, counters in ranks.run(exact, fields, size, 2, False)[:size]:
+        for _, counters in results[:size]:
             assert counters["forward_sent"] == counters["forward_received"] == (size - 1) * (240 // size) * row
             assert counters["backward_sent"] == (2 * size - 1) * (240 // size) * row
 
@@ -114,8 +121,7 @@ STRADDLING = [
 def test_a_kernel_for_whole_layouts_and_its_companion_are_exact(ranks: Ranks, pattern: Pattern, budget: int) -> None:
     """Its own keys (or every hop's) by `reference`, staged rows by `sdpa`."""
     for size, is_causal, dtype, bound in (
-        (2, True, "float64", 1e-12), (3, False, "float64", 1e-12), (4, True, "float64", 1e-12),
-        (2, False, "float32", 1e-5), (4, True, "float32", 1e-5),
+        (2, True, "float64", 1e-12), (3, False, "float64", 1e-12), (4, True, "float32", 1e-5),
     ):  # fmt: skip
         kv_heads = 2 if size == 3 or not is_causal else 4
         fields = config_of(pattern, is_causal=is_causal, num_kv_heads=kv_heads, dtype=dtype, backend="reference")

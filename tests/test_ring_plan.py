@@ -50,10 +50,9 @@ PATTERNS = [
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_every_rank_computes_its_shard_exactly(pattern: Pattern, is_causal: bool) -> None:
-    for size in (1, 2, 3, 4):
-        for batch, kv_heads in ((1, 4), (2, 2)):
-            shards = Shards(96 // size, size, 4, kv_heads, is_causal)
-            assert worst(pattern, shards, batch=batch, through_lse=batch == 2) < 1e-12
+    for size, batch, kv_heads in ((1, 1, 4), (2, 2, 2), (3, 1, 4), (4, 2, 2)):
+        shards = Shards(96 // size, size, 4, kv_heads, is_causal)
+        assert worst(pattern, shards, batch=batch, through_lse=batch == 2) < 1e-12
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -65,8 +64,7 @@ def test_a_kernel_for_whole_layouts_computes_a_ranks_own_keys(pattern: Pattern, 
         assert worst(pattern, shards, batch=batch, through_lse=batch == 2, kernel=kernel) < 1e-12
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("is_causal", "kv_heads"), [(True, 4), (False, 2)])
 def test_rows_of_blocks_share_copies_of_a_column_that_many_list(
     is_causal: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

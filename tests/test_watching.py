@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -16,23 +17,27 @@ from dilated_attention import Dilated, build_attention
 from dilated_attention.core import composer, tracing
 from dilated_attention.core.counters import Tally
 
-STEP = """
-import json, torch
-from dilated_attention import Dilated, Local, build_attention
 
-query = torch.linspace(-1, 1, 64 * 2 * 16).view(1, 64, 2, 16).requires_grad_()
-attention = build_attention(pattern=Dilated((16, 64), (1, 4)) | Local(3), like=query, is_causal=True)
-attention(query, query, query).square().sum().backward()
-counters = attention.counters()
-calls = [counters.forward.calls, counters.backward.calls, counters.forward.flops, counters.layouts.hits]
-print(json.dumps([float(query.grad.norm()), *calls]))
-"""
+def step() -> list[float]:
+    """A gradient's norm and what was counted, by the code that is imported; a copy's process is given this text."""
+    import torch
+
+    from dilated_attention import Dilated, Local, build_attention
+
+    query = torch.linspace(-1, 1, 64 * 2 * 16).view(1, 64, 2, 16).requires_grad_()
+    attention = build_attention(pattern=Dilated((16, 64), (1, 4)) | Local(3), like=query, is_causal=True)
+    attention(query, query, query).square().sum().backward()
+    counters = attention.counters()
+    calls = [counters.forward.calls, counters.backward.calls, counters.forward.flops, counters.layouts.hits]
+    assert query.grad is not None
+    return [float(query.grad.norm()), *calls]
 
 
 def step_of(tree: Path) -> list[float]:
-    """A gradient's norm and what was counted, computed by the code of `tree`."""
+    """What `step` returns, computed by the code of `tree`."""
+    code = f"import json\n{inspect.getsource(step)}\nprint(json.dumps(step()))"
     done = subprocess.run(
-        [sys.executable, "-c", STEP],
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(tree / "src")},
         capture_output=True,
         text=True,
@@ -44,7 +49,7 @@ def step_of(tree: Path) -> list[float]:
 
 def test_a_stripped_copy_computes_the_same_and_counts_nothing(tmp_path: Path) -> None:
     tree = copied_checkout(tmp_path)
-    norm, *counted = step_of(tree)
+    norm, *counted = step()
     assert all(counted)
     assert strip(tree) > 10
     assert strip(tree) == 0
