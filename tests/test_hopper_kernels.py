@@ -203,3 +203,35 @@ def test_rows_that_begin_anywhere(head_dim: int, pattern: Pattern) -> None:
     """Not only at multiples of 16 bytes, which is what their copies take."""
     geometry = Geometry(q_len=300, kv_len=300, num_heads=4, num_kv_heads=2, is_causal=True)
     compare(pattern, geometry, torch.float16, head_dim, shift=1)
+
+
+@pytest.mark.gpu
+@on_the_card
+@pytest.mark.parametrize("head_dim", [56, 128])
+def test_blocks_are_added_to_what_is_there(head_dim: int) -> None:
+    """As rings do: out and lse merged, dq summed; a row of blocks without any keeps what it has."""
+    geometry = Geometry(q_len=700, kv_len=700, num_heads=4, num_kv_heads=2, is_causal=True)
+    layout = lower(Local((200, 0)) | Global(3), geometry)
+    later = Geometry(q_len=700, kv_len=700, num_heads=4, num_kv_heads=2, is_causal=True, kv_offset=300)
+    empty = lower(Local((200, 0)) | Global(3), later)
+    assert empty.blocks is not None
+    assert (empty.blocks.row_ptr[:, 1:] == empty.blocks.row_ptr[:, :-1]).any()
+    sizes = TileSizes.of(head_dim, torch.bfloat16, is_causal=True, fed=True)
+    assert sizes.unfed is not None
+    rows, keys = (1, 700, 4, head_dim), (1, 700, 2, head_dim)
+    query, dout = draw(torch.bfloat16, *rows), draw(torch.bfloat16, *rows)
+    key, value = draw(torch.bfloat16, *keys), draw(torch.bfloat16, *keys)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for tiles in (sizes, sizes.unfed):
+        kernel = FusedKernel("compared", tiles)
+        out, lse = kernel.forward(query, key, value, LayoutPiece(layout=layout, scale=0.1))
+        dq = dout.float().contiguous()
+        for added in (layout, empty):
+            piece = LayoutPiece(layout=added, scale=0.1)
+            kernel.merge(out, lse, query, key, value, piece)
+            sums = kernel.row_sums(dout, out, lse, None)
+            kernel.gradients_of_queries(dout, query, key, value, sums, piece, dq)
+        found.append((out, lse, dq))
+    for name, mine, theirs in zip(("out", "lse", "dq"), *found, strict=True):
+        error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < (1e-5 if name == "lse" else 5e-3), (name, float(error))

@@ -165,8 +165,9 @@ def _keys_part(
             k, v, ring, walked, own, position, valid, dk, dv, scale,
             PART, BLOCK_D, BLOCK_N, STAGES, SPLIT, SHIFTS, PARTS,
         )  # fmt: skip
-    for other in range(number, gl.load(totals)):
-        pass_over(ring, other, STAGES)
+    if PARTS == 2:
+        for other in range(number, gl.load(totals)):
+            pass_over(ring, other, STAGES)
     store_rows(dk_base, row - low, stride_o, exists, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row - low, stride_o, exists, dv, HEAD_DIM, BLOCK_D, WIDE)
 

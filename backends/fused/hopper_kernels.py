@@ -84,22 +84,27 @@ def next_step(
     ring, walked, position, valid, number, left, mine, full, bound, bias,
     PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHIFTS: gl.constexpr,
 ):  # fmt: skip
-    """Come to the next step that has columns of this part.
+    """Come to the next step that has columns of this part; of a single part every step has.
 
     `number` counts steps, `left` and `mine` are the columns left of the run that any row of the program and of this
     part meets, `full` those that every row of the part does.
     """
     walks, biases, runs, totals, low, high = walked
     if mine <= 0:
-        while mine <= 0:
-            if left > 0:
-                pass_over(ring, number, STAGES)
-                number += 1
-                left -= BLOCK_N
-            else:
-                left = gl.load(runs + 2)
-                mine = gl.load(runs + 4 + 2 * PART)
-                runs += 4 + 2 * PARTS
+        if PARTS == 1:
+            left = gl.load(runs + 2)
+            mine = left
+            runs += 4 + 2 * PARTS
+        else:
+            while mine <= 0:
+                if left > 0:
+                    pass_over(ring, number, STAGES)
+                    number += 1
+                    left -= BLOCK_N
+                else:
+                    left = gl.load(runs + 2)
+                    mine = gl.load(runs + 4 + 2 * PART)
+                    runs += 4 + 2 * PARTS
         run = runs - (4 + 2 * PARTS)
         index = gl.load(run)
         full = gl.load(run + 5 + 2 * PART)
