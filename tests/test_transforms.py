@@ -60,11 +60,13 @@ def test_packed_documents_have_gradients() -> None:
 
 @pytest.mark.parametrize("pattern", [LONGNET, Local(3), Learned(block_size=4, blocks_per_row=2)], ids=repr)
 def test_mapped_calls_are_those_of_a_loop(pattern: Pattern) -> None:
+    """But for the last bit: PyTorch's kernel may divide a larger batch otherwise."""
     attention, (query, key, value) = build(pattern), tensors(3, 2)
     mapped = vmap(attention, in_dims=(0, 0, None))(query, key, value[0])
-    assert torch.equal(mapped, torch.stack([attention(query[i], key[i], value[0]) for i in range(3)]))
+    expected = torch.stack([attention(query[i], key[i], value[0]) for i in range(3)])
+    torch.testing.assert_close(mapped, expected, rtol=1e-12, atol=1e-14)
     last = vmap(attention, in_dims=4, out_dims=1)(*(x.movedim(0, 4) for x in (query, key, value)))
-    assert torch.equal(last[:, 2], attention(query[2], key[2], value[2]))
+    torch.testing.assert_close(last[:, 2], attention(query[2], key[2], value[2]), rtol=1e-12, atol=1e-14)
 
 
 def test_mapped_masks() -> None:
