@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
 from dilated_attention.backends.fused import launches
 from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.runs import DeviceTables, Runs
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.backends.fused.walks import make_tables
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.kernel import CALL_AXES, LayoutPiece
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.exchange import plan
@@ -88,6 +90,50 @@ def test_launches_are_named_and_their_tables_counted() -> None:
     assert kernel.prepare(layout, cpu) == branches.nbytes + blocks.nbytes > 0
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
+    """As tiles of its rows alone would, were they listed by themselves."""
+    layout = lower(Dilated((8, 24), (1, 2)), Geometry.self_attention(70, 2, is_causal=True))
+    tables = DeviceTables.of(
+        make_tables(layout.branches, is_causal=True, transposed=False, span=70, merge_from=1), torch.device("cpu")
+    )
+    tile = Tile(8 * parts, 4, 4, 1, parts=parts)
+    whole, alone = (Runs.of(tables, x, (0, 70), (0, 70)) for x in (tile, Tile(8, 4, 4, 1)))
+    period, kinds = tables.host.period, len(tables.host.counts)
+    listed = 0
+    for kind, block, slot in itertools.product(range(kinds), range(whole.blocks), range(period)):
+        index = parts * int(tables.host.slot_index[kind, slot])  # of the part's tile among those of its group
+        first = slot - int(tables.host.slot_index[kind, slot])
+        size = int(tables.host.group_size[kind, tables.host.slot_group[kind, slot]])
+        runs = whole.runs[kind, block, int(whole.start[kind, slot]) :]
+        totals = whole.totals[kind, block, slot].tolist()
+        at = [0] * parts
+        steps, number = 0, 0
+        while steps < totals[0]:
+            count, full = runs[number, 2:4].tolist()
+            of_parts = runs[number, 4:].reshape(parts, 2)
+            assert of_parts[:, 0].max() == count
+            assert of_parts[:, 1].min() == full
+            for part in range(parts):
+                other = parts * block + (index + part) // size, first + (index + part) % size
+                if of_parts[part, 0] > 0:
+                    expected = alone.runs[kind, other[0], int(alone.start[kind, other[1]]) + at[part]]
+                    assert runs[number, :2].tolist() + of_parts[part].tolist() == expected.tolist()
+                    at[part] += 1
+            steps += -(-count // tile.columns)
+            number += 1
+            listed += 1
+        own = [
+            int(alone.totals[kind, block_alone, slot_alone, 0])
+            for block_alone, slot_alone in (
+                (parts * block + (index + part) // size, first + (index + part) % size) for part in range(parts)
+            )
+            if block_alone < alone.blocks
+        ]
+        assert totals[1 : 1 + len(own)] == own
+    assert listed > 10
+
+
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
@@ -122,6 +168,19 @@ def test_offsets_lengths_and_rows_without_keys() -> None:
 def test_a_negative_scale(pattern: Pattern, is_causal: bool) -> None:
     """Where a mask hides pairs too; of blocks, the causal ones at the diagonal have one."""
     check_interpreted(pattern, Geometry.self_attention(21, 1, is_causal=is_causal), scale=-0.25)
+
+
+def test_merging_takes_the_sign_of_the_scale() -> None:
+    geometry = Geometry.self_attention(21, 1)
+    layout = lower(Random(blocks_per_row=2, block_size=16, seed=3), geometry)
+    tile = Tile(16, 16, 4, 1)
+    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)))
+    query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=16, dtype=torch.float32))
+    expected = kernel.forward(query, key, value, LayoutPiece(layout=layout, scale=-0.25))
+    merged = torch.zeros_like(query), torch.full((1, 1, 21), float("-inf"))
+    kernel.merge(*merged, query, key, value, LayoutPiece(layout=layout, scale=-0.25))
+    for found, want in zip(merged, expected, strict=True):
+        assert error(found, want) < 1e-6
 
 
 def test_positions_beyond_its_arithmetic_are_an_error() -> None:

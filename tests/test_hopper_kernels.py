@@ -15,7 +15,7 @@ import torch
 
 from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, PASSES
+from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, PASSES, in_lines
 from dilated_attention.backends.fused.tiles import TileSizes, can_be_fed
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -75,6 +75,18 @@ def test_their_registers_fit_on_a_multiprocessor(head_dim: int, is_causal: bool)
         assert 24 <= tile.feeding < tile.begin < registers
         assert threads * tile.begin == 128 * (tile.parts * registers + tile.feeding)
         assert threads * tile.begin * (1 if tile.begin == 168 else 2) <= 65536
+
+
+def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_copied() -> None:
+    x = torch.randn(2, 6, 3, 24).half()
+    for same in (x, x[:, 1:], x[:, :, 1:], x[..., 8:], x.transpose(1, 2)):
+        assert in_lines(same) is same
+    apart = torch.randn(2, 6, 3, 20).half()
+    for other in (x[..., 1:17], apart[..., :16], x.flatten()[1:-15].view(1, -1, 2, 8)):
+        copy = in_lines(other)
+        assert copy.data_ptr() % 16 == 0
+        assert all(stride % 8 == 0 for stride in copy.stride()[:3])
+        assert torch.equal(copy, other)
 
 
 @pytest.mark.slow
