@@ -20,8 +20,8 @@ def captured(contender: Contender, dtype: str) -> Contender:
         RuntimeError: a call that cannot be captured, or whose replay computes something else.
     """
     eager = contender.forward()
-    replay_forward, out = _capture(contender.forward)
-    replay_training, _ = _capture(contender.training)
+    replay_forward, out = capture(contender.forward)
+    replay_training, _ = capture(contender.training)
     assert isinstance(out, Tensor)
     out.zero_()
     replay_forward()
@@ -41,7 +41,7 @@ def captured(contender: Contender, dtype: str) -> Contender:
     )
 
 
-def _capture(call: Call) -> tuple[Call, object]:
+def capture(call: Call) -> tuple[Call, object]:
     """`call` as a graph, and what it returned while it was captured."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,72 @@
+"""Small cases of the fused kernels, forward and backward, for NVIDIA's compute-sanitizer to look at.
+
+python -m benchmarks.sanitized                                                   compile them first
+compute-sanitizer --tool memcheck python -m benchmarks.sanitized [NUMBER ...]    some of the cases, or all
+compute-sanitizer --tool racecheck python -m benchmarks.sanitized
+
+Each is compared with the same kernels in float32. racecheck reports where Triton hands arguments to the warps of a
+program (the line of the kernel's `def`), which a barrier orders that it does not follow.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Final
+
+import torch
+
+from dilated_attention import Dilated, Global, Local, Pattern, Random
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.tiles import TileSizes, can_be_fed
+from dilated_attention.bench.timing import difference, random_inputs
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import LayoutPiece
+from dilated_attention.core.lowering import lower
+
+_BRANCHES: Final = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
+_MASKED: Final = Local(100) | Global(3)
+_FULL: Final = Random(density=0.5, block_size=128)
+_ALWAYS: Final = 0
+_NEVER: Final = 1 << 30
+# pattern, head_dim, causal, from how many pairs a key on scores are bounded
+CASES: Final[tuple[tuple[Pattern, int, bool, int], ...]] = (
+    (_BRANCHES, 64, True, _ALWAYS),
+    (_BRANCHES, 64, False, _NEVER),
+    (_BRANCHES, 128, True, _ALWAYS),
+    (_BRANCHES, 104, False, _NEVER),
+    (_BRANCHES, 32, True, _ALWAYS),
+    (_MASKED, 64, True, _ALWAYS),
+    (_FULL, 48, False, _NEVER),
+    (_MASKED, 128, True, _NEVER),
+    (_FULL, 128, False, _ALWAYS),
+)
+
+
+def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> float:
+    """How far bfloat16 is from float32, in the worst of out and the gradients."""
+    geometry = Geometry(q_len=390, kv_len=390, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    piece = LayoutPiece(layout=lower(pattern, geometry), scale=head_dim**-0.5)
+    tensors = random_inputs((1, 390, 4, head_dim), "bfloat16", "cuda", kv_heads=2)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key, value, dout = (x.to(dtype) for x in tensors)
+        fed = can_be_fed(head_dim, dtype, version("triton"))
+        kernel = FusedKernel("checked", TileSizes.of(head_dim, dtype, is_causal=is_causal, fed=fed), bound_from)
+        out, lse = kernel.forward(query, key, value, piece)
+        found.append((out, *kernel.backward(dout, query, key, value, out, lse, piece)))
+    return max(difference(a, b) for a, b in zip(*found, strict=True))
+
+
+def main() -> None:
+    """Run the cases that are named by number."""
+    chosen = [int(word) for word in sys.argv[1:]] or range(len(CASES))
+    for number in chosen:
+        error = off(*CASES[number])
+        print(f"{number}: {CASES[number]} off by {error:.1e}", flush=True)
+        if not error < 1e-2:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Times each pass of the fused kernels alone, with other tiles beside those that are chosen.
+
+python -m benchmarks.tiles longnet-128k 'random-128k-*'
+python -m benchmarks.tiles longnet-128k --pass keys --tile ring:64,4,232,parts=1 --tile 64,32,4,3,registers=168,split
+
+A tile is ROWS,COLUMNS,WARPS,STAGES, or ring:COLUMNS,STAGES,REGISTERS of the kernels for Hopper, with 64 rows a part.
+Cases are those of `bench`. All tiles are compiled first, in processes of their own; then each is compared with the
+kernels in Triton, and all take turns as CUDA graphs. A card of compute capability 9.0 is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from statistics import quantiles
+from typing import Final
+
+import attrs
+import torch
+from torch import Tensor
+
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.launches import BOUND_FROM, PASSES, Pass
+from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes, can_be_fed
+from dilated_attention.bench.cases import BenchCase, named_cases
+from dilated_attention.bench.graphs import capture
+from dilated_attention.bench.timing import Call, difference, in_turns
+from dilated_attention.core.errors import ConfigError
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import LayoutPiece
+from dilated_attention.core.lowering import lower
+
+_BOUND: Final = 1e-2  # of 16-bit results of the same sums
+
+
+def parsed_tile(text: str) -> Tile:
+    """A tile as it is written on the command line.
+
+    Raises:
+        ConfigError: what is none.
+    """
+    kind, _, rest = text.rpartition(":")
+    words = rest.split(",")
+    numbers = [int(word) for word in words if word.isdecimal()]
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    split = "split" in words
+    known = {"parts"} if kind else {"registers"}
+    wrong = len(numbers) != (3 if kind else 4) or kind not in ("", "ring") or not named.keys() <= known
+    if wrong or len(numbers) + len(named) + split != len(words) or not all(x.isdecimal() for x in named.values()):
+        raise ConfigError(
+            f"{text!r} is no tile; write ROWS,COLUMNS,WARPS,STAGES[,registers=N][,split] or "
+            "ring:COLUMNS,STAGES,REGISTERS[,parts=N][,split]"
+        )
+    if kind:
+        return Tile.by_ring(*numbers, parts=int(named.get("parts", 2)), split=split)
+    rows, columns, warps, stages = numbers
+    return Tile(rows, columns, warps, stages, int(named["registers"]) if named else None, split)
+
+
+@attrs.frozen(eq=False)
+class Passes:
+    """The tensors of a case, and its passes with any tiles."""
+
+    case: BenchCase
+    inputs: list[Tensor]
+    piece: LayoutPiece
+    plain: TileSizes
+
+    @classmethod
+    def of(cls, case: BenchCase) -> Passes:
+        """With random tensors on the card."""
+        geometry = Geometry(
+            q_len=case.seq_len,
+            kv_len=case.seq_len,
+            num_heads=case.num_heads,
+            num_kv_heads=case.num_kv_heads,
+            is_causal=case.is_causal,
+        )
+        layout = lower(case.pattern, geometry)
+        if bool(layout.branches) == (layout.blocks is not None):
+            raise ConfigError(f"{case.name} has branches and blocks; take a case with one of them")
+        dtype: torch.dtype = getattr(torch, case.dtype)
+        plain = TileSizes.of(case.head_dim, dtype, is_causal=case.is_causal)
+        return cls(case, case.inputs("cuda"), LayoutPiece(layout=layout, scale=case.head_dim**-0.5), plain)
+
+    def tiles(self, sizes: TileSizes) -> Tiles:
+        """Those of this layout."""
+        blocks = self.piece.layout.blocks
+        return sizes.branches if blocks is None else sizes.within(blocks.block_size)
+
+    def chosen(self) -> Tiles:
+        """Those that the backend takes."""
+        dtype = self.inputs[0].dtype
+        fed = can_be_fed(self.case.head_dim, dtype, version("triton"))
+        return self.tiles(TileSizes.of(self.case.head_dim, dtype, is_causal=self.case.is_causal, fed=fed))
+
+    def call(self, which: Pass, tile: Tile) -> Call:
+        """One pass with that tile, from what the kernels in Triton give of those before it."""
+        tiles = attrs.evolve(self.tiles(self.plain), **{which: tile})
+        kernel = FusedKernel("timed", TileSizes(tiles, tiles), BOUND_FROM)
+        query, key, value, dout = self.inputs
+        if which == "forward":
+            return lambda: kernel.forward(query, key, value, self.piece)
+        plain = FusedKernel("plain", self.plain)
+        out, lse = plain.forward(query, key, value, self.piece)
+        sums = plain.row_sums(dout, out, lse, None)
+        if which == "queries":
+            return lambda: (kernel.gradients_of_queries(dout, query, key, value, sums, self.piece),)
+        return lambda: kernel.gradients_of_keys(dout, query, key, value, sums, self.piece)
+
+    def candidates(self, which: Pass, more: Sequence[Tile]) -> list[Tile]:
+        """The tile in Triton, the chosen one, and others."""
+        listed = [self.tiles(self.plain).of(which), self.chosen().of(which), *more]
+        return [tile for number, tile in enumerate(listed) if tile not in listed[:number]]
+
+
+def rows_of(passes: Passes, which: Pass, tiles: Sequence[Tile], rounds: int) -> Iterator[str]:
+    """A line for each tile: its time, quartiles, how far it is from the first, and whether it is the chosen one."""
+    calls: dict[Tile, Call] = {}
+    off: dict[Tile, float] = {}
+    expected: tuple[Tensor, ...] = ()
+    for tile in tiles:
+        call = passes.call(which, tile)
+        found = call()
+        assert isinstance(found, tuple)
+        expected = expected or found
+        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a.dim() == 4]
+        off[tile] = max(difference(a, b) for a, b in pairs)
+        if off[tile] < _BOUND:
+            calls[tile], _ = capture(call)
+    times = in_turns(calls, rounds, "cuda", warm_up=2)
+    for tile in tiles:
+        mark = " chosen" if tile == passes.chosen().of(which) else ""
+        if tile in times:
+            low, middle, high = quantiles(times[tile], n=4)
+            told = f"{middle:8.3f} ms  {low:.3f} to {high:.3f}  off {off[tile]:.0e}"
+        else:
+            told = f"wrong: off by {off[tile]:.0e}, allowed are {_BOUND:.0e}"
+        yield f"{passes.case.name:22} {which:8} {told}  {tile}{mark}"
+
+
+def compile_ahead(arguments: Sequence[str], processes: int) -> None:
+    """Compile everything into Triton's cache, each process its share."""
+    command = [sys.executable, "-m", "benchmarks.tiles", *arguments, "--processes", str(processes)]
+    started = [subprocess.Popen([*command, "--share", str(share)]) for share in range(processes)]
+    for process in started:
+        process.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or compile a share."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", help="cases of bench; * stands for any letters")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: all")
+    parser.add_argument("--tile", action="append", default=[], help="repeatable")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(given)
+    try:
+        cases, more = named_cases(args.cases, "cuda"), [parsed_tile(text) for text in args.tile]
+    except ConfigError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        parser.error("it needs a card of compute capability 9.0 (H100, H200)")
+    if args.share is None and args.processes > 1:
+        compile_ahead(given, args.processes)
+    number = 0
+    for case in cases:
+        passes = Passes.of(case)
+        for which in args.passes or PASSES:
+            tiles = passes.candidates(which, more)
+            if args.share is None:
+                print("\n".join(rows_of(passes, which, tiles, args.rounds)), flush=True)
+                continue
+            for tile in tiles:
+                if number % args.processes == args.share:
+                    passes.call(which, tile)()
+                number += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`benchmarks.tiles`: how tiles are written, and what it says without a card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.tiles import main, parsed_tile
+from dilated_attention import ConfigError
+from dilated_attention.backends.fused.tiles import Tile
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("64,32,4,3", Tile(64, 32, 4, 3)),
+        ("64,32,4,3,registers=168,split", Tile(64, 32, 4, 3, 168, split=True)),
+        ("ring:64,4,232", Tile.by_ring(64, 4, 232)),
+        ("ring:64,4,232,parts=1,split", Tile.by_ring(64, 4, 232, parts=1, split=True)),
+    ],
+)
+def test_tiles(text: str, expected: Tile) -> None:
+    assert parsed_tile(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "64,32,4", "ring:64,4", "ring:64,4,232,registers=1", "64,32,4,x", "a:1,2,3"])
+def test_what_is_no_tile_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no tile; write ROWS,COLUMNS"):
+        parsed_tile(text)
+
+
+def test_unknown_cases_and_machines_without_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["longnet-127k"])
+    assert "did you mean" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["longnet-128k"])
+        assert "needs a card of compute capability 9.0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_it_times_the_chosen_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["longnet-32k", "--pass", "forward", "--tile", "64,32,4,2", "--rounds", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert sum(line.endswith("chosen") for line in lines) == 1
+    assert all("wrong" not in line for line in lines)
