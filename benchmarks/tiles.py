@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.launches import BOUND_FROM, PASSES, Pass
-from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes, can_be_fed
+from dilated_attention.backends.fused.launches import BOUND_FROM
+from dilated_attention.backends.fused.tiles import PASSES, Pass, Tile, Tiles, TileSizes, can_be_fed
 from dilated_attention.bench.cases import BenchCase, named_cases
 from dilated_attention.bench.graphs import capture
 from dilated_attention.bench.timing import Call, difference, in_turns
@@ -101,7 +101,7 @@ class Passes:
     def call(self, which: Pass, tile: Tile) -> Call:
         """One pass with that tile, from what the kernels in Triton give of those before it."""
         tiles = attrs.evolve(self.tiles(self.plain), **{which: tile})
-        kernel = FusedKernel("timed", TileSizes(tiles, tiles), BOUND_FROM)
+        kernel = FusedKernel("timed", TileSizes.alike(tiles), BOUND_FROM)
         query, key, value, dout = self.inputs
         if which == "forward":
             return lambda: kernel.forward(query, key, value, self.piece)

@@ -54,7 +54,7 @@ def check_interpreted(
     )
     tile = Tile(16, 16, 4, 1)
     name = f"interpreted, bounded from {bound_from}"
-    fused = FusedKernel(name, TileSizes(Tiles.alike(tile), Tiles.alike(tile)), bound_from)
+    fused = FusedKernel(name, TileSizes.alike(Tiles.alike(tile)), bound_from)
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
     tensors = inputs(geometry, batch=1, head_dim=head_dim, dtype=torch.float32)
     tensors = [tensors[0].detach().mul(factor).requires_grad_(), *tensors[1:]]
@@ -84,7 +84,7 @@ def test_launches_are_named_and_their_tables_counted() -> None:
     layout = lower(LONGNET | Local(9), Geometry.self_attention(24, 2))
     assert layout.blocks is not None
     tile, cpu = Tile(16, 16, 4, 1), torch.device("cpu")
-    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)))
+    kernel = FusedKernel("interpreted", TileSizes.alike(Tiles.alike(tile)))
     branches, blocks = kernel.parts(layout, cpu)
     assert (branches.name, blocks.name) == ("branch w=8 r=1, branch w=16 r=2", "blocks of 128")
     assert kernel.prepare(layout, cpu) == branches.nbytes + blocks.nbytes > 0
@@ -174,7 +174,7 @@ def test_merging_takes_the_sign_of_the_scale() -> None:
     geometry = Geometry.self_attention(21, 1)
     layout = lower(Random(blocks_per_row=2, block_size=16, seed=3), geometry)
     tile = Tile(16, 16, 4, 1)
-    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)))
+    kernel = FusedKernel("interpreted", TileSizes.alike(Tiles.alike(tile)))
     query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=16, dtype=torch.float32))
     expected = kernel.forward(query, key, value, LayoutPiece(layout=layout, scale=-0.25))
     merged = torch.zeros_like(query), torch.full((1, 1, 21), float("-inf"))
@@ -223,7 +223,7 @@ def test_a_rank_computes_its_own_keys_and_received_blocks(
     """Two ranks, a segment across both; merged with what they receive, it is the whole sequence's attention."""
     monkeypatch.setattr(plan, "ROWS_A_COPY", rows_a_copy)
     tile = Tile(16, 16, 4, 1)
-    kernel = FusedKernel("interpreted", TileSizes(Tiles.alike(tile), Tiles.alike(tile)), NEVER)
+    kernel = FusedKernel("interpreted", TileSizes.alike(Tiles.alike(tile)), NEVER)
     shards = Shards(17, 2, num_heads, 1, is_causal)
     found = worst(pattern, shards, kernel=kernel, takes_staged=True, through_lse=True, dtype=torch.float32, head_dim=16)
     assert found < 1e-5

@@ -15,8 +15,8 @@ import torch
 
 from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, PASSES, in_lines
-from dilated_attention.backends.fused.tiles import TileSizes, can_be_fed
+from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
+from dilated_attention.backends.fused.tiles import PASSES, Tile, TileSizes, can_be_fed
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -56,6 +56,8 @@ def test_blocks_that_their_rows_do_not_divide_are_never_theirs(head_dim: int, is
     unfed = TileSizes.of(head_dim, torch.bfloat16, is_causal=is_causal)
     for block in (16, 32, 64):
         assert fed.within(block) == unfed.within(block)
+    for sizes, block in ((fed, 64), (unfed, 64)):  # no 128 rows cut to 64, of which 8 warps would have few each
+        assert sizes.within(block).forward in (Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 3, 168))
     for block in (128, 256):
         assert fed.within(block).forward.parts == 2
         assert fed.within(block).keys.parts == 2

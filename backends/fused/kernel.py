@@ -11,8 +11,8 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
-from .launches import BOUND_FROM, PASSES, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
-from .tiles import TileSizes, ceil_div, padded
+from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
+from .tiles import PASSES, TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
     from ...core.kernel import LayoutPiece

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ...core.schedule import branch_name
 from . import kernels
 from .block_tables import BlockTables
 from .runs import DeviceTables, Runs
-from .tiles import Tile, Tiles, ceil_div, padded
+from .tiles import PASSES, Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ...core.layout import BlockLayout
     from ...core.pattern import Branch
 
-Pass = Literal["forward", "queries", "keys"]
-PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys")
 OF_BRANCHES: Final = ("attend", "gradients_of_queries", "gradients_of_keys")
 OF_BLOCKS: Final = ("attend_blocks", "block_gradients_of_queries", "block_gradients_of_keys")
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows

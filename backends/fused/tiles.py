@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final, Literal
+
 import attrs
 import torch
+
+Pass = Literal["forward", "queries", "keys"]
+PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -71,7 +76,7 @@ class Tiles:
         """One tile for all passes."""
         return cls(tile, tile, tile)
 
-    def of(self, which: str) -> Tile:
+    def of(self, which: Pass) -> Tile:
         """That of a pass."""
         found: Tile = getattr(self, which)
         return found
@@ -79,13 +84,15 @@ class Tiles:
 
 @attrs.frozen
 class TileSizes:
-    """The tiles over branches, and those over tables of blocks, which are cut to the block.
+    """The tiles over branches, and those over tables of blocks.
 
-    Where those are fed, blocks that they do not divide have the tiles of `unfed`.
+    `few` is compiled for fewer rows, and cut to blocks that those of `blocks` are too large for. Where those are fed,
+    blocks that they do not divide have the tiles of `unfed`.
     """
 
     branches: Tiles
     blocks: Tiles
+    few: Tiles
     unfed: TileSizes | None = None
 
     @classmethod
@@ -95,54 +102,51 @@ class TileSizes:
         More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
         if dtype == torch.float32:
-            small = Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1))
-            return cls(small, small)
+            return cls.alike(Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)))
         if fed:
-            unfed = cls.of(head_dim, dtype, is_causal=is_causal)
-            if head_dim <= 64:
-                forward = Tile.by_ring(64, 4, 104, split=True)
-                two = Tile.by_ring(64, 4, 232, split=True)
-                keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
-                queries = unfed.branches.queries, unfed.blocks.queries
-                return cls(Tiles(forward, queries[0], keys), Tiles(forward, queries[1], two), unfed)
-            large = Tiles(Tile.by_ring(128, 2, 240), Tile.by_ring(64, 4, 232), Tile.by_ring(32, 4, 232))
-            return cls(large, large, unfed)
+            return cls._fed(head_dim, cls.of(head_dim, dtype, is_causal=is_causal), is_causal=is_causal)
         if head_dim <= 64:
-            return cls(
-                Tiles(
-                    Tile(64, 64, 4, 3, 128) if is_causal else Tile(128, 64, 8, 3, 128),
-                    Tile(64, 32, 4, 4, 128),
-                    Tile(64, 32, 4, 3, 168),
-                ),
-                Tiles(Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168)),
-            )
-        if head_dim <= 128:
-            return cls(
-                Tiles(
-                    Tile(64, 32, 4, 3, 168) if is_causal else Tile(128, 32, 8, 3, 128, split=True),
-                    Tile(64, 32, 4, 3, split=True),
-                    Tile(64, 32, 4, 3, 255),
-                ),
-                Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255)),
-            )
-        large = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
-        return cls(large, large)
+            few = Tiles(Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 4, 128), Tile(64, 32, 4, 3, 168))
+            forward = Tile(128, 64, 8, 3, 128)
+            blocks = Tiles(forward, Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2, 168))
+        elif head_dim <= 128:
+            few = Tiles(Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 3, split=True), Tile(64, 32, 4, 3, 255))
+            forward = Tile(128, 32, 8, 3, 128, split=True)
+            blocks = Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255))
+        else:
+            return cls.alike(Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)))
+        return cls(few if is_causal else attrs.evolve(few, forward=forward), blocks, few)
+
+    @classmethod
+    def alike(cls, tiles: Tiles) -> TileSizes:
+        """The same tiles for everything."""
+        return cls(tiles, tiles, tiles)
+
+    @classmethod
+    def _fed(cls, head_dim: int, unfed: TileSizes, *, is_causal: bool) -> TileSizes:
+        if head_dim > 64:
+            large = Tiles(Tile.by_ring(128, 2, 240), Tile.by_ring(64, 4, 232), Tile.by_ring(32, 4, 232))
+            return cls(large, large, unfed.few, unfed)
+        forward, two = Tile.by_ring(64, 4, 104, split=True), Tile.by_ring(64, 4, 232, split=True)
+        keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
+        return cls(
+            Tiles(forward, unfed.branches.queries, keys),
+            Tiles(forward, unfed.blocks.queries, two),
+            unfed.few,
+            unfed,
+        )
 
     def within(self, block: int) -> Tiles:
         """For a table of blocks of that many positions, which rows and columns have to divide.
 
-        Where a block is too small for a tile of blocks, that of branches is cut, which is compiled for fewer rows.
+        Blocks smaller than a tile of `few` cut that.
         """
         if self.unfed is not None and block % self.blocks.forward.rows:
             return self.unfed.within(block)
 
-        def cut(tile: Tile, other: Tile) -> Tile:
-            chosen = tile if tile.rows <= block else other
+        def cut(which: Pass) -> Tile:
+            tile = self.blocks.of(which)
+            chosen = tile if tile.rows <= block else self.few.of(which)
             return attrs.evolve(chosen, rows=min(chosen.rows, block), columns=min(chosen.columns, block))
 
-        blocks, branches = self.blocks, self.branches
-        return Tiles(
-            cut(blocks.forward, branches.forward),
-            cut(blocks.queries, branches.queries),
-            cut(blocks.keys, branches.keys),
-        )
+        return Tiles(cut("forward"), cut("queries"), cut("keys"))
