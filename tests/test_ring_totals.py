@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dilated_attention import Dilated, Full, Global, Limits, Local, Pattern, Random, Strided, preflight
@@ -66,6 +66,7 @@ def test_totals_equal_the_plans_lists(
     [
         Dilated((8, 16, 32, 10_000), (1, 2, 4, 16)),
         Dilated((12, 40, 10_000), (2, 5, 3), offsets="blocked"),
+        Dilated((32, 64), (2, 4), offsets="blocked"),  # heads whose branches meet, and others whose do not
         Dilated((30, 42), (4, 9), heads="split") + Dilated((8,), (2,)),
         Dilated((16, 64, 256), (1, 4, 16), offsets_by="kv_head"),
         Dilated((7, 19, 50), (1, 3, 5)) + Strided(6),
@@ -110,6 +111,8 @@ def test_ranks_that_are_alike_are_lowered_once(pattern: Pattern, classes: bool, 
 
 
 @given(pattern=patterns(), is_causal=st.booleans())
+@example(pattern=Local(9) | Global(3), is_causal=True)
+@example(pattern=Dilated((4, 6), (1, 2)) + (Global(5) | Local((2, 7))), is_causal=False)
 @settings(max_examples=60, deadline=None)
 def test_patterns_repeat_themselves_as_they_say(pattern: Pattern, is_causal: bool) -> None:
     repeats = pattern.repeats()
