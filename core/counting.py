@@ -46,17 +46,31 @@ class _Cells:
 
     def pairs(self, geometry: Geometry) -> int:
         """How many such pairs the geometry allows."""
-        q_first, q_count = self._places(geometry.q_offset, geometry.q_len)
-        k_first, k_count = self._places(geometry.kv_offset, geometry.kv_len)
-        if not geometry.is_causal:
-            return int((q_count * k_count).sum())
+        keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
+        queries = geometry.q_offset, geometry.q_offset + geometry.q_len
+        return int(self.each(*queries, *keys, is_causal=geometry.is_causal).sum())
+
+    def each(
+        self,
+        q_low: int | IntArray,
+        q_high: int | IntArray,
+        k_low: int | IntArray,
+        k_high: int | IntArray,
+        *,
+        is_causal: bool,
+    ) -> IntArray:
+        """How many of each cell have their query in q_low:q_high and their key in k_low:k_high; bounds also by cell."""
+        q_first, q_count = self._places(q_low, q_high)
+        k_first, k_count = self._places(k_low, k_high)
+        if not is_causal:
+            return q_count * k_count
         # Query i of a cell sees key j where q_first + i >= k_first + j: min(max(lead + i, 0), k_count) keys.
         lead = q_first - k_first + 1
-        return int((_ramp(lead + q_count, k_count) - _ramp(lead, k_count)).sum())
+        return _ramp(lead + q_count, k_count) - _ramp(lead, k_count)
 
-    def _places(self, offset: int, length: int) -> tuple[IntArray, IntArray]:
-        """The first place (position = residue + stride * place) at or after `offset` in each cell, and their number."""
-        low, high = np.maximum(self.low, offset), np.minimum(self.high, offset + length)
+    def _places(self, low: int | IntArray, high: int | IntArray) -> tuple[IntArray, IntArray]:
+        """The first place (position = residue + stride * place) from `low` on in each cell; how many before `high`."""
+        low, high = np.maximum(self.low, low), np.minimum(self.high, high)
         first = -((self.residue - low) // self.stride)
         end = -((self.residue - high) // self.stride)
         return first, np.maximum(end - first, 0)
@@ -107,6 +121,37 @@ def branch_pairs(branch: Branch, geometry: Geometry) -> int:
         for (offset,), heads in kinds.items()
         if offset is not None
     )
+
+
+def shard_pairs(branch: Branch, offset: int, length: int, size: int, *, is_causal: bool) -> IntArray:
+    """Pairs of one head's queries in each of `size` shards of `length` positions with keys anywhere, (size,) int64.
+
+    A shard's queries lie in the segment that holds its first position, in the one that holds its last, and in whole
+    ones between, which are all alike. The branch's weight is not included.
+    """
+    seq_len = length * size
+    width = branch.segment_length or seq_len
+    begin = np.arange(size, dtype=np.int64) * length
+    end = begin + length
+    if offset >= width:
+        return np.zeros(size, dtype=np.int64)
+
+    def within(segment: IntArray, low: IntArray, high: IntArray) -> IntArray:
+        """Pairs with a query in low:high, which lies in that segment."""
+        start = segment * width
+        cells = _Cells(start, np.minimum(start + width, seq_len), branch.stride, (start + offset) % branch.stride)
+        return cells.each(low, high, 0, seq_len, is_causal=is_causal)
+
+    first, last = begin // width, (end - 1) // width
+    total = within(first, begin, np.minimum(end, (first + 1) * width))
+    later = last > first
+    total[later] += within(last[later], last[later] * width, end[later])
+    whole = last - first > 1
+    if whole.any():
+        # The residue that positions of a segment have does not change how many of its pairs there are.
+        between = (last - first - 1)[whole]
+        total[whole] += between * within(np.array([0]), np.array([0]), np.array([width]))
+    return total
 
 
 def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geometry: Geometry) -> int:

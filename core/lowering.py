@@ -44,6 +44,15 @@ def block_traits(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal:
     return frozenset(name for name, present in traits if present)
 
 
+def table_block_size(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> int:
+    """The block size of the table that `lower` gives this pattern, by default, where it gives one."""
+    from .blocking import DEFAULT_BLOCK_SIZE
+
+    geometry = Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
+    terms = (term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
+    return min((size for term in terms if (size := term.block_size) is not None), default=DEFAULT_BLOCK_SIZE)
+
+
 def lower(
     pattern: Pattern, geometry: Geometry, *, block_size: int | None = None, limit_bytes: int | None = None
 ) -> Layout:

@@ -18,6 +18,7 @@ import attrs
 from .checks import did_you_mean, positive_int
 from .errors import ConfigError
 from .geometry import Geometry
+from .repeats import Repeats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,6 +162,10 @@ class Pattern(ABC):
         Lowering then tells the blocks of such heads apart once. The default claims nothing: a group per head.
         """
         return tuple(range(num_heads))
+
+    def repeats(self) -> Repeats | None:
+        """How it repeats itself along the sequence, if it does: what it costs a ring is then found for one period."""
+        return None
 
     def to_dict(self) -> dict[str, object]:
         """The mapping form used in files: `{"kind": ..., parameter: value, ...}`."""
@@ -336,6 +341,10 @@ class _Composite(Pattern):
 
         parts = [member.block_signature(query_low, key_low, block_size, head, geometry) for member in self.of]
         return np.concatenate(parts, axis=-1)
+
+    def repeats(self) -> Repeats | None:
+        """As all members do."""
+        return Repeats.of_all(member.unwrap().repeats() for member in self.of)
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": ..., "of": [...]}`."""

@@ -1,28 +1,34 @@
 """What a ring will cost, before anything runs: bytes, FLOPs, imbalance and memory of every rank of any number.
 
-For patterns of branches nothing is listed, so a thousand ranks and a billion tokens take seconds; tables of blocks are
-lowered, within `Limits.layout_bytes`. The bytes are those that the counters of a run show.
+For patterns of branches nothing is listed and all ranks are counted at once, so a million of them take seconds; tables
+of blocks are lowered, within `Limits.layout_bytes`, once for ranks that are alike. The bytes are those that counters of
+a run show. R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 
 from ..core.checks import require_int
-from ..core.counting import branch_pairs
 from ..core.errors import ConfigError
 from ..core.explain import amount, columns, counted
-from ..core.lowering import lower
 from ..core.pattern import LearnedPattern, Pattern
-from .rows import RowCounter
+from .alike import block_totals
+from .census import branch_totals, pair_counts
+from .progressions import BranchRows
 from .shards import Shards, shard_length
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..core.config import AttentionConfig
+    from ..core.pattern import IntArray
+
+    Figures = NDArray[Any]  # int64, or Python's integers where 64 bits do not hold them
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -50,6 +56,38 @@ class RankLoad:
     peak_bytes: int
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class RankLoads:
+    """The loads of all ranks: of each number in `RankLoad` an array (R,)."""
+
+    forward_received: Figures
+    forward_sent: Figures
+    backward_received: Figures
+    backward_sent: Figures
+    flops: Figures
+    peak_bytes: Figures
+
+    def __getitem__(self, rank: int) -> RankLoad:
+        return RankLoad(rank=rank, **{name: int(figures[rank]) for name, figures in self._named()})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RankLoads):
+            return NotImplemented
+        return all(np.array_equal(figures, getattr(other, name)) for name, figures in self._named())
+
+    def __hash__(self) -> int:
+        return hash(tuple(figures.size for _, figures in self._named()))
+
+    def to_dicts(self) -> list[dict[str, int]]:
+        """One mapping a rank, of plain integers."""
+        names, columns = zip(*self._named(), strict=True)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [{"rank": rank, **dict(zip(names, row, strict=True))} for rank, row in enumerate(rows)]
+
+    def _named(self) -> list[tuple[str, Figures]]:
+        return [(field.name, getattr(self, field.name)) for field in attrs.fields(RankLoads)]
+
+
 @attrs.frozen(kw_only=True)
 class Preflight:
     """The costs of a ring.
@@ -61,7 +99,7 @@ class Preflight:
         mode: "selective", each rank getting the rows that its queries name, or "hop by hop".
         budget_bytes: `Limits.exchange_buffer_bytes`, beyond which it is hop by hop.
         full_ring_bytes: what every rank would receive in a forward pass if all keys and values travelled.
-        loads: one a rank.
+        totals: the loads of all ranks, as arrays.
     """
 
     ranks: int
@@ -70,30 +108,37 @@ class Preflight:
     mode: str
     budget_bytes: int
     full_ring_bytes: int
-    loads: tuple[RankLoad, ...]
+    totals: RankLoads
+
+    @cached_property
+    def loads(self) -> tuple[RankLoad, ...]:
+        """One a rank."""
+        return tuple(RankLoad(**fields) for fields in self.totals.to_dicts())
 
     @property
     def imbalance(self) -> float:
         """The largest share of FLOPs over the mean; 1 where there are none."""
-        flops = [load.flops for load in self.loads]
-        return max(flops) * len(flops) / sum(flops) if sum(flops) else 1.0
+        flops = self.totals.flops.tolist()
+        total = sum(flops)
+        return max(flops) * len(flops) / total if total else 1.0
 
     @property
     def saving(self) -> float | None:
         """How many times fewer bytes than a full ring's the busiest rank receives; None where it receives none."""
-        most = max(load.forward_received for load in self.loads)
+        most = int(self.totals.forward_received.max())
         return self.full_ring_bytes / most if most else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return attrs.asdict(self) | {"imbalance": self.imbalance, "saving": self.saving}
+        own = {field.name: getattr(self, field.name) for field in attrs.fields(Preflight) if field.name != "totals"}
+        return own | {"loads": self.totals.to_dicts(), "imbalance": self.imbalance, "saving": self.saving}
 
     def __str__(self) -> str:
         saving = "" if self.saving is None else f", {self.saving:.4g} times fewer than"
         head = (
             f"{counted(self.seq_len, 'token')} over {counted(self.ranks, 'rank')}, batch {self.batch}, {self.mode}; "
             f"the busiest rank computes {self.imbalance:.3f} times the mean\n"
-            f"  a forward pass brings at most {max(load.forward_received for load in self.loads):,} bytes to a rank"
+            f"  a forward pass brings at most {int(self.totals.forward_received.max()):,} bytes to a rank"
             f"{saving or '; all is local;'} a full ring's {self.full_ring_bytes:,}\n"
             "  peak memory is of the tensors that the attention holds, without the workspace of its kernels\n"
         )
@@ -102,12 +147,11 @@ class Preflight:
 
     def _shown(self) -> list[RankLoad]:
         """All ranks, or of many the first, the last, and those with the most of something."""
+        totals = self.totals
         if self.ranks <= 16:
-            return list(self.loads)
-        keys = ("forward_received", "forward_sent", "flops", "peak_bytes")
-        found = {self.loads[0].rank, self.loads[-1].rank}
-        found |= {max(self.loads, key=lambda load: getattr(load, key)).rank for key in keys}
-        return [self.loads[rank] for rank in sorted(found)]
+            return [totals[rank] for rank in range(self.ranks)]
+        most = (totals.forward_received, totals.forward_sent, totals.flops, totals.peak_bytes)
+        return [totals[rank] for rank in sorted({0, self.ranks - 1, *(int(figures.argmax()) for figures in most)})]
 
 
 def _cells(load: RankLoad) -> tuple[str, ...]:
@@ -144,73 +188,69 @@ def preflight(config: AttentionConfig, pattern: Pattern, ranks: int, *, batch: i
         )
     length = shard_length(config.seq_len, ranks)
     shards = Shards(length, ranks, config.num_heads, config.kv_heads, config.is_causal)
-    counter = RowCounter(pattern, shards, limit_bytes=config.limits.layout_bytes)
-    received = np.zeros(ranks, dtype=np.int64)
-    sent = np.zeros(ranks, dtype=np.int64)
-    for rank in range(ranks):
-        rows = counter.received(rank)
-        received[rank] = rows.sum()
-        sent += rows
+    received, sent, pairs = _counted(pattern, shards, config)
     item, wide = _ITEM_BYTES[config.dtype], 8 if config.dtype == "float64" else 4
     row = 2 * batch * config.head_dim
-    shard_rows = length * config.kv_heads
+    everything = (ranks - 1) * length * config.kv_heads
     hops = int(received.max()) * row * item > config.limits.exchange_buffer_bytes
     if hops:
-        received = sent = np.full(ranks, (ranks - 1) * shard_rows)
-    loads = []
-    for rank, flops in enumerate(_flops(counter, config.head_dim)):
-        forward_in, forward_out = int(received[rank]) * row * item, int(sent[rank]) * row * item
-        if hops:
-            gradients = ranks * shard_rows * row * wide
-            backward_in = backward_out = forward_in + gradients
-        else:
-            backward_in, backward_out = int(sent[rank]) * row * wide, int(received[rank]) * row * wide
-        loads.append(
-            RankLoad(
-                rank=rank,
-                forward_received=forward_in,
-                forward_sent=forward_out,
-                backward_received=backward_in,
-                backward_sent=backward_out,
-                flops=batch * flops,
-                peak_bytes=_peak(config, length, batch, forward_in, backward_in, backward_out, hops=hops),
-            )
-        )
+        received = sent = np.full(ranks, everything)
+    if 64 * row * (config.seq_len * config.num_heads + int(received.max()) + int(sent.max())) >= 1 << 63:
+        received, sent = received.astype(object), sent.astype(object)
+    forward_in, forward_out = received * (row * item), sent * (row * item)
+    if hops:
+        backward_in = backward_out = forward_in + ranks * length * config.kv_heads * row * wide
+    else:
+        backward_in, backward_out = sent * (row * wide), received * (row * wide)
     return Preflight(
         ranks=ranks,
         seq_len=config.seq_len,
         batch=batch,
         mode="hop by hop" if hops else "selective",
         budget_bytes=config.limits.exchange_buffer_bytes,
-        full_ring_bytes=(ranks - 1) * shard_rows * row * item,
-        loads=tuple(loads),
+        full_ring_bytes=everything * row * item,
+        totals=RankLoads(
+            forward_received=forward_in,
+            forward_sent=forward_out,
+            backward_received=backward_in,
+            backward_sent=backward_out,
+            flops=_weighted([(4 * config.head_dim * batch * times, found) for times, found in pairs], ranks),
+            peak_bytes=_peak(config, length, batch, forward_in, backward_in, backward_out, hops=hops),
+        ),
     )
 
 
-def _flops(counter: RowCounter, head_dim: int) -> Iterator[int]:
-    """Of each rank's forward pass, for one batch row."""
-    shards = counter.shards
-    known: dict[tuple[int, int], int] = {}
-    for rank in range(shards.size):
-        whole = shards.geometry(rank, 0, shards.seq_len)
-        if counter.branches is None:
-            layout = lower(counter.pattern, whole, limit_bytes=counter.limit_bytes)
-            yield 4 * head_dim * int(layout.pairs)
-            continue
-        pairs = 0
-        for index, branch in enumerate(counter.branches.branches):
-            width, key = branch.segment_length, (index, -rank)
-            if width is not None and -(-(whole.q_offset + shards.length) // width) * width <= shards.seq_len:
-                key = (index, whole.q_offset % width)  # whole segments: the same wherever they stand
-            if key not in known:
-                known[key] = branch_pairs(branch, whole)
-            pairs += known[key]
-        yield 4 * head_dim * pairs
+def _counted(
+    pattern: Pattern, shards: Shards, config: AttentionConfig
+) -> tuple[IntArray, IntArray, list[tuple[int, IntArray]]]:
+    """Rows that each rank receives and sends, and the pairs of its queries as weighted addends; (R,) int64."""
+    branches = BranchRows.of(pattern, shards)
+    if branches is not None:
+        rows = branch_totals(branches)
+        return rows.received, rows.sent, list(pair_counts(branches))
+    blocks = block_totals(pattern, shards, limit_bytes=config.limits.layout_bytes)
+    return blocks.received, blocks.sent, [(1, blocks.pairs)]
+
+
+def _weighted(terms: list[tuple[int, IntArray]], ranks: int) -> Figures:
+    """The sum of all times * numbers, (R,)."""
+    bound = sum(times * int(numbers.max()) for times, numbers in terms)
+    total: Figures = np.zeros(ranks, dtype=np.int64 if bound < 1 << 63 else object)
+    for times, numbers in terms:
+        total += numbers.astype(total.dtype) * times
+    return total
 
 
 def _peak(
-    config: AttentionConfig, length: int, batch: int, received: int, back_in: int, back_out: int, *, hops: bool
-) -> int:
+    config: AttentionConfig,
+    length: int,
+    batch: int,
+    received: Figures,
+    back_in: Figures,
+    back_out: Figures,
+    *,
+    hops: bool,
+) -> Figures:
     """`RankLoad.peak_bytes`."""
     item, wide = _ITEM_BYTES[config.dtype], 8 if config.dtype == "float64" else 4
     rows = batch * length * config.head_dim
@@ -218,5 +258,8 @@ def _peak(
     sums = rows * wide * (config.num_heads + 2 * config.kv_heads)  # dq; dk, dv
     row_sums = 2 * batch * length * config.num_heads * wide  # lse, delta
     shard = 2 * rows * config.kv_heads
-    exchange = shard * (2 * item + 3 * wide) if hops else 2 * received + back_in + 2 * back_out
-    return inputs + sums + row_sums + exchange
+    if hops:
+        exchange: Figures = np.full_like(received, shard * (2 * item + 3 * wide))
+    else:
+        exchange = 2 * received + back_in + 2 * back_out
+    return exchange + (inputs + sums + row_sums)

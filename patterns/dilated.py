@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +12,7 @@ from ..core.checks import require_choice, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Branch, KeySpans, Pattern, joined_groups, parameters
+from ..core.repeats import Repeats
 
 if TYPE_CHECKING:
     from ..core.pattern import IntArray
@@ -164,6 +166,11 @@ class Dilated(Pattern):
 
         geometry = Geometry(q_len=0, kv_len=0, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=False)
         return branch_signature_groups(self.branches(geometry), num_heads)
+
+    def repeats(self) -> Repeats:
+        """Segments of all branches begin together once in the least common multiple of their lengths."""
+        reach = max(self.segment_lengths) - 1
+        return Repeats(fixed=0, start=0, period=math.lcm(*self.segment_lengths), left=reach, right=reach)
 
     def to_dict(self) -> dict[str, object]:
         """The fields, with `kind`."""

@@ -9,6 +9,7 @@ import attrs
 from ..core.checks import positive_int
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
+from ..core.repeats import Repeats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,10 @@ class Global(Pattern):
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """The signature is that of every head."""
         return (0,) * num_heads
+
+    def repeats(self) -> Repeats:
+        """Beyond the global tokens a query sees these alone."""
+        return Repeats(fixed=self.tokens, start=self.tokens, period=1, left=0, right=0)
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "global", "tokens": ...}`."""

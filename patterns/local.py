@@ -11,6 +11,7 @@ from ..core.checks import require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
+from ..core.repeats import Repeats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +91,11 @@ class Local(Pattern):
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """The signature is that of every head."""
         return (0,) * num_heads
+
+    def repeats(self) -> Repeats:
+        """The window moves with its query."""
+        left, right = self.window_size
+        return Repeats(fixed=0, start=0, period=1, left=left, right=right)
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "local", "window_size": [left, right]}`."""

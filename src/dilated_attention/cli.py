@@ -194,7 +194,7 @@ def explain(
     data: dict[str, Any] = {}
     if ranks is not None:
         costs = preflight(fields, ranks=ranks, batch=batch, registry=registry())
-        shown, data = ["", str(costs)], {"preflight": costs.to_dict()}
+        shown, data = ["", str(costs)], {"preflight": costs.to_dict()} if as_json else {}
         fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     plan = explain_plan(fields, registry=registry())
