@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dilated_attention.bench.cases import BenchCase
 from dilated_attention.bench.peers import Peer
-from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import BlockLayout
 from dilated_attention.core.lowering import lower
 
@@ -28,14 +27,7 @@ BLOCK = 128  # the tiles of its backward take no smaller ones
 
 def tables(case: BenchCase, device: str) -> Peer | None:
     """The peer for a case that lowers to nothing but full blocks of 128, each counted once."""
-    geometry = Geometry(
-        q_len=case.seq_len,
-        kv_len=case.seq_len,
-        num_heads=case.num_heads,
-        num_kv_heads=case.num_kv_heads,
-        is_causal=case.is_causal,
-    )
-    layout = lower(case.pattern, geometry)
+    layout = lower(case.pattern, case.geometry)
     blocks = layout.blocks
     if blocks is None or layout.branches or blocks.block_size != BLOCK or case.seq_len % BLOCK or case.is_causal:
         return None

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from statistics import quantiles
 from typing import Final
@@ -30,7 +31,6 @@ from dilated_attention.bench.cases import BenchCase, named_cases
 from dilated_attention.bench.graphs import capture
 from dilated_attention.bench.timing import Call, difference, in_turns
 from dilated_attention.core.errors import ConfigError
-from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
 
@@ -73,19 +73,20 @@ class Passes:
     @classmethod
     def of(cls, case: BenchCase) -> Passes:
         """With random tensors on the card."""
-        geometry = Geometry(
-            q_len=case.seq_len,
-            kv_len=case.seq_len,
-            num_heads=case.num_heads,
-            num_kv_heads=case.num_kv_heads,
-            is_causal=case.is_causal,
-        )
-        layout = lower(case.pattern, geometry)
+        layout = lower(case.pattern, case.geometry)
         if bool(layout.branches) == (layout.blocks is not None):
             raise ConfigError(f"{case.name} has branches and blocks; take a case with one of them")
         dtype: torch.dtype = getattr(torch, case.dtype)
         plain = TileSizes.of(case.head_dim, dtype, is_causal=case.is_causal)
         return cls(case, case.inputs("cuda"), LayoutPiece(layout=layout, scale=case.head_dim**-0.5), plain)
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """What the backward passes take of a forward pass by the kernels in Triton."""
+        query, key, value, dout = self.inputs
+        plain = FusedKernel("plain", self.plain)
+        out, lse = plain.forward(query, key, value, self.piece)
+        return plain.row_sums(dout, out, lse, None)
 
     def tiles(self, sizes: TileSizes) -> Tiles:
         """Those of this layout."""
@@ -99,15 +100,17 @@ class Passes:
         return self.tiles(TileSizes.of(self.case.head_dim, dtype, is_causal=self.case.is_causal, fed=fed))
 
     def call(self, which: Pass, tile: Tile) -> Call:
-        """One pass with that tile, from what the kernels in Triton give of those before it."""
+        """One pass with that tile.
+
+        Raises:
+            ConfigError: a tile that the pass has no kernel for.
+        """
         tiles = attrs.evolve(self.tiles(self.plain), **{which: tile})
         kernel = FusedKernel("timed", TileSizes.alike(tiles), BOUND_FROM)
         query, key, value, dout = self.inputs
         if which == "forward":
             return lambda: kernel.forward(query, key, value, self.piece)
-        plain = FusedKernel("plain", self.plain)
-        out, lse = plain.forward(query, key, value, self.piece)
-        sums = plain.row_sums(dout, out, lse, None)
+        sums = self.row_sums
         if which == "queries":
             return lambda: (kernel.gradients_of_queries(dout, query, key, value, sums, self.piece),)
         return lambda: kernel.gradients_of_keys(dout, query, key, value, sums, self.piece)
@@ -151,23 +154,17 @@ def compile_ahead(arguments: Sequence[str], processes: int) -> None:
         process.wait()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or compile a share."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", help="cases of bench; * stands for any letters")
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: all")
-    parser.add_argument("--tile", action="append", default=[], help="repeatable")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    args = parser.parse_args(given)
-    try:
-        cases, more = named_cases(args.cases, "cuda"), [parsed_tile(text) for text in args.tile]
-    except ConfigError as error:
-        parser.error(str(error))
+def measure(args: argparse.Namespace, given: Sequence[str]) -> None:
+    """Print a line for each tile, or compile a share of them.
+
+    Raises:
+        ConfigError: a case, tile or machine that will not do.
+    """
+    cases, more = named_cases(args.cases, "cuda"), [parsed_tile(text) for text in args.tile]
+    if any(tile.parts == 1 for tile in more) and args.passes != ["keys"]:
+        raise ConfigError("a ring with 1 part serves gradients of keys alone; add --pass keys")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        parser.error("it needs a card of compute capability 9.0 (H100, H200)")
+        raise ConfigError("it needs a card of compute capability 9.0 (H100, H200)")
     if args.share is None and args.processes > 1:
         compile_ahead(given, args.processes)
     number = 0
@@ -182,6 +179,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if number % args.processes == args.share:
                     passes.call(which, tile)()
                 number += 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or compile a share."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", help="cases of bench; * stands for any letters")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: all")
+    parser.add_argument("--tile", action="append", default=[], help="repeatable")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(given)
+    try:
+        measure(args, given)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
-from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided
+from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import PASSES, Tile, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import PASSES, Pass, Tile, TileSizes, can_be_fed
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -77,6 +78,17 @@ def test_their_registers_fit_on_a_multiprocessor(head_dim: int, is_causal: bool)
         assert 24 <= tile.feeding < tile.begin < registers
         assert threads * tile.begin == 128 * (tile.parts * registers + tile.feeding)
         assert threads * tile.begin * (1 if tile.begin == 168 else 2) <= 65536
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Random(density=0.3, block_size=128)], ids=str)
+@pytest.mark.parametrize("which", ["forward", "queries"])
+def test_a_single_part_serves_gradients_of_keys_alone(pattern: Pattern, which: Pass) -> None:
+    """A launch of another would wait for ever."""
+    plain = TileSizes.of(64, torch.bfloat16, is_causal=True).branches
+    tiles = TileSizes.alike(attrs.evolve(plain, **{which: Tile.by_ring(64, 4, 232, parts=1)}))
+    layout = lower(pattern, Geometry.self_attention(256, 2, is_causal=True))
+    with pytest.raises(ConfigError, match="1 part serves gradients_of_keys alone"):
+        FusedKernel("refused", tiles).parts(layout, torch.device("cpu"))
 
 
 def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_copied() -> None:

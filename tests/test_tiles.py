@@ -33,6 +33,9 @@ def test_unknown_cases_and_machines_without_a_card(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["longnet-127k"])
     assert "did you mean" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["longnet-128k", "--tile", "ring:64,4,232,parts=1"])
+    assert "serves gradients of keys alone; add --pass keys" in capsys.readouterr().err
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             main(["longnet-128k"])

@@ -53,11 +53,10 @@ def tile_of_rows(
     table = kind * groups + tl.load(slot_group + slot)
     size = tl.load(group_size + table)
     start = tl.load(group_start + table)
-    row = tl.arange(0, triton.next_power_of_2(BLOCK_M))
-    element = tl.load(slot_index + slot) * BLOCK_M + row
+    element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
     residue = tl.load(residues + kind * period + start + element % size)
     position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
-    return table, position, (row < BLOCK_M) & (position >= low) & (position < high)
+    return table, position, (position >= low) & (position < high)
 
 
 @triton.jit

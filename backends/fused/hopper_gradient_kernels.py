@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .addressing import AS_THEY_ARE
 from .gradient_kernels import unpack
-from .hopper_kernels import feed_runs, next_step, place_of_program, rows_of_part
+from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
 from .hopper_ring import (
     ROWS,
     free_step,
@@ -58,11 +58,7 @@ def _queries_part(
         scores = warpgroup_mma_wait(1, deps=[scores])
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
         free_step(ring, number, STAGES)
-        number += 1
-        left -= BLOCK_N
-        mine -= BLOCK_N
-        full -= BLOCK_N
-        bound -= BLOCK_N
+        number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
     store_rows(dq_base, row - low, stride_o, exists, dq * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
@@ -133,11 +129,7 @@ def _keys_steps(
         if PARTS == 2:
             dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
             free_step(ring, number, STAGES)
-        number += 1
-        left -= BLOCK_N
-        mine -= BLOCK_N
-        full -= BLOCK_N
-        bound -= BLOCK_N
+        number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     if PARTS == 1:
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     return dk, dv, number

@@ -114,6 +114,12 @@ def next_step(
 
 
 @gluon.jit
+def after_step(number, left, mine, full, bound, BLOCK_N: gl.constexpr):
+    """What `next_step` goes on from."""
+    return number + 1, left - BLOCK_N, mine - BLOCK_N, full - BLOCK_N, bound - BLOCK_N
+
+
+@gluon.jit
 def _attend_steps(
     q, ring, walked, own, position, valid, out, row_sum, row_max, scale,
     PART: gl.constexpr, FIXED: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -132,11 +138,7 @@ def _attend_steps(
             scores, v, out, row_sum, row_max, scale, bias, full, bound, FIXED, True, SPLIT, BLOCK_D
         )  # fmt: skip
         free_step(ring, number, STAGES)
-        number += 1
-        left -= BLOCK_N
-        mine -= BLOCK_N
-        full -= BLOCK_N
-        bound -= BLOCK_N
+        number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     return out, row_sum, row_max, number
 
 

@@ -136,7 +136,6 @@ def free_step(ring, number, STAGES: gl.constexpr):
 @gluon.jit
 def pass_over(ring, number, STAGES: gl.constexpr):
     """Leave a step to the other part."""
-    _x_tiles, _y_tiles, _pairs, ready, free = ring
-    slot = number % STAGES
-    mbarrier.wait(ready.index(slot), (number // STAGES) & 1)
-    mbarrier.arrive(free.index(slot))
+    _x_tiles, _y_tiles, _pairs, ready, _free = ring
+    mbarrier.wait(ready.index(number % STAGES), (number // STAGES) & 1)
+    free_step(ring, number, STAGES)

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_ring import ROWS, product
-from .kernels import FIXED_BELOW, partial_sums
+from .kernels import FIXED_BELOW, partial_sums, reach
 
 _INF = gl.constexpr(float("inf"))
 
@@ -57,10 +57,9 @@ def no_sums(BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
 @gluon.jit
 def bounded(x, largest, row_max, scale):
     """Whether the scores of rows x have a bound that serves as their maximum, and that or `row_max`: see `kernels`."""
-    wide = x.to(gl.float32)
-    reach = gl.sqrt(gl.sum(wide * wide, 1) * gl.load(largest)) * scale
-    is_bounded = gl.max(reach, 0) < FIXED_BELOW
-    return is_bounded, gl.where(is_bounded, gl.convert_layout(reach, row_max.type.layout), row_max)
+    limit = reach(x, largest, scale)
+    is_bounded = gl.max(limit, 0) < FIXED_BELOW
+    return is_bounded, gl.where(is_bounded, gl.convert_layout(limit, row_max.type.layout), row_max)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from .addressing import (
 )
 
 _INF = tl.constexpr(float("inf"))
-FIXED_BELOW = tl.constexpr(48.0)  # see `_reach`
+FIXED_BELOW = tl.constexpr(48.0)  # see `reach`
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def attend_tile(
 
 
 @triton.jit
-def _reach(q, largest, scale):
+def reach(q, largest, scale):
     """What no score of a row exceeds, by Cauchy and Schwarz: |q| max|k| scale (M,).
 
     Below `FIXED_BELOW` it serves as the softmax's maximum: twice that (from the least to the largest score) and the
@@ -130,10 +130,10 @@ def attend(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     if BOUNDED:
-        reach = _reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
-        is_bounded = tl.max(reach, 0) < FIXED_BELOW
+        limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
+        is_bounded = tl.max(limit, 0) < FIXED_BELOW
         # One loop after the other, of which one has no steps: in two branches of an `if` both would have memory.
-        row_max = tl.where(is_bounded, reach, row_max)
+        row_max = tl.where(is_bounded, limit, row_max)
         out, row_sum, row_max = _attend_runs(
             q, k_base, v_base, stride_ks, stride_vs, runs, tl.where(is_bounded, total, 0), walks, biases,
             position, valid, k_low, k_high, out, row_sum, row_max, scale,

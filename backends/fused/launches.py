@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,13 +77,20 @@ def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str
 
 
 def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
-    """The kernel of each pass, over branches or over blocks."""
+    """The kernel of each pass, over branches or over blocks.
+
+    Raises:
+        ConfigError: a tile of parts that none is made for.
+    """
     names = OF_BLOCKS if of_blocks else OF_BRANCHES
     modules = ("block_kernels",) * 3 if of_blocks else ("kernels", "gradient_kernels", "gradient_kernels")
     found: dict[Pass, JITFunction] = {}
     for which, name, module in zip(PASSES, names, modules, strict=True):
+        parts = tiles.of(which).parts
+        if parts == 1 and name != "gradients_of_keys":
+            raise ConfigError(f"a ring with 1 part serves gradients_of_keys alone, not {name}; take a tile with 2")
         # Imported when they are chosen: other releases of Triton cannot read those for Hopper.
-        prefix = "hopper_" if tiles.of(which).parts else ""
+        prefix = "hopper_" if parts else ""
         found[which] = getattr(import_module(f".{prefix}{module}", __package__), name)
     return found
 
@@ -162,8 +168,7 @@ class BranchPart:
         tables, runs = self._listed[which]
         constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts} | ({"PARTS": tile.parts} if tile.parts else {})
         if which == "forward":
-            constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
-            pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
+            pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
             *pointers,
             tables.head_kind,
@@ -185,6 +190,12 @@ class BranchPart:
             **constants,
             **_options(query, strided, tile),
         )
+
+
+def _bounded(pointers: tuple[Tensor, ...], bounds: bool) -> tuple[tuple[Tensor, ...], bool]:
+    """With the largest key of each head where scores are bounded, else with a place for it; and whether they are."""
+    bounds = bounds and pointers[0].dtype != torch.float16
+    return (*pointers, _largest(pointers[1]) if bounds else pointers[-1]), bounds
 
 
 def _largest(key: Tensor) -> Tensor:
@@ -212,9 +223,7 @@ class BlockPart:
         self._geometry = layout.geometry
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=True)
-        geometry, entries = layout.geometry, np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel()
-        pairs = int(entries[layout.head_table].sum()) * layout.block_size**2
-        self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
+        self._bounds = layout.pairs >= bound_from * layout.geometry.kv_len * layout.geometry.num_kv_heads
         self._by_rows, self._by_columns = (
             BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
         )
@@ -236,8 +245,7 @@ class BlockPart:
         tiles = tables.block_rows * (tables.block_size // tile.rows)
         constants = {} if which == "keys" else {"ADDS": adds}
         if which == "forward" and tile.parts:
-            constants["BOUNDED"] = self._bounds and query.dtype != torch.float16
-            pointers = (*pointers, _largest(pointers[1]) if constants["BOUNDED"] else pointers[-1])
+            pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         self._kernels[which][(tiles * query.shape[2], query.shape[0])](
             *pointers,
             *tables.tensors,

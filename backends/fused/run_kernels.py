@@ -36,9 +36,8 @@ def list_runs(
     runs += place
     total = 0
     if PARTS > 0:
-        places: tl.constexpr = triton.next_power_of_2(BLOCK_M) // (BLOCK_M // PARTS)
-        part = tl.arange(0, places)
-        of_parts = tl.zeros([places], tl.int32)
+        part = tl.arange(0, PARTS)
+        of_parts = tl.zeros([PARTS], tl.int32)
     if first <= last:
         for index in range(tl.load(counts + table)):
             walk = walks + (table * most_walks + index) * 9
@@ -52,14 +51,14 @@ def list_runs(
                     tl.store(runs + 2, count)
                     tl.store(runs + 3, tl.min(tl.where(valid, bound, FAR), 0))
                     if PARTS > 0:
-                        shape: tl.constexpr = [places, BLOCK_M // PARTS]
+                        shape: tl.constexpr = [PARTS, BLOCK_M // PARTS]
                         counts_of_parts = tl.max(tl.reshape(bound, shape), 1)
                         full_of_parts = tl.min(tl.reshape(tl.where(valid, bound, FAR), shape), 1)
-                        tl.store(runs + 4 + 2 * part, counts_of_parts, mask=part < PARTS)
-                        tl.store(runs + 5 + 2 * part, full_of_parts, mask=part < PARTS)
+                        tl.store(runs + 4 + 2 * part, counts_of_parts)
+                        tl.store(runs + 5 + 2 * part, full_of_parts)
                         of_parts += ceil_div(counts_of_parts, BLOCK_N)
                     runs += 4 + 2 * PARTS
                     total += ceil_div(count, BLOCK_N)
     tl.store(totals + total_place, total)
     if PARTS > 0:
-        tl.store(totals + total_place + 1 + part, of_parts, mask=part < PARTS)
+        tl.store(totals + total_place + 1 + part, of_parts)

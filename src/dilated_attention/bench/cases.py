@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.checks import did_you_mean
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
+from ..core.geometry import Geometry
 from ..core.pattern import Pattern
 from ..patterns.dilated import Dilated
 from ..patterns.global_tokens import Global
@@ -76,6 +77,17 @@ class BenchCase:
             backend=backend,
             backend_options={backend: {"kernel": kernel}} if kernel else {},
             seq_len=self.seq_len,
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its one call."""
+        return Geometry(
+            q_len=self.seq_len,
+            kv_len=self.seq_len,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            is_causal=self.is_causal,
         )
 
     @property
