@@ -3,7 +3,8 @@
 python -m benchmarks.tiles longnet-128k 'random-128k-*'
 python -m benchmarks.tiles longnet-128k --pass keys --tile ring:64,4,232,parts=1 --tile 64,32,4,3,registers=168,split
 
-A tile is ROWS,COLUMNS,WARPS,STAGES, or ring:COLUMNS,STAGES,REGISTERS of the kernels for Hopper, with 64 rows a part.
+A tile is ROWS,COLUMNS,WARPS,STAGES, or ring:COLUMNS,STAGES,REGISTERS of the kernels for Hopper, with 64 rows a part
+(with ",adds" for --pass gradients, all of them in one launch).
 Cases are those of `bench`. All tiles are compiled first, in processes of their own; then each is compared with the
 kernels in Triton, and all take turns as CUDA graphs. A card of compute capability 9.0 is needed.
 """
@@ -47,16 +48,20 @@ def parsed_tile(text: str) -> Tile:
     words = rest.split(",")
     numbers = [int(word) for word in words if word.isdecimal()]
     named = dict(word.split("=", 1) for word in words if "=" in word)
-    split = "split" in words
+    split, adds = "split" in words, "adds" in words and bool(kind)
     known = {"parts"} if kind else {"registers"}
     wrong = len(numbers) != (3 if kind else 4) or kind not in ("", "ring") or not named.keys() <= known
-    if wrong or len(numbers) + len(named) + split != len(words) or not all(x.isdecimal() for x in named.values()):
+    if (
+        wrong
+        or len(numbers) + len(named) + split + adds != len(words)
+        or not all(x.isdecimal() for x in named.values())
+    ):
         raise ConfigError(
             f"{text!r} is no tile; write ROWS,COLUMNS,WARPS,STAGES[,registers=N][,split] or "
-            "ring:COLUMNS,STAGES,REGISTERS[,parts=N][,split]"
+            "ring:COLUMNS,STAGES,REGISTERS[,parts=N][,split][,adds]"
         )
     if kind:
-        return Tile.by_ring(*numbers, parts=int(named.get("parts", 2)), split=split)
+        return Tile.by_ring(*numbers, parts=int(named.get("parts", 2)), split=split, adds=adds)
     rows, columns, warps, stages = numbers
     return Tile(rows, columns, warps, stages, int(named["registers"]) if named else None, split)
 
@@ -83,10 +88,18 @@ class Passes:
     @cached_property
     def row_sums(self) -> Tensor:
         """What the backward passes take of a forward pass by the kernels in Triton."""
+        out, lse = self.expected("forward")
+        return FusedKernel("plain", self.plain).row_sums(self.inputs[3], out, lse, None)
+
+    def expected(self, which: Pass) -> tuple[Tensor, ...]:
+        """A pass by the kernels in Triton."""
         query, key, value, dout = self.inputs
         plain = FusedKernel("plain", self.plain)
-        out, lse = plain.forward(query, key, value, self.piece)
-        return plain.row_sums(dout, out, lse, None)
+        if which == "forward":
+            return plain.forward(query, key, value, self.piece)
+        given = dout, query, key, value, self.row_sums, self.piece
+        of_queries = () if which == "keys" else (plain.gradients_of_queries(*given),)
+        return of_queries if which == "queries" else (*of_queries, *plain.gradients_of_keys(*given))
 
     def tiles(self, sizes: TileSizes) -> Tiles:
         """Those of this layout."""
@@ -113,31 +126,35 @@ class Passes:
         sums = self.row_sums
         if which == "queries":
             return lambda: (kernel.gradients_of_queries(dout, query, key, value, sums, self.piece),)
-        return lambda: kernel.gradients_of_keys(dout, query, key, value, sums, self.piece)
+        if which == "keys":
+            return lambda: kernel.gradients_of_keys(dout, query, key, value, sums, self.piece)
+        return lambda: kernel.gradients(dout, query, key, value, sums, self.piece)
 
     def candidates(self, which: Pass, more: Sequence[Tile]) -> list[Tile]:
         """The tile in Triton, the chosen one, and others."""
-        listed = [self.tiles(self.plain).of(which), self.chosen().of(which), *more]
+        known = [tiles.of(which) for tiles in (self.tiles(self.plain), self.chosen()) if which in tiles.passes]
+        listed = [*known, *more]
         return [tile for number, tile in enumerate(listed) if tile not in listed[:number]]
 
 
 def rows_of(passes: Passes, which: Pass, tiles: Sequence[Tile], rounds: int) -> Iterator[str]:
-    """A line for each tile: its time, quartiles, how far it is from the first, and whether it is the chosen one."""
+    """A line for each tile: its time, quartiles, how far it is from Triton's, and whether it is the chosen one."""
     calls: dict[Tile, Call] = {}
+    kept: list[Call] = []  # a graph reads the tables of the kernel that it was captured of
     off: dict[Tile, float] = {}
-    expected: tuple[Tensor, ...] = ()
+    expected = passes.expected(which)
     for tile in tiles:
         call = passes.call(which, tile)
         found = call()
         assert isinstance(found, tuple)
-        expected = expected or found
         pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a.dim() == 4]
         off[tile] = max(difference(a, b) for a, b in pairs)
         if off[tile] < _BOUND:
             calls[tile], _ = capture(call)
+            kept.append(call)
     times = in_turns(calls, rounds, "cuda", warm_up=2)
     for tile in tiles:
-        mark = " chosen" if tile == passes.chosen().of(which) else ""
+        mark = " chosen" if which in passes.chosen().passes and tile == passes.chosen().of(which) else ""
         if tile in times:
             low, middle, high = quantiles(times[tile], n=4)
             told = f"{middle:8.3f} ms  {low:.3f} to {high:.3f}  off {off[tile]:.0e}"
@@ -163,6 +180,8 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> None:
     cases, more = named_cases(args.cases, "cuda"), [parsed_tile(text) for text in args.tile]
     if any(tile.parts == 1 for tile in more) and args.passes != ["keys"]:
         raise ConfigError("a ring with 1 part serves gradients of keys alone; add --pass keys")
+    if any(tile.adds for tile in more) and args.passes != ["gradients"]:
+        raise ConfigError("a tile that adds serves gradients in one launch alone; add --pass gradients")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ConfigError("it needs a card of compute capability 9.0 (H100, H200)")
     if args.share is None and args.processes > 1:
@@ -170,7 +189,7 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> None:
     number = 0
     for case in cases:
         passes = Passes.of(case)
-        for which in args.passes or PASSES:
+        for which in args.passes or passes.chosen().passes:
             tiles = passes.candidates(which, more)
             if args.share is None:
                 print("\n".join(rows_of(passes, which, tiles, args.rounds)), flush=True)

@@ -1,7 +1,7 @@
 """Compiles the kernels in Gluon for Hopper, without a card and without torch.
 
 `python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of [module, kernel, width, columns, stages, warps,
-registers of a part, those to begin with, those of what feeds, split, parts]. Prints a line
+registers of a part, those to begin with, those of what feeds, those of what adds, split, parts]. Prints a line
 for each: its name, its registers' spills in bytes, and whether ptxas gave up the overlap of its products.
 `test_hopper_kernels` runs it with the Triton that they are made for.
 """
@@ -27,7 +27,7 @@ POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16"),
     **dict.fromkeys(("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues"), "*i32"),
     **dict.fromkeys(("walks", "run_start", "runs", "totals", "head_table", "starts", "cols", "mask_ids"), "*i32"),
-    **dict.fromkeys(("lse_ptr", "largest_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "largest_ptr", "sums_ptr"), "*fp32"),
     "out_ptr": "*bf16",
     "stats_ptr": "*i64",
     "masks": "*u8",
@@ -69,13 +69,15 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
 
 def main(folder: str, tiles: str) -> None:
     """Each tile, for the head_dims, tables and sizes of tensors that compile apart."""
-    for module, name, width, columns, stages, warps, registers, begin, feeding, split, parts in json.loads(tiles):
+    for module, name, width, columns, stages, warps, registers, begin, feeding, adding, split, parts in json.loads(
+        tiles
+    ):
         fn = kernel(folder, module, name)
         for head_dim, shifts, wide in ((width, True, False), (width - 16, False, True)):
             constants = {
                 "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
                 "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,
-                "PART_REGISTERS": registers, "FEED_REGISTERS": feeding,
+                "PART_REGISTERS": registers, "FEED_REGISTERS": feeding, "ADD_REGISTERS": adding,
             }  # fmt: skip
             taken = {key: value for key, value in constants.items() if key in fn.arg_names}
             _, said = compile_for_hopper(fn, taken, warps, begin)

@@ -17,7 +17,7 @@ import torch
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import PASSES, Pass, Tile, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import Pass, Tile, TileSizes, can_be_fed
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -69,15 +69,17 @@ def test_blocks_that_their_rows_do_not_divide_are_never_theirs(head_dim: int, is
 def test_their_registers_fit_on_a_multiprocessor(head_dim: int, is_causal: bool) -> None:
     """65,536, in portions of 8 for each thread."""
     sizes = TileSizes.of(head_dim, torch.bfloat16, is_causal=is_causal, fed=True)
-    chosen = [tiles.of(which) for tiles in (sizes.branches, sizes.blocks) for which in PASSES]
+    chosen = [tiles.of(which) for tiles in (sizes.branches, sizes.blocks) for which in tiles.passes]
     fed = [tile for tile in chosen if tile.parts]
     assert len(fed) >= 4
     for tile in fed:
-        registers, threads = tile.registers or 0, 128 * (tile.parts + 1)
-        assert registers % 8 == tile.begin % 8 == tile.feeding % 8 == 0
+        adding = tile.adding if tile.adds else 0
+        registers, threads = tile.registers or 0, 128 * (tile.parts + 1 + tile.adds)
+        assert registers % 8 == tile.begin % 8 == tile.feeding % 8 == adding % 8 == 0
         assert 24 <= tile.feeding < tile.begin < registers
-        assert threads * tile.begin == 128 * (tile.parts * registers + tile.feeding)
-        assert threads * tile.begin * (1 if tile.begin == 168 else 2) <= 65536
+        assert adding == 0 or adding >= 64
+        assert threads * tile.begin == 128 * (tile.parts * registers + tile.feeding + adding)
+        assert threads * tile.begin * (1 if tile.begin == 168 or tile.adds else 2) <= 65536
 
 
 @pytest.mark.parametrize("pattern", [LONGNET, Random(density=0.3, block_size=128)], ids=str)
@@ -88,6 +90,16 @@ def test_a_single_part_serves_gradients_of_keys_alone(pattern: Pattern, which: P
     tiles = TileSizes.alike(attrs.evolve(plain, **{which: Tile.by_ring(64, 4, 232, parts=1)}))
     layout = lower(pattern, Geometry.self_attention(256, 2, is_causal=True))
     with pytest.raises(ConfigError, match="1 part serves gradients_of_keys alone"):
+        FusedKernel("refused", tiles).parts(layout, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Random(density=0.3, block_size=128)], ids=str)
+@pytest.mark.parametrize(("which", "adds"), [("forward", True), ("keys", True), ("gradients", False)])
+def test_only_gradients_in_one_launch_have_warps_that_add(pattern: Pattern, which: Pass, adds: bool) -> None:
+    plain = TileSizes.of(64, torch.bfloat16, is_causal=True).branches
+    tiles = TileSizes.alike(attrs.evolve(plain, **{which: Tile.by_ring(64, 4, 208, adds=adds)}))
+    layout = lower(pattern, Geometry.self_attention(256, 2, is_causal=True))
+    with pytest.raises(ConfigError, match="a tile that adds serves gradients in one launch"):
         FusedKernel("refused", tiles).parts(layout, torch.device("cpu"))
 
 
@@ -112,20 +124,18 @@ def test_they_compile_for_hopper_and_keep_their_overlap(tmp_path: Path) -> None:
     tiles: list[list[Any]] = []
     for width, is_causal in itertools.product((64, 128), (True, False)):
         sizes = TileSizes.of(width, torch.bfloat16, is_causal=is_causal, fed=True)
-        for modules, names, chosen in (
-            (("hopper_kernels", *["hopper_gradient_kernels"] * 2), OF_BRANCHES, sizes.branches),
-            (("hopper_block_kernels",) * 3, OF_BLOCKS, sizes.blocks),
-        ):
-            for which, name, module in zip(PASSES, names, modules, strict=True):
-                tile = chosen.of(which)
+        for kernels, chosen in ((OF_BRANCHES, sizes.branches), (OF_BLOCKS, sizes.blocks)):
+            for which in chosen.passes:
+                (module, name), tile = kernels[which], chosen.of(which)
                 shape = [tile.columns, tile.stages, tile.warps, tile.registers, tile.begin, tile.feeding]
                 if tile.parts:
-                    tiles.append([module, name, width, *shape, tile.split, tile.parts])
+                    adding = tile.adding if tile.adds else 0
+                    tiles.append([f"hopper_{module}", name, width, *shape, adding, tile.split, tile.parts])
     tiles = [tile for number, tile in enumerate(tiles) if tile not in tiles[:number]]
     script, folder = ROOT / "tests" / "compile_hopper.py", ROOT / "backends" / "fused"
     command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
-    assert len(lines) == 2 * len(tiles) == 22
+    assert len(lines) == 2 * len(tiles) == 26
     for line in lines:
         name, head_dim, spilled, overlap = line.split()
         assert overlap == "overlaps", line
@@ -150,6 +160,7 @@ def compare(
     factor: float = 1.0,
     shift: int = 0,
     times: float = 1.1,
+    deterministic: bool = False,
 ) -> None:
     """Out, lse and gradients, against float32: as near as the kernels in Triton are, but for that factor."""
     layout = lower(pattern, geometry)
@@ -158,7 +169,7 @@ def compare(
         draw(dtype, *keys, head_dim, shift=n * shift) for n in (1, 3)
     )  # fmt: skip
     query = draw(dtype, *rows, head_dim, shift=shift) * factor
-    piece = LayoutPiece(layout=layout, scale=head_dim**-0.5)
+    piece = LayoutPiece(layout=layout, scale=head_dim**-0.5, deterministic=deterministic)
     fed = TileSizes.of(head_dim, dtype, is_causal=geometry.is_causal, fed=True)
     assert layout.blocks is None or fed.within(layout.blocks.block_size).forward.parts
     exact = TileSizes.of(head_dim, torch.float32, is_causal=geometry.is_causal)
@@ -205,6 +216,25 @@ def test_blocks(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal: 
     """With blocks that reach past the ends, masks, and pairs that count twice."""
     geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
     compare(pattern, geometry, dtype, head_dim)
+
+
+@pytest.mark.gpu
+@on_the_card
+@pytest.mark.parametrize("pattern", [LONGNET, Local(100) | Global(3), LONGNET | Global(3)], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gradients_with_the_same_bits_on_every_run(pattern: Pattern, is_causal: bool) -> None:
+    """Where they are asked for: in two launches, which add nothing atomically."""
+    geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    compare(pattern, geometry, torch.bfloat16, 64, deterministic=True)
+    compare(pattern, geometry, torch.bfloat16, 64)
+    query, dout = (draw(torch.bfloat16, 2, 1000, 4, 64) for _ in range(2))
+    key, value = (draw(torch.bfloat16, 2, 1000, 2, 64) for _ in range(2))
+    kernel = FusedKernel("same", TileSizes.of(64, torch.bfloat16, is_causal=is_causal, fed=True))
+    piece = LayoutPiece(layout=lower(pattern, geometry), scale=0.1, deterministic=True)
+    out, lse = kernel.forward(query, key, value, piece)
+    first, *others = (kernel.backward(dout, query, key, value, out, lse, piece) for _ in range(5))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.gpu

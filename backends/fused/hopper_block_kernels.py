@@ -41,7 +41,7 @@ _PARTS = gl.constexpr(2)
 
 
 @gluon.jit
-def _place(
+def place_of_program(
     num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """Of this program: head, batch row, its first row in the tensor and in the block, and its blocks."""
@@ -58,24 +58,29 @@ def _place(
 
 
 @gluon.jit
-def _feed(
+def first_of_step(blocks, number, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The first column of a step."""
+    steps: gl.constexpr = BLOCK // BLOCK_N
+    return gl.load(blocks[0] + number // steps) * BLOCK + (number % steps) * BLOCK_N
+
+
+@gluon.jit
+def feed_blocks(
     given, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Copies the columns of every step."""
     ring, blocks, fed, length = given
-    cols, _biases, _mask_ids, _masks, _full, total = blocks
-    steps: gl.constexpr = BLOCK // BLOCK_N
     offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     of_pairs = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
-    for number in range(total):
-        begin = gl.load(cols + number // steps) * BLOCK + (number % steps) * BLOCK_N
+    for number in range(blocks[5]):
+        begin = first_of_step(blocks, number, BLOCK, BLOCK_N)
         rows, pair_rows = gl.minimum(begin + offset, length - 1), gl.minimum(begin + of_pairs, length - 1)
         feed_step(ring, number, fed, rows, pair_rows, HAS_PAIRS, HEAD_DIM, BLOCK_D, STAGES, WIDE)
 
 
 @gluon.jit
-def _bias_and_scores(
+def bias_and_scores(
     scores, blocks, number, inside, scale, IS_TRANSPOSED: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """The bias of a step, and its scores with the counts of its mask, of rows at `inside` (64,) of the block."""
@@ -105,7 +110,7 @@ def _attend_steps(
     for number in range(blocks[5]):
         k, v, _pairs = wait_for_step(ring, number, STAGES)
         scores = scores_of(q, k, BLOCK_N)
-        bias, scores = _bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
         out, row_sum, row_max = attend_columns(
             scores, v, out, row_sum, row_max, scale, bias, 0, 0, FIXED, False, False, BLOCK_D
         )  # fmt: skip
@@ -165,7 +170,7 @@ def attend_blocks(
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
-    head, batch, first, inside, blocks = _place(
+    head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
@@ -181,7 +186,7 @@ def attend_blocks(
         [
             (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
             (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
-            (_feed, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],
@@ -208,7 +213,7 @@ def _queries_part(
         k, v, _pairs = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = _bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         free_step(ring, number, STAGES)
     dq *= grad_scale
@@ -228,7 +233,7 @@ def block_gradients_of_queries(
     BLOCK: gl.constexpr, ADDS: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = _place(
+    head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
@@ -244,7 +249,7 @@ def block_gradients_of_queries(
         [
             (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
             (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
-            (_feed, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],
@@ -272,7 +277,7 @@ def _keys_part(
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = _bias_and_scores(scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N)
         dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         free_step(ring, number, STAGES)
@@ -290,7 +295,7 @@ def block_gradients_of_keys(
     BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = _place(
+    head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
@@ -308,7 +313,7 @@ def block_gradients_of_keys(
         [
             (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
             (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_feed, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],

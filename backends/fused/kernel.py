@@ -12,11 +12,12 @@ from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
 from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
-from .tiles import PASSES, TileSizes, ceil_div, padded
+from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
     from ...core.kernel import LayoutPiece
     from ...core.layout import Layout
+    from .tiles import Pass
 
 _LOG2_E: Final = 1.4426950408889634
 
@@ -24,7 +25,8 @@ _LOG2_E: Final = 1.4426950408889634
 class FusedKernel:
     """Computes a `LayoutPiece`: a launch forward for each kind of part that it has.
 
-    Nothing is added atomically, so that every run gives the same bits.
+    Backward it is one launch for all gradients where there is a kernel for that, which adds dq atomically; else, and
+    where the same bits are asked for (of the piece, or of PyTorch), one for queries and one for keys.
 
     Args:
         name: the pinned sub-kernel, as the plan shows it.
@@ -36,7 +38,7 @@ class FusedKernel:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
-        self._is_fed = any(tiles.of(which).parts for tiles in (tiles.branches, tiles.blocks) for which in PASSES)
+        self._is_fed = any(both.of(which).parts for both in (tiles.branches, tiles.blocks) for which in both.passes)
         self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> int:
@@ -97,8 +99,19 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
         row_sums = self.row_sums(dout, out, lse, dlse)
+        is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
+        if not is_exact and all("gradients" in part.passes for part in self.parts(piece.layout, query.device)):
+            return self.gradients(dout, query, key, value, row_sums, piece)
         dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
         return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
+
+    def gradients(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv in one launch for each part; the last bits of dq differ from run to run."""
+        sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        dk, dv = self._of_keys("gradients", dout, query, key, value, row_sums, piece, (sums,))
+        return torch.mul(sums, piece.scale, out=torch.empty_like(query, memory_format=torch.contiguous_format)), dk, dv
 
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
         """As `Adds.merge`."""
@@ -156,6 +169,20 @@ class FusedKernel:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
     ) -> tuple[Tensor, Tensor]:
         """As `Adds.gradients_of_keys`."""
+        return self._of_keys("keys", dout, query, key, value, row_sums, piece)
+
+    def _of_keys(
+        self,
+        which: Pass,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row_sums: Tensor,
+        piece: LayoutPiece,
+        more: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv of a pass, which also writes to `more`."""
         batch, kv_len, kv_heads, head_dim = key.shape
         heads, parts = query.shape[2], self.parts(piece.layout, query.device)
         query, key, value, dout = self._taken(piece, query, key, value, dout)
@@ -166,9 +193,9 @@ class FusedKernel:
         for part in parts:
             shape = batch, kv_len, heads, head_dim
             grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
-            pointers, strided = (query, key, value, dout, row_sums, *grads), (query, key, value, dout, grads[0])
-            with span(f"{part.name}, gradients of keys"):
-                part.run("keys", pointers, strided, scales)
+            pointers = (query, key, value, dout, row_sums, *more, *grads)
+            with span(f"{part.name}, gradients of {'all' if more else 'keys'}"):
+                part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dk, dv = sums
         if heads > kv_heads:

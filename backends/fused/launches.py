@@ -14,7 +14,7 @@ from ...core.schedule import branch_name
 from . import kernels
 from .block_tables import BlockTables
 from .runs import DeviceTables, Runs
-from .tiles import PASSES, Pass, Tile, Tiles, ceil_div, padded
+from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables
 
 if TYPE_CHECKING:
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
     from ...core.layout import BlockLayout
     from ...core.pattern import Branch
 
-OF_BRANCHES: Final = ("attend", "gradients_of_queries", "gradients_of_keys")
-OF_BLOCKS: Final = ("attend_blocks", "block_gradients_of_queries", "block_gradients_of_keys")
+# The kernel of each pass, and its module; those for Hopper are in modules of their own.
+OF_BRANCHES: Final[dict[Pass, tuple[str, str]]] = {
+    "forward": ("kernels", "attend"),
+    "queries": ("gradient_kernels", "gradients_of_queries"),
+    "keys": ("gradient_kernels", "gradients_of_keys"),
+    "gradients": ("joint_kernels", "gradients"),
+}
+OF_BLOCKS: Final[dict[Pass, tuple[str, str]]] = {
+    "forward": ("block_kernels", "attend_blocks"),
+    "queries": ("block_kernels", "block_gradients_of_queries"),
+    "keys": ("block_kernels", "block_gradients_of_keys"),
+    "gradients": ("joint_kernels", "block_gradients"),
+}
+_BY_COLUMNS: Final = ("keys", "gradients")  # whose tiles are of keys
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows
 # From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
 BOUND_FROM: Final = 768
@@ -33,10 +45,11 @@ MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a
 
 
 class Part(Protocol):
-    """One part of a layout with its tables on the device, of `nbytes`; `name` as traces show it."""
+    """One part of a layout with its tables on the device, of `nbytes`, and its passes; `name` as traces show it."""
 
     name: str
     nbytes: int
+    passes: tuple[Pass, ...]
 
     def run(
         self,
@@ -50,7 +63,7 @@ class Part(Protocol):
         """Launch one program a tile of rows, query head and batch row.
 
         Args:
-            which: forward, or the gradients of queries or keys (and values).
+            which: forward, or the gradients of queries, of keys (and values), or of all, queries in float32 sums.
             pointers: the kernel's tensors, query first, key second.
             strided: those whose batch, row and head strides it takes.
             scales: what it takes of scales.
@@ -70,7 +83,8 @@ def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str
     }
     if tile.parts:
         options |= {"STAGES": tile.stages, "maxnreg": tile.begin}
-        return options | {"PART_REGISTERS": tile.registers, "FEED_REGISTERS": tile.feeding}
+        options |= {"PART_REGISTERS": tile.registers, "FEED_REGISTERS": tile.feeding}
+        return options | ({"ADD_REGISTERS": tile.adding} if tile.adds else {})
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
     options |= {"BLOCK_M": tile.rows, "PRECISION": precision, "num_stages": tile.stages}
     return options | ({"maxnreg": tile.registers} if tile.registers else {})
@@ -82,16 +96,16 @@ def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
     Raises:
         ConfigError: a tile of parts that none is made for.
     """
-    names = OF_BLOCKS if of_blocks else OF_BRANCHES
-    modules = ("block_kernels",) * 3 if of_blocks else ("kernels", "gradient_kernels", "gradient_kernels")
     found: dict[Pass, JITFunction] = {}
-    for which, name, module in zip(PASSES, names, modules, strict=True):
-        parts = tiles.of(which).parts
-        if parts == 1 and name != "gradients_of_keys":
+    for which in tiles.passes:
+        module, name = (OF_BLOCKS if of_blocks else OF_BRANCHES)[which]
+        tile = tiles.of(which)
+        if tile.parts == 1 and name != "gradients_of_keys":
             raise ConfigError(f"a ring with 1 part serves gradients_of_keys alone, not {name}; take a tile with 2")
+        if tile.adds != (which == "gradients"):
+            raise ConfigError(f"a tile that adds serves gradients in one launch, and these need one: not {name}")
         # Imported when they are chosen: other releases of Triton cannot read those for Hopper.
-        prefix = "hopper_" if parts else ""
-        found[which] = getattr(import_module(f".{prefix}{module}", __package__), name)
+        found[which] = getattr(import_module(f".{'hopper_' if tile.parts else ''}{module}", __package__), name)
     return found
 
 
@@ -133,6 +147,7 @@ class BranchPart:
             )
         self.name = ", ".join(branch_name(branch.segment_length, branch.stride) for branch in branches)
         span = 0 if min(positions) < 0 else geometry.seq_len
+        self.passes = tiles.passes
         self._geometry = geometry
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=False)
@@ -147,9 +162,9 @@ class BranchPart:
         self._limits = (*queries, *keys)
         self._listed = {
             which: (by_columns, Runs.of(by_columns, tiles.of(which), keys, queries))
-            if which == "keys"
+            if which in _BY_COLUMNS
             else (by_rows, Runs.of(by_rows, tiles.of(which), queries, keys))
-            for which in PASSES
+            for which in tiles.passes
         }
         self.nbytes = by_rows.nbytes + by_columns.nbytes + sum(runs.nbytes for _, runs in self._listed.values())
 
@@ -166,7 +181,9 @@ class BranchPart:
         assert not adds
         query, tile = pointers[0], self._tiles.of(which)
         tables, runs = self._listed[which]
-        constants = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts} | ({"PARTS": tile.parts} if tile.parts else {})
+        constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
+        if tile.parts and not tile.adds:
+            constants["PARTS"] = tile.parts
         if which == "forward":
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
@@ -220,6 +237,7 @@ class BlockPart:
 
     def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device, bound_from: int) -> None:
         self.name = f"blocks of {layout.block_size}"
+        self.passes = tiles.passes
         self._geometry = layout.geometry
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=True)
@@ -241,9 +259,9 @@ class BlockPart:
         """As `Part.run`."""
         geometry, query = self._geometry, pointers[0]
         tile = self._tiles.of(which)
-        tables = self._by_columns if which == "keys" else self._by_rows
+        tables = self._by_columns if which in _BY_COLUMNS else self._by_rows
         tiles = tables.block_rows * (tables.block_size // tile.rows)
-        constants = {} if which == "keys" else {"ADDS": adds}
+        constants = {} if which in _BY_COLUMNS else {"ADDS": adds}
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         self._kernels[which][(tiles * query.shape[2], query.shape[0])](

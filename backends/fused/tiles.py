@@ -7,8 +7,10 @@ from typing import Final, Literal
 import attrs
 import torch
 
-Pass = Literal["forward", "queries", "keys"]
-PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys")
+Pass = Literal["forward", "queries", "keys", "gradients"]
+PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
+
+_FEWEST: Final = 24  # registers that warps can give the others but for
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -31,7 +33,8 @@ class Tile:
     """Rows and columns of a tile, and how it is compiled.
 
     `registers` is the most that a thread may have; with `split` steps whose columns every row meets are told apart, and
-    spared the mask. With `parts` it is for the kernels with a ring that feeds them (see `hopper_ring`).
+    spared the mask. With `parts` it is for the kernels with a ring that feeds them (see `hopper_ring`); one that `adds`
+    is for those among them with four more warps, which add (see `hopper_joint_kernels`).
     """
 
     rows: int
@@ -41,11 +44,14 @@ class Tile:
     registers: int | None = None
     split: bool = False
     parts: int = 0
+    adds: bool = False
 
     @classmethod
-    def by_ring(cls, columns: int, stages: int, registers: int, *, parts: int = 2, split: bool = False) -> Tile:
+    def by_ring(
+        cls, columns: int, stages: int, registers: int, *, parts: int = 2, split: bool = False, adds: bool = False
+    ) -> Tile:
         """One that is fed, of 64 rows a part."""
-        return cls(64 * parts, columns, 4, stages, registers, split, parts)
+        return cls(64 * parts, columns, 4, stages, registers, split, parts, adds)
 
     @property
     def begin(self) -> int:
@@ -53,23 +59,29 @@ class Tile:
 
         The warps that feed then leave the others what `feeding` does not keep.
         """
-        if self.parts == 1:
+        if self.parts == 1 or self.adds:
             return 128
         return 80 if (self.registers or 0) <= 104 else 168
 
     @property
     def feeding(self) -> int:
         """Registers that a thread which feeds keeps."""
-        return (self.parts + 1) * self.begin - self.parts * (self.registers or 0)
+        return _FEWEST if self.adds else (self.parts + 1) * self.begin - self.parts * (self.registers or 0)
+
+    @property
+    def adding(self) -> int:
+        """Registers that a thread which adds keeps."""
+        return (self.parts + 2) * self.begin - self.parts * (self.registers or 0) - _FEWEST
 
 
 @attrs.frozen
 class Tiles:
-    """The tiles of the passes."""
+    """The tiles of the passes; `gradients` is that of queries and keys in one launch, where there is such a kernel."""
 
     forward: Tile
     queries: Tile
     keys: Tile
+    gradients: Tile | None = None
 
     @classmethod
     def alike(cls, tile: Tile) -> Tiles:
@@ -77,9 +89,14 @@ class Tiles:
         return cls(tile, tile, tile)
 
     def of(self, which: Pass) -> Tile:
-        """That of a pass."""
+        """That of a pass of theirs."""
         found: Tile = getattr(self, which)
         return found
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Those that have a tile."""
+        return PASSES if self.gradients else PASSES[:-1]
 
 
 @attrs.frozen
@@ -129,9 +146,10 @@ class TileSizes:
             return cls(large, large, unfed.few, unfed)
         forward, two = Tile.by_ring(64, 4, 104, split=True), Tile.by_ring(64, 4, 232, split=True)
         keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
+        gradients = Tile.by_ring(64, 4, 208, adds=True)
         return cls(
-            Tiles(forward, unfed.branches.queries, keys),
-            Tiles(forward, unfed.blocks.queries, two),
+            Tiles(forward, unfed.branches.queries, keys, gradients),
+            Tiles(forward, unfed.blocks.queries, two, gradients),
             unfed.few,
             unfed,
         )
@@ -149,4 +167,4 @@ class TileSizes:
             chosen = tile if tile.rows <= block else self.few.of(which)
             return attrs.evolve(chosen, rows=min(chosen.rows, block), columns=min(chosen.columns, block))
 
-        return Tiles(cut("forward"), cut("queries"), cut("keys"))
+        return Tiles(cut("forward"), cut("queries"), cut("keys"), self.blocks.gradients)

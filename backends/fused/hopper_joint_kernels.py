@@ -1,0 +1,337 @@
+"""All gradients in one launch, for Hopper, in Gluon: over branches and over tables of blocks, with dq summed in memory.
+
+Scores and their exponentials are then computed once in place of twice: five products in place of seven. Two parts of 64
+keys have dk and dv to themselves, as in `hopper_gradient_kernels`. What they find of ds they hand on through shared
+memory to four more warps, which multiply it by the keys of both and add that to dq: in float32 and in any order, so
+that its last bits differ from run to run.
+
+Letters as in `addressing`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import hopper_block_kernels as of_blocks
+from .addressing import AS_THEY_ARE, next_run
+from .gradient_kernels import unpack
+from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
+from .hopper_ring import (
+    ROWS,
+    TILES,
+    free_step,
+    in_shared,
+    load_rows,
+    make_ring,
+    pass_over,
+    product,
+    rows_in_memory,
+    store_rows,
+    wait_for_step,
+)
+from .hopper_steps import begin_keys, begin_products, begin_values
+
+_PARTS = gl.constexpr(2)
+_HANDED = gl.constexpr(2)  # steps that a part may be ahead of the warps that add
+
+
+@gluon.constexpr_function
+def _sums_in_memory(width):
+    """Layout of rows of float32 as they are added, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 4], [128 // width, width // 4], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _make_hand(dtype: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Tiles of ds of a part, and barriers: which are ready, and which are free."""
+    tiles = gl.allocate_shared_memory(dtype, [_HANDED, ROWS, BLOCK_N], TILES)
+    ready = gl.allocate_shared_memory(gl.int64, [_HANDED, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [_HANDED, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(_HANDED):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=1)
+    return tiles, ready, free
+
+
+@gluon.jit
+def _hand_on(hand, number, ds):
+    """Of a part: ds (64, N) of its step `number`, counted without those that it passes over."""
+    tiles, ready, free = hand
+    slot = number % _HANDED
+    mbarrier.wait(free.index(slot), (number // _HANDED) & 1 ^ 1)
+    tiles.index(slot).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(slot))
+
+
+@gluon.jit
+def _own_rows(
+    keys, rows, exists, k_base, stride_k, v_base, stride_v, PART: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """k, where the warps that add find it too, and v of a part; dk and dv of nothing."""
+    x = load_rows(k_base, rows, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(v_base, rows, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE)
+    keys.index(PART).store(x)
+    v = in_shared(y)
+    fence_async_shared()
+    return keys.index(PART), v, gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+
+
+@gluon.jit
+def _finish_step(
+    ring, hand, number, done, p, dp, stats, q, dk, dv,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dk and dv with a step, whose dp and dv are under way."""
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    _lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))  # again: kept, it takes too many registers
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    _hand_on(hand, done, ds)
+    dk = begin_keys(ds, q, dk, BLOCK_D)
+    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    free_step(ring, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def _add_product(dq, hand, number, k):
+    """dq (N, D) and dsᵀ·k of a part and its step `number`."""
+    tiles, ready, free = hand
+    slot = number % _HANDED
+    mbarrier.wait(ready.index(slot), (number // _HANDED) & 1)
+    dq = warpgroup_mma(tiles.index(slot).permute((1, 0)), k, dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    mbarrier.arrive(free.index(slot))
+    return dq
+
+
+@gluon.jit
+def _add_fours(place, x, met):
+    """Add x, four neighbours of a thread at a time, to what is at `place` of the first of them, where they are met."""
+    gl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred met;
+            setp.ne.s32 met, $12, 0;
+            @met red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
+        }
+        """,
+        "=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r",
+        [place.to(gl.int64), x, met.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _add_rows(base, rows, stride, exists, dq, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr):
+    """Add dq (N, D) to the sums of rows that exist."""
+    layout: gl.constexpr = _sums_in_memory(BLOCK_D)
+    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+    if WIDE:
+        rows = rows.to(gl.int64)
+    place = base + (rows[:, None] * stride + (column // 4 * 4)[None, :])
+    _add_fours(place, gl.convert_layout(dq, layout), exists[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@gluon.jit
+def _part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    ring, hand, both = given
+    keys, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = both
+    low, totals = rows[5], walked[3]
+    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
+    k, v, dk = _own_rows(
+        keys, row - low, exists, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, WIDE
+    )  # fmt: skip
+    dv = dk
+    bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
+    number, left, mine, full, bias = 0, 0, 0, 0, 0.0
+    for done in range(gl.load(totals + 1 + PART)):
+        walked, number, left, mine, full, bound, bias = next_step(
+            ring, walked, position, valid, number, left, mine, full, bound, bias, PART, _PARTS, BLOCK_N, STAGES, SHIFTS
+        )  # fmt: skip
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+        lse, _delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        p, dv = begin_values(scores, q, dout, dv, lse, scale, bias, full, bound, True, SPLIT, BLOCK_D)
+        dk, dv = _finish_step(ring, hand, number, done, p, dp, stats, q, dk, dv, BLOCK_D, BLOCK_N, STAGES)
+        number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
+    for other in range(number, gl.load(totals)):
+        pass_over(ring, other, STAGES)
+    store_rows(dk_base, row - low, stride_o, exists, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dv_base, row - low, stride_o, exists, dv, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit
+def _add_queries(
+    given, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
+    SHIFTS: gl.constexpr,
+):  # fmt: skip
+    """Adds what the parts that meet a step find to dq of its columns."""
+    first_hand, second_hand, keys, walked, base, stride = given
+    walks, biases, runs, totals, low, high = walked
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, _sums_in_memory(BLOCK_D)))
+    begin, step, left, first, second, first_done, second_done = 0, 0, 0, 0, 0, 0, 0
+    for _ in range(gl.load(totals)):
+        if left <= 0:
+            begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, 0, True, low, high, SHIFTS)
+            first = gl.load(runs + 4)
+            second = gl.load(runs + 6)
+            runs += 4 + 2 * _PARTS
+        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
+        if first > 0:
+            dq = _add_product(dq, first_hand, first_done, keys.index(0))
+            first_done += 1
+        if second > 0:
+            dq = _add_product(dq, second_hand, second_done, keys.index(1))
+            second_done += 1
+        _add_rows(base, begin + offset * step, stride, offset < left, dq, HEAD_DIM, BLOCK_D, WIDE)
+        begin += BLOCK_N * step
+        left -= BLOCK_N
+        first -= BLOCK_N
+        second -= BLOCK_N
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def gradients(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, sums_ptr, dk_ptr, dv_ptr,
+    head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
+    q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
+    period, groups, most_walks, blocks, block_runs,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of 128 keys, as `gradients_of_keys`, and what they add to `sums_ptr`: dq (B, S, H, D) unscaled."""
+    head, batch, rows, walked = place_of_program(
+        num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
+        runs, totals, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks, block_runs, _PARTS,
+    )  # fmt: skip
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    ring = make_ring(dtype, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
+    first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
+    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
+    place = batch * stride_ob + head * stride_oh
+    both = (
+        keys, walked, rows, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
+        scale, grad_scale,
+    )  # fmt: skip
+    feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, stats_base))
+    add = (first_hand, second_hand, keys, walked, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss)
+    gl.warp_specialize(
+        [
+            (_part, ((ring, first_hand, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+            (_part, ((ring, second_hand, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+            (_add_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS)),
+            (feed_runs, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, _PARTS)),
+        ],
+        [4, 4, 4],
+        [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],
+    )
+
+
+@gluon.jit
+def _block_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    ring, hand, both = given
+    (keys, blocks, first, inside, length, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale,
+     grad_scale) = both  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    k, v, dk = _own_rows(
+        keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, WIDE
+    )  # fmt: skip
+    dv = dk
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+        lse, _delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        bias, scores = of_blocks.bias_and_scores(
+            scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N
+        )  # fmt: skip
+        p, dv = begin_values(scores, q, dout, dv, lse, scale, bias, 0, 0, False, False, BLOCK_D)
+        dk, dv = _finish_step(ring, hand, number, number, p, dp, stats, q, dk, dv, BLOCK_D, BLOCK_N, STAGES)
+    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit
+def _add_block_queries(
+    given, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Adds what both parts find in every step to dq of its columns."""
+    first_hand, second_hand, keys, blocks, base, stride, length = given
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, _sums_in_memory(BLOCK_D)))
+    for number in range(blocks[5]):
+        rows = of_blocks.first_of_step(blocks, number, BLOCK, BLOCK_N) + offset
+        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
+        dq = _add_product(dq, first_hand, number, keys.index(0))
+        dq = _add_product(dq, second_hand, number, keys.index(1))
+        _add_rows(base, rows, stride, rows < length, dq, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, sums_ptr, dk_ptr, dv_ptr,
+    head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `gradients`, over a table of blocks."""
+    head, batch, first, inside, blocks = of_blocks.place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    ring = make_ring(dtype, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
+    first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
+    place = batch * stride_ob + head * stride_oh
+    both = (
+        keys, blocks, first, inside, k_len, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place,
+        stride_os, scale, grad_scale,
+    )  # fmt: skip
+    stats_base = stats_ptr + (batch * num_heads + head) * q_len
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
+    add = (first_hand, second_hand, keys, blocks, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss, q_len)
+    gl.warp_specialize(
+        [
+            (_block_part, ((ring, first_hand, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_block_part, ((ring, second_hand, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_add_block_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, BLOCK)),
+            (of_blocks.feed_blocks, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4, 4],
+        [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],
+    )
