@@ -30,6 +30,7 @@ POINTERS = {
     **dict.fromkeys(("lse_ptr", "largest_ptr", "sums_ptr"), "*fp32"),
     "out_ptr": "*bf16",
     "stats_ptr": "*i64",
+    "levels_ptr": "*bf16",
     "masks": "*u8",
     "biases": "*fp32",
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
-from dilated_attention.backends.fused import launches
+from dilated_attention.backends.fused import gradient_kernels, launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
@@ -88,6 +89,21 @@ def test_launches_are_named_and_their_tables_counted() -> None:
     branches, blocks = kernel.parts(layout, cpu)
     assert (branches.name, blocks.name) == ("branch w=8 r=1, branch w=16 r=2", "blocks of 128")
     assert kernel.prepare(layout, cpu) == branches.nbytes + blocks.nbytes > 0
+
+
+def test_levels_of_rows_have_all_their_bits() -> None:
+    """Three bfloat16 each for what is taken off scores and dp; finite ones of rows without keys."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn((300, 2), generator=generator) * 10.0 ** torch.randint(-3, 4, (300, 2), generator=generator)
+    numbers[7, 0], numbers[8, 0], numbers[9, 1] = math.inf, math.nan, math.nan
+    stats, levels = numbers.view(torch.int64).squeeze(-1), torch.full((300, 16), 7, dtype=torch.bfloat16)
+    gradient_kernels.level_rows[(2,)](stats, levels, 300, 0.3, BLOCK_M=256)
+    found = torch.stack([levels[:, :3].double().sum(1), levels[:, 3:6].double().sum(1)], 1)
+    expected = -numbers.double() / torch.tensor([0.3, 1.0])
+    expected[7, 0] = -1e30
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.allclose(found, expected, rtol=3e-7, atol=0, equal_nan=True)
+    assert not levels[:, 6:].any()
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -53,6 +53,34 @@ def unpack(pair):
 
 
 @triton.jit
+def _in_three(x):
+    """Three bfloat16 whose sum has the 24 bits of x, finite ones of an infinite x."""
+    x = tl.clamp(x, -1e30, 1e30, propagate_nan=tl.PropagateNan.ALL)
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=AS_THEY_ARE)
+def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
+    """What products with ones take off scores and dp, (length, 16) bfloat16 of rows prepared: grid (tiles,).
+
+    The first three numbers of a row sum to -lse / scale, the next three to -delta, others are 0.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < length
+    lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
+    a, b, c = _in_three(-lse / scale)
+    d, e, f = _in_three(-delta)
+    column = tl.arange(0, 16)[None, :]
+    levels = tl.where(column < 1, a[:, None], tl.where(column < 2, b[:, None], c[:, None]))
+    more = tl.where(column < 4, d[:, None], tl.where(column < 5, e[:, None], f[:, None]))
+    levels = tl.where(column < 3, levels, tl.where(column < 6, more, 0.0))
+    tl.store(levels_ptr + row.to(tl.int64)[:, None] * 16 + column, levels, mask=valid[:, None])
+
+
+@triton.jit
 def query_gradient_tile(
     q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,

@@ -14,7 +14,10 @@ from .addressing import AS_THEY_ARE, tile_and_head
 from .block_kernels import merge
 from .gradient_kernels import unpack
 from .hopper_ring import (
+    NOTHING,
+    PAIRS,
     ROWS,
+    copied_besides,
     feed_step,
     free_step,
     in_shared,
@@ -66,17 +69,17 @@ def first_of_step(blocks, number, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def feed_blocks(
-    given, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    given, BESIDES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Copies the columns of every step."""
     ring, blocks, fed, length = given
     offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    of_pairs = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    of_besides = gl.arange(0, BLOCK_N, copied_besides(BESIDES))
     for number in range(blocks[5]):
         begin = first_of_step(blocks, number, BLOCK, BLOCK_N)
-        rows, pair_rows = gl.minimum(begin + offset, length - 1), gl.minimum(begin + of_pairs, length - 1)
-        feed_step(ring, number, fed, rows, pair_rows, HAS_PAIRS, HEAD_DIM, BLOCK_D, STAGES, WIDE)
+        rows, rows_besides = gl.minimum(begin + offset, length - 1), gl.minimum(begin + of_besides, length - 1)
+        feed_step(ring, number, fed, rows, rows_besides, BESIDES, HEAD_DIM, BLOCK_D, STAGES, WIDE)
 
 
 @gluon.jit
@@ -108,7 +111,7 @@ def _attend_steps(
 ):  # fmt: skip
     """The sums over all steps."""
     for number in range(blocks[5]):
-        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        k, v, _besides = wait_for_step(ring, number, STAGES)
         scores = scores_of(q, k, BLOCK_N)
         bias, scores = bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
         out, row_sum, row_max = attend_columns(
@@ -173,7 +176,7 @@ def attend_blocks(
     head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, _PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     part = (
@@ -186,7 +189,7 @@ def attend_blocks(
         [
             (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
             (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
-            (feed_blocks, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],
@@ -210,7 +213,7 @@ def _queries_part(
     lse, delta = unpack(gl.load(stats_base + first + of_scores, mask=first + of_scores < length, other=0))
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
     for number in range(blocks[5]):
-        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        k, v, _besides = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
         scores = warpgroup_mma_wait(1, deps=[scores])
         bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
@@ -236,7 +239,7 @@ def block_gradients_of_queries(
     head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, _PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     part = (
@@ -249,7 +252,7 @@ def block_gradients_of_queries(
         [
             (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
             (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
-            (feed_blocks, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],
@@ -298,7 +301,7 @@ def block_gradients_of_keys(
     head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, _PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
@@ -313,7 +316,7 @@ def block_gradients_of_keys(
         [
             (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
             (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (feed_blocks, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],

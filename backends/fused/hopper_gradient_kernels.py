@@ -17,6 +17,8 @@ from .addressing import AS_THEY_ARE
 from .gradient_kernels import unpack
 from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
 from .hopper_ring import (
+    NOTHING,
+    PAIRS,
     ROWS,
     free_step,
     in_shared,
@@ -53,7 +55,7 @@ def _queries_part(
         walked, number, left, mine, full, bound, bias = next_step(
             ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
-        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        k, v, _besides = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
         scores = warpgroup_mma_wait(1, deps=[scores])
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
@@ -81,7 +83,7 @@ def gradients_of_queries(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
         runs, totals, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     part = (
@@ -95,7 +97,7 @@ def gradients_of_queries(
         [
             (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
             (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
-            (feed_runs, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+            (feed_runs, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],
@@ -181,7 +183,7 @@ def gradients_of_keys(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
         runs, totals, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
@@ -196,7 +198,7 @@ def gradients_of_keys(
         gl.warp_specialize(
             [
                 (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
-                (feed_runs, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+                (feed_runs, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
             ],
             [4],
             [FEED_REGISTERS],
@@ -206,7 +208,7 @@ def gradients_of_keys(
             [
                 (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
                 (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
-                (feed_runs, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+                (feed_runs, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
             ],
             [4, 4],
             [PART_REGISTERS, FEED_REGISTERS],

@@ -3,7 +3,8 @@
 Scores and their exponentials are then computed once in place of twice: five products in place of seven. Two parts of 64
 keys have dk and dv to themselves, as in `hopper_gradient_kernels`. What they find of ds they hand on through shared
 memory to four more warps, which multiply it by the keys of both and add that to dq: in float32 and in any order, so
-that its last bits differ from run to run.
+that its last bits differ from run to run. Shared memory is what bounds them: so k and v are operands from registers,
+and lse and delta are taken off by the products themselves, whose columns have "levels" (`gradient_kernels`).
 
 Letters as in `addressing`.
 """
@@ -21,13 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper_block_kernels as of_blocks
 from .addressing import AS_THEY_ARE, next_run
-from .gradient_kernels import unpack
 from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
 from .hopper_ring import (
+    LEVEL_ROWS,
+    LEVEL_TILES,
+    LEVELS,
     ROWS,
     TILES,
     free_step,
-    in_shared,
     load_rows,
     make_ring,
     pass_over,
@@ -36,7 +38,7 @@ from .hopper_ring import (
     store_rows,
     wait_for_step,
 )
-from .hopper_steps import begin_keys, begin_products, begin_values
+from .hopper_steps import where_met
 
 _PARTS = gl.constexpr(2)
 _HANDED = gl.constexpr(2)  # steps that a part may be ahead of the warps that add
@@ -74,28 +76,51 @@ def _hand_on(hand, number, ds):
 @gluon.jit
 def _own_rows(
     keys, rows, exists, k_base, stride_k, v_base, stride_v, PART: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """k, where the warps that add find it too, and v of a part; dk and dv of nothing."""
+    """k and v of a part in registers, k also where the warps that add find it; and sums of nothing."""
     x = load_rows(k_base, rows, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, rows, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE)
     keys.index(PART).store(x)
-    v = in_shared(y)
     fence_async_shared()
-    return keys.index(PART), v, gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_N), 2)
+    none = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    return gl.convert_layout(x, operand), gl.convert_layout(y, operand), none
+
+
+@gluon.jit
+def _make_ones():
+    """Rows (64, 16) that sum the levels of scores, and those of dp."""
+    column = gl.arange(0, 16, gl.SliceLayout(0, LEVEL_ROWS))[None, :] + gl.zeros([ROWS, 1], gl.int32, LEVEL_ROWS)
+    ones = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, 16], LEVEL_TILES)
+    ones.index(0).store(gl.where(column < 3, 1.0, 0.0).to(gl.bfloat16))
+    ones.index(1).store(gl.where((column >= 3) & (column < 6), 1.0, 0.0).to(gl.bfloat16))
+    fence_async_shared()
+    return ones
+
+
+@gluon.jit
+def _begin_step(k, q, v, dout, levels, ones, BLOCK_N: gl.constexpr):
+    """k·q - lse / scale and v·dout - delta (64, N): the first has come, the second is under way."""
+    none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
+    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+    scores = warpgroup_mma(ones.index(0), levels.permute((1, 0)), scores, is_async=True)
+    dp = warpgroup_mma(v, dout.permute((1, 0)), none, use_acc=False, is_async=True)
+    dp = warpgroup_mma(ones.index(1), levels.permute((1, 0)), dp, is_async=True)
+    return warpgroup_mma_wait(2, deps=[scores]), dp
 
 
 @gluon.jit
 def _finish_step(
-    ring, hand, number, done, p, dp, stats, q, dk, dv,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """dk and dv with a step, whose dp and dv are under way."""
+    """dk and dv with a step of which p is there and dp is under way; `done` counts steps of the part."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
+    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), operand), dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
-    _lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))  # again: kept, it takes too many registers
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    ds = (p * dp).to(q.dtype)
     _hand_on(hand, done, ds)
-    dk = begin_keys(ds, q, dk, BLOCK_D)
+    dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     free_step(ring, number, STAGES)
     return dk, dv
@@ -149,13 +174,13 @@ def _part(
     STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the rows of a part."""
-    ring, hand, both = given
+    ring, hand, ones, both = given
     keys, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = both
     low, totals = rows[5], walked[3]
     row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
     k, v, dk = _own_rows(
-        keys, row - low, exists, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, WIDE
+        keys, row - low, exists, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
     )  # fmt: skip
     dv = dk
     bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
@@ -164,12 +189,10 @@ def _part(
         walked, number, left, mine, full, bound, bias = next_step(
             ring, walked, position, valid, number, left, mine, full, bound, bias, PART, _PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
-        q, dout, stats = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
-        lse, _delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        p, dv = begin_values(scores, q, dout, dv, lse, scale, bias, full, bound, True, SPLIT, BLOCK_D)
-        dk, dv = _finish_step(ring, hand, number, done, p, dp, stats, q, dk, dv, BLOCK_D, BLOCK_N, STAGES)
+        q, dout, levels = wait_for_step(ring, number, STAGES)
+        scores, dp = _begin_step(k, q, v, dout, levels, ones, BLOCK_N)
+        p = where_met(gl.exp2(scores * scale + bias), 0.0, full, bound, SPLIT)
+        dk, dv = _finish_step(ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
@@ -209,7 +232,7 @@ def _add_queries(
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def gradients(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, sums_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
@@ -225,26 +248,26 @@ def gradients(
         runs, totals, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks, block_runs, _PARTS,
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    ring = make_ring(dtype, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()
     keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
     first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
+    levels_base = levels_ptr + (batch * num_heads + head) * (q_high - q_low) * 16
     place = batch * stride_ob + head * stride_oh
     both = (
         keys, walked, rows, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
         scale, grad_scale,
     )  # fmt: skip
-    feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, stats_base))
+    feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, levels_base))
     add = (first_hand, second_hand, keys, walked, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss)
     gl.warp_specialize(
         [
-            (_part, ((ring, first_hand, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
-            (_part, ((ring, second_hand, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+            (_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+            (_part, ((ring, second_hand, ones, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
             (_add_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS)),
-            (feed_runs, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, _PARTS)),
+            (feed_runs, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, _PARTS)),
         ],
         [4, 4, 4],
         [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],
@@ -257,25 +280,23 @@ def _block_part(
     STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the rows of a part."""
-    ring, hand, both = given
+    ring, hand, ones, both = given
     (keys, blocks, first, inside, length, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale,
      grad_scale) = both  # fmt: skip
     row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     k, v, dk = _own_rows(
-        keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, WIDE
+        keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
     )  # fmt: skip
     dv = dk
     for number in range(blocks[5]):
-        q, dout, stats = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
-        lse, _delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        q, dout, levels = wait_for_step(ring, number, STAGES)
+        scores, dp = _begin_step(k, q, v, dout, levels, ones, BLOCK_N)
         bias, scores = of_blocks.bias_and_scores(
             scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N
         )  # fmt: skip
-        p, dv = begin_values(scores, q, dout, dv, lse, scale, bias, 0, 0, False, False, BLOCK_D)
-        dk, dv = _finish_step(ring, hand, number, number, p, dp, stats, q, dk, dv, BLOCK_D, BLOCK_N, STAGES)
+        p = gl.exp2(scores * scale + bias)
+        dk, dv = _finish_step(ring, hand, number, number, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
     store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 
@@ -298,7 +319,7 @@ def _add_block_queries(
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, sums_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums_ptr, dk_ptr, dv_ptr,
     head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
@@ -311,7 +332,7 @@ def block_gradients(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    ring = make_ring(dtype, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()
     keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
     first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
@@ -322,15 +343,15 @@ def block_gradients(
         keys, blocks, first, inside, k_len, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place,
         stride_os, scale, grad_scale,
     )  # fmt: skip
-    stats_base = stats_ptr + (batch * num_heads + head) * q_len
-    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
+    levels_base = levels_ptr + (batch * num_heads + head) * q_len * 16
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), q_len)
     add = (first_hand, second_hand, keys, blocks, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss, q_len)
     gl.warp_specialize(
         [
-            (_block_part, ((ring, first_hand, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_block_part, ((ring, second_hand, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_block_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_block_part, ((ring, second_hand, ones, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
             (_add_block_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, BLOCK)),
-            (of_blocks.feed_blocks, (feed, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (of_blocks.feed_blocks, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4, 4],
         [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],

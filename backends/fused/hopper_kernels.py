@@ -11,7 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from .addressing import AS_THEY_ARE, columns, next_run, place_of_runs, tile_and_head
 from .hopper_ring import (
+    NOTHING,
     ROWS,
+    copied_besides,
     feed_step,
     free_step,
     in_shared,
@@ -60,21 +62,24 @@ def rows_of_part(rows, PART: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def feed_runs(
-    given, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    given, BESIDES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Copies the columns of every step."""
     ring, walked, fed = given
     walks, biases, runs, totals, low, high = walked
     offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    of_pairs = gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    of_besides = gl.arange(0, BLOCK_N, copied_besides(BESIDES))
     begin, step, left = 0, 0, 0
     for number in range(gl.load(totals)):
         if left <= 0:
             begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, 0, True, low, high, SHIFTS)
             runs += 4 + 2 * PARTS
-        rows, pair_rows = begin + gl.minimum(offset, left - 1) * step, begin + gl.minimum(of_pairs, left - 1) * step
-        feed_step(ring, number, fed, rows, pair_rows, HAS_PAIRS, HEAD_DIM, BLOCK_D, STAGES, WIDE)
+        rows, rows_besides = (
+            begin + gl.minimum(offset, left - 1) * step,
+            begin + gl.minimum(of_besides, left - 1) * step,
+        )
+        feed_step(ring, number, fed, rows, rows_besides, BESIDES, HEAD_DIM, BLOCK_D, STAGES, WIDE)
         begin += BLOCK_N * step
         left -= BLOCK_N
 
@@ -132,7 +137,7 @@ def _attend_steps(
         walked, number, left, mine, full, bound, bias = next_step(
             ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
-        k, v, _pairs = wait_for_step(ring, number, STAGES)
+        k, v, _besides = wait_for_step(ring, number, STAGES)
         scores = scores_of(q, k, BLOCK_N)
         out, row_sum, row_max = attend_columns(
             scores, v, out, row_sum, row_max, scale, bias, full, bound, FIXED, True, SPLIT, BLOCK_D
@@ -193,7 +198,7 @@ def attend(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
         runs, totals, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     part = (
@@ -207,7 +212,7 @@ def attend(
         [
             (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS, BOUNDED)),
             (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS, BOUNDED)),
-            (feed_runs, (feed, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+            (feed_runs, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],

@@ -9,7 +9,7 @@ keeps that overlap only in the warps that the kernel begins with, and only if th
 come from nowhere but the step before. Else it gives up every overlap ("serialized"): `compile_hopper` in the tests.
 
 Letters as in `addressing`. The columns of a step are rows (N, D) of two tensors, x and y: keys and values, or queries
-and dout.
+and dout. With queries come what `gradient_kernels` keeps of their rows: pairs of numbers, or levels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 ROWS = gl.constexpr(64)  # of a part
 TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+LEVEL_TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
+LEVEL_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # 16 bytes a thread
+# What a ring holds of columns besides x and y.
+NOTHING = gl.constexpr(0)
+PAIRS = gl.constexpr(1)
+LEVELS = gl.constexpr(2)
 _THREADS = gl.constexpr(128)  # of four warps
 
 
@@ -35,6 +41,12 @@ def product(columns):
 def rows_in_memory(width):
     """Layout of rows of that width as memory is read and written, 16 bytes a thread."""
     return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def copied_besides(kind):
+    """Layout of the columns whose pairs or levels are copied."""
+    return gl.SliceLayout(1, LEVEL_ROWS.value) if kind == 2 else gl.BlockedLayout([1], [32], [4], [0])
 
 
 @gluon.jit
@@ -85,57 +97,65 @@ def _copy_rows(
 
 @gluon.jit
 def make_ring(
-    dtype: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr
+    dtype: gl.constexpr, BESIDES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of x, of y and of a pair of numbers for each column, and barriers: which are ready, and which are free."""
+    """Tiles of x, of y and of pairs or levels, and barriers: which are ready, and which are free."""
     x_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
-    pairs = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], LINES)
+    if BESIDES == LEVELS:
+        besides = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, 16], LEVEL_TILES)
+    else:
+        besides = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], LINES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(ready.index(slot), count=_THREADS)
         mbarrier.init(free.index(slot), count=PARTS)
-    return x_tiles, y_tiles, pairs, ready, free
+    return x_tiles, y_tiles, besides, ready, free
 
 
 @gluon.jit
 def feed_step(
-    ring, number, fed, rows, pair_rows, HAS_PAIRS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    ring, number, fed, rows, rows_besides, BESIDES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Copy the columns of a step, with their pairs if HAS_PAIRS, as soon as its tiles are free."""
-    x_tiles, y_tiles, pairs, ready, free = ring
-    x_base, stride_x, y_base, stride_y, pair_base = fed
+    """Copy the columns of a step, with their pairs or levels, as soon as its tiles are free."""
+    x_tiles, y_tiles, besides, ready, free = ring
+    x_base, stride_x, y_base, stride_y, base_besides = fed
     slot = number % STAGES
     mbarrier.wait(free.index(slot), (number // STAGES) & 1 ^ 1)
     _copy_rows(x_tiles.index(slot), x_base, rows, stride_x, HEAD_DIM, BLOCK_D, WIDE)
     _copy_rows(y_tiles.index(slot), y_base, rows, stride_y, HEAD_DIM, BLOCK_D, WIDE)
-    if HAS_PAIRS:
-        async_copy.async_copy_global_to_shared(pairs.index(slot), pair_base + pair_rows)
+    if BESIDES == PAIRS:
+        async_copy.async_copy_global_to_shared(besides.index(slot), base_besides + rows_besides)
+    if BESIDES == LEVELS:
+        column = gl.arange(0, 16, gl.SliceLayout(0, LEVEL_ROWS))
+        pointers = gl.multiple_of(base_besides + (rows_besides[:, None] * 16 + column[None, :]), [1, 16])
+        async_copy.async_copy_global_to_shared(besides.index(slot), pointers)
     async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
 
 
 @gluon.jit
 def wait_for_step(ring, number, STAGES: gl.constexpr):
-    """Its tiles of x, of y and of pairs, once they are ready."""
-    x_tiles, y_tiles, pairs, ready, _free = ring
+    """Its tiles of x, of y and of pairs or levels, once they are ready."""
+    x_tiles, y_tiles, besides, ready, _free = ring
     slot = number % STAGES
     mbarrier.wait(ready.index(slot), (number // STAGES) & 1)
     fence_async_shared()
-    return x_tiles.index(slot), y_tiles.index(slot), pairs.index(slot)
+    return x_tiles.index(slot), y_tiles.index(slot), besides.index(slot)
 
 
 @gluon.jit
 def free_step(ring, number, STAGES: gl.constexpr):
     """Of this part: the tiles of a step are needed no longer."""
-    _x_tiles, _y_tiles, _pairs, _ready, free = ring
+    _x_tiles, _y_tiles, _besides, _ready, free = ring
     mbarrier.arrive(free.index(number % STAGES))
 
 
 @gluon.jit
 def pass_over(ring, number, STAGES: gl.constexpr):
     """Leave a step to the other part."""
-    _x_tiles, _y_tiles, _pairs, ready, _free = ring
+    _x_tiles, _y_tiles, _besides, ready, _free = ring
     mbarrier.wait(ready.index(number % STAGES), (number // STAGES) & 1)
     free_step(ring, number, STAGES)

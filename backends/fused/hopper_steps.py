@@ -114,32 +114,16 @@ def add_to_dq(
 
 
 @gluon.jit
-def begin_values(
-    scores, q, dout, dv, lse, scale, bias, full, bound,
-    HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
-):  # fmt: skip
-    """p (64, N), columns as for `attend_columns`, and dv, which goes under way."""
-    p = gl.exp2(scores * scale + (bias - lse)[None, :])
-    if HAS_BOUND:
-        p = where_met(p, 0.0, full, bound, SPLIT)
-    operand = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, product(BLOCK_D), 2))
-    return p, warpgroup_mma(operand, dout, dv, is_async=True)
-
-
-@gluon.jit
-def begin_keys(ds, q, dk, BLOCK_D: gl.constexpr):
-    """dk goes under way."""
-    operand = gl.convert_layout(ds, gl.DotOperandLayout(0, product(BLOCK_D), 2))
-    return warpgroup_mma(operand, q, dk, is_async=True)
-
-
-@gluon.jit
 def add_to_dk_dv(
     scores, dp, q, dout, dk, dv, lse, delta, scale, bias, full, bound,
     HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """As `gradient_kernels.key_gradient_tile`; dp comes, dk and dv go under way."""
-    p, dv = begin_values(scores, q, dout, dv, lse, scale, bias, full, bound, HAS_BOUND, SPLIT, BLOCK_D)
+    """As `gradient_kernels.key_gradient_tile`, columns as for `attend_columns`; dp comes, dk and dv go under way."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
+    p = gl.exp2(scores * scale + (bias - lse)[None, :])
+    if HAS_BOUND:
+        p = where_met(p, 0.0, full, bound, SPLIT)
+    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), OPERAND), dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = (p * (dp - delta[None, :])).to(q.dtype)
-    return begin_keys(ds, q, dk, BLOCK_D), dv
+    return warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True), dv

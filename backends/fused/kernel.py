@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
-from .launches import BOUND_FROM, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
+from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
@@ -110,7 +110,10 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv in one launch for each part; the last bits of dq differ from run to run."""
         sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        dk, dv = self._of_keys("gradients", dout, query, key, value, row_sums, piece, (sums,))
+        levels = torch.empty((*row_sums.shape, 16), dtype=torch.bfloat16, device=query.device)
+        rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
+        gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS)
+        dk, dv = self._of_keys("gradients", dout, query, key, value, levels, piece, (sums,))
         return torch.mul(sums, piece.scale, out=torch.empty_like(query, memory_format=torch.contiguous_format)), dk, dv
 
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
@@ -178,11 +181,11 @@ class FusedKernel:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        row_sums: Tensor,
+        of_rows: Tensor,
         piece: LayoutPiece,
         more: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """dk and dv of a pass, which also writes to `more`."""
+        """dk and dv of a pass, which takes `of_rows` and also writes to `more`."""
         batch, kv_len, kv_heads, head_dim = key.shape
         heads, parts = query.shape[2], self.parts(piece.layout, query.device)
         query, key, value, dout = self._taken(piece, query, key, value, dout)
@@ -193,7 +196,7 @@ class FusedKernel:
         for part in parts:
             shape = batch, kv_len, heads, head_dim
             grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
-            pointers = (query, key, value, dout, row_sums, *more, *grads)
+            pointers = (query, key, value, dout, of_rows, *more, *grads)
             with span(f"{part.name}, gradients of {'all' if more else 'keys'}"):
                 part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
