@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype, by_rows, slabs_of
+from .composer import accumulator_dtype, by_rows
 from .schedule import Call, Schedule
 
 _TILE = 512  # rows and columns of scores formed at once, at most

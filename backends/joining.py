@@ -1,0 +1,147 @@
+"""Dense kernels on CUDA that join their pieces in one launch of our own, in Triton, where that is installed.
+
+Shapes: B batch, S sequence, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..core.kernel import DenseKernel, DensePiece
+    from ..core.slabs import Place
+
+MOST_PIECES: Final = 32  # that a kernel is compiled for
+MAX_LENGTH: Final = 1 << 30  # 32-bit arithmetic on positions, and the reciprocals
+MAX_ROWS: Final = 1 << 31  # of all heads, counted in 32 bits
+TILE_ELEMENTS: Final = 4096  # of a program with 4 warps: 32 a thread
+
+
+def joining(kernel: DenseKernel) -> DenseKernel:
+    """The kernel with `Joins` besides, where Triton is installed and finds what it compiles its launchers with."""
+    return JoiningKernel(kernel) if can_compile() else kernel
+
+
+@cache
+def can_compile() -> bool:
+    """Triton, a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return find_spec("triton") is not None and compiler is not None and header.is_file()
+
+
+@attrs.frozen
+class JoiningKernel:
+    """A dense kernel, with the ability `Joins`; the kernels that join are compiled at their first launch.
+
+    Attributes:
+        kernel: what computes the pieces.
+    """
+
+    kernel: DenseKernel
+
+    @property
+    def name(self) -> str:
+        """That of the kernel."""
+        return self.kernel.name
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        return self.kernel.forward(query, key, value, piece)
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DenseKernel`."""
+        return self.kernel.backward(dout, query, key, value, out, lse, piece)
+
+    def can_join(self, like: Tensor, places: Sequence[Place]) -> bool:
+        """As `Joins.can_join`: up to `MOST_PIECES`, of sequences below `MAX_LENGTH` and below `MAX_ROWS` in all."""
+        batch, length, num_heads, _ = like.shape
+        return len(places) <= MOST_PIECES and length < MAX_LENGTH and batch * length * num_heads < MAX_ROWS
+
+    def merge_pieces(
+        self, pieces: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place], out: Tensor, lse: Tensor
+    ) -> None:
+        """As `Joins.merge_pieces`."""
+        outs, lses = (_padded([x.contiguous() for x in xs]) for xs in zip(*pieces, strict=True))
+        _launch("merge_pieces", (outs, lses), places, (out, lse))
+
+    def add_pieces(self, pieces: Sequence[Tensor], places: Sequence[Place], total: Tensor) -> None:
+        """As `Joins.add_pieces`."""
+        _launch("add_pieces", (_padded([x.contiguous() for x in pieces]),), places, (total,))
+
+
+def _launch(
+    name: str, pieces: tuple[tuple[Tensor, ...], ...], places: Sequence[Place], results: tuple[Tensor, ...]
+) -> None:
+    """Launch a kernel of `joining_kernels`, a program for each tile of positions of a head."""
+    batch, length, num_heads, head_dim = results[0].shape
+    count = len(pieces[0])
+    fields = [field for place in places for field in fields_of(place)]
+    fields += [0] * (count * len(fields_of(places[0])) - len(fields))  # no heads
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_m = TILE_ELEMENTS // block_d
+    kernel: Any = getattr(import_module(".joining_kernels", __package__), name)
+    with torch.cuda.device_of(results[0]):  # type: ignore[no-untyped-call]
+        kernel[(batch * -(-length // block_m) * num_heads,)](
+            *pieces,
+            tuple(fields),
+            *results,
+            length,
+            num_heads,
+            COUNT=count,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=block_m,
+            num_warps=4,
+        )
+
+
+def _padded(pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Up to the next power of two, so that few kernels are compiled; what is added has no heads and is not read."""
+    return (*pieces, *[pieces[0]] * ((1 << (len(pieces) - 1).bit_length()) - len(pieces)))
+
+
+def fields_of(place: Place) -> tuple[int, ...]:
+    """What a kernel takes of a place: the integers that `joining_kernels.head_of` and `rows_of` read."""
+    rows = place.rows
+    segment_step = rows.segment_step if place.segments > 1 else MAX_LENGTH
+    return (
+        place.batch,
+        place.batches,
+        rows.head,
+        rows.head_step,
+        *reciprocal(rows.head_step),
+        rows.num_heads,
+        rows.head_shift,
+        rows.start,
+        place.segments,
+        segment_step,
+        *reciprocal(segment_step),
+        rows.step,
+        *reciprocal(rows.step),
+        rows.count,
+    )
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """Multiplier and log with x // divisor == x * multiplier >> (31 + log) for 0 <= x < 2^30; the divisor is up to 2^30.
+
+    With log = ceil(log2(divisor)), multiplier * divisor exceeds 2^(31 + log) by at most 2^log (Granlund and Montgomery
+    1994). The multiplier has 32 bits, of which the first is 1; it is given as the int32 that has them.
+    """
+    log = (divisor - 1).bit_length()
+    return (1 << (31 + log)) // divisor + 1 - (1 << 32), log
