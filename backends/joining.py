@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ..core.kernel import DenseKernel, DensePiece
     from ..core.slabs import Place
 
-MOST_PIECES: Final = 32  # that a kernel is compiled for
+MOST_PIECES: Final = 32  # which take seconds to compile, once a machine
+PIECES_STEP: Final = 4  # so that few kernels are compiled
 MAX_LENGTH: Final = 1 << 30  # 32-bit arithmetic on positions, and the reciprocals
 MAX_ROWS: Final = 1 << 31  # of all heads, counted in 32 bits
 TILE_ELEMENTS: Final = 4096  # of a program with 4 warps: 32 a thread
@@ -111,8 +112,8 @@ def _launch(
 
 
 def _padded(pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Up to the next power of two, so that few kernels are compiled; what is added has no heads and is not read."""
-    return (*pieces, *[pieces[0]] * ((1 << (len(pieces) - 1).bit_length()) - len(pieces)))
+    """Up to a multiple of `PIECES_STEP`; what is added has no heads and is not read."""
+    return (*pieces, *[pieces[0]] * (-len(pieces) % PIECES_STEP))
 
 
 def fields_of(place: Place) -> tuple[int, ...]:
@@ -138,7 +139,7 @@ def fields_of(place: Place) -> tuple[int, ...]:
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
-    """Multiplier and log with x // divisor == x * multiplier >> (31 + log) for 0 <= x < 2^30; the divisor is up to 2^30.
+    """Multiplier and log with x // divisor == x * multiplier >> (31 + log) for 0 <= x < 2^30, of a divisor up to 2^30.
 
     With log = ceil(log2(divisor)), multiplier * divisor exceeds 2^(31 + log) by at most 2^log (Granlund and Montgomery
     1994). The multiplier has 32 bits, of which the first is 1; it is given as the int32 that has them.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .joining import Launch, are_joined, launches_of
+from .joining import are_joined, launches_of
 from .kernel import WIDENING, DenseKernel, DensePiece, Joins
 from .schedule import Call, Rows, Schedule
 from .slabs import Slab, is_stack, slabs_of, stacks_by_rows

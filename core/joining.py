@@ -1,9 +1,9 @@
 """Which pieces of a schedule are kept until all are there, to be joined in one pass (`kernel.Joins`).
 
 Merging one after another moves 18 bytes for each element of each piece in half precision; joining reads each piece once
-and writes the result once, rounded once. It is only done where it takes no more memory, beside that of lse: merging holds
-3 elements in half precision for each of the result (sums in float32, and the first piece or the result). LongNet's
-branches together have 1.94 elements for each, and the result 1.
+and writes the result once, rounded once. It is only done where it takes no more memory, beside that of lse: merging
+holds 3 elements in half precision for each of the result (sums in float32, and the first piece or the result). The five
+branches of LongNet have 1.94 elements for each, and the result 1.
 """
 
 from __future__ import annotations
