@@ -29,6 +29,10 @@ MAX_LENGTH: Final = 1 << 30  # 32-bit arithmetic on positions, and the reciproca
 MAX_ROWS: Final = 1 << 31  # of all heads, counted in 32 bits
 TILE_ELEMENTS: Final = 4096  # of a program with 4 warps: 32 a thread
 
+_MERGE: Final = "merge_pieces"
+_ADD: Final = "add_pieces"
+_Variant = tuple[str, int, int, torch.dtype, torch.device]
+
 
 def joining(kernel: DenseKernel) -> DenseKernel:
     """The kernel with `Joins` besides, where Triton is installed and finds what it compiles its launchers with."""
@@ -52,6 +56,7 @@ class JoiningKernel:
     """
 
     kernel: DenseKernel
+    _launched: set[_Variant] = attrs.field(factory=set, init=False, eq=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -68,52 +73,60 @@ class JoiningKernel:
         """See `DenseKernel`."""
         return self.kernel.backward(dout, query, key, value, out, lse, piece)
 
-    def can_join(self, like: Tensor, places: Sequence[Place]) -> bool:
-        """As `Joins.can_join`: up to `MOST_PIECES`, of sequences below `MAX_LENGTH` and below `MAX_ROWS` in all."""
+    def can_join(self, like: Tensor, places: Sequence[Place], *, adds: bool) -> bool:
+        """As `Joins.can_join`: up to `MOST_PIECES`, of sequences below `MAX_LENGTH` and below `MAX_ROWS` in all.
+
+        While a CUDA graph is captured, only what has been launched before, since no module can be loaded then.
+        """
         batch, length, num_heads, _ = like.shape
-        return len(places) <= MOST_PIECES and length < MAX_LENGTH and batch * length * num_heads < MAX_ROWS
+        if len(places) > MOST_PIECES or length >= MAX_LENGTH or batch * length * num_heads >= MAX_ROWS:
+            return False
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _variant(_ADD if adds else _MERGE, like, len(places)) in self._launched
+        return True
 
     def merge_pieces(
         self, pieces: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place], out: Tensor, lse: Tensor
     ) -> None:
         """As `Joins.merge_pieces`."""
-        outs, lses = (_padded([x.contiguous() for x in xs]) for xs in zip(*pieces, strict=True))
-        _launch("merge_pieces", (outs, lses), places, (out, lse))
+        outs, lses = zip(*pieces, strict=True)
+        self._launch(_MERGE, (outs, lses), places, (out, lse))
 
     def add_pieces(self, pieces: Sequence[Tensor], places: Sequence[Place], total: Tensor) -> None:
         """As `Joins.add_pieces`."""
-        _launch("add_pieces", (_padded([x.contiguous() for x in pieces]),), places, (total,))
+        self._launch(_ADD, (pieces,), places, (total,))
+
+    def _launch(
+        self, name: str, pieces: Sequence[Sequence[Tensor]], places: Sequence[Place], results: tuple[Tensor, ...]
+    ) -> None:
+        """Launch a kernel of `joining_kernels`, a program for each tile of positions of a head."""
+        batch, length, num_heads, head_dim = results[0].shape
+        added = -len(places) % PIECES_STEP  # places without heads, whose pieces are not read
+        fields = [field for place in places for field in fields_of(place)]
+        fields += [0] * (added * len(fields_of(places[0])))
+        block_d = max(16, 1 << (head_dim - 1).bit_length())
+        block_m = TILE_ELEMENTS // block_d
+        compact = [[x.contiguous() for x in xs] for xs in pieces]
+        kernel: Any = getattr(import_module(".joining_kernels", __package__), name)
+        with torch.cuda.device_of(results[0]):  # type: ignore[no-untyped-call]
+            kernel[(batch * -(-length // block_m) * num_heads,)](
+                *(tuple(xs + xs[:1] * added) for xs in compact),
+                tuple(fields),
+                *results,
+                length,
+                num_heads,
+                COUNT=len(places) + added,
+                HEAD_DIM=head_dim,
+                BLOCK_D=block_d,
+                BLOCK_M=block_m,
+                num_warps=4,
+            )
+        self._launched.add(_variant(name, results[0], len(places)))
 
 
-def _launch(
-    name: str, pieces: tuple[tuple[Tensor, ...], ...], places: Sequence[Place], results: tuple[Tensor, ...]
-) -> None:
-    """Launch a kernel of `joining_kernels`, a program for each tile of positions of a head."""
-    batch, length, num_heads, head_dim = results[0].shape
-    count = len(pieces[0])
-    fields = [field for place in places for field in fields_of(place)]
-    fields += [0] * (count * len(fields_of(places[0])) - len(fields))  # no heads
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
-    block_m = TILE_ELEMENTS // block_d
-    kernel: Any = getattr(import_module(".joining_kernels", __package__), name)
-    with torch.cuda.device_of(results[0]):  # type: ignore[no-untyped-call]
-        kernel[(batch * -(-length // block_m) * num_heads,)](
-            *pieces,
-            tuple(fields),
-            *results,
-            length,
-            num_heads,
-            COUNT=count,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_M=block_m,
-            num_warps=4,
-        )
-
-
-def _padded(pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Up to a multiple of `PIECES_STEP`; what is added has no heads and is not read."""
-    return (*pieces, *[pieces[0]] * (-len(pieces) % PIECES_STEP))
+def _variant(name: str, like: Tensor, count: int) -> _Variant:
+    """Which kernel is compiled for so many pieces of such a tensor."""
+    return name, -(-count // PIECES_STEP), like.shape[3], like.dtype, like.device
 
 
 def fields_of(place: Place) -> tuple[int, ...]:

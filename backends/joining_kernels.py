@@ -34,7 +34,7 @@ def head_of(places, AT: tl.constexpr, head, batch):
     """Which head of a piece is this one, and whether it has it at all."""
     b, h = batch - places[AT], head - places[AT + 2]
     t = divided(tl.maximum(h, 0), places[AT + 4], places[AT + 5])
-    return t, (b >= 0) & (b < places[AT + 1]) & (h >= 0) & (t * places[AT + 3] == h) & (t < places[AT + 6])
+    return t, (b >= 0) & (b < places[AT + 1]) & (t * places[AT + 3] == h) & (t < places[AT + 6])
 
 
 @triton.jit

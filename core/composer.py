@@ -182,7 +182,7 @@ class Composer:
             return None
         launches = launches_of(calls, (query,), (key, value))
         places = [launch.of_queries for launch in launches]
-        if not are_joined(self._joins, [(query, places)]):
+        if not are_joined(self._joins, [(query, places)], adds=False):
             return None
         pieces = []
         for launch in launches:
@@ -268,7 +268,7 @@ class Composer:
         of_queries, of_keys = [launch.of_queries for launch in launches], [launch.of_keys for launch in launches]
         # Keys first: where they have fewer heads, least is held at once.
         sums = [(key, of_keys), (value, of_keys), (query, of_queries)]
-        if not are_joined(self._joins, sums):
+        if not are_joined(self._joins, sums, adds=True):
             return None
         if not stacks_by_rows(lse, calls):
             lse = by_rows(lse)

@@ -45,12 +45,13 @@ def launches_of(calls: Sequence[Call], queries: tuple[Tensor, ...], keys: tuple[
     return [Launch(call, slab) for call in calls for slab in slabs_of(call, queries, keys)]
 
 
-def are_joined(joins: Joins, sums: Sequence[tuple[Tensor, Sequence[Place]]]) -> bool:
+def are_joined(joins: Joins, sums: Sequence[tuple[Tensor, Sequence[Place]]], *, adds: bool) -> bool:
     """Whether `joins` takes the pieces of these sums, and holding them all takes no more memory than merging them.
 
     Args:
         joins: what would join them.
         sums: tensors shaped like the results, in the order in which these are written, with the places of the pieces.
+        adds: they are gradients.
     """
     if any(x.dtype not in (torch.bfloat16, torch.float16) for x, _ in sums):
         return False  # float32 is merged into the first piece itself
@@ -58,4 +59,4 @@ def are_joined(joins: Joins, sums: Sequence[tuple[Tensor, Sequence[Place]]]) -> 
     held = sum(place.num_rows for _, places in sums for place in places)
     if held + rows[0] > MOST_HELD * sum(rows):
         return False
-    return all(len(places) > 1 and joins.can_join(x, places) for x, places in sums)
+    return all(len(places) > 1 and joins.can_join(x, places, adds=adds) for x, places in sums)

@@ -98,8 +98,11 @@ class Joins(Protocol):
     strides. Sums are taken in float32 and rounded once, to the dtype of the result, which is contiguous.
     """
 
-    def can_join(self, like: Tensor, places: Sequence[Place]) -> bool:
-        """Whether it takes pieces at these places of a tensor (B, S, H, D) of that shape, dtype and device."""
+    def can_join(self, like: Tensor, places: Sequence[Place], *, adds: bool) -> bool:
+        """Whether `merge_pieces`, or `add_pieces` where `adds`, takes pieces at these places now.
+
+        They are of a tensor (B, S, H, D) of the shape, dtype and device of `like`.
+        """
 
     def merge_pieces(
         self, pieces: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place], out: Tensor, lse: Tensor

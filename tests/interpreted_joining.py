@@ -162,7 +162,7 @@ def test_what_is_drawn(pattern: Pattern, geometry: Geometry, batch: int) -> None
     """Against the composition that merges in turns."""
     tensors = inputs(geometry, batch=batch, head_dim=8, dtype=torch.float32)
     in_turns = computed(ExactDense(), pattern, geometry, tensors, through_lse=False)
-    with patch.object(composer, "are_joined", lambda joins, sums: 1 < len(sums[0][1]) <= MOST_PIECES):
+    with patch.object(composer, "are_joined", lambda joins, sums, adds: 1 < len(sums[0][1]) <= MOST_PIECES):
         joined = computed(Counted(), pattern, geometry, tensors, through_lse=False)
     for name, a, e in zip(NAMES, joined, in_turns, strict=True):
         assert error(a, e) < 1e-5, (name, error(a, e))

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def decision(pattern: Pattern, geometry: Geometry, dtype: torch.dtype = torch.bf
     launches = launches_of(schedule(lower(pattern, geometry).branches, geometry).calls, (query,), (key,))
     rows, columns = [launch.of_queries for launch in launches], [launch.of_keys for launch in launches]
     joins = JoiningKernel(CudaFlash())
-    return are_joined(joins, [(query, rows)]), are_joined(joins, [(key, columns), (key, columns), (query, rows)])
+    forward = are_joined(joins, [(query, rows)], adds=False)
+    return forward, are_joined(joins, [(key, columns), (key, columns), (query, rows)], adds=True)
 
 
 def test_it_is_joined_where_that_takes_no_more_memory() -> None:
@@ -126,6 +128,20 @@ def test_what_triton_compiles_with(missing: str | None, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "which", lambda name: None if missing == "compiler" else f"/usr/bin/{name}")
     monkeypatch.setattr(joining, "find_spec", lambda name: None if missing == "triton" else object())
     assert joining.can_compile.__wrapped__() is (missing is None)
+
+
+def test_while_a_graph_is_captured_it_joins_what_it_has_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's module cannot be loaded then."""
+    like: Any = SimpleNamespace(shape=(1, 64, 4, 64), is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    kernel, place = JoiningKernel(CudaFlash()), Place(Rows(0, 1, 64, 0, 0, 1, 0, 4), 1, 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert kernel.can_join(like, [place] * 3, adds=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not kernel.can_join(like, [place] * 3, adds=False)
+    kernel._launched.add(joining._variant("merge_pieces", like, 4))
+    assert kernel.can_join(like, [place] * 3, adds=False)
+    assert not kernel.can_join(like, [place] * 5, adds=False)
+    assert not kernel.can_join(like, [place] * 3, adds=True)
 
 
 def test_building_a_kernel_that_joins_does_not_import_triton() -> None:
@@ -270,3 +286,17 @@ def test_it_replays_in_a_graph_and_compiles(backend: str, options: dict[str, Any
     tensors = on_card(geometry, "bfloat16", 64)
     compiled = torch.compile(attention, fullgraph=True)
     assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
+@pytest.mark.gpu
+def test_a_graph_may_be_captured_of_a_length_that_is_only_prepared() -> None:
+    """Its pieces are then merged in turns."""
+    geometry = Geometry.self_attention(768, 4, is_causal=True)
+    attention = built("sdpa", {"kernel": "flash"}, LONGNET, geometry)
+    tensors = [x.detach() for x in on_card(geometry, "bfloat16", 64)]
+    attention.prepare(geometry.q_len)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(*tensors)
+    graph.replay()
+    assert error(captured, attention(*tensors)) < 5e-3
