@@ -31,6 +31,8 @@ TILE_ELEMENTS: Final = 4096  # of a program with 4 warps: 32 a thread
 
 _MERGE: Final = "merge_pieces"
 _ADD: Final = "add_pieces"
+_Fields = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+_NOTHING: Final[_Fields] = (0,) * 2, (0,) * 6, (0,) * 9  # a place without batch rows, whose piece is not read
 _Variant = tuple[str, int, int, torch.dtype, torch.device]
 
 
@@ -41,9 +43,11 @@ def joining(kernel: DenseKernel) -> DenseKernel:
 
 @cache
 def can_compile() -> bool:
-    """Triton, a C compiler and Python's headers."""
+    """Triton, and as it looks for them a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    scheme = sysconfig.get_default_scheme()  # Debian's names /usr/local, where there are no headers
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    header = Path(paths["include"], "Python.h")
     return find_spec("triton") is not None and compiler is not None and header.is_file()
 
 
@@ -101,9 +105,9 @@ class JoiningKernel:
     ) -> None:
         """Launch a kernel of `joining_kernels`, a program for each tile of positions of a head."""
         batch, length, num_heads, head_dim = results[0].shape
-        added = -len(places) % PIECES_STEP  # places without heads, whose pieces are not read
-        fields = [field for place in places for field in fields_of(place)]
-        fields += [0] * (added * len(fields_of(places[0])))
+        added = -len(places) % PIECES_STEP
+        fields = [fields_of(place) for place in places]
+        fields += [_NOTHING] * added
         block_d = max(16, 1 << (head_dim - 1).bit_length())
         block_m = TILE_ELEMENTS // block_d
         compact = [[x.contiguous() for x in xs] for xs in pieces]
@@ -129,25 +133,15 @@ def _variant(name: str, like: Tensor, count: int) -> _Variant:
     return name, -(-count // PIECES_STEP), like.shape[3], like.dtype, like.device
 
 
-def fields_of(place: Place) -> tuple[int, ...]:
-    """What a kernel takes of a place: the integers that `joining_kernels.head_of` and `rows_of` read."""
+def fields_of(place: Place) -> _Fields:
+    """What a kernel takes of a place: its batch rows, its heads, and its segments with their rows."""
     rows = place.rows
     segment_step = rows.segment_step if place.segments > 1 else MAX_LENGTH
+    segments = place.segments, segment_step, *reciprocal(segment_step)
     return (
-        place.batch,
-        place.batches,
-        rows.head,
-        rows.head_step,
-        *reciprocal(rows.head_step),
-        rows.num_heads,
-        rows.head_shift,
-        rows.start,
-        place.segments,
-        segment_step,
-        *reciprocal(segment_step),
-        rows.step,
-        *reciprocal(rows.step),
-        rows.count,
+        (place.batch, place.batches),
+        (rows.head, rows.head_step, *reciprocal(rows.head_step), rows.num_heads, rows.head_shift),
+        (rows.start, *segments, rows.step, *reciprocal(rows.step), rows.count),
     )
 
 

@@ -1,8 +1,8 @@
 """Pieces of strided rows put together in one pass, in Triton; see `joining`, which launches it.
 
-Letters: M positions of a tile, D head_dim. A program has a tile of positions of one head; `places` is a flat tuple of
-`FIELDS` integers for each piece, in the order of `joining.fields_of`. Pieces are compact, (N, C, H, D) and their lse
-(N, H, C): N elements of C rows of H heads.
+Letters: M positions of a tile, D head_dim. A program has a tile of positions of one head; `places` has for each piece
+the integers of `joining.fields_of`. Pieces are compact, (N, C, H, D) and their lse (N, H, C): N elements of C rows of
+H heads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(17)
 # Numbers that kernels take as they are: one compiled for a length, or for places, would serve no other.
 AS_THEY_ARE = ("places", "length", "num_heads")
 
@@ -30,23 +29,34 @@ def tile_of(length, num_heads, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def head_of(places, AT: tl.constexpr, head, batch):
+def head_of(place, head, batch):
     """Which head of a piece is this one, and whether it has it at all."""
-    b, h = batch - places[AT], head - places[AT + 2]
-    t = divided(tl.maximum(h, 0), places[AT + 4], places[AT + 5])
-    return t, (b >= 0) & (b < places[AT + 1]) & (t * places[AT + 3] == h) & (t < places[AT + 6])
+    first_batch, batches = place[0]
+    first, step, multiplier, log, count, _ = place[1]
+    t = divided(tl.maximum(head - first, 0), multiplier, log)
+    has_batch = (batch >= first_batch) & (batch < first_batch + batches)
+    return t, has_batch & (t * step == head - first) & (t < count)
 
 
 @triton.jit
-def rows_of(places, AT: tl.constexpr, t, batch, position):
+def rows_of(place, t, batch, position):
     """Where the positions stand in head t of a piece: their element (M,), row of it (M,), and which are in it (M,)."""
-    offset = position - (places[AT + 8] + t * places[AT + 7])
+    first_batch, _ = place[0]
+    _, _, _, _, _, shift = place[1]
+    start, segments, segment_step, segment_multiplier, segment_log, step, multiplier, log, count = place[2]
+    offset = position - (start + t * shift)
     known = tl.maximum(offset, 0)
-    segment = divided(known, places[AT + 11], places[AT + 12])
-    within = known - segment * places[AT + 10]
-    row = divided(within, places[AT + 14], places[AT + 15])
-    is_in = (offset >= 0) & (segment < places[AT + 9]) & (row < places[AT + 16]) & (row * places[AT + 13] == within)
-    return (batch - places[AT]) * places[AT + 9] + segment, row, is_in
+    segment = divided(known, segment_multiplier, segment_log)
+    within = known - segment * segment_step
+    row = divided(within, multiplier, log)
+    is_in = (offset >= 0) & (segment < segments) & (row < count) & (row * step == within)
+    return (batch - first_batch) * segments + segment, row, is_in
+
+
+@triton.jit
+def size_of(place):
+    """How many rows each element of a piece has, and how many heads."""
+    return place[2][8], place[1][4]
 
 
 @triton.jit
@@ -87,10 +97,10 @@ def merge_pieces(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     for i in tl.static_range(COUNT):
-        t, has_head = head_of(places, i * FIELDS, head, batch)
+        t, has_head = head_of(places[i], head, batch)
         if has_head:
-            element, row, is_in = rows_of(places, i * FIELDS, t, batch, position)
-            num_rows, heads = places[i * FIELDS + 16], places[i * FIELDS + 6]
+            element, row, is_in = rows_of(places[i], t, batch, position)
+            num_rows, heads = size_of(places[i])
             lse = tl.load(lses[i] + (element * heads + t) * num_rows + row, mask=is_in, other=-float("inf"))
             x, y = load_rows(outs[i], (element * num_rows + row) * heads + t, is_in, HEAD_DIM, BLOCK_D)
             new_max = tl.maximum(row_max, lse)
@@ -119,11 +129,11 @@ def add_pieces(
     left = tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32)
     right = tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32)
     for i in tl.static_range(COUNT):
-        t, has_head = head_of(places, i * FIELDS, head, batch)
+        t, has_head = head_of(places[i], head, batch)
         if has_head:
-            element, row, is_in = rows_of(places, i * FIELDS, t, batch, position)
-            rows = (element * places[i * FIELDS + 16] + row) * places[i * FIELDS + 6] + t
-            x, y = load_rows(pieces[i], rows, is_in, HEAD_DIM, BLOCK_D)
+            element, row, is_in = rows_of(places[i], t, batch, position)
+            num_rows, heads = size_of(places[i])
+            x, y = load_rows(pieces[i], (element * num_rows + row) * heads + t, is_in, HEAD_DIM, BLOCK_D)
             left += x
             right += y
     rows = (batch * length + position) * num_heads + head
