@@ -165,6 +165,7 @@ class Composer:
                 first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
             out = first.reshape(query.shape).contiguous()  # whatever strides the kernel's results have
             lse = first_lse.transpose(1, 2).reshape(batch, length, heads).contiguous().transpose(1, 2)
+            del first, first_lse  # not held while others are merged
             if len(calls) == 1:
                 return out, lse
             out = out.to(dtype)
@@ -248,6 +249,7 @@ class Composer:
             with span(calls[0].name):
                 grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
             totals = [grad.reshape(x.shape).contiguous() for grad, x in zip(grads, inputs, strict=True)]
+            del grads
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
         else:
