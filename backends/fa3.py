@@ -17,13 +17,14 @@ import attrs
 import torch
 
 from ..core.refusal import Refusal
+from .joining import joining
 from .libraries import aligned, checked_options, first_line, labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch._ops import OpOverload
 
-    from ..core.kernel import DensePiece
+    from ..core.kernel import DenseKernel, DensePiece
     from ..registry.specs import Request
 
 _INTERFACE: Final = "flash_attn_interface"
@@ -125,7 +126,7 @@ class Fa3Backend:
         """The kernel with the distribution that brought it."""
         return self.build(request).name
 
-    def build(self, request: Request) -> FlashAttention3:
+    def build(self, request: Request) -> DenseKernel:
         """The kernel.
 
         Raises:
@@ -134,7 +135,7 @@ class Fa3Backend:
         found = find_operators()
         if isinstance(found, Refusal):
             raise ImportError(str(found))
-        return FlashAttention3(found)
+        return joining(FlashAttention3(found))
 
 
 @attrs.frozen

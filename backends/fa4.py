@@ -14,12 +14,13 @@ import attrs
 import torch
 
 from ..core.refusal import Refusal
+from .joining import joining
 from .libraries import aligned, checked_options, first_line, labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.kernel import DensePiece
+    from ..core.kernel import DenseKernel, DensePiece
     from ..registry.specs import Request
 
 _DISTRIBUTION: Final = "flash-attn-4"
@@ -41,9 +42,9 @@ class Fa4Backend:
         """The kernel with its release."""
         return f"FlashAttention-4 ({labelled(_DISTRIBUTION)})"
 
-    def build(self, request: Request) -> FlashAttention4:
+    def build(self, request: Request) -> DenseKernel:
         """The kernel; nothing is compiled yet."""
-        return FlashAttention4(self.pin(request), *_interface())
+        return joining(FlashAttention4(self.pin(request), *_interface()))
 
 
 def _interface() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:

@@ -12,6 +12,7 @@ from ..core.errors import ConfigError
 from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
 from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
+from .joining import joining
 
 if TYPE_CHECKING:
     from ..registry.specs import Request
@@ -53,7 +54,7 @@ class SdpaBackend:
             return CpuFlash()
         for name in [forced] if forced else _CUDA_KERNELS:
             if not any(_kernel_refusals(name, request)):
-                return _CUDA_KERNELS[name]
+                return joining(_CUDA_KERNELS[name])
         raise ConfigError("sdpa was asked to build what it refused")
 
 

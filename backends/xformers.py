@@ -16,6 +16,7 @@ import torch
 from ..core.checks import require_choice
 from ..core.errors import ConfigError
 from ..core.refusal import Refusal
+from .joining import joining
 from .libraries import checked_options, first_line, labelled
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from xformers.ops import LowerTriangularMask
     from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase
 
-    from ..core.kernel import DensePiece
+    from ..core.kernel import DenseKernel, DensePiece
     from ..registry.specs import Request
 
 # From the faster to the slower.
@@ -49,11 +50,11 @@ class XformersBackend:
         """The operator with the release of xformers."""
         return self.build(request).name
 
-    def build(self, request: Request) -> XformersKernel:
+    def build(self, request: Request) -> DenseKernel:
         """The fastest operator that takes the request, or the forced one."""
         for name in _candidates(request):
             if not any(_kernel_refusals(name, request)):
-                return _kernel(name)
+                return joining(_kernel(name))
         raise ConfigError("xformers was asked to build what it refused")
 
 

@@ -5,7 +5,8 @@ Shapes: B batch, S query length, T key length, H query heads, K key-value heads,
 
 Forward merges the pieces of a row by log-sum-exp: out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).
 Backward hands each piece the *merged* out and lse, which makes the kernel's own formula the exact gradient of the joint
-softmax: p = exp(s - lse), ds = p * (dout·v - sum(dout * out)). Low-precision results are accumulated in float32.
+softmax: p = exp(s - lse), ds = p * (dout·v - sum(dout * out)). Low-precision results are accumulated in float32, or
+kept and joined in one pass where the kernel can (`joining`).
 
 In memory lse is (B, S, H), so that segments of lse stack over the batch exactly where those of the other tensors do.
 """
@@ -20,9 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .kernel import WIDENING, DenseKernel, DensePiece
+from .joining import are_joined, launches_of
+from .kernel import WIDENING, DenseKernel, DensePiece, Joins
 from .schedule import Call, Rows, Schedule
+from .slabs import Slab, is_stack, slabs_of, stacks_by_rows
 from .tracing import span
+
+_JOINING = "pieces joined"
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,70 +69,7 @@ def widen_rows(dout: Tensor, dlse: Tensor, query: Tensor, out: Tensor) -> tuple[
     return dout, query, out
 
 
-@attrs.frozen
-class _Slab:
-    """The part of a call that one kernel launch takes: a stack of segments, or one segment of every batch row."""
-
-    batch: int
-    segment: int
-    size: int
-    along_batch: bool
-
-    def view(self, x: Tensor, rows: Rows) -> Tensor:
-        """`rows` of x (B, S, H, D) as (size, count, num_heads, D)."""
-        s_batch, s_row, s_head, _ = x.stride()
-        step = s_batch if self.along_batch else rows.segment_step * s_row
-        start = self._start(rows, s_batch, s_row, s_head)
-        return x.as_strided(
-            (self.size, rows.count, rows.num_heads, x.shape[3]),
-            (step, rows.step * s_row, rows.head_step * s_head + rows.head_shift * s_row, 1),
-            x.storage_offset() + start,
-        )
-
-    def view_lse(self, lse: Tensor, rows: Rows) -> Tensor:
-        """`rows` of lse (B, H, S) as (size, num_heads, count)."""
-        s_batch, s_head, s_row = lse.stride()
-        step = s_batch if self.along_batch else rows.segment_step * s_row
-        start = self._start(rows, s_batch, s_row, s_head)
-        return lse.as_strided(
-            (self.size, rows.num_heads, rows.count),
-            (step, rows.head_step * s_head + rows.head_shift * s_row, rows.step * s_row),
-            lse.storage_offset() + start,
-        )
-
-    def _start(self, rows: Rows, s_batch: int, s_row: int, s_head: int) -> int:
-        row = rows.start + self.segment * rows.segment_step
-        return self.batch * s_batch + row * s_row + rows.head * s_head
-
-
-def slabs_of(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[_Slab]:
-    """Cover a call with as few launches as the tensors' strides allow."""
-    batch = queries[0].shape[0]
-    if call.segments == 1:
-        return [_Slab(0, 0, batch, along_batch=True)]
-    if batch == 1 or all(
-        call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
-        for xs, rows in ((queries, call.query), (keys, call.key))
-        for x in xs
-    ):
-        return [_Slab(0, 0, batch * call.segments, along_batch=False)]
-    if call.segments < batch:
-        return [_Slab(0, segment, batch, along_batch=True) for segment in range(call.segments)]
-    return [_Slab(row, 0, call.segments, along_batch=False) for row in range(batch)]
-
-
-def _is_stack(rows: Rows, segments: int, x: Tensor) -> bool:
-    """True where the stacked segments are exactly the rows and heads of x, in their order."""
-    return (
-        rows.step == 1
-        and rows.head_step == 1
-        and rows.head_shift == 0
-        and segments * rows.count == x.shape[1]
-        and rows.num_heads == x.shape[2]
-    )
-
-
-def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab]) -> bool:
+def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[Slab]) -> bool:
     """True where the first call covers everything in one launch: its results, reshaped, are then the first sums.
 
     `slabs` are those of that call, none where it does not cover everything.
@@ -135,20 +77,14 @@ def _adoptable(schedule: Schedule, query: Tensor, key: Tensor, slabs: list[_Slab
     if len(slabs) != 1:
         return False
     call = schedule.calls[0]
-    return _is_stack(call.query, call.segments, query) and _is_stack(call.key, call.segments, key)
-
-
-def _stacks_by_rows(lse: Tensor, calls: Sequence[Call]) -> bool:
-    """Whether views of lse (B, H, S) stack where those of rows do: it lies by rows, or none stacks over the batch."""
-    batch, heads, _ = lse.shape
-    return batch == 1 or heads == 1 or lse.stride(1) == 1 or all(call.segments == 1 for call in calls)
+    return is_stack(call.query, call.segments, query) and is_stack(call.key, call.segments, key)
 
 
 @attrs.frozen(eq=False)
 class RowsOfQueries:
     """A gradient of those queries that a call takes."""
 
-    _slab: _Slab
+    _slab: Slab
     _rows: Rows
     _grad: Tensor
 
@@ -193,6 +129,7 @@ class Composer:
     deterministic: bool
     _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
     _kernel: DenseKernel = attrs.field(init=False)
+    _joins: Joins | None = attrs.field(init=False)
 
     @_pieces.default
     def _make_pieces(self) -> tuple[DensePiece, DensePiece]:
@@ -203,14 +140,21 @@ class Composer:
     def _make_kernel(self) -> DenseKernel:
         return self.kernel if self.scale > 0 else _OfNegatedQueries(self.kernel)
 
+    @_joins.default
+    def _find_joins(self) -> Joins | None:
+        return self.kernel if isinstance(self.kernel, Joins) else None
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """Return out (B, S, H, D), in the accumulator's dtype where pieces were merged, and lse (B, H, S).
+        """Return out (B, S, H, D), in the accumulator's dtype where pieces were merged in turns, and lse (B, H, S).
 
         Rows that no call touches have out 0 and lse -inf.
         """
         calls = schedule.calls
         if schedule.is_whole:
             return self._kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
+        joined = self._forward_joined(query, key, value, calls)
+        if joined is not None:
+            return joined
         batch, length, heads, _ = query.shape
         dtype = accumulator_dtype(query.dtype)
         start = 0
@@ -221,6 +165,7 @@ class Composer:
                 first, first_lse = self._forward(calls[0], slabs[0], query, key, value)
             out = first.reshape(query.shape).contiguous()  # whatever strides the kernel's results have
             lse = first_lse.transpose(1, 2).reshape(batch, length, heads).contiguous().transpose(1, 2)
+            del first, first_lse  # not held while others are merged
             if len(calls) == 1:
                 return out, lse
             out = out.to(dtype)
@@ -228,6 +173,27 @@ class Composer:
             out = (torch.empty if schedule.cover else torch.zeros)(query.shape, dtype=dtype, device=query.device)
             lse = torch.full((batch, length, heads), -math.inf, dtype=dtype, device=query.device).transpose(1, 2)
         self.merge_into(out, lse, query, key, value, calls[start:], written=schedule.cover - start)
+        return out, lse
+
+    def _forward_joined(
+        self, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[Call]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `forward` returns, of pieces that are joined in one pass; None where they are not."""
+        if self._joins is None:
+            return None
+        launches = launches_of(calls, (query,), (key, value))
+        places = [launch.of_queries for launch in launches]
+        if not are_joined(self._joins, [(query, places)], adds=False):
+            return None
+        pieces = []
+        for launch in launches:
+            with span(launch.call.name):
+                pieces.append(self._forward(launch.call, launch.slab, query, key, value))
+        batch, length, heads, _ = query.shape
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+        with span(_JOINING):
+            self._joins.merge_pieces(pieces, places, out, lse)
         return out, lse
 
     def merge_into(
@@ -246,7 +212,7 @@ class Composer:
         `out` is contiguous; `lse` is (B, S, H) in memory where calls stack segments and batch rows. The results of the
         first `written` calls replace what is there.
         """
-        assert _stacks_by_rows(lse, calls)
+        assert stacks_by_rows(lse, calls)
         for index, call in enumerate(calls):
             with span(call.name):
                 for slab in slabs_of(call, (query,), (key, value)):
@@ -258,7 +224,7 @@ class Composer:
                     else:
                         merge_(into, into_lse, part, part_lse)
 
-    def _forward(self, call: Call, slab: _Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, call: Call, slab: Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
         out, lse = self._kernel.forward(*views, self._pieces[call.is_causal])
         return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
@@ -270,6 +236,9 @@ class Composer:
         calls = schedule.calls
         if schedule.is_whole:
             return self._kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
+        joined = self._backward_joined(dout, query, key, value, out, lse, calls)
+        if joined is not None:
+            return joined
         inputs = (query, key, value)
         dtype = accumulator_dtype(query.dtype)
         lse = by_rows(lse)
@@ -280,6 +249,7 @@ class Composer:
             with span(calls[0].name):
                 grads = self._backward(calls[0], slabs[0], dout, query, key, value, out, lse)
             totals = [grad.reshape(x.shape).contiguous() for grad, x in zip(grads, inputs, strict=True)]
+            del grads
             if len(calls) > 1:
                 totals = [total.to(dtype) for total in totals]
         else:
@@ -289,6 +259,38 @@ class Composer:
         sums = (dq, dk, dv)
         self.backward_into(sums, dout, query, key, value, out, lse, calls[start:], written=schedule.cover - start)
         return sums
+
+    def _backward_joined(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, calls: Sequence[Call]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `backward` returns, of pieces that are joined in one pass; None where they are not."""
+        if self._joins is None:
+            return None
+        launches = launches_of(calls, (query, dout, out), (key, value))
+        of_queries, of_keys = [launch.of_queries for launch in launches], [launch.of_keys for launch in launches]
+        # Keys first: where they have fewer heads, least is held at once.
+        sums = [(key, of_keys), (value, of_keys), (query, of_queries)]
+        if not are_joined(self._joins, sums, adds=True):
+            return None
+        if not stacks_by_rows(lse, calls):
+            lse = by_rows(lse)
+        dqs, dks, dvs = [], [], []
+        for launch in launches:
+            with span(launch.call.name):
+                dq, dk, dv = self._backward(launch.call, launch.slab, dout, query, key, value, out, lse)
+            dqs.append(dq)
+            dks.append(dk)
+            dvs.append(dv)
+        del dq, dk, dv
+        totals = []
+        with span(_JOINING):
+            for pieces, (x, places) in zip((dks, dvs, dqs), sums, strict=True):
+                total = torch.empty_like(x, memory_format=torch.contiguous_format)
+                self._joins.add_pieces(pieces, places, total)
+                pieces.clear()
+                totals.append(total)
+        dk, dv, dq = totals
+        return dq, dk, dv
 
     def backward_into(
         self,
@@ -334,7 +336,7 @@ class Composer:
 
         `lse` is (B, S, H) in memory where calls stack segments and batch rows.
         """
-        assert _stacks_by_rows(lse, calls)
+        assert stacks_by_rows(lse, calls)
         found = []
         for call in calls:
             with span(call.name):
@@ -346,7 +348,7 @@ class Composer:
         return found
 
     def _backward(
-        self, call: Call, slab: _Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+        self, call: Call, slab: Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse_view = slab.view_lse(lse, call.query)
         return self._kernel.backward(

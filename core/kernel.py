@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
     from .layout import Layout
+    from .slabs import Place
 
 # Columns of head_dim that carry the gradient of lse through a dense kernel; kernels want multiples of 8.
 WIDENING: Final = 8
@@ -85,6 +88,32 @@ class DenseKernel(Protocol):
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) in the dtype of the inputs or in float32."""
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """What a `DenseKernel` may have besides: it joins the pieces of whole tensors in one pass, once all are there.
+
+    A piece is what `forward` or `backward` returned for the rows that its `Place` names, in any dtype and with any
+    strides. Sums are taken in float32 and rounded once, to the dtype of the result, which is contiguous.
+    """
+
+    def can_join(self, like: Tensor, places: Sequence[Place], *, adds: bool) -> bool:
+        """Whether `merge_pieces`, or `add_pieces` where `adds`, takes pieces at these places now.
+
+        They are of a tensor (B, S, H, D) of the shape, dtype and device of `like`.
+        """
+
+    def merge_pieces(
+        self, pieces: Sequence[tuple[Tensor, Tensor]], places: Sequence[Place], out: Tensor, lse: Tensor
+    ) -> None:
+        """Write out (B, S, H, D) and lse (B, H, S) float32 of all pieces, of which each is an out and its lse.
+
+        Where lse of a piece is -inf, the row has no share; rows in no piece get out 0 and lse -inf.
+        """
+
+    def add_pieces(self, pieces: Sequence[Tensor], places: Sequence[Place], total: Tensor) -> None:
+        """Write the sum (B, S, H, D) of the pieces; rows in none get 0."""
 
 
 class LayoutKernel(Protocol):

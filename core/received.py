@@ -13,8 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype, by_rows, slabs_of
+from .composer import accumulator_dtype, by_rows
 from .schedule import Call, Schedule
+from .slabs import slabs_of
 
 _TILE = 512  # rows and columns of scores formed at once, at most
 _CPU_TILE_BYTES = 16 << 20  # what a processor's last cache holds

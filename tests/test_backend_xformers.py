@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dilated_attention import ConfigError, Dilated, Pattern, explain
-from dilated_attention.backends.xformers import XformersBackend, XformersKernel
+from dilated_attention.backends.xformers import XformersBackend
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.registry.specs import Device
 
@@ -205,7 +205,6 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, ke
     for heads, kv_heads, is_causal in ((4, 4, True), (4, 2, False), (4, 2, True)):
         geometry = Geometry(q_len=99, kv_len=99, num_heads=heads, num_kv_heads=kv_heads, is_causal=is_causal)
         built = XformersBackend().build(asked)
-        assert isinstance(built, XformersKernel)
         check_emulated(built, geometry, pattern, 8)
 
 
