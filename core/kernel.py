@@ -176,6 +176,11 @@ class Adds(Protocol):
     def row_sums(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
         """What backward needs of whole rows: the same for all pieces of these rows."""
 
+    def gradients(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv)."""
+
     def gradients_of_queries(
         self,
         dout: Tensor,

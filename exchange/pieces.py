@@ -288,9 +288,10 @@ class WholePiece:
         rows = merged.dout, merged.query, key, value, merged.row_sums(adds), self.piece
         if self.is_staged:
             merged.add_rows([_QueriesOfPiece(adds, rows)])
-        else:
-            merged.add(adds.gradients_of_queries(*rows))
-        return adds.gradients_of_keys(*rows)
+            return adds.gradients_of_keys(*rows)
+        dq, dk, dv = adds.gradients(*rows)
+        merged.add(dq)
+        return dk, dv
 
 
 @attrs.frozen(eq=False)

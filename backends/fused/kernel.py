@@ -98,17 +98,16 @@ class FusedKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
-        row_sums = self.row_sums(dout, out, lse, dlse)
-        is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
-        if not is_exact and all("gradients" in part.passes for part in self.parts(piece.layout, query.device)):
-            return self.gradients(dout, query, key, value, row_sums, piece)
-        dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
-        return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
+        return self.gradients(dout, query, key, value, self.row_sums(dout, out, lse, dlse), piece)
 
     def gradients(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv in one launch for each part; the last bits of dq differ from run to run."""
+        """As `Adds.gradients`."""
+        is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
+        if is_exact or any("gradients" not in part.passes for part in self.parts(piece.layout, query.device)):
+            dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
+            return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
         sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         levels = torch.empty((*row_sums.shape, 16), dtype=torch.bfloat16, device=query.device)
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
