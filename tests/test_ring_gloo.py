@@ -67,16 +67,15 @@ def test_rows_that_are_under_way_still_arrive_when_a_rank_has_failed() -> None:
 
 
 def test_the_thread_that_waits_ends_with_its_ring() -> None:
-    def waiting() -> int:
-        return [thread.name for thread in threading.enumerate()].count("ring-wait")
-
-    before = waiting()
+    before = set(threading.enumerate())
     first, second = ends()
-    assert waiting() == before + 2
+    waiting = [thread for thread in threading.enumerate() if thread not in before and thread.name == "ring-wait"]
+    assert len(waiting) == 2
     first.close()
     del second
-    time.sleep(0.1)
-    assert waiting() == before
+    for thread in waiting:
+        thread.join(1)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("is_sender", [True, False], ids=["sender", "receiver"])
