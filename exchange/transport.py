@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,6 +25,7 @@ _TAG: Final = 1
 # What Gloo has to say after the control plane has told of a failure: as a rule it knows whose, and a pass whose rows
 # are all under way is done before a rank is missed that has failed in the next one.
 _PATIENCE_S: Final = 0.2
+_EXIT_S: Final = 10.0  # longer than a process takes to end
 
 
 class Pending(Protocol):
@@ -113,21 +115,26 @@ class _Waiter:
         self._watch = watch
         self._asked: SimpleQueue[tuple[_Works, float] | None] = SimpleQueue()
         self._said: SimpleQueue[BaseException | None] = SimpleQueue()
-        Thread(target=_wait_on, args=(self._asked, self._said), name="ring-wait", daemon=True).start()
+        self._thread = Thread(target=_wait_on, args=(self._asked, self._said), name="ring-wait", daemon=True)
+        self._thread.start()
         self.close: Final = finalize(self, self._asked.put, None)
 
     def wait(self, posted: _Works, deadline: float) -> None:
         """As `Pending.wait`. After an error nothing may be waited for again: the thread may still be at it."""
         self._asked.put((posted, deadline))
         failure, until = None, deadline
-        while not self._is_done():
-            if failure is None:
-                try:
-                    self._watch()
-                except Failure as heard:
-                    failure, until = heard, time.monotonic() + _PATIENCE_S
-            elif time.monotonic() >= until:
-                raise failure
+        try:
+            while not self._is_done():
+                if failure is None:
+                    try:
+                        self._watch()
+                    except Failure as heard:
+                        failure, until = heard, time.monotonic() + _PATIENCE_S
+                elif time.monotonic() >= until:
+                    raise failure
+        except BaseException:
+            atexit.register(_outlast, self._thread, deadline)
+            raise
 
     def _is_done(self) -> bool:
         """Whether the thread has done what it was asked, after a moment; raises what that has raised."""
@@ -151,6 +158,12 @@ def _wait_on(asked: SimpleQueue[tuple[_Works, float] | None], said: SimpleQueue[
         else:
             said.put(None)
         del question, posted
+
+
+def _outlast(thread: Thread, deadline: float) -> None:
+    """At exit: let a wait that is left behind end first, if it soon does; amid Python's end it aborts the process."""
+    left = deadline - time.monotonic()
+    thread.join(left + 1 if left < _EXIT_S else 1)
 
 
 def _first_line(error: RuntimeError) -> str:

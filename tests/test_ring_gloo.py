@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,9 @@ from dilated_attention.exchange.guard import LOOK_EVERY_S
 from dilated_attention.exchange.setup import connect
 from dilated_attention.exchange.transport import GlooTransport
 
+from .ring_ranks import ROOT
+
+KEPT: list[list[GlooTransport]] = []  # until the process ends
 SOON_S = 1.0  # of waits that hear of a failure every 20 ms, and give Gloo 0.2 s to say more of it
 
 
@@ -76,6 +81,22 @@ def test_the_thread_that_waits_ends_with_its_ring() -> None:
     for thread in waiting:
         thread.join(1)
         assert not thread.is_alive()
+
+
+def leave_waits_behind(deadlines_s: list[float]) -> None:
+    """Post receives whose senders do not come, and give up waiting for them."""
+    with ThreadPoolExecutor(len(deadlines_s)) as pool:
+        for deadline_s in deadlines_s:
+            ring = ends(tell)
+            pool.submit(ring[0].post([], [(1, torch.zeros(3))]).wait, time.monotonic() + deadline_s)
+            KEPT.append(ring)
+
+
+def test_a_process_ends_in_order_although_waits_are_left_behind() -> None:
+    """They expire while it ends, at one moment or another."""
+    code = "from tests.test_ring_gloo import leave_waits_behind; leave_waits_behind([0.3 + n / 20 for n in range(12)])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
 
 
 @pytest.mark.parametrize("is_sender", [True, False], ids=["sender", "receiver"])
