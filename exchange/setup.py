@@ -115,7 +115,7 @@ def connect(
 def _transport(name: str, store: Store, control: Control, size: int, deadline: float, timeout_s: float) -> Transport:
     if name == NcclTransport.name:
         return NcclTransport(store, control.rank, size, timeout_s=timeout_s, deadline=deadline, watch=control.look)
-    return GlooTransport(store, control.rank, size, max(1.0, deadline - time.monotonic()))
+    return GlooTransport(store, control.rank, size, max(1.0, deadline - time.monotonic()), watch=control.look)
 
 
 def _wait_for(store: Store, key: str, deadline: float) -> str:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import attrs
 import torch.distributed as dist
 from torch import Tensor
 
 from .control import Failure
+from .guard import LOOK_EVERY_S
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 _TAG: Final = 1
+# What Gloo has to say after the control plane has told of a failure: as a rule it knows whose, and a pass whose rows
+# are all under way is done before a rank is missed that has failed in the next one.
+_PATIENCE_S: Final = 0.2
+_EXIT_S: Final = 10.0  # longer than a process takes to end
 
 
 class Pending(Protocol):
@@ -61,11 +69,18 @@ class Transport(Protocol):
 class _Works:
     """torch's handles, each with its peer; the tensors are kept alive until they have been waited for."""
 
+    waiter: _Waiter
     works: list[tuple[int, Any]]
     tensors: tuple[Tensor, ...]
 
     def wait(self, deadline: float) -> None:
         """See `Pending`."""
+        if self.works:
+            self.waiter.wait(self, deadline)
+        self.tensors = ()
+
+    def finish(self, deadline: float) -> None:
+        """As `wait`, but deaf to what the control plane says, and not always woken by Gloo: see `_Waiter`."""
         while self.works:
             peer, work = self.works.pop(0)
             left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
@@ -77,12 +92,78 @@ class _Works:
                 # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
                 late = time.monotonic() >= deadline
                 raise Failure(peer, _first_line(error), is_certain=late) from error
-        self.tensors = ()
 
     def drop(self) -> None:
         """Forget what has not been waited for: handles keep their connections open."""
         self.works.clear()
         self.tensors = ()
+
+
+class _Waiter:
+    """A thread that waits for a transport's messages, so that its rank can hear of failures meanwhile.
+
+    When a connection ends, Gloo wakes whoever waits for a message that has not begun, but nobody whose message is under
+    way: partly written or read, or written into a connection that was just closed. Only the timeout ends such a wait:
+    torch can neither abort one nor ask whether it would end, and a shorter one that expires breaks all connections. It
+    is left behind in the thread, with its one handle, until the deadline.
+
+    Args:
+        watch: called while waiting; raises `Failure` where a rank has failed.
+    """
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self._watch = watch
+        self._asked: SimpleQueue[tuple[_Works, float] | None] = SimpleQueue()
+        self._said: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._thread = Thread(target=_wait_on, args=(self._asked, self._said), name="ring-wait", daemon=True)
+        self._thread.start()
+        self.close: Final = finalize(self, self._asked.put, None)
+
+    def wait(self, posted: _Works, deadline: float) -> None:
+        """As `Pending.wait`. After an error nothing may be waited for again: the thread may still be at it."""
+        self._asked.put((posted, deadline))
+        failure, until = None, deadline
+        try:
+            while not self._is_done():
+                if failure is None:
+                    try:
+                        self._watch()
+                    except Failure as heard:
+                        failure, until = heard, time.monotonic() + _PATIENCE_S
+                elif time.monotonic() >= until:
+                    raise failure
+        except BaseException:
+            atexit.register(_outlast, self._thread, deadline)
+            raise
+
+    def _is_done(self) -> bool:
+        """Whether the thread has done what it was asked, after a moment; raises what that has raised."""
+        try:
+            error = self._said.get(timeout=LOOK_EVERY_S)
+        except Empty:
+            return False
+        if error is not None:
+            raise error
+        return True
+
+
+def _wait_on(asked: SimpleQueue[tuple[_Works, float] | None], said: SimpleQueue[BaseException | None]) -> None:
+    """A waiter's thread; ends once it is asked for None."""
+    while (question := asked.get()) is not None:
+        posted, deadline = question
+        try:
+            posted.finish(deadline)
+        except BaseException as error:  # noqa: BLE001 - raised again by who waits
+            said.put(error)
+        else:
+            said.put(None)
+        del question, posted
+
+
+def _outlast(thread: Thread, deadline: float) -> None:
+    """At exit: let a wait that is left behind end first, if it soon does; amid Python's end it aborts the process."""
+    left = deadline - time.monotonic()
+    thread.join(left + 1 if left < _EXIT_S else 1)
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -92,15 +173,23 @@ def _first_line(error: RuntimeError) -> str:
 class GlooTransport:
     """Gloo between CPUs, on a process group of its own that torch's registry knows nothing of.
 
-    Dropping the last reference to such a group closes its connections, which is what wakes the peers.
+    Dropping the last reference to such a group closes its connections, which wakes most peers; `watch` wakes all.
+
+    Args:
+        store: for the rendezvous; what is put there must not have been used before.
+        rank: this rank within the ring.
+        size: ranks in the ring.
+        timeout_s: of connecting.
+        watch: called while messages are waited for; raises `Failure` where a rank has failed.
     """
 
     name: Final = "gloo_cpu"
     is_guarded: Final = False
     launches_first: Final = False
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, *, watch: Callable[[], None]) -> None:
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=timeout_s))
+        self._waiter = _Waiter(watch)
         self._posted: WeakSet[_Works] = WeakSet()  # an error's traceback may hold them for as long as it is kept
 
     def mark(self) -> None:
@@ -110,7 +199,7 @@ class GlooTransport:
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
     ) -> Pending:
         """See `Transport`."""
-        posted = _Works([], tuple(x for _, x in (*sends, *receives)))
+        posted = _Works(self._waiter, [], tuple(x for _, x in (*sends, *receives)))
         self._posted.add(posted)
         peer = -1
         try:  # nothing may keep a reference to the group here: the traceback of an error would keep it open
@@ -126,4 +215,5 @@ class GlooTransport:
         """See `Transport`."""
         for posted in tuple(self._posted):
             posted.drop()
+        self._waiter.close()
         self._group = None
