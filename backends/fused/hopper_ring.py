@@ -130,6 +130,8 @@ def feed_step(
     if BESIDES == PAIRS:
         async_copy.async_copy_global_to_shared(besides.index(slot), base_besides + rows_besides)
     if BESIDES == LEVELS:
+        if WIDE:
+            rows_besides = rows_besides.to(gl.int64)
         column = gl.arange(0, 16, gl.SliceLayout(0, LEVEL_ROWS))
         pointers = gl.multiple_of(base_besides + (rows_besides[:, None] * 16 + column[None, :]), [1, 16])
         async_copy.async_copy_global_to_shared(besides.index(slot), pointers)
