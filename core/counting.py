@@ -224,20 +224,25 @@ def _intersection(a: _Cells, b: _Cells) -> _Cells:
 
 def block_pairs(blocks: BlockLayout, *, distinct: bool) -> int:
     """Pairs over all query heads that the blocks count, once each or as often as they count."""
-    full, partial, heads_of = _entries(blocks)
-    queries, weights = _queries(blocks)[full], blocks.weights[full].astype(np.int64)
-    per_entry = queries * blocks.block_size * (1 if distinct else weights)
-    total = int((per_entry * heads_of[full]).sum())
+    return int(_entry_pairs(blocks, distinct=distinct).sum())
+
+
+def row_pairs(blocks: BlockLayout) -> IntArray:
+    """Pairs that each row of blocks counts over all query heads, each as often as it counts; (rows,) int64."""
+    before = np.concatenate([[0], np.cumsum(_entry_pairs(blocks, distinct=False))])
+    rows: IntArray = np.diff(before[blocks.row_ptr], axis=1).sum(axis=0)
+    return rows
+
+
+def _entry_pairs(blocks: BlockLayout, *, distinct: bool) -> IntArray:
+    """`block_pairs` of each entry, (E,) int64."""
+    partial = np.flatnonzero(blocks.mask_ids >= 0)
+    pairs = _queries(blocks) * blocks.block_size * (1 if distinct else blocks.weights)
     masks = blocks.masks != 0 if distinct else blocks.masks
-    per_mask = masks.sum(axis=(1, 2), dtype=np.int64)
-    return total + int((per_mask[blocks.mask_ids[partial]] * heads_of[partial]).sum())
-
-
-def _entries(blocks: BlockLayout) -> tuple[IntArray, IntArray, IntArray]:
-    """Entries of full and of partial blocks, and the number of heads that share each entry."""
+    pairs[partial] = masks.sum(axis=(1, 2), dtype=np.int64)[blocks.mask_ids[partial]]
     heads = np.bincount(blocks.head_table, minlength=blocks.row_ptr.shape[0])
-    shared = np.repeat(heads, np.diff(blocks.row_ptr[:, [0, -1]], axis=1)[:, 0])
-    return np.flatnonzero(blocks.mask_ids < 0), np.flatnonzero(blocks.mask_ids >= 0), shared
+    shared: IntArray = np.repeat(heads, np.diff(blocks.row_ptr[:, [0, -1]], axis=1)[:, 0])
+    return pairs * shared
 
 
 def entry_rows(blocks: BlockLayout) -> IntArray:

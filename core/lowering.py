@@ -69,6 +69,19 @@ def lower(
     """
     from .blocking import lower_blocks
 
+    branches, rest = split(pattern, geometry)
+    blocks = None
+    if rest is not None:
+        blocks = lower_blocks(rest, geometry, block_size=block_size, limit_bytes=limit_bytes)
+    return Layout(pattern, geometry, branches, blocks)
+
+
+def split(pattern: Pattern, geometry: Geometry) -> tuple[tuple[Branch, ...], Pattern | None]:
+    """The branches of what `lower` gives this pattern, and what it lowers to blocks; None where nothing is.
+
+    Raises:
+        ConfigError: the pattern does not take these heads.
+    """
     pattern.validate(geometry.num_heads, geometry.num_kv_heads)
     merged: dict[tuple[int | None, int, tuple[int | None, ...]], int] = {}
     block_terms: list[Pattern] = []
@@ -79,11 +92,10 @@ def lower(
         for branch in term:
             place = (branch.segment_length, branch.stride, branch.offsets)
             merged[place] = merged.get(place, 0) + branch.weight
-    blocks = None
-    if block_terms:
-        rest = block_terms[0] if len(block_terms) == 1 else Sum(tuple(block_terms))
-        blocks = lower_blocks(rest, geometry, block_size=block_size, limit_bytes=limit_bytes)
-    return Layout(pattern, geometry, tuple(Branch(*place, weight) for place, weight in merged.items()), blocks)
+    branches = tuple(Branch(*place, weight) for place, weight in merged.items())
+    if len(block_terms) > 1:
+        return branches, Sum(tuple(block_terms))
+    return branches, block_terms[0] if block_terms else None
 
 
 def _terms(pattern: Pattern, geometry: Geometry) -> Iterator[tuple[Branch, ...] | Pattern]:

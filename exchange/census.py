@@ -73,19 +73,30 @@ class Lane:
 
 
 def branch_totals(branches: BranchRows) -> RowTotals:
-    """The rows of a pattern of branches alone, of all ranks."""
+    """The rows that the branches name, of all ranks."""
     shards = branches.shards
     owners, received = Owners(shards.length, shards.size), np.zeros(shards.size, dtype=np.int64)
     for lanes, heads in _kinds(branches).items():
-        step = max(1, _NUMBERS_AT_ONCE // max(1, len(lanes)))
-        for begin in range(0, shards.size, step):
-            ranks = np.arange(begin, min(begin + step, shards.size), dtype=np.int64)
-            for is_after in (False,) if shards.is_causal else (False, True):
-                side = _Side.of(branches, lanes, ranks, is_after=is_after)
-                for low, high, sign, stride, residue, some in side.counted():
-                    received[ranks[some]] += sign * heads * positions(low, high, stride, residue)
-                    owners.add(low, high, stride, residue, sign * heads)
+        for ranks, low, high, sign, stride, residue in terms(branches, lanes, 0, shards.size):
+            received[ranks] += sign * heads * positions(low, high, stride, residue)
+            owners.add(low, high, stride, residue, sign * heads)
     return RowTotals(received, owners.rows)
+
+
+def terms(
+    branches: BranchRows, lanes: tuple[Lane, ...], first: int, stop: int
+) -> Iterator[tuple[IntArray, IntArray, IntArray, int, int, IntArray]]:
+    """Signed progressions whose sum counts, for each of ranks first:stop, what any of its `lanes` names of others.
+
+    Yields (ranks, low, high, sign, stride, residue): arrays (n,), but a residue that all share, (1,).
+    """
+    step = max(1, _NUMBERS_AT_ONCE // max(1, len(lanes)))
+    for begin in range(first, stop, step):
+        ranks = np.arange(begin, min(begin + step, stop), dtype=np.int64)
+        for is_after in (False,) if branches.shards.is_causal else (False, True):
+            side = _Side.of(branches, lanes, ranks, is_after=is_after)
+            for low, high, sign, stride, residue, some in side.counted():
+                yield ranks[some], low, high, sign, stride, residue
 
 
 def pair_counts(branches: BranchRows) -> Iterator[tuple[int, IntArray]]:
@@ -115,7 +126,7 @@ def _kinds(branches: BranchRows) -> dict[tuple[Lane, ...], int]:
     found: dict[tuple[Lane, ...], int] = {}
     grain = gcd(branches.shards.length, *(branch.segment_length or 0 for branch in branches.branches))
     for kind in branches.heads:
-        lanes = _lanes(branches, kind)
+        lanes = lanes_of(branches, kind)
         cells = [lane.cell(grain) for lane in lanes]
         apart = [(a.offset - b.offset) % gcd(a.stride, b.stride) for a, b in combinations(lanes, 2)]
         shapes = [(lane.stride, lane.segments) for lane in lanes]
@@ -127,7 +138,8 @@ def _kinds(branches: BranchRows) -> dict[tuple[Lane, ...], int]:
     return found
 
 
-def _lanes(branches: BranchRows, kind: frozenset[Offsets]) -> tuple[Lane, ...]:
+def lanes_of(branches: BranchRows, kind: frozenset[Offsets]) -> tuple[Lane, ...]:
+    """The lanes of a head of `BranchRows.heads`, ascending."""
     found = {
         Lane(branch.segment_length or 0, branch.stride, offset)
         for offsets in kind

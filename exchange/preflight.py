@@ -1,8 +1,8 @@
 """What a ring will cost, before anything runs: bytes, FLOPs, imbalance and memory of every rank of any number.
 
 For patterns of branches nothing is listed and all ranks are counted at once, so a million of them take seconds; tables
-of blocks are lowered, within `Limits.layout_bytes`, once for ranks that are alike. The bytes are those that counters of
-a run show. R ranks.
+of blocks are lowered, within `Limits.layout_bytes`, once for ranks that are alike, else for many ranks together. The
+bytes are those that counters of a run show. R ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from ..core.checks import require_int
 from ..core.errors import ConfigError
 from ..core.explain import amount, columns, counted
+from ..core.lowering import layout_kinds
 from ..core.pattern import LearnedPattern, Pattern
 from .alike import block_totals
 from .census import branch_totals, pair_counts
@@ -224,12 +225,12 @@ def _counted(
     pattern: Pattern, shards: Shards, config: AttentionConfig
 ) -> tuple[IntArray, IntArray, list[tuple[int, IntArray]]]:
     """Rows that each rank receives and sends, and the pairs of its queries as weighted addends; (R,) int64."""
-    branches = BranchRows.of(pattern, shards)
-    if branches is not None:
-        rows = branch_totals(branches)
-        return rows.received, rows.sent, list(pair_counts(branches))
-    blocks = block_totals(pattern, shards, limit_bytes=config.limits.layout_bytes)
-    return blocks.received, blocks.sent, [(1, blocks.pairs)]
+    branches = BranchRows(pattern, shards)
+    rows, pairs = branch_totals(branches), list(pair_counts(branches))
+    if "block" not in layout_kinds(pattern, shards.num_heads, shards.num_kv_heads, shards.is_causal):
+        return rows.received, rows.sent, pairs
+    blocks = block_totals(pattern, branches, limit_bytes=config.limits.layout_bytes)
+    return rows.received + blocks.received, rows.sent + blocks.sent, [*pairs, (1, blocks.pairs)]
 
 
 def _weighted(terms: list[tuple[int, IntArray]], ranks: int) -> Figures:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from ..core.lowering import layout_kinds, lower
+from ..core.lowering import layout_kinds, split
 from ..core.pattern import Pattern
 from .shards import Shards
 
@@ -47,16 +47,16 @@ class Progression:
 
 
 class BranchRows:
-    """The rows that ranks name, of a pattern that is lowered to branches alone.
+    """The rows that ranks name by the branches of a pattern.
 
     Attributes:
-        branches: what it is lowered to.
-        heads: of each key-value head, the offsets of the query heads that read it, each once.
+        branches: those that it is lowered to, beside a table of blocks or without.
+        heads: of each key-value head, the offsets of the query heads that read it, each once; none without branches.
     """
 
     def __init__(self, pattern: Pattern, shards: Shards) -> None:
         self.shards = shards
-        self.branches = lower(pattern, shards.geometry(0, 0, 0)).branches
+        self.branches, _ = split(pattern, shards.geometry(0, 0, 0))
         group = shards.group_size
         offsets: list[Offsets] = list(zip(*(branch.offsets for branch in self.branches), strict=True))
         self.heads = [frozenset(offsets[head : head + group]) for head in range(0, shards.num_heads, group)]

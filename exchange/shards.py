@@ -60,6 +60,11 @@ class Shards:
             whole_len=self.seq_len,
         )
 
+    def together(self, first: int, stop: int) -> Geometry:
+        """The queries of ranks first:stop against all keys that causality allows any of them."""
+        whole = self.geometry(first, 0, stop * self.length if self.is_causal else self.seq_len)
+        return attrs.evolve(whole, q_len=(stop - first) * self.length)
+
     def against(self, rank: int, owner: int) -> Geometry:
         """The queries of `rank` against the keys of `owner`."""
         return self.geometry(rank, owner * self.length, (owner + 1) * self.length)

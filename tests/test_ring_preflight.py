@@ -21,6 +21,7 @@ from dilated_attention import (
     Pattern,
     Random,
     preflight,
+    presets,
 )  # fmt: skip
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
@@ -150,6 +151,18 @@ def test_a_million_ranks_take_seconds(pattern: Pattern) -> None:
     assert len(str(costs).splitlines()) < 12
     assert time.process_time() - before < 30
     totals = costs.totals
+    assert totals.forward_sent.sum() == totals.forward_received.sum() > 0
+
+
+@pytest.mark.parametrize(
+    "pattern", [presets.bigbird(), Random(8) | Dilated((1 << 20,), (512,))], ids=["bigbird", "drawn"]
+)
+def test_a_thousand_ranks_that_are_not_alike_take_seconds(pattern: Pattern) -> None:
+    before = time.process_time()
+    totals = preflight(
+        pattern=pattern, num_heads=16, head_dim=64, dtype="bfloat16", is_causal=True, seq_len=1 << 20, ranks=1024
+    ).totals
+    assert time.process_time() - before < 15
     assert totals.forward_sent.sum() == totals.forward_received.sum() > 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -10,15 +12,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dilated_attention import Dilated, Full, Global, Limits, Local, Pattern, Random, Strided, preflight
+from dilated_attention import ConfigError, Dilated, Full, Global, Limits, Local, Pattern, Random, Strided, preflight
+from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.pattern import Branch
 from dilated_attention.exchange import alike, census, owners
+from dilated_attention.exchange import tables as exchange_tables
 from dilated_attention.exchange.plan import plan_rank
 from dilated_attention.exchange.preflight import Preflight
 from dilated_attention.exchange.rows import survey
 from dilated_attention.exchange.shards import Shards
+from dilated_attention.patterns._stored_blocks import FrozenBlocks
 
 from .strategies import patterns
 
@@ -26,11 +32,11 @@ if TYPE_CHECKING:
     from dilated_attention.core.pattern import IntArray
 
 
-def costs_of(pattern: Pattern, shards: Shards) -> Preflight:
+def costs_of(pattern: Pattern, shards: Shards, limits: Limits | None = None) -> Preflight:
     """The pre-flight, a row being one byte and a pair one operation, but for the constants of head_dim 1."""
     return preflight(
         pattern=pattern, num_heads=shards.num_heads, num_kv_heads=shards.num_kv_heads, head_dim=1, dtype="float32",
-        is_causal=shards.is_causal, seq_len=shards.seq_len, ranks=shards.size,
+        is_causal=shards.is_causal, seq_len=shards.seq_len, ranks=shards.size, limits=limits or Limits(),
     )  # fmt: skip
 
 
@@ -43,6 +49,9 @@ def assert_as_planned(pattern: Pattern, shards: Shards) -> None:
     assert totals.forward_sent.tolist() == [8 * sum(rows.size for rows in plan.sent) for plan in plans]
     assert totals.backward_received.tolist() == totals.forward_sent.tolist()
     assert totals.flops.tolist() == [4 * layout.pairs for layout in whole]
+    tensors = 4 * shards.length * (6 * shards.num_heads + 4 * shards.num_kv_heads)  # q, out, dout, dq, two sums; k, v
+    moved = [32 * plan.received.size + 8 * sum(rows.size for rows in plan.sent) for plan in plans]
+    assert totals.peak_bytes.tolist() == [tensors + rows for rows in moved]
     assert survey(pattern, shards, 0).most == max(plan.received.size for plan in plans)
 
 
@@ -103,7 +112,8 @@ def test_branches_are_counted_exactly_in_pieces_of_any_size(
 def test_ranks_that_are_alike_are_lowered_once(pattern: Pattern, classes: bool, is_causal: bool) -> None:
     for length, size, heads in ((128, 12, (2, 2)), (96, 16, (4, 2)), (50, 26, (2, 1)), (300, 6, (2, 1))):
         shards = Shards(length, size, *heads, is_causal)
-        ranks = [some.tolist() for some, _ in alike._alike(pattern, shards)]
+        kinds = alike._kinds(pattern, shards)
+        ranks = [[rank] for rank in kinds.alone.tolist()] + [some.tolist() for some in kinds.alike]
         assert sorted(rank for some in ranks for rank in some) == list(range(size))
         if length == 128:
             assert (max(map(len, ranks)) > 2) == classes
@@ -130,6 +140,103 @@ def test_patterns_repeat_themselves_as_they_say(pattern: Pattern, is_causal: boo
         )
         assert np.array_equal(now, then)
         assert not now[far & ~is_fixed].any()
+
+
+def tables() -> st.SearchStrategy[Pattern]:
+    """Patterns that are lowered to tables, and most of them to branches too."""
+    drawn = st.one_of(
+        st.builds(Random, st.integers(1, 3), st.sampled_from((4, 8, 12)), st.integers(0, 3)),
+        st.builds(Random, block_size=st.sampled_from((4, 8)), density=st.sampled_from((0.1, 0.5))),
+        st.builds(Local, st.tuples(st.integers(0, 12), st.integers(0, 12))),
+    )
+    other = st.one_of(
+        st.just(Dilated((6, 1 << 40), (1, 5))), st.just(Dilated((25, 35), (3, 6), heads="split")),
+        st.just(Dilated((16, 48, 96), (1, 4, 6), offsets="blocked")), st.builds(Strided, st.integers(2, 9)),
+        st.builds(Global, st.integers(1, 9)),
+    )  # fmt: skip
+    return st.builds(
+        lambda a, b, is_sum: (a + b if is_sum else a | b) if b else a, drawn, st.none() | other, st.booleans()
+    )
+
+
+@given(
+    pattern=tables(),
+    size=st.integers(1, 7),
+    length=st.sampled_from((1, 2, 3, 4, 6, 8, 10, 12, 16, 24)),
+    heads=st.sampled_from(((4, 4), (4, 2), (4, 1))),
+    is_causal=st.booleans(),
+    is_stored=st.booleans(),
+    bytes_at_once=st.sampled_from((1 << 26, 4000, 1)),
+)
+@example(  # segments of other residues in each shard
+    pattern=Random(3, 4) + Dilated((25, 35), (3, 6)),
+    size=7,
+    length=8,
+    heads=(4, 2),
+    is_causal=False,
+    is_stored=False,
+    bytes_at_once=1 << 26,
+)
+@settings(max_examples=150, deadline=None)
+def test_tables_of_many_ranks_hold_those_of_each(
+    pattern: Pattern, size: int, length: int, heads: tuple[int, int], is_causal: bool, is_stored: bool,
+    bytes_at_once: int,
+) -> None:  # fmt: skip
+    shards = Shards(length, size, *heads, is_causal)
+    if is_stored:
+        whole = lower_blocks(pattern, Geometry.self_attention(shards.seq_len, shards.num_heads, is_causal=is_causal))
+        pattern = FrozenBlocks(table=whole, generator=pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange_tables, "_BYTES_AT_ONCE", bytes_at_once)
+        assert_as_planned(pattern, shards)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (64, 1),  # whole blocks
+        (48, 1),  # whole blocks in one shard, and one that two share
+        (8, 1),  # shards within a block
+        (33, 3 * 12 - 2),  # blocks that end anywhere: before, at and after each shard
+    ],
+)
+def test_ranks_share_a_table_where_blocks_or_parts_of_them_end_with_shards(
+    length: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[Geometry] = []
+
+    def counting(pattern: Pattern, geometry: Geometry, **options: int | None) -> Layout:
+        lowered.append(geometry)
+        return lower(pattern, geometry, **options)
+
+    monkeypatch.setattr(exchange_tables, "lower", counting)
+    costs_of(Random(3, 32) | Local(5), Shards(length, 12, 2, 1, is_causal=False))
+    assert len(lowered) == expected
+
+
+@pytest.mark.parametrize("length", [64, 48, 8, 33])
+def test_what_many_ranks_share_is_refused_where_the_table_of_one_is(length: int) -> None:
+    pattern, shards = Random(3, 32) | Local(5), Shards(length, 6, 2, 1, is_causal=False)
+
+    def fits(limit: int, plan: Callable[[int], object]) -> bool:
+        try:
+            plan(limit)
+        except ConfigError:
+            return False
+        return True
+
+    def planned(limit: int) -> None:
+        for rank in range(shards.size):
+            plan_rank(pattern, shards, rank, limit_bytes=limit)
+
+    def counted(limit: int) -> Preflight:
+        return costs_of(pattern, shards, Limits(layout_bytes=limit))
+
+    least = bisect_left(range(1, 1 << 20), True, key=lambda limit: fits(limit, planned)) + 1
+    assert 1000 < least < 1 << 20
+    assert counted(least) == costs_of(pattern, shards)
+    with pytest.raises(ConfigError, match=r"raise Limits\.layout_bytes"):
+        counted(least - 1)
 
 
 def test_a_head_may_have_no_part_in_any_branch() -> None:
