@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def explain_plan(plan: AttentionPlan) -> str:
     """The text of `AttentionPlan.explain`."""
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
-    lines += [f"  layout  {line}" for line in _layout_words(plan.layout)]
+    lines += [f"  layout  {line}" for line in _layout_words(plan.layout, over_ranks=plan.exchange is not None)]
     if plan.exchange is not None:
         ring = plan.exchange
         lines.append(
@@ -93,13 +93,14 @@ def _headline(plan: AttentionPlan) -> str:
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
 
 
-def _layout_words(layout: LayoutSummary) -> Iterator[str]:
+def _layout_words(layout: LayoutSummary, *, over_ranks: bool) -> Iterator[str]:
     if layout.kinds == ("dynamic",):
         yield "blocks, chosen at every call"
         return
     kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
     if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
-        yield f"{kinds}; lowered when the length is known (seq_len)"
+        when = "by each rank for its own rows" if over_ranks else "when the length is known (seq_len)"
+        yield f"{kinds}; lowered {when}"
         return
     saved = f", {amount(layout.distinct_flops, 'FLOP')} in distinct pairs" if layout.distinct_flops else ""
     yield (
