@@ -290,6 +290,10 @@ class Stored(Pattern):
             return PatternStore(self.root).load(self.name)
         except FileNotFoundError as error:
             raise PatternFileError(f"there is no stored pattern {self.name!r} in {self.root!r}") from error
+        except OSError as error:
+            raise PatternFileError(
+                f"cannot read the stored pattern {self.name!r} in {self.root!r}: {error.strerror or error}"
+            ) from error
 
     def unwrap(self) -> Pattern:
         """What was stored."""
