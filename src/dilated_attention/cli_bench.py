@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import AsJson, make_folder
+from .console import AsJson, ending_in_order, make_folder
 from .core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +83,12 @@ def bench(
         _list(as_json=as_json)
     elif scaling:
         _refuse_others(given, _SCALING, "--scaling")
-        _scale(given, as_json=as_json)
+        with ending_in_order():
+            _scale(given, as_json=as_json)
     elif compare:
         _refuse_others(given, _COMPARING, "--compare")
-        _compare(given, as_json=as_json)
+        with ending_in_order():
+            _compare(given, as_json=as_json)
     else:
         _refuse_others(given, _MEASURING, "measuring cases")
         _measure(given, as_json=as_json)
