@@ -58,8 +58,8 @@ def counted(number: int, noun: str) -> str:
 
 def amount(number: float, unit: str, *, base: int = 1000) -> str:
     """`1.2 GB`, `340 MFLOP`: three digits and a prefix."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < base or prefix == "P":
+    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if number < base or prefix == "Z":
             break
         number /= base
     return f"{number:.3g} {prefix}{unit}"
@@ -102,7 +102,8 @@ def _layout_words(layout: LayoutSummary, *, over_ranks: bool) -> Iterator[str]:
         when = "by each rank for its own rows" if over_ranks else "when the length is known (seq_len)"
         yield f"{kinds}; lowered {when}"
         return
-    saved = f", {amount(layout.distinct_flops, 'FLOP')} in distinct pairs" if layout.distinct_flops else ""
+    overlaps = layout.distinct_flops and layout.distinct_flops != layout.flops
+    saved = f", {amount(layout.distinct_flops or 0, 'FLOP')} in distinct pairs" if overlaps else ""
     yield (
         f"{kinds}, {layout.density:.2%} of all pairs, {amount(layout.flops, 'FLOP')} forward{saved}, "
         f"{amount(layout.nbytes, 'B')} of tables, digest {layout.digest[:12]}"
