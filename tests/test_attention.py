@@ -299,6 +299,15 @@ def test_what_is_no_tensor_no_position_and_not_to_be_pickled() -> None:
         pickle.dumps(Block(attention))
 
 
+def test_a_length_that_cannot_be_planned_takes_no_memory_first() -> None:
+    attention = build(pattern=Dilated((16, 32), (1, 2)))
+    with pytest.raises(ConfigError, match=r"62,500,000,000 segments of 16, but at most 16,777,216 can be planned"):
+        attention.prepare(10**12)
+    endless = torch.zeros(1, 1, 4, 8).expand(1, 10**12, 4, 8)
+    with pytest.raises(ConfigError, match=r"can be planned; use longer segments or a shorter sequence"):
+        attention(endless, endless, endless)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense_are_told_of_packing() -> None:
     attention, dense = build(), torch.zeros(1, 5, 4, 8)
