@@ -293,6 +293,15 @@ def test_stored_values_are_frozen_and_small_to_print(store: PatternStore) -> Non
         loaded.name = "s"  # type: ignore[attr-defined]
 
 
+def test_only_patterns_are_stored(store: PatternStore) -> None:
+    mapping: Any = {"kind": "full"}
+    with pytest.raises(
+        ConfigError, match=r"only patterns such as Full\(\) are stored, got \{'kind': 'full'\} \(dict\)"
+    ):
+        store.save("p", mapping, seq_len=60, num_heads=4, is_causal=True)
+    assert not store.root.exists()
+
+
 def test_a_stored_pattern_that_the_system_refuses_is_no_fault_of_the_plugin(store: PatternStore) -> None:
     store.save("p", Local(3), seq_len=60, num_heads=4, is_causal=True)
     (store.root / "file").touch()
