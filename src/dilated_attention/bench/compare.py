@@ -162,8 +162,8 @@ def old_tree(root: Path, ref: str) -> Iterator[Path]:
             git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             yield tree
         finally:
-            if tree.exists():  # twice, since one that was not finished is locked
-                git(root, "worktree", "remove", "--force", "--force", str(tree))
+            if tree.exists():
+                git(root, "worktree", "remove", "--force", str(tree))
 
 
 def compare(
