@@ -322,6 +322,8 @@ class Attention(nn.Module):
             raise ConfigError("a step records no gradient, but an input requires one; decode under torch.no_grad()")
         if self.training and self.config.dropout_p:
             raise ConfigError(f"a step drops nothing, but dropout_p={self.config.dropout_p:g}; call eval() to decode")
+        if not isinstance(cache, DecodingCache):
+            raise ConfigError(f"cache must be what make_cache made, got {cache!r} ({type(cache).__name__})")
         if cache.engine is not self._engine:
             raise ConfigError("the cache was made by an attention of another configuration; make one with make_cache")
         with torch.no_grad(), without_autocast(query.device):
@@ -368,6 +370,10 @@ class Attention(nn.Module):
             f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} as (batch, seq_len, heads, head_dim)"
         )
 
+    def _fits(self, kv_heads: int) -> bool:
+        """Whether the query heads could share so many key-value heads."""
+        return kv_heads > 0 and self.config.num_heads % kv_heads == 0
+
     def _shape_message(self, name: str, x: Tensor, heads: int) -> str:
         layout, head_dim = self.config.tensor_layout, self.config.head_dim
         shape = list(x.shape)
@@ -380,4 +386,6 @@ class Attention(nn.Module):
         if x.dim() == 4 and x.shape[1] == heads and x.shape[3] == head_dim:
             other = "bshd" if layout == "bhsd" else "bhsd"
             message += f"; it looks like a {other} tensor: transpose it, or build with tensor_layout={other!r}"
+        elif name != "query" and x.dim() == 4 and shape[-1] == head_dim and self._fits(found := x.shape[2]):
+            message += f"; for {found} key-value heads build with num_kv_heads={found}"
         return message

@@ -250,6 +250,16 @@ def check_fields(mapping: Mapping[str, Any]) -> None:
     check_keys(mapping, keys_of(AttentionConfig), name="the attention config")
 
 
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose own reader keeps the last of two equal names and says nothing; TOML's refuses them."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice!r} twice")
+    return table
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level table of a TOML or JSON file.
 
@@ -260,13 +270,13 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() not in (".toml", ".json"):
         raise ConfigError(f"a config file ends in .toml or .json, got {str(path)!r}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"cannot read the config file {str(path)!r}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the config file {str(path)!r} is not UTF-8 text: {error.reason}") from error
     try:
-        parsed = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        parsed = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text, object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:  # tomllib's and json's decode errors, and tables in tables in tables
         raise ConfigError(f"the config file {str(path)!r} is malformed: {error}") from error
     if not isinstance(parsed, dict):

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
 from .blocking import group_rows
-from .errors import ConfigError
 from .geometry import Geometry
 from .layout import BlockLayout
 from .pattern import Branch
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .pattern import IntArray
-
-
-_MOST_CELLS: Final = 1 << 24  # 128 MiB an array, of which counting holds some ten
 
 
 def allowed_pairs(geometry: Geometry) -> int:
@@ -94,12 +90,7 @@ def _cells(branch: Branch, offset: int, geometry: Geometry) -> _Cells:
     if w is None:
         low, high = np.array([min(starts.values())]), np.array([max(ends.values())])
         return _Cells(low, high, r, np.array([offset % r]))
-    first, last = max(start // w for start in starts.values()), min((end - 1) // w for end in ends.values())
-    if last - first >= _MOST_CELLS:
-        raise ConfigError(
-            f"{geometry.q_len:,} queries lie in {last - first + 1:,} segments of {w:,}, but at most {_MOST_CELLS:,} "
-            "can be planned; use longer segments or a shorter sequence"
-        )
+    first, last = geometry.segments(w)
     low = np.arange(first, last + 1, dtype=np.int64) * w
     return _Cells(low, low + w, r, (low + offset) % r)
 

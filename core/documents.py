@@ -12,6 +12,7 @@ from typing import Final
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import ConfigError
 
@@ -75,6 +76,13 @@ def check_arguments(query: object, key: object, value: object, q_offset: object 
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         found = ", ".join(type(x).__name__ for x in (query, key, value))
         raise ConfigError(f"an attention is called with tensors, got {found}")
+    if not query.layout is key.layout is value.layout is torch.strided or query.is_nested:
+        raise ConfigError(
+            f"an attention is called with dense tensors, got {_layouts(query, key, value)}; sequences of several "
+            "lengths are padded rows with key_padding_mask, or packed into one row with cu_seqlens"
+        )
+    if forward_ad._current_level >= 0:
+        _check_no_tangents(query, key, value)
     if q_offset is None and type(kv_offset) is int and kv_offset == 0:  # what nearly every call has
         return
     for name, offset in (("q_offset", 0 if q_offset is None else q_offset), ("kv_offset", kv_offset)):
@@ -82,6 +90,19 @@ def check_arguments(query: object, key: object, value: object, q_offset: object 
             raise ConfigError(f"{name} is one position for all batch rows, an integer, got {offset!r}")
         if not -_FARTHEST < offset < _FARTHEST:
             raise ConfigError(f"{name} must lie between -2**60 and 2**60, got {offset}")
+
+
+def _layouts(*tensors: Tensor) -> str:
+    return ", ".join("nested" if x.is_nested else str(x.layout).removeprefix("torch.") for x in tensors)
+
+
+def _check_no_tangents(*tensors: Tensor) -> None:
+    """Forward-mode derivatives are refused for every backend: kernels that torch does not know would lose them."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            "dilated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); use backward, "
+            "torch.func.vjp or jacrev"
+        )
 
 
 def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def explain_plan(plan: AttentionPlan) -> str:
     """The text of `AttentionPlan.explain`."""
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
-    lines += [f"  layout  {line}" for line in _layout_words(plan.layout)]
+    lines += [f"  layout  {line}" for line in _layout_words(plan.layout, over_ranks=plan.exchange is not None)]
     if plan.exchange is not None:
         ring = plan.exchange
         lines.append(
@@ -58,8 +58,8 @@ def counted(number: int, noun: str) -> str:
 
 def amount(number: float, unit: str, *, base: int = 1000) -> str:
     """`1.2 GB`, `340 MFLOP`: three digits and a prefix."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < base or prefix == "P":
+    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if number < base or prefix == "Z":
             break
         number /= base
     return f"{number:.3g} {prefix}{unit}"
@@ -93,15 +93,17 @@ def _headline(plan: AttentionPlan) -> str:
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
 
 
-def _layout_words(layout: LayoutSummary) -> Iterator[str]:
+def _layout_words(layout: LayoutSummary, *, over_ranks: bool) -> Iterator[str]:
     if layout.kinds == ("dynamic",):
         yield "blocks, chosen at every call"
         return
     kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
     if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
-        yield f"{kinds}; lowered when the length is known (seq_len)"
+        when = "by each rank for its own rows" if over_ranks else "when the length is known (seq_len)"
+        yield f"{kinds}; lowered {when}"
         return
-    saved = f", {amount(layout.distinct_flops, 'FLOP')} in distinct pairs" if layout.distinct_flops else ""
+    overlaps = layout.distinct_flops and layout.distinct_flops != layout.flops
+    saved = f", {amount(layout.distinct_flops or 0, 'FLOP')} in distinct pairs" if overlaps else ""
     yield (
         f"{kinds}, {layout.density:.2%} of all pairs, {amount(layout.flops, 'FLOP')} forward{saved}, "
         f"{amount(layout.nbytes, 'B')} of tables, digest {layout.digest[:12]}"

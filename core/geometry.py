@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
 
 from .checks import non_negative_int, positive_int
 from .errors import ConfigError
+
+_MOST_SEGMENTS: Final = 1 << 24  # 128 MiB an array, of which counting and planning hold some ten
 
 
 def _default_q_offset(geometry: Geometry) -> int:
@@ -50,6 +54,21 @@ class Geometry:
     @property
     def _reach(self) -> int:
         return max(self.q_offset + self.q_len, self.kv_offset + self.kv_len, 0)
+
+    def segments(self, width: int) -> tuple[int, int]:
+        """Numbers of the first and the last segment of `width` positions that hold a query and a key.
+
+        Raises:
+            ConfigError: more of them than can be planned.
+        """
+        first = max(self.q_offset // width, self.kv_offset // width)
+        last = min((self.q_offset + self.q_len - 1) // width, (self.kv_offset + self.kv_len - 1) // width)
+        if last - first >= _MOST_SEGMENTS:
+            raise ConfigError(
+                f"{self.q_len:,} queries lie in {last - first + 1:,} segments of {width:,}, but at most "
+                f"{_MOST_SEGMENTS:,} can be planned; use longer segments or a shorter sequence"
+            )
+        return first, last
 
     @property
     def group_size(self) -> int:

@@ -199,8 +199,7 @@ def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:
     if width is None:
         base = np.zeros(1, dtype=np.int64)
     else:
-        first = max(geometry.q_offset // width, geometry.kv_offset // width)
-        last = min((q_end - 1) // width, (kv_end - 1) // width)
+        first, last = geometry.segments(width)
         base = np.arange(first, last + 1, dtype=np.int64) * width
 
     def kept(low: int, high: int) -> tuple[_IntArray, _IntArray]:

@@ -10,6 +10,7 @@ from torch import nn
 from .attention import Attention
 from .counters import AttentionCounters
 from .engine import Engine
+from .errors import ConfigError
 from .ops import living_engines
 
 
@@ -29,6 +30,9 @@ def counters_of(*modules: nn.Module) -> tuple[AttentionCounters, ...]:
     """
     if not modules:
         return tuple(sorted(_by_plan(living_engines()), key=lambda counters: counters.plan))
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"counters_of takes torch modules, or nothing for all attentions, got {module!r}")
     parts = (part for module in modules for part in module.modules())
     return _by_plan(dict.fromkeys(attention._engine for part in parts for attention in _attentions_of(part)))
 

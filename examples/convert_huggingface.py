@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import transformers
 import typer
 from torch import Tensor
 
-from dilated_attention import Dilated, Full, Global, Pattern
+from dilated_attention import Dilated, DilatedAttentionError, Full, Global, Pattern
 from dilated_attention.models import register_with_transformers
 
 HELD_OUT = 0.1
@@ -82,10 +83,12 @@ def sparse_pattern(length: int, sinks: int) -> Pattern:
 def main(
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
     model: Annotated[str | None, typer.Option(help="a model's folder or name; a model of bytes if left out")] = None,
-    seq_len: int = 1024,
-    steps: Annotated[int, typer.Option(help="of the fine-tune")] = 100,
-    dense_steps: Annotated[int, typer.Option(help="of the dense training that a model of bytes gets first")] = 300,
-    sinks: Annotated[int, typer.Option(help="first tokens that all see")] = 4,
+    seq_len: Annotated[int, typer.Option(min=1)] = 1024,
+    steps: Annotated[int, typer.Option(min=0, help="of the fine-tune")] = 100,
+    dense_steps: Annotated[
+        int, typer.Option(min=0, help="of the dense training that a model of bytes gets first")
+    ] = 300,
+    sinks: Annotated[int, typer.Option(min=1, help="first tokens that all see")] = 4,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Measure before and after."""
@@ -111,4 +114,9 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except (DilatedAttentionError, OSError) as error:  # transformers' word for a model that is not there
+        sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dilated_attention import DilatedAttentionError
 from dilated_attention.models import LongNetConfig, LongNetLM
 
 HELD_OUT = 0.05  # of each file, at its end
@@ -127,17 +129,21 @@ def load_training(folder: Path, model: LongNetLM, optimizer: torch.optim.Optimiz
 def train(
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option(help="folder of the checkpoint")] = Path("longnet-run"),
-    steps: int = 1000,
-    seq_len: int = 4096,
-    batch: int = 4,
-    layers: int = 4,
-    width: int = 256,
-    heads: int = 8,
+    steps: Annotated[int, typer.Option(min=1, help="in all, those before a resumption included")] = 1000,
+    seq_len: Annotated[int, typer.Option(min=1)] = 4096,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    layers: Annotated[
+        int, typer.Option(min=1, help="of a new model, as width and heads; a resumed one has its own")
+    ] = 4,
+    width: Annotated[int, typer.Option(min=1)] = 256,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
     learning_rate: float = 1e-3,
-    warm_up: int = 50,
-    save_every: int = 200,
+    warm_up: Annotated[int, typer.Option(min=1)] = 50,
+    save_every: Annotated[int, typer.Option(min=1)] = 200,
     seed: int = 0,
-    checkpointing: Annotated[bool, typer.Option(help="keep only each layer's input for the backward")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option(help="of a new model: keep only each layer's input for the backward")
+    ] = False,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Train, from the checkpoint in --output if there is one, until --steps in all."""
@@ -194,13 +200,15 @@ def evaluate(model: LongNetLM, text: np.ndarray[Any, np.dtype[np.uint8]], seq_le
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="folder of `train --output`")],
-    prompt: str = "\n",
-    length: int = 200,
+    prompt: Annotated[str, typer.Option(show_default="a line break")] = "\n",
+    length: Annotated[int, typer.Option(min=1)] = 200,
     temperature: float = 0.8,
     seed: int = 0,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Continue a prompt."""
+    if not prompt:
+        raise typer.BadParameter("a prompt has at least one byte, got ''; leave --prompt out for a line break")
     model, _ = load(run / "checkpoint", device)
     tokens = torch.tensor([list(prompt.encode())], device=device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -209,4 +217,7 @@ def sample(
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except DilatedAttentionError as error:
+        sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..core.errors import ConfigError
 # Where training programs put the state_dict among other things.
 _NESTED = ("model", "state_dict", "module")
 # What torch.load makes of bytes that are no pickle but begin like one.
-_JUNK = (LookupError, TypeError, AttributeError, AssertionError)
+_JUNK = (LookupError, TypeError, AttributeError, AssertionError, struct.error)
 
 
 def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:

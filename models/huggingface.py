@@ -77,6 +77,10 @@ def register_with_transformers(
             taken, a layer that the model has not; transformers missing or too old.
     """
     transformers = _transformers()
+    if not isinstance(model, str) and not hasattr(model, "set_attn_implementation"):  # wrappers of models pass it on
+        raise ConfigError(f"model must be a model of transformers, or a name to register, got {type(model).__name__}")
+    if not isinstance(layers, Mapping | None):
+        raise ConfigError(f"layers must map layer numbers or types to patterns, got {layers!r}")
     implementation = _Implementation(pattern, layers or {}, fields)
     if isinstance(model, str):
         name = _checked(model)

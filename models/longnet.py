@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
-from .longnet_config import LongNetConfig
+from .longnet_config import LongNetConfig, require_config
 from .positions import Rotation, make_rotation
 
 _Device = torch.device | str | None
@@ -99,6 +99,7 @@ class LongNetEncoder(_Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         made: dict[str, Any] = {"device": device, "dtype": dtype}
+        require_config(config)
         depths = range(config.num_layers)
         layers = nn.ModuleList(LongNetEncoderLayer(config, depth=i, is_causal=is_causal, **made) for i in depths)
         super().__init__(config, layers, made)
@@ -133,6 +134,7 @@ class LongNetDecoder(_Stack):
         dtype: torch.dtype | None = None,
     ) -> None:
         made: dict[str, Any] = {"device": device, "dtype": dtype}
+        require_config(config)
         depths = range(config.num_layers)
         layers = nn.ModuleList(LongNetDecoderLayer(config, depth=i, has_memory=has_memory, **made) for i in depths)
         super().__init__(config, layers, made)
@@ -182,6 +184,7 @@ class LongNetLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_config(config)
         if config.vocab_size is None:
             raise ConfigError("LongNetLM needs LongNetConfig.vocab_size, got None")
         made: dict[str, Any] = {"device": device, "dtype": dtype}

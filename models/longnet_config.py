@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from ..core.checks import positive_int, require_choice
+from ..core.checks import positive_int, require_choice, require_positive
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Full, Pattern
@@ -42,8 +42,16 @@ def _probability(_: object, attribute: attrs.Attribute[float], value: object) ->
 
 
 def _positive(_: object, attribute: attrs.Attribute[float], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{attribute.name} must be a positive number, got {value!r}")
+    require_positive(attribute.name, value)
+
+
+def require_config(config: object) -> None:
+    """Raise `ConfigError` for what is no `LongNetConfig`."""
+    if not isinstance(config, LongNetConfig):
+        raise ConfigError(
+            f"config must be a LongNetConfig, got a {type(config).__name__}; of a mapping make one by "
+            "LongNetConfig.from_dict(...)"
+        )
 
 
 def _flag(_: object, attribute: attrs.Attribute[bool], value: object) -> None:

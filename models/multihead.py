@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core.checks import require_choice, require_int
+from ..core.checks import require_choice, require_int, require_positive
 from ..core.config import check_fields
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
@@ -92,6 +92,9 @@ class MultiheadAttention(nn.Module):
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         require_choice("positions", positions, POSITIONS)
+        for name, number in (("gain", gain), ("rotary_base", rotary_base), ("xpos_base", xpos_base)):
+            if number is not None:
+                require_positive(name, number)
         self._check(fields)
         head_dim = embed_dim // num_heads
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim

@@ -93,6 +93,8 @@ class PatternStore:
                 number of key-value heads without being stored as parameters.
         """
         path = path_of(self.root, name)
+        if not isinstance(pattern, Pattern):
+            raise ConfigError(f"only patterns such as Full() are stored, got {pattern!r} ({type(pattern).__name__})")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{str(path)!r} exists already; pass overwrite=True to replace it")
         geometry = _geometry(seq_len, num_heads, is_causal)
@@ -290,6 +292,10 @@ class Stored(Pattern):
             return PatternStore(self.root).load(self.name)
         except FileNotFoundError as error:
             raise PatternFileError(f"there is no stored pattern {self.name!r} in {self.root!r}") from error
+        except OSError as error:
+            raise PatternFileError(
+                f"cannot read the stored pattern {self.name!r} in {self.root!r}: {error.strerror or error}"
+            ) from error
 
     def unwrap(self) -> Pattern:
         """What was stored."""

@@ -32,7 +32,8 @@ def describe_device(name: str | None) -> Device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            near = did_you_mean(name.partition(":")[0], _KNOWN)
+            word = name.partition(":")[0]
+            near = did_you_mean("cuda" if word == "gpu" else word, _KNOWN)  # by its letters "gpu" is nearest to "xpu"
             raise ConfigError(f"torch knows no device {name!r}{near}") from error
     if device.type == "cpu":
         return Device(type="cpu", name=_cpu_name(), arch=platform.machine(), torch_name="cpu")

@@ -260,7 +260,8 @@ def bad(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Te
     [
         (bad((2, 4, 9, 8), (2, 9, 4, 8), (2, 9, 4, 8)), r"it looks like a bhsd tensor: transpose it"),
         (bad((9, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8)), r"query must be \(batch, seq_len, 4, 8\).*got \(9, 4, 8\)"),
-        (bad((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 4, 8)), r"key must be \(batch, seq_len, 4, 8\).*got \(2, 9, 2, 8\)"),
+        (bad((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 4, 8)), r"key must be .*got \(2, 9, 2, 8\); .*num_kv_heads=2"),
+        (bad((2, 9, 4, 8), (2, 9, 3, 8), (2, 9, 3, 8)), r"got \(2, 9, 3, 8\)$"),
         (bad((2, 9, 4, 16), (2, 9, 4, 8), (2, 9, 4, 8)), r"got \(2, 9, 4, 16\)"),
         (bad((2, 9, 4, 8), (2, 9, 4, 8), (2, 8, 4, 8)), r"key and value equal lengths"),
         (bad((2, 9, 4, 8), (3, 9, 4, 8), (3, 9, 4, 8)), r"equal batch sizes"),
@@ -296,6 +297,26 @@ def test_what_is_no_tensor_no_position_and_not_to_be_pickled() -> None:
         attention(*tensors, key_padding_mask=mask)
     with pytest.raises(TypeError, match="an attention is not pickled; save config"):
         pickle.dumps(Block(attention))
+
+
+def test_a_length_that_cannot_be_planned_takes_no_memory_first() -> None:
+    attention = build(pattern=Dilated((16, 32), (1, 2)))
+    with pytest.raises(ConfigError, match=r"62,500,000,000 segments of 16, but at most 16,777,216 can be planned"):
+        attention.prepare(10**12)
+    endless = torch.zeros(1, 1, 4, 8).expand(1, 10**12, 4, 8)
+    with pytest.raises(ConfigError, match=r"can be planned; use longer segments or a shorter sequence"):
+        attention(endless, endless, endless)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_told_of_packing() -> None:
+    attention, dense = build(), torch.zeros(1, 5, 4, 8)
+    with pytest.raises(ConfigError, match=r"dense tensors, got sparse_coo, strided, strided; .* with cu_seqlens"):
+        attention(dense.to_sparse(), dense, dense)
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor([torch.zeros(n, 4, 8) for n in (2, 3)], layout=layout)
+        with pytest.raises(ConfigError, match="dense tensors, got nested, nested, nested"):
+            attention(nested, nested, nested)
 
 
 def test_a_gradient_that_was_built_away_is_an_error() -> None:

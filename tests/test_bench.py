@@ -183,6 +183,14 @@ def test_what_cannot_be_is_refused(invoke: Invoke, arguments: list[str], status:
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
 
 
+@pytest.mark.parametrize("way", [["--case", "tiny"], ["--compare"]])
+def test_a_misspelt_backend_is_told_before_anything_is_measured(invoke: Invoke, way: list[str]) -> None:
+    done = invoke("bench", *way, "--device", "cpu", "--backend", "sdap:flash")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --backend must be one of auto, triton, ")
+    assert done.stderr.endswith("; got 'sdap' (did you mean 'sdpa'?)\n")
+
+
 @pytest.mark.parametrize("command", [["demo"], ["bench"], ["bench", "--scaling", "--gpus", "1"]])
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
     tmp_path: Path, invoke: Invoke, command: list[str]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +64,20 @@ def test_equal_code_passes(tree: Path, compare_here: Invoke) -> None:
     for row in as_json(done)["comparisons"]:
         assert row["verdict"] == "equal"
         assert row["new_bytes"] == row["old_bytes"] > 0
+
+
+def test_one_that_is_ended_leaves_no_worktree_and_no_process(tree: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "dilated_attention", "bench", "--compare", "--case", CASE, "--device", "cpu"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        end = time.monotonic() + 60
+        while len(git(tree, "worktree", "list").splitlines()) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        run.terminate()
+        _, said = run.communicate(timeout=60)  # the pipe ends with the last process that holds it
+    assert (run.returncode, said) == (128 + signal.SIGTERM, "")
+    assert len(git(tree, "worktree", "list").splitlines()) == 1
+    assert not list(tmp_path.glob("dilated-attention-*"))
 
 
 @pytest.mark.slow

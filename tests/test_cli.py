@@ -32,6 +32,13 @@ def test_explain_prints_the_plan_of_the_flags(invoke: Invoke) -> None:
     assert not plan.config["requires_grad"]
 
 
+def test_the_layout_is_told_briefly_at_any_length(invoke: Invoke) -> None:
+    shape = ("explain", "--heads", "8", "--head-dim", "64", "--device", "cpu", "--seq-len")
+    assert "% of all pairs, 2.1 EFLOP forward, 152 B of tables" in invoke(*shape, "32000000").stdout
+    overlapping = invoke(*shape, "4096", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2").stdout
+    assert " GFLOP in distinct pairs, " in overlapping
+
+
 def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text('num_heads = 4\nhead_dim = 32\nis_causal = true\npattern = {kind = "local", window_size = 8}\n')
@@ -55,6 +62,10 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
         (["explain", *LONGNET, "-P", "offsets"], 2, "must be name=value, got 'offsets'"),
         (["explain", *LONGNET[:5], "10,x"], 2, "--segment-lengths must be integers with commas between them"),
         (["explain", *LONGNET[:4], "-P", "window_size=3"], 2, "--pattern must name the pattern"),
+        (["explain", *LONGNET, "--batch", "4"], 2, "error: --batch is for --ranks"),
+        (["explain", *LONGNET, "-P", "heads=all", "-P", "heads=split"], 2, "--pattern-option heads is given twice"),
+        (["explain", *LONGNET, "-P", "dilation_rates=[1]"], 2, "given as --dilation-rates and as --pattern-option"),
+        (["explain", *LONGNET, "--device", "gpu"], 2, "torch knows no device 'gpu' (did you mean 'cuda'?)"),
         (["explian"], 2, "No such command 'explian'"),
         (["backends", "--jsn"], 2, "No such option"),
     ],

@@ -112,6 +112,7 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
         (["show", "near", "--head", "4"], 2, "--head must be 0 to 3, got 4"),
         (["show", "near", "--seq-len", "0"], 2, "--seq-len"),
         (["show", "near", "--layers", "0"], 2, "--layers"),
+        (["show", "near", "--layers", "100000000"], 2, "--layers"),
         (["show", "far", "--seq-len", "300"], 2, "was drawn for seq_len=200"),
         (["show", "near", "--plot", "a.pdf"], 2, "--plot writes a file ending in .png or .svg, got 'a.pdf'"),
         (["show", "near", "--plot", "nowhere/a.png"], 2, "'nowhere' is no folder"),
@@ -233,6 +234,31 @@ def test_plot_writes_a_picture(invoke: Invoke, work: Path, name: str, file: str,
     assert done.stdout == invoke("pattern", "show", name, "--root", "store").stdout
     assert Path(file).read_bytes().startswith(starts)
     assert Path(file).stat().st_size > 10_000
+
+
+def test_a_picture_says_what_its_colours_outside_the_ramp_mean(invoke: Invoke, work: Path) -> None:
+    for name, config, is_causal in (("near", "local.toml", True), ("far", "drawn.toml", False)):
+        save(invoke, name, config)
+        assert invoke("pattern", "show", name, "--root", "store", "--plot", "a.svg").returncode == 0
+        drawn = Path("a.svg").read_text()  # where a comment holds each text
+        assert ("not seen" in drawn, "in the future" in drawn) == (True, is_causal)
+
+
+def test_a_picture_that_cannot_be_written_is_no_fault_of_the_length(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    Path("a.svg").symlink_to("nowhere/a.svg")
+    done = invoke("pattern", "show", "near", "--root", "store", "--plot", "a.svg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --plot cannot write 'a.svg': No such file or directory\n"
+
+
+def test_layers_are_listed_until_all_is_reached(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    few, many = (
+        invoke("pattern", "show", "near", "--root", "store", "--seq-len", "20", "--layers", n).stdout for n in "39"
+    )
+    assert few == many
+    assert len(shown(invoke, "near", "--seq-len", "20", "--layers", "9")["quality"]["receptive_field"]) == 9
 
 
 def test_plot_without_matplotlib_names_the_install_line(

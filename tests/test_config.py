@@ -130,6 +130,14 @@ def test_a_toml_and_a_json_file_say_the_same(tmp_path: Path) -> None:
     assert AttentionConfig.from_file(str(as_json)) == built
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.toml", "num_heads = 4\nhead_dim = 32"), ("a.json", '{"num_heads": 4, "head_dim": 32}')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert AttentionConfig.from_file(tmp_path / name) == AttentionConfig(num_heads=4, head_dim=32)
+
+
 def test_a_pattern_object_is_written_as_its_mapping() -> None:
     built = config(pattern=Dilated((8, 16), (1, 2)) | Full())
     again = AttentionConfig.from_dict(json.loads(json.dumps(built.to_dict())))
@@ -146,6 +154,11 @@ def test_a_pattern_object_is_written_as_its_mapping() -> None:
         ("deep.json", '{"a":' * 100_000, ["malformed", "deep.json", "recursion"]),
         ("deep.toml", "a = " + "[" * 10_000, ["malformed", "deep.toml"]),
         ("list.json", "[1]", ["table", "list"]),
+        (
+            "twice.json",
+            '{"num_heads": 8, "head_dim": 8, "num_heads": 4}',
+            ["malformed", "twice.json", "'num_heads' twice"],
+        ),
         ("conf.yaml", "num_heads: 8", [".toml or .json", "conf.yaml"]),
         ("typo.toml", "num_heads = 8\nhead_dim = 8\nis_casual = true", ["is_casual", "did you mean 'is_causal'"]),
         ("few.toml", "num_heads = 8", ["needs head_dim", "got num_heads"]),

@@ -184,6 +184,8 @@ def test_a_models_layers_share_the_counters_of_their_plan() -> None:
     found = counters_of(model)
     assert [(c.plan, c.forward.calls) for c in found] == [(twins[0].plan.digest, 2), (other.plan.digest, 1)]
     assert counters_of(twins[0], twins[1], other) == found
+    with pytest.raises(ConfigError, match=r"counters_of takes torch modules, .* got \[Attention"):
+        counters_of(twins)  # type: ignore[arg-type]
     assert {c.plan for c in counters_of()} >= {c.plan for c in found}
     digest = other.plan.digest
     del model, other, attention

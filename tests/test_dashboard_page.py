@@ -171,6 +171,7 @@ def test_numbers_beyond_any_axis_are_in_the_tables_only(tmp_path: Path, invoke: 
     assert invoke("dashboard", "--no-machine", "--history", str(log), "--out", str(out)).returncode == 0
     found = Page(out.read_text(encoding="utf-8"))
     assert "1e+308 ms" in found.texts("td")
+    assert "1 case on its machine" in found.texts("span")
     (group,) = json.loads(found.texts("script")[0])["history"]
     series = next(series for series in group["series"] if series["name"] == "sdpa")
     assert [series[name] for name in ("ms", "low", "high", "tflops", "floor", "memory")] == [[None]] * 6

@@ -201,6 +201,8 @@ def test_what_cannot_be_is_told() -> None:
         attention.step(query[:, :1], key, value, attention.make_cache(2))
     with pytest.raises(ConfigError, match="an attention of another configuration"):
         attention.step(query, key, value, build(Full()).make_cache(2))
+    with pytest.raises(ConfigError, match=r"cache must be what make_cache made, got None"):
+        attention.step(query, key, value, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"under torch.no_grad\(\)"):
         attention.step(query.requires_grad_(), key, value, attention.make_cache(2))
     with torch.no_grad():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -49,6 +53,36 @@ def test_longnet_lm_resumes_exactly(tmp_path: Path) -> None:
         assert one.keys() == two.keys()
         assert all(bool((one[key] == two[key]).all()) for key in one)
     assert len(run(app, "sample", tmp_path / "whole", "--prompt", "7 bot", "--length", "20", "--device", "cpu")) >= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("longnet_lm", ["train", "TEXT", "--seq-len", "-1"], "Invalid value for '--seq-len'"),
+        ("longnet_lm", ["train", "TEXT", "--steps", "0"], "Invalid value for '--steps'"),
+        ("longnet_lm", ["sample", "RUN", "--prompt", ""], "a prompt has at least one byte"),
+        (
+            "longnet_lm",
+            ["train", "TEXT", "--width", "30", "--output", "RUN/new"],
+            "error: embed_dim must be a multiple",
+        ),
+        ("convert_huggingface", ["TEXT", "--seq-len", "0"], "Invalid value for '--seq-len'"),
+        ("convert_huggingface", ["TEXT", "--model", "RUN/none"], "error: "),
+    ],
+)
+def test_wrong_input_is_one_message(tmp_path: Path, name: str, arguments: list[str], said: str) -> None:
+    (tmp_path / "text.txt").write_bytes(b"99 bottles of beer on the wall\n" * 600)
+    command = [part.replace("TEXT", str(tmp_path / "text.txt")).replace("RUN", str(tmp_path)) for part in arguments]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TERM": "dumb", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    assert (done.stdout, said in done.stderr, "Traceback" in done.stderr) == ("", True, False), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_dense_model_is_converted(tmp_path: Path) -> None:

@@ -160,7 +160,9 @@ def test_files_and_nesting(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "e.pth")
     torch.save({"epoch": 3}, tmp_path / "f.pth")
     (tmp_path / "g.pth").write_bytes(b"junk" * 100)  # torch.load raises KeyError
+    (tmp_path / "h.pth").write_bytes(b"junk")  # and struct.error where a number is cut off
     for name, words in (
+        ("h.pth", "as tensors alone"),
         ("c.pth", "as tensors alone"),
         ("d.safetensors", "as tensors alone"),
         ("e.pth", "holds a list"),

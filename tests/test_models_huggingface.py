@@ -248,10 +248,14 @@ def test_what_cannot_be_registered() -> None:
         ("has full_attention|no layer_types", {"layers": {"sliding_attention": Full()}}),
         ("follows from the model", {"dropout_p": 0.1}),
         ("did you mean 'backend'", {"backnd": "sdpa"}),
+        ("layers must map layer numbers or types to patterns", {"layers": [Full()]}),
     ]
     for words, fields in refused:
         with pytest.raises(ConfigError, match=words):
             register_with_transformers(llama, DILATED, **fields)
+    other: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="model must be a model of transformers, or a name to register, got Linear"):
+        register_with_transformers(other, DILATED)
     with pytest.raises(ConfigError, match="freeze it first"):
         register_with_transformers(llama, {"kind": "learned", "block_size": 4, "blocks_per_row": 2})
     register_with_transformers("taken", DILATED)

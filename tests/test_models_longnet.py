@@ -316,6 +316,10 @@ def test_bad_configurations_say_so(fields: dict[str, Any], words: str) -> None:
 
 
 def test_bad_calls_say_so() -> None:
+    for made in (LongNetLM, LongNetEncoder, LongNetDecoder):
+        plain: Any = {"embed_dim": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 8}
+        with pytest.raises(ConfigError, match=r"config must be a LongNetConfig, got a dict; .*from_dict"):
+            made(plain)
     with pytest.raises(ConfigError, match=r"x must be \(batch, seq_len, 32\), got \(2, 24, 5\)"):
         LongNetEncoder(config())(data(2, S, 5))
     with pytest.raises(ConfigError, match="vocab_size"):

@@ -192,5 +192,6 @@ def test_explain_shows_ranks(invoke: Invoke) -> None:
     ]
     text = invoke(*arguments.split(), "--ranks", "64").stdout
     assert "gloo_cpu over 64 ranks" in text
+    assert "; lowered by each rank for its own rows\n" in text
     assert "4,096 tokens over 64 ranks, batch 1, selective" in text
     assert len([line for line in text.splitlines() if line[:2].strip().isdigit()]) < 10  # the telling ones of 64

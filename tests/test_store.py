@@ -291,3 +291,19 @@ def test_stored_values_are_frozen_and_small_to_print(store: PatternStore) -> Non
     assert repr(loaded) == f"StoredBlocks(name='r', root='{store.root}')"
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         loaded.name = "s"  # type: ignore[attr-defined]
+
+
+def test_only_patterns_are_stored(store: PatternStore) -> None:
+    mapping: Any = {"kind": "full"}
+    with pytest.raises(
+        ConfigError, match=r"only patterns such as Full\(\) are stored, got \{'kind': 'full'\} \(dict\)"
+    ):
+        store.save("p", mapping, seq_len=60, num_heads=4, is_causal=True)
+    assert not store.root.exists()
+
+
+def test_a_stored_pattern_that_the_system_refuses_is_no_fault_of_the_plugin(store: PatternStore) -> None:
+    store.save("p", Local(3), seq_len=60, num_heads=4, is_causal=True)
+    (store.root / "file").touch()
+    with pytest.raises(PatternFileError, match=r"cannot read the stored pattern 'p' in '.*file': Not a directory"):
+        Stored("p", str(store.root / "file"))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from dilated_attention import Attention, ConfigError, Dilated, Learned, Local, Pattern, build_attention
 
@@ -100,6 +101,13 @@ def test_what_cannot_be_transformed_is_refused() -> None:
     attention, (query, key, value) = build(), tensors(2)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad(lambda x: grad(lambda y: loss(attention, y, key, value))(x).sum())(query)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        jvp(lambda x: attention(x, key, value), (query,), (query,))
+    reference = build(backend="reference")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(key, key)  # type: ignore[no-untyped-call]
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            reference(query, dual, value)
     one = [x[:1].expand(3, *x[:1].shape) for x in (query, key, value)]
     with pytest.raises(ConfigError, match=r"cu_seqlens cannot be mapped by torch\.vmap"):
         vmap(lambda *x: attention(*x, cu_seqlens=torch.tensor([0, 20])))(*one)

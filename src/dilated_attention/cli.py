@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -157,7 +158,7 @@ def explain(
     ranks: Annotated[
         int | None, typer.Option(help="Also simulate this many ranks that share the sequence: bytes, FLOPs, memory.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Batch size, for --ranks.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Batch size, for --ranks. Default: 1.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which backend a configuration gets, and why.
@@ -182,10 +183,9 @@ def explain(
         deterministic=deterministic,
         backend=backend,
     )
-    parameters = dict(_option(text) for text in pattern_option or ())
-    for name, text in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
-        if text is not None:
-            parameters[name] = _integers(name, text)
+    if batch is not None and ranks is None:
+        raise ConfigError(f"--batch is for --ranks, which was not given; got --batch {batch}")
+    parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
     if pattern or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
@@ -193,7 +193,7 @@ def explain(
     shown: list[str] = []
     data: dict[str, Any] = {}
     if ranks is not None:
-        costs = preflight(fields, ranks=ranks, batch=batch, registry=registry())
+        costs = preflight(fields, ranks=ranks, batch=1 if batch is None else batch, registry=registry())
         shown, data = ["", str(costs)], {"preflight": costs.to_dict()} if as_json else {}
         fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
@@ -265,6 +265,23 @@ def _pattern(kind: str | None, parameters: dict[str, Any], of_file: object) -> d
     if {"segment_lengths", "dilation_rates"} & parameters.keys():
         return {"kind": "dilated", **parameters}
     raise ConfigError(f"--pattern must name the pattern that takes {', '.join(parameters)}")
+
+
+def _parameters(options: Sequence[str], segment_lengths: str | None, dilation_rates: str | None) -> dict[str, Any]:
+    """A pattern's parameters from the flags, each of them given once."""
+    parameters: dict[str, Any] = {}
+    for name, value in map(_option, options):
+        if name in parameters:
+            raise ConfigError(f"--pattern-option {name} is given twice; give it once")
+        parameters[name] = value
+    for name, text in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        if text is None:
+            continue
+        if name in parameters:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{name} is given as --{flag} and as --pattern-option; give it once")
+        parameters[name] = _integers(name, text)
+    return parameters
 
 
 def _integers(name: str, text: str) -> list[int]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import AsJson, make_folder
+from .console import AsJson, ending_in_order, make_folder, registry
+from .core.checks import require_choice
 from .core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +84,12 @@ def bench(
         _list(as_json=as_json)
     elif scaling:
         _refuse_others(given, _SCALING, "--scaling")
-        _scale(given, as_json=as_json)
+        with ending_in_order():
+            _scale(given, as_json=as_json)
     elif compare:
         _refuse_others(given, _COMPARING, "--compare")
-        _compare(given, as_json=as_json)
+        with ending_in_order():
+            _compare(given, as_json=as_json)
     else:
         _refuse_others(given, _MEASURING, "measuring cases")
         _measure(given, as_json=as_json)
@@ -128,6 +131,12 @@ def _device(name: str | None) -> str:
     return name
 
 
+def _check_backends(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a backend that nobody registers, before anything is measured or checked out."""
+    for name in names:
+        require_choice("--backend", name.partition(":")[0], ("auto", *registry().backends))
+
+
 def _load(paths: Sequence[Path]) -> None:
     """Libraries of operators that no installed package brings; a CUDA runtime for all that come after it."""
     import torch
@@ -157,6 +166,7 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     if "save" in given:
         check_appendable(given["save"])
     _load(given.get("load_library", ()))
+    _check_backends(given.get("backend", ()))
     settings = Settings(
         device=device,
         rounds=given.get("rounds", 7),
@@ -200,6 +210,7 @@ def _compare(given: Mapping[str, Any], *, as_json: bool) -> None:
     backends = given.get("backend", ["auto"])
     if len(backends) > 1:
         raise ConfigError(f"--compare takes one --backend, got {', '.join(backends)}")
+    _check_backends(backends)
     settings = CompareSettings(
         ref=given.get("ref", "HEAD"),
         device=_device(given.get("device")),

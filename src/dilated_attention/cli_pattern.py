@@ -40,6 +40,7 @@ _BAD_FILE: Final = 4
 _TABLE_BYTES: Final = 512 << 20  # most that a drawing's table of blocks may take
 _REPORT_WIDTH: Final = 36  # characters beside the map, its frame and the gap included
 _MAP_WIDTH: Final = 64
+_MOST_LAYERS: Final = 1000
 
 
 @pattern_app.command("list")
@@ -106,7 +107,9 @@ def show_pattern(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Another length; of a pattern stored as parameters.")
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, help="Layers to follow the receptive field through.")] = 4,
+    layers: Annotated[
+        int, typer.Option(min=1, max=_MOST_LAYERS, help="Layers to follow the receptive field through.")
+    ] = 4,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: a .png or .svg file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -125,14 +128,21 @@ def show_pattern(
     if not 0 <= head < info.num_heads:
         raise ConfigError(f"--head must be 0 to {info.num_heads - 1}, got {head}")
     try:
-        _report(pattern, info, geometry, head, layers, plot, as_json=as_json)
+        quality, text, data = _report(pattern, info, geometry, head, layers)
+        picture = None if plot is None else _picture(pattern, geometry, head)
     except (ConfigError, PatternFileError) as error:  # of a sound file: it is the length that does not fit
         raise ConfigError(f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}") from error
+    if plot is not None and picture is not None:
+        _plot(picture, quality, info, head, plot)
+    show(text, data, as_json=as_json)
+    if plot is not None:
+        typer.echo(f"drawn: {plot}", err=True)
 
 
 def _report(
-    pattern: Pattern, info: StoredInfo, geometry: Geometry, head: int, layers: int, plot: Path | None, *, as_json: bool
-) -> None:
+    pattern: Pattern, info: StoredInfo, geometry: Geometry, head: int, layers: int
+) -> tuple[Quality, str, dict[str, Any]]:
+    """The figures, and map and figures as text and as data."""
     from .core.quality import measure
     from .pattern_map import ASCII, UNICODE, cells, draw, legend, quality_lines, table_block_size
 
@@ -150,20 +160,21 @@ def _report(
     same = [h for h, group in enumerate(alike) if group == alike[head]]
     text = "\n".join([_title(info), *_head_words(head, same, info.num_heads), *_side_by_side(map_lines, beside)])
     data = {**attrs.asdict(info), "quality": attrs.asdict(quality), "head": head, "map": _plain(shares)}
-    if plot is not None:
-        _plot(pattern, geometry, quality, info, head, plot)
-    show(text, data, as_json=as_json)
-    if plot is not None:
-        typer.echo(f"drawn: {plot}", err=True)
+    return quality, text, data
 
 
-def _plot(pattern: Pattern, geometry: Geometry, quality: Quality, info: StoredInfo, head: int, path: Path) -> None:
+def _picture(pattern: Pattern, geometry: Geometry, head: int) -> Cells:
     from .pattern_map import cells
-    from .pattern_plot import CELLS, plot
+    from .pattern_plot import CELLS
 
-    shares = cells(pattern, geometry, head, rows=CELLS, cols=CELLS, limit_bytes=_TABLE_BYTES)
+    return cells(pattern, geometry, head, rows=CELLS, cols=CELLS, limit_bytes=_TABLE_BYTES)
+
+
+def _plot(picture: Cells, quality: Quality, info: StoredInfo, head: int, path: Path) -> None:
+    from .pattern_plot import plot
+
     try:
-        plot(shares, quality, _title(info), path, length=geometry.q_len, head=head)
+        plot(picture, quality, _title(info), path, length=info.seq_len, head=head)
     except OSError as error:
         raise ConfigError(f"--plot cannot write {str(path)!r}: {error.strerror or error}") from error
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, NoReturn, TypeAlias
 
 import typer
 
@@ -29,6 +33,20 @@ def registry() -> Registry:
 def show(text: str, data: object, *, as_json: bool) -> None:
     """Print `data` as JSON, or `text`, coloured on a terminal."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else paint(text))
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Within it SIGTERM ends the command as an error would, so that its processes and temporary folders go with it."""
+
+    def end(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_folder(path: Path) -> None:

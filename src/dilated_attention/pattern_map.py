@@ -131,9 +131,10 @@ def legend(ink: str, *, is_causal: bool) -> list[str]:
 
 def quality_lines(quality: Quality) -> list[str]:
     """The quality report as aligned lines of at most 32 characters."""
+    followed = quality.receptive_field[: quality.layers_to_full]  # behind that all lines would be alike
     field = [
-        (counted(layer, "layer") if layer in (1, len(quality.receptive_field)) else f"{layer}", f"{part:.1%}")
-        for layer, part in enumerate(quality.receptive_field, 1)
+        (counted(layer, "layer") if layer in (1, len(followed)) else f"{layer}", f"{part:.1%}")
+        for layer, part in enumerate(followed, 1)
     ]
     reached = "not yet" if quality.layers_to_full is None else counted(quality.layers_to_full, "layer")
     return [

@@ -37,6 +37,7 @@ def plot(shares: Cells, quality: Quality, title: str, path: Path, *, length: int
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(10.5, 5.6), dpi=150, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.45, 1), squeeze=False)[0]
@@ -52,6 +53,11 @@ def plot(shares: Cells, quality: Quality, title: str, path: Path, *, length: int
     axis.set_yticks(ticks, names)
     axis.set(xlabel="key position", ylabel="query position")
     axis.set_title(f"head {head}", fontsize=10, color=_GREY)
+    flat = [(_NOT_SEEN, "not seen"), (_FUTURE, "in the future")][: 1 + bool(np.isnan(shares).any())]
+    left.legend(
+        handles=[Patch(facecolor=colour, edgecolor=_GREY, label=name) for colour, name in flat],
+        loc="outside lower center", ncols=2, frameon=False, fontsize=8,
+    )  # fmt: skip
     axis.tick_params(labelsize=8, color=_GREY)
     axis.spines[:].set_color(_GREY)
     bar = left.colorbar(image, ax=axis, shrink=0.8, pad=0.02, ticks=(1e-3, 1e-2, 1e-1, 1.0))
@@ -92,9 +98,11 @@ def _bars(axis: Axes, quality: Quality) -> None:
 
 
 def _field(axis: Axes, quality: Quality) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     layers = range(1, len(quality.receptive_field) + 1)
     axis.plot(layers, [part * 100 for part in quality.receptive_field], color=_BLUE, marker="o", clip_on=False)
-    axis.set_xticks(list(layers))
+    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axis.set_ylim(0, 100)
     axis.set_xlabel("layers stacked", fontsize=9)
     axis.set_ylabel("% of blocks reached", fontsize=9)

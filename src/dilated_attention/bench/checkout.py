@@ -24,13 +24,16 @@ def git(root: Path, *arguments: str) -> str:
     Raises:
         ConfigError: git is missing, or refuses; the message is its own.
     """
+    command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        # Not `run`, which kills git where this is interrupted: what git has started itself would go on writing.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            said, failed = process.communicate()
     except FileNotFoundError as error:
         raise ConfigError("git is not installed") from error
-    if done.returncode:
-        raise ConfigError(f"git {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip()
+    if process.returncode:
+        raise ConfigError(f"git {' '.join(arguments)}: {failed.strip() or said.strip()}")
+    return said.strip()
 
 
 def commit_of(root: Path | None) -> tuple[str | None, bool]:

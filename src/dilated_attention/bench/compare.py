@@ -158,11 +158,12 @@ def old_tree(root: Path, ref: str) -> Iterator[Path]:
     commit = git(root, "rev-parse", "--verify", f"{ref}^{{commit}}")
     with tempfile.TemporaryDirectory(prefix="dilated-attention-") as name:
         tree = Path(name) / "old"
-        git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         try:
+            git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             yield tree
         finally:
-            git(root, "worktree", "remove", "--force", str(tree))
+            if tree.exists():
+                git(root, "worktree", "remove", "--force", str(tree))
 
 
 def compare(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,10 +43,10 @@ def run_scaling(settings: RingSettings, say: Callable[[str], None]) -> dict[str,
         path.write_text(settings.to_json(), encoding="utf-8")
         for size in settings.sizes:
             say(f"{size} rank{'s' * (size > 1)}")
-            process = _start(size, path, folder)
-            if "simulated" not in report:
-                report["simulated"] = simulated(settings)
-            _finish(process, size)
+            with _running(size, path, folder) as process:
+                if "simulated" not in report:
+                    report["simulated"] = simulated(settings)
+                _finish(process, size)
             ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(size)]
             report["sizes"].append({"size": size, "errors": ranks[0]["errors"], "ranks": ranks})
         if settings.longest:
@@ -66,11 +67,18 @@ def _check_devices(settings: RingSettings) -> None:
         )
 
 
-def _start(size: int, *arguments: object) -> subprocess.Popen[str]:
-    """torchrun on this machine alone, at a port of its own."""
+@contextmanager
+def _running(size: int, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """torchrun on this machine alone, at a port of its own; it does not outlive what waits for it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(size), "-m", f"{__package__}.ring_worker", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its ranks
+            process.communicate()
 
 
 def _finish(process: subprocess.Popen[str], size: int) -> None:
@@ -84,14 +92,12 @@ def _longest(settings: RingSettings, path: Path, folder: Path, say: Callable[[st
     """The lengths that a layer was trained at over the largest size, and what ended it."""
     size = max(settings.sizes)
     say(f"the longest sequence over {size} rank{'s' * (size > 1)}")
-    process = _start(size, path, folder, "longest")
-    try:
-        said, _ = process.communicate(timeout=_LONGEST_S)
-        ended = "" if process.returncode == 0 else "\n".join(said.splitlines()[-15:])
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its ranks
-        process.communicate()
-        ended = f"it was ended after {_LONGEST_S} s"
+    with _running(size, path, folder, "longest") as process:
+        try:
+            said, _ = process.communicate(timeout=_LONGEST_S)
+            ended = "" if process.returncode == 0 else "\n".join(said.splitlines()[-15:])
+        except subprocess.TimeoutExpired:
+            ended = f"it was ended after {_LONGEST_S} s"
     log = folder / LOG
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     trained = [line for line in lines if line.get("finite")]
