@@ -25,6 +25,7 @@ _TAG: Final = 1
 # What Gloo has to say after the control plane has told of a failure: as a rule it knows whose, and a pass whose rows
 # are all under way is done before a rank is missed that has failed in the next one.
 _PATIENCE_S: Final = 0.2
+_EARLY_S: Final = 0.001  # by which a wait may end before its timeout, which Gloo counts in milliseconds
 _EXIT_S: Final = 10.0  # longer than a process takes to end
 
 
@@ -90,7 +91,7 @@ class _Works:
                 del work  # the error's traceback keeps what this frame holds
                 self.drop()
                 # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
-                late = time.monotonic() >= deadline
+                late = time.monotonic() >= deadline - _EARLY_S
                 raise Failure(peer, _first_line(error), is_certain=late) from error
 
     def drop(self) -> None:
