@@ -143,6 +143,7 @@ def rows_of(passes: Passes, which: Pass, tiles: Sequence[Tile], rounds: int) -> 
     kept: list[Call] = []  # a graph reads the tables of the kernel that it was captured of
     off: dict[Tile, float] = {}
     expected = passes.expected(which)
+    chosen = passes.chosen()
     for tile in tiles:
         call = passes.call(which, tile)
         found = call()
@@ -154,7 +155,7 @@ def rows_of(passes: Passes, which: Pass, tiles: Sequence[Tile], rounds: int) -> 
             kept.append(call)
     times = in_turns(calls, rounds, "cuda", warm_up=2)
     for tile in tiles:
-        mark = " chosen" if which in passes.chosen().passes and tile == passes.chosen().of(which) else ""
+        mark = " chosen" if which in chosen.passes and tile == chosen.of(which) else ""
         if tile in times:
             low, middle, high = quantiles(times[tile], n=4)
             told = f"{middle:8.3f} ms  {low:.3f} to {high:.3f}  off {off[tile]:.0e}"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 
 from dilated_attention import (
     ContextParallel,
@@ -35,7 +29,7 @@ from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.registry.specs import Device
 
-from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, verdict
+from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, run_interpreted, verdict
 from .strategies import dilated
 from .support import NAMES, ours
 
@@ -194,16 +188,7 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
 
 def test_its_kernels_interpreted_on_a_cpu() -> None:
     """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
-    if torch.cuda.is_available():
-        pytest.skip("on this machine the compiled kernels are tested")
-    if Version(version("triton")) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
-        pytest.skip("Triton's interpreter before 3.7 reads scalars as NumPy 2.4 no longer allows")
-    path = Path(__file__).with_name("interpreted_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    found = subprocess.run(
-        command, cwd=path.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
+    run_interpreted("interpreted_triton.py")
 
 
 @pytest.mark.parametrize(

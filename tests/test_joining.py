@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from torch import Tensor
 
 from dilated_attention import Attention, Dilated, Full, Pattern, Strided
@@ -33,7 +27,7 @@ from dilated_attention.core.schedule import Rows, schedule
 from dilated_attention.core.slabs import Place
 
 from .distributions import run
-from .kernel_kit import build, check, check_graph, load_libraries, on_card, verdict
+from .kernel_kit import build, check, check_graph, load_libraries, on_card, run_interpreted, verdict
 from .strategies import dilated, geometries
 from .support import NAMES, error, inputs, oracle, ours
 
@@ -169,16 +163,7 @@ def test_a_kernel_that_is_compiled_for_one_schedule_serves_others() -> None:
 
 def test_its_kernels_interpreted_on_a_cpu() -> None:
     """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
-    if torch.cuda.is_available():
-        pytest.skip("on this machine the compiled kernels are tested")
-    if Version(version("triton")) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
-        pytest.skip("Triton's interpreter before 3.7 reads scalars as NumPy 2.4 no longer allows")
-    path = Path(__file__).with_name("interpreted_joining.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    found = subprocess.run(
-        command, cwd=path.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
+    run_interpreted("interpreted_joining.py")
 
 
 # On the card.

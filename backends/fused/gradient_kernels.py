@@ -19,6 +19,7 @@ from .addressing import (
     tile_of_rows,
 )
 
+LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
 
 
@@ -73,11 +74,11 @@ def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
     a, b, c = _in_three(-lse / scale)
     d, e, f = _in_three(-delta)
-    column = tl.arange(0, 16)[None, :]
+    column = tl.arange(0, LEVEL_COLUMNS)[None, :]
     levels = tl.where(column < 1, a[:, None], tl.where(column < 2, b[:, None], c[:, None]))
     more = tl.where(column < 4, d[:, None], tl.where(column < 5, e[:, None], f[:, None]))
     levels = tl.where(column < 3, levels, tl.where(column < 6, more, 0.0))
-    tl.store(levels_ptr + row.to(tl.int64)[:, None] * 16 + column, levels, mask=valid[:, None])
+    tl.store(levels_ptr + row.to(tl.int64)[:, None] * LEVEL_COLUMNS + column, levels, mask=valid[:, None])
 
 
 @triton.jit

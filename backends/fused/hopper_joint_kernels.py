@@ -22,15 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import hopper_block_kernels as of_blocks
 from .addressing import AS_THEY_ARE, next_run
+from .gradient_kernels import LEVEL_COLUMNS
 from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
 from .hopper_ring import (
-    LEVEL_ROWS,
     LEVEL_TILES,
     LEVELS,
+    LEVELS_IN_MEMORY,
     ROWS,
     TILES,
     free_step,
     load_rows,
+    make_barriers,
     make_ring,
     pass_over,
     product,
@@ -54,11 +56,7 @@ def _sums_in_memory(width):
 def _make_hand(dtype: gl.constexpr, BLOCK_N: gl.constexpr):
     """Tiles of ds of a part, and barriers: which are ready, and which are free."""
     tiles = gl.allocate_shared_memory(dtype, [_HANDED, ROWS, BLOCK_N], TILES)
-    ready = gl.allocate_shared_memory(gl.int64, [_HANDED, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [_HANDED, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(_HANDED):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=1)
+    ready, free = make_barriers(_HANDED, 1, 1)
     return tiles, ready, free
 
 
@@ -91,8 +89,9 @@ def _own_rows(
 @gluon.jit
 def _make_ones():
     """Rows (64, 16) that sum the levels of scores, and those of dp."""
-    column = gl.arange(0, 16, gl.SliceLayout(0, LEVEL_ROWS))[None, :] + gl.zeros([ROWS, 1], gl.int32, LEVEL_ROWS)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, 16], LEVEL_TILES)
+    column = gl.arange(0, LEVEL_COLUMNS, gl.SliceLayout(0, LEVELS_IN_MEMORY))[None, :]
+    column += gl.zeros([ROWS, 1], gl.int32, LEVELS_IN_MEMORY)
+    ones = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, LEVEL_COLUMNS], LEVEL_TILES)
     ones.index(0).store(gl.where(column < 3, 1.0, 0.0).to(gl.bfloat16))
     ones.index(1).store(gl.where((column >= 3) & (column < 6), 1.0, 0.0).to(gl.bfloat16))
     fence_async_shared()
@@ -254,7 +253,7 @@ def gradients(
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    levels_base = levels_ptr + (batch * num_heads + head) * (q_high - q_low) * 16
+    levels_base = levels_ptr + (batch * num_heads + head) * (q_high - q_low) * LEVEL_COLUMNS
     place = batch * stride_ob + head * stride_oh
     both = (
         keys, walked, rows, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
@@ -343,7 +342,7 @@ def block_gradients(
         keys, blocks, first, inside, k_len, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place,
         stride_os, scale, grad_scale,
     )  # fmt: skip
-    levels_base = levels_ptr + (batch * num_heads + head) * q_len * 16
+    levels_base = levels_ptr + (batch * num_heads + head) * q_len * LEVEL_COLUMNS
     feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), q_len)
     add = (first_hand, second_hand, keys, blocks, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss, q_len)
     gl.warp_specialize(

@@ -19,11 +19,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .gradient_kernels import LEVEL_COLUMNS
+
 ROWS = gl.constexpr(64)  # of a part
 TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LEVEL_TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
-LEVEL_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # 16 bytes a thread
+LEVELS_IN_MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # 16 bytes a thread
 # What a ring holds of columns besides x and y.
 NOTHING = gl.constexpr(0)
 PAIRS = gl.constexpr(1)
@@ -46,7 +48,7 @@ def rows_in_memory(width):
 @gluon.constexpr_function
 def copied_besides(kind):
     """Layout of the columns whose pairs or levels are copied."""
-    return gl.SliceLayout(1, LEVEL_ROWS.value) if kind == 2 else gl.BlockedLayout([1], [32], [4], [0])
+    return gl.SliceLayout(1, LEVELS_IN_MEMORY.value) if kind == 2 else gl.BlockedLayout([1], [32], [4], [0])
 
 
 @gluon.jit
@@ -96,6 +98,17 @@ def _copy_rows(
 
 
 @gluon.jit
+def make_barriers(SLOTS: gl.constexpr, READY: gl.constexpr, FREE: gl.constexpr):
+    """Barriers of slots that say which are ready and which are free, each once so many have arrived."""
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=READY)
+        mbarrier.init(free.index(slot), count=FREE)
+    return ready, free
+
+
+@gluon.jit
 def make_ring(
     dtype: gl.constexpr, BESIDES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     PARTS: gl.constexpr,
@@ -104,14 +117,10 @@ def make_ring(
     x_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
     if BESIDES == LEVELS:
-        besides = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, 16], LEVEL_TILES)
+        besides = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, LEVEL_COLUMNS], LEVEL_TILES)
     else:
         besides = gl.allocate_shared_memory(gl.int64, [STAGES, BLOCK_N], LINES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(ready.index(slot), count=_THREADS)
-        mbarrier.init(free.index(slot), count=PARTS)
+    ready, free = make_barriers(STAGES, _THREADS, PARTS)
     return x_tiles, y_tiles, besides, ready, free
 
 
@@ -132,8 +141,8 @@ def feed_step(
     if BESIDES == LEVELS:
         if WIDE:
             rows_besides = rows_besides.to(gl.int64)
-        column = gl.arange(0, 16, gl.SliceLayout(0, LEVEL_ROWS))
-        pointers = gl.multiple_of(base_besides + (rows_besides[:, None] * 16 + column[None, :]), [1, 16])
+        column = gl.arange(0, LEVEL_COLUMNS, gl.SliceLayout(0, LEVELS_IN_MEMORY))
+        pointers = gl.multiple_of(base_besides + (rows_besides[:, None] * LEVEL_COLUMNS + column[None, :]), [1, 16])
         async_copy.async_copy_global_to_shared(besides.index(slot), pointers)
     async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
 

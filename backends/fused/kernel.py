@@ -109,7 +109,9 @@ class FusedKernel:
             dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
             return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
         sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        levels = torch.empty((*row_sums.shape, 16), dtype=torch.bfloat16, device=query.device)
+        levels = torch.empty(
+            (*row_sums.shape, gradient_kernels.LEVEL_COLUMNS.value), dtype=torch.bfloat16, device=query.device
+        )
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
         gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS)
         dk, dv = self._of_keys("gradients", dout, query, key, value, levels, piece, (sums,))
@@ -196,7 +198,7 @@ class FusedKernel:
             shape = batch, kv_len, heads, head_dim
             grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
             pointers = (query, key, value, dout, of_rows, *more, *grads)
-            with span(f"{part.name}, gradients of {'all' if more else 'keys'}"):
+            with span(f"{part.name}, gradients of {'all' if which == 'gradients' else 'keys'}"):
                 part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dk, dv = sums
