@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -24,9 +25,11 @@ from dilated_attention import (
     explain,
 )
 from dilated_attention.backends import manifest
+from dilated_attention.backends.fused import walks
 from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Branch
 from dilated_attention.registry.specs import Device
 
 from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, run_interpreted, verdict
@@ -75,19 +78,24 @@ def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarra
     return found
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.one_of(dilated(), st.sampled_from(PATTERNS)), st.booleans(), st.booleans(), st.sampled_from([1, 1 << 30]))
+@settings(max_examples=80, deadline=None)
+@given(
+    st.one_of(dilated(), st.sampled_from(PATTERNS)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 1 << 30]),
+    st.sampled_from([1, 4, 128]),
+)
 def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
-    pattern: Pattern, is_causal: bool, transposed: bool, merge_from: int
+    pattern: Pattern, is_causal: bool, transposed: bool, merge_from: int, rows: int
 ) -> None:
     length, heads = 41, 6
     geometry = Geometry.self_attention(length, heads, is_causal=is_causal)
     branches = lower(pattern, geometry).branches
-    try:
+    with pytest.MonkeyPatch.context() as patched:  # tiles so small that which rates go by classes varies
+        patched.setattr(walks, "_ROWS", rows)
+        patched.setattr(walks, "_COLUMNS", 1)
         tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=length, merge_from=merge_from)
-    except ValueError:
-        assert np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD
-        return
     assert tables.period <= MAX_PERIOD
     place = np.arange(length)
     for head in range(heads):
@@ -105,10 +113,7 @@ def test_the_walks_count_positions_before_0(pattern: Pattern, is_causal: bool, t
     if transposed:
         rows, columns = columns, rows
     geometry = Geometry(q_len=30, kv_len=30, num_heads=heads, num_kv_heads=heads, is_causal=is_causal, q_offset=-23)
-    branches = lower(pattern, geometry).branches
-    if np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD:
-        return
-    tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=0)
+    tables = make_tables(lower(pattern, geometry).branches, is_causal=is_causal, transposed=transposed, span=0)
     row, column = np.array(rows)[:, None], np.array(columns)[None, :]
     query, key = (column, row) if transposed else (row, column)
     for head in range(heads):
@@ -123,8 +128,6 @@ def test_there_is_a_place_for_every_run_of_a_tile(pattern: Pattern, transposed: 
     """A kernel writes them without looking where the places end."""
     length, heads = 150, 4
     branches = lower(pattern, Geometry.self_attention(length, heads)).branches
-    if np.lcm.reduce([branch.stride for branch in branches]) > MAX_PERIOD:
-        return
     tables = make_tables(branches, is_causal=True, transposed=transposed, span=length if spans else 0)
     start, places = tables.places_of_runs(rows, length)
     kinds, period = start.shape
@@ -157,6 +160,55 @@ def test_a_column_of_several_branches_is_met_once() -> None:
     assert walks > 3
     assert met.max() == 3
     assert tables.bias.max() == pytest.approx(np.log2(3))
+
+
+def test_a_rare_branch_makes_no_tile_walk_whole_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of LongNet with a branch over everything, as over a ring: what tiles meet is the least of all ways to group."""
+    length, tile = 4096, 32
+    monkeypatch.setattr(walks, "_ROWS", tile)
+    monkeypatch.setattr(walks, "_COLUMNS", 1)
+    pattern = Dilated(segment_lengths=(128, 256, 512, length), dilation_rates=(1, 2, 4, length // 128))
+    branches = lower(pattern, Geometry.self_attention(length, 1, is_causal=True)).branches
+
+    def columns_met(tables: Tables) -> int:
+        met = 0
+        residues, period = tables.residues[0], tables.period
+        for start in range(0, length, tile * period):
+            for group in range(tables.counts.shape[1]):
+                first, size = int(tables.group_start[0, group]), int(tables.group_size[0, group])
+                rows = start + np.arange(tile * period)
+                rows = rows[np.isin(rows % period, residues[first : first + size])]
+                for some in np.array_split(rows, size):
+                    met += (
+                        (np.stack([counted(tables, range(p, p + 1), range(length), 0)[0] for p in some]) > 0)
+                        .any(0)
+                        .sum()
+                    )
+        return met
+
+    def tables_of(rates: tuple[Branch, ...]) -> Tables:
+        return make_tables(rates, is_causal=True, transposed=False, span=length)
+
+    best = columns_met(tables_of(branches))
+    assert tables_of(branches).period == 4
+    best_of = walks._Planner.best
+    for rate in (1, 2, length // 128):
+        monkeypatch.setattr(
+            walks._Planner,
+            "best",
+            lambda *args, rate=rate, **rest: attrs.evolve(best_of(*args, **rest), most_rate=rate),
+        )
+        assert columns_met(tables_of(branches)) > best
+
+
+def test_a_rate_of_any_size_has_tables() -> None:
+    """Rows of a branch over 134 million positions are looked at by themselves."""
+    length = 1 << 27
+    branches = lower(Dilated((2048, length), (1, length // 2048)), Geometry.self_attention(length, 2)).branches
+    tables = make_tables(branches, is_causal=True, transposed=False, span=length)
+    assert tables.period == 1
+    with pytest.raises(ValueError, match="5000, allowed are 4096"):
+        make_tables((Branch(None, 5000, (0,)),), is_causal=True, transposed=False, span=0)
 
 
 def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:

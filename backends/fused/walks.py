@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import numpy as np
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from ...core.pattern import Branch
 
-# Rows are grouped by their position modulo the least common multiple of the rates, up to this.
+# Rows are grouped by their position modulo the least common multiple of rates, up to this.
 MAX_PERIOD: Final = 4096
-# Up to this also by rates whose classes hold for one segment only: elsewhere looking at each row costs less.
-_MAX_JOINED: Final = 64
+_ROWS: Final = 128  # of a tile, for estimates
+_COLUMNS: Final = 64
 
 
 class Mode(IntEnum):
@@ -112,29 +112,14 @@ class Tables:
 
 
 def period_of(branches: Sequence[Branch]) -> int:
-    """Least common multiple of the rates of branches whose classes are the same in every segment, at any length."""
-    return math.lcm(1, *(branch.stride for branch in branches if _repeats(branch)))
+    """Least common multiple of the rates that rows have to be grouped by at any length."""
+    return math.lcm(1, *(branch.stride for branch in branches if branch.segment_length is None))
 
 
-def _repeats(branch: Branch) -> bool:
-    """Whether a place modulo the rate is the position modulo the rate in every segment."""
-    return branch.segment_length is None or branch.segment_length % branch.stride == 0
-
-
-def _classes(branches: Sequence[Branch], span: int) -> tuple[int, tuple[bool, ...]]:
-    """The period of the groups of rows, and which branches they go by; the others look at each row by itself.
-
-    Besides those of `period_of` a branch may go by classes where the first segment holds all positions.
-    """
-    period, regular = period_of(branches), []
-    for branch in branches:
-        fits = _repeats(branch)
-        if not fits and 0 < span <= (branch.segment_length or 0):
-            joined = math.lcm(period, branch.stride)
-            fits = joined <= _MAX_JOINED
-            period = joined if fits else period
-        regular.append(fits)
-    return period, tuple(regular)
+def _repeats(branch: Branch, span: int) -> bool:
+    """Whether a place modulo the rate is the position modulo the rate, in every segment that holds positions."""
+    length = branch.segment_length
+    return length is None or length % branch.stride == 0 or 0 < span <= length
 
 
 def make_tables(
@@ -150,13 +135,11 @@ def make_tables(
         merge_from: fewest columns that a progression must have in a segment for columns of several branches to be
             met once.
     """
-    period, regular = _classes(branches, span)
-    if period > MAX_PERIOD:
-        raise ValueError(f"the rates' least common multiple is {period}, allowed are {MAX_PERIOD}")
     heads = list(zip(*(branch.offsets for branch in branches), strict=True))
     kinds = sorted(set(heads), key=heads.index)
-    planner = _Planner(tuple(branches), regular, is_causal, transposed, span, period, merge_from)
-    groups = [planner.groups(offsets) for offsets in kinds]
+    given = {"is_causal": is_causal, "transposed": transposed, "span": span, "merge_from": merge_from}
+    planner = _Planner.best(tuple(branches), kinds[0], **given)
+    period, groups = planner.period, [planner.groups(offsets) for offsets in kinds]
     most_groups = max(len(of_kind) for of_kind in groups)
     most_walks = max(1, *(len(walks) for of_kind in groups for _, walks in of_kind))
     shape = (len(kinds), most_groups)
@@ -198,25 +181,83 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]])
 
 @attrs.frozen
 class _Planner:
+    """Groups of rows and their walks, where rows are grouped by the rates up to `most_rate`.
+
+    A tile of rows of a rare class lies within many segments of other branches, and walks through all of them. So a rare
+    branch may cost less where each row is looked at by itself.
+    """
+
     branches: tuple[Branch, ...]
-    regular: tuple[bool, ...]
     is_causal: bool
     transposed: bool
     span: int
-    period: int
     merge_from: int
+    most_rate: int
+
+    @classmethod
+    def best(cls, branches: tuple[Branch, ...], offsets: tuple[int | None, ...], **others: Any) -> _Planner:
+        """The one under which a head with these offsets meets the fewest columns.
+
+        Raises:
+            ValueError: none has a period up to `MAX_PERIOD`.
+        """
+        rates = sorted({1, *(branch.stride for branch in branches)}, reverse=True)
+        planners = [cls(branches, most_rate=rate, **others) for rate in rates]
+        allowed = [planner for planner in planners if planner.period <= MAX_PERIOD]
+        if not allowed:
+            period = planners[-1].period
+            raise ValueError(f"the rates' least common multiple is {period}, allowed are {MAX_PERIOD}")
+        return min(allowed, key=lambda planner: planner.cost(offsets))  # of equals the first, with the most classes
+
+    def _is_regular(self, branch: Branch) -> bool:
+        """Whether rows are grouped by its classes; else each row is looked at by itself."""
+        if branch.segment_length is None and not self.span:
+            return True  # its classes have no other beginning
+        return branch.stride <= self.most_rate and _repeats(branch, self.span)
+
+    @property
+    def period(self) -> int:
+        """Of the groups."""
+        return math.lcm(1, *(branch.stride for branch in self.branches if self._is_regular(branch)))
 
     def groups(self, offsets: tuple[int | None, ...]) -> list[tuple[list[int], list[Walk]]]:
         """Residues and walks of each group of rows of a head with these offsets, those with most branches first."""
-        used = [(b, o, by) for b, o, by in zip(self.branches, offsets, self.regular, strict=True) if o is not None]
-        regular = [(b, o) for b, o, by in used if by]
-        others = [self._row_by_row(b, o) for b, o, by in used if not by]
-        members: dict[tuple[int, ...], list[int]] = {}
-        for residue in range(self.period):
+        used = [(branch, o) for branch, o in zip(self.branches, offsets, strict=True) if o is not None]
+        regular = [(branch, o) for branch, o in used if self._is_regular(branch)]
+        others = [(branch, o) for branch, o in used if not self._is_regular(branch)]
+        members: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        period = self.period
+        for residue in range(period):
             keep = tuple(i for i, (b, o) in enumerate(regular) if (residue - o) % b.stride == 0)
-            members.setdefault(keep, []).append(residue)
-        order = sorted(members, key=lambda keep: (-len(keep), keep))
-        return [(members[keep], [*self._walks([regular[i] for i in keep]), *others]) for keep in order]
+            beside = tuple(i for i, (b, o) in enumerate(others) if self._may_keep(b, o, residue, period))
+            members.setdefault((keep, beside), []).append(residue)
+        order = sorted(members, key=lambda kept: (-len(kept[0]) - len(kept[1]), kept))
+        return [
+            (
+                members[keep, beside],
+                [*self._walks([regular[i] for i in keep]), *(self._row_by_row(*others[i]) for i in beside)],
+            )
+            for keep, beside in order
+        ]
+
+    def _may_keep(self, branch: Branch, offset: int, residue: int, period: int) -> bool:
+        """Whether a row of this residue can be of the branch's class, in any segment."""
+        return not _repeats(branch, self.span) or (residue - offset) % math.gcd(period, branch.stride) == 0
+
+    def cost(self, offsets: tuple[int | None, ...]) -> float:
+        """About how many columns a tile of rows meets, in whole steps."""
+        groups, period = self.groups(offsets), self.period
+        shares = ((len(residues) / period, walks) for residues, walks in groups)
+        return sum(share * sum(self._columns(walk, _ROWS / share) for walk in walks) for share, walks in shares)
+
+    def _columns(self, walk: Walk, reach: float) -> float:
+        """Those of a walk that a tile meets whose rows lie within `reach` positions."""
+        longest = max((branch.segment_length or 0 for branch in self.branches), default=0)
+        length = walk.segment or self.span or longest or 1
+        within = min(reach, length)
+        rows = {Mode.ALL: 2 * length, Mode.UP_TO_ROW: length + within, Mode.FROM_ROW: length + within}
+        met = rows.get(walk.mode, length - walk.inner + max(0, within - walk.inner)) / 2
+        return max(1.0, reach / length) * _COLUMNS * math.ceil(met / walk.stride / _COLUMNS)
 
     def _walks(self, kept: list[tuple[Branch, int]]) -> list[Walk]:
         """Walks of a row that these branches keep, merged where their segments nest."""
@@ -241,7 +282,7 @@ class _Planner:
 
     def _row_by_row(self, branch: Branch, offset: int) -> Walk:
         """A branch that the groups do not go by; its classes count from the start of each segment."""
-        length = self._length(branch) or self.span
+        length = self._length(branch) or 1 << self.span.bit_length()
         return Walk(length, branch.stride, offset, self._own_mode(), weight=branch.weight, row_rate=branch.stride)
 
     def _length(self, branch: Branch) -> int:
