@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -98,18 +98,23 @@ class Pass:
         return self._communicator.transport.launches_first
 
     def mark(self) -> object:
-        """A point of the device's work, for `post`."""
+        """See `Transport`."""
         return self._communicator.transport.mark()
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], *, after: object = None
-    ) -> Posted:
+    def aside(self, after: object = None) -> AbstractContextManager[None]:
+        """See `Transport`."""
+        return self._communicator.transport.aside(after)
+
+    def rejoin(self) -> None:
+        """See `Transport`."""
+        self._communicator.transport.rejoin()
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Posted:
         """Start an exchange, once all ranks are in the pass; messages of 0 elements are left out on both sides.
 
         Args:
             sends: contiguous tensors, by receiver.
             receives: contiguous tensors, by sender.
-            after: a `mark` at which all of these tensors are ready to be read and written; by default that is now.
         """
         self.agree()
         sends = [(peer, x) for peer, x in sends if x.numel()]
@@ -118,7 +123,7 @@ class Pass:
             counters.count(self._kind, sends, receives)
         self._step += 1
         peers = ", ".join(str(peer) for peer, _ in receives) or "none"
-        pending = self._communicator.transport.post(sends, receives, after)
+        pending = self._communicator.transport.post(sends, receives)
         return Posted(pending, f"ring step {self._step} receive from {peers}")
 
     def wait(self, posted: Posted) -> None:

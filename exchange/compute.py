@@ -19,7 +19,7 @@ from ..core.kernel import Adds, LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
 from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
-from .pieces import ComposedPiece, EmptyPiece, Merged, Piece, WholePiece
+from .pieces import ComposedPiece, EmptyPiece, Merged, Piece, Rows, WholePiece
 from .plan import RankPlan
 
 
@@ -220,9 +220,14 @@ class RankProgram:
         for stage in self.stages:
             stage.piece.merge_into(out, lse, query, *stage.fill(received))
 
+    def read(self, rows: Rows) -> None:
+        """Have all made that the backward of any piece needs of the rows."""
+        for piece in (self.local, *(stage.piece for stage in self.stages)):
+            piece.read(rows)
+
     def received_backward(self, merged: Merged, received: Tensor) -> Tensor:
         """Gradients of the received rows, (U, 2, B, D) in the accumulator's dtype; adds to `merged`."""
-        grads = torch.zeros(received.shape, dtype=merged.dtype, device=received.device)
+        grads = torch.zeros(received.shape, dtype=merged.rows.dtype, device=received.device)
         for stage in self.stages:
             key, value = stage.fill(received)
             stage.collect(grads, *stage.piece.backward(merged, key, value))

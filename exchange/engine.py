@@ -28,20 +28,22 @@ from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
-from .pieces import EmptyPiece, Merged, mergeable
+from .pieces import EmptyPiece, Merged, Rows, mergeable
 from .plan import plan_rank
 from .ring_kernel import RingKernel
 from .rows import most_rows, survey
 from .shards import Shards, shard_length
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from ..core.config import AttentionConfig
     from ..core.kernel import DenseKernel
     from ..core.layout import Layout
     from ..core.pattern import IntArray, Pattern
     from .communicator import Communicator, Pass, Posted
+
+    Messages = tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]  # to send and to receive, with the peers
 
 
 @attrs.frozen(eq=False)
@@ -245,10 +247,12 @@ class RingEngine(Engine):
             out, lse = program.local.forward(query, key, value)
             return mergeable(out, lse, once=program.once) if program.stages else (out, lse)
 
+        def rows() -> Messages:
+            receives = received.split_with_sizes(program.plan.receive_counts.tolist())
+            return list(enumerate(program.pack(key, value))), list(enumerate(receives))
+
         with self._pass(ROWS, digest, query) as current:
-            sends = list(enumerate(program.pack(key, value)))
-            receives = list(enumerate(received.split_with_sizes(program.plan.receive_counts.tolist())))
-            (out, lse), pending = _beside(current, sends, receives, own)
+            (out, lse), pending = _beside(current, rows, own)
             current.wait(pending)
             with span("received keys"):
                 program.merge_received(out, lse, query, received)
@@ -272,7 +276,7 @@ class RingEngine(Engine):
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
             with span(self._backward_name):
                 once = program.selective is not None and program.selective.once
-                merged = Merged(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse, once)
+                merged = Merged(Rows(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse), once)
                 if program.hops is not None:
                     place = self.communicator, program.hops, program.digest, self._moved
                     dk, dv = hop_backward(*place, merged, key, value)
@@ -287,22 +291,31 @@ class RingEngine(Engine):
     def _selective_backward(
         self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
     ) -> tuple[Tensor, Tensor]:
-        shape = (program.sent.numel(), 2, key.shape[0], key.shape[3])
+        shape, dtype = (program.sent.numel(), 2, key.shape[0], key.shape[3]), merged.rows.dtype
+        home = torch.empty(shape, dtype=dtype, device=key.device).split_with_sizes(program.send_counts)
+        beside = Merged(merged.rows, merged.once)  # what received keys give to queries
+        program.read(merged.rows)
 
         def own() -> tuple[Tensor, Tensor]:
             dk, dv = program.local.backward(merged, key, value)
-            merged.settle()
+            if program.stages:
+                merged.sums()
             return dk.contiguous(), dv.contiguous()
 
-        with self._pass(GRADIENTS, digest, key) as current:
+        def gradients() -> Messages:
             with span("received keys"):
-                grads = program.received_backward(merged, received)
-            home = torch.empty(shape, dtype=grads.dtype, device=key.device).split_with_sizes(program.send_counts)
-            sends = list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist())))
-            (dk, dv), pending = _beside(current, sends, list(enumerate(home)), own)
+                grads = program.received_backward(beside, received)
+            return list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist()))), list(enumerate(home))
+
+        with self._pass(GRADIENTS, digest, key) as current:
+            (dk, dv), pending = _beside(current, gradients, own)
+            with current.aside(current.mark()):
+                merged.add_sum(beside)
+                merged.settle()
             current.wait(pending)
-            with span("rows come home"):
+            with current.aside(), span("rows come home"):
                 program.unpack(dk, dv, home)
+            current.rejoin()
         return dk, dv
 
     def _pass(self, kind: int, digest: bytes, x: Tensor) -> Any:
@@ -312,24 +325,22 @@ class RingEngine(Engine):
 
 
 def _beside(
-    current: Pass,
-    sends: Sequence[tuple[int, Tensor]],
-    receives: Sequence[tuple[int, Tensor]],
-    own: Callable[[], tuple[Tensor, Tensor]],
+    current: Pass, messages: Callable[[], Messages], own: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[tuple[Tensor, Tensor], Posted]:
-    """Start an exchange, and compute the rank's own keys while rows are on their way.
+    """Start an exchange of what `messages` makes, and compute the rank's own keys while rows are on their way.
 
-    Where computing is asynchronous it is launched first: the host then waits for the others (`Pass.post` for their
-    headers) while the device works, and messages need not wait for it, since they follow the point before.
+    Where computing is asynchronous own keys are launched first: the device works while the host makes the messages
+    beside them, and waits for the others (`Pass.post` for their headers).
     """
     if not current.launches_first:
-        pending = current.post(sends, receives)
+        pending = current.post(*messages())
         with span("own keys"):
             return own(), pending
     ready = current.mark()
     with span("own keys"):
         results = own()
-    return results, current.post(sends, receives, after=ready)
+    with current.aside(ready):
+        return results, current.post(*messages())
 
 
 class _RingAttend(torch.autograd.Function):

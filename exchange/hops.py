@@ -104,7 +104,7 @@ def hop_backward(
         HOPS_BACK, digest=digest, batch=key.shape[0], length=key.shape[1], dtype=key.dtype, counters=counters
     ) as current:
         spare = torch.empty_like(held)
-        arriving = torch.empty(held.shape, dtype=merged.dtype, device=key.device)
+        arriving = torch.empty(held.shape, dtype=merged.rows.dtype, device=key.device)
         for step in range(size):
             pending = None
             if step < size - 1:
@@ -114,7 +114,7 @@ def hop_backward(
             with span(f"keys of rank {owner}"):
                 own = None
                 if not piece.is_empty:
-                    own = torch.stack(piece.backward(merged, held[0], held[1])).to(merged.dtype)
+                    own = torch.stack(piece.backward(merged, held[0], held[1])).to(merged.rows.dtype)
             if pending is not None:
                 current.wait(pending)
                 held, spare = spare, held

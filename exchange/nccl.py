@@ -5,7 +5,8 @@ the communicator. So the host waits for every exchange before its pass ends, loo
 with rows that have not arrived, and no kernel of ours is left waiting behind a pass. `Guard` aborts if a peer is gone.
 
 Messages travel on streams of their own, of high priority: they need not wait for what the compute stream was given
-after their rows were ready, nor until a kernel under way has no more blocks to place.
+after their rows were ready, nor until a kernel under way has no more blocks to place. Nor need what is computed on such
+a stream: rows are packed, and gradients of received ones computed, beside the rank's own keys.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -71,19 +73,29 @@ class NcclTransport:
         event.record()
         return event
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
-    ) -> Pending:
+    @contextmanager
+    def aside(self, after: object = None) -> Iterator[None]:
+        """See `Transport`."""
+        if after is not None:
+            assert isinstance(after, torch.cuda.Event)
+            self._side.wait_event(after)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def rejoin(self) -> None:
+        """See `Transport`."""
+        torch.cuda.current_stream().wait_stream(self._side)
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
         group = self._group
         if group is None:
             raise Failure(None, "its communicator was aborted")
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if sends or receives:
-            ready = self.mark() if after is None else after
-            assert isinstance(ready, torch.cuda.Event)
-            self._side.wait_event(ready)
-            with torch.cuda.stream(self._side):  # which NCCL's own stream waits for, and then is waited for by it
+            with self.aside(
+                self.mark()
+            ):  # on the stream which NCCL's own stream waits for, and then is waited for by it
                 group._start_coalescing()
                 try:
                     for peer, x in receives:

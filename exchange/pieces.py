@@ -35,8 +35,10 @@ def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, 
 
 
 @attrs.define(eq=False)
-class Merged:
-    """What the backward of every piece needs of the whole row, and the sum of their gradients of queries.
+class Rows:
+    """What the backward of every piece needs of the whole rows.
+
+    Whatever is not given is made when first asked for; `Piece.read` asks for all that a piece needs.
 
     Attributes:
         dout: (B, S, H, D), and query and out alike.
@@ -44,7 +46,6 @@ class Merged:
         query: see dout.
         out: see dout.
         lse: (B, H, S) contiguous, -inf in rows without keys.
-        once: received rows add to no row's gradient more than once, so that the sum is of the queries' dtype.
     """
 
     dout: Tensor
@@ -52,10 +53,7 @@ class Merged:
     query: Tensor
     out: Tensor
     lse: Tensor
-    once: bool = False
-    _dq: Tensor | None = attrs.field(default=None, init=False)
-    _later: list[Later] = attrs.field(factory=list, init=False)
-    _row_sums: Tensor | None = attrs.field(default=None, init=False)
+    _sums: Tensor | None = attrs.field(default=None, init=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,6 +82,27 @@ class Merged:
         """Keys or values with as many columns as `wide`."""
         return x if self.dlse is None else functional.pad(x, (0, self.wide[1].shape[3] - x.shape[3]))
 
+    def sums(self, adds: Adds) -> Tensor:
+        """What a kernel needs of the rows, the same for all pieces."""
+        if self._sums is None:
+            self._sums = adds.row_sums(self.dout, self.out, self.lse, self.dlse)
+        return self._sums
+
+
+@attrs.define(eq=False)
+class Merged:
+    """The sum of the gradients that pieces give to queries.
+
+    Attributes:
+        rows: what they are computed from.
+        once: received rows add to no row's gradient more than once, so that the sum is of the queries' dtype.
+    """
+
+    rows: Rows
+    once: bool = False
+    _dq: Tensor | None = attrs.field(default=None, init=False)
+    _later: list[Later] = attrs.field(factory=list, init=False)
+
     def add(self, dq: Tensor) -> None:
         """Add a gradient of all queries, (B, S, H, D), a tensor of its own; the first one is taken as it is."""
         self._dq = dq if self._dq is None else self._dq.to(self._sum_dtype).add_(dq)
@@ -92,20 +111,21 @@ class Merged:
         """Add gradients of some queries, once all others are there: no other row is touched for them."""
         self._later += rows
 
-    def row_sums(self, adds: Adds) -> Tensor:
-        """What a kernel needs of the rows, the same for all pieces."""
-        if self._row_sums is None:
-            self._row_sums = adds.row_sums(self.dout, self.out, self.lse, self.dlse)
-        return self._row_sums
+    def add_sum(self, other: Merged) -> None:
+        """Add another sum, which is done."""
+        if other._dq is not None:
+            self.add(other._dq)
+        self._later += other._later
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        return self.query.dtype if self.once else self.dtype
+        return self.rows.query.dtype if self.once else self.rows.dtype
 
     def sums(self) -> Tensor:
         """The sum so far, (B, S, H, D) contiguous, for gradients of some queries to be added."""
         if self._dq is None:
-            self._dq = torch.zeros(self.query.shape, dtype=self._sum_dtype, device=self.query.device)
+            query = self.rows.query
+            self._dq = torch.zeros(query.shape, dtype=self._sum_dtype, device=query.device)
         self._dq = self._dq.to(self._sum_dtype).contiguous()
         return self._dq
 
@@ -118,8 +138,9 @@ class Merged:
     def dq(self) -> Tensor:
         """The gradient of the queries, contiguous in their dtype."""
         self.settle()
-        total = torch.zeros_like(self.query) if self._dq is None else self._dq
-        return total.to(self.query.dtype).contiguous()
+        query = self.rows.query
+        total = torch.zeros_like(query) if self._dq is None else self._dq
+        return total.to(query.dtype).contiguous()
 
 
 class Later(Protocol):
@@ -153,6 +174,9 @@ class Piece(Protocol):
 
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Merge this piece into what `mergeable` returned."""
+
+    def read(self, rows: Rows) -> None:
+        """Have all that `backward` needs of the rows made, so that it may run beside another piece's."""
 
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add to `merged`; return dk and dv, (B, T, K, D) in the inputs' or the accumulator's dtype."""
@@ -198,12 +222,26 @@ class ComposedPiece:
         if self.blocks is not None:
             merge_(out, lse, *self.blocks.forward(query, key, value))
 
+    def read(self, rows: Rows) -> None:
+        """As `Piece.read`."""
+        if self.blocks is not None:
+            _ = rows.delta, rows.row_lse
+        if self.schedule.calls:
+            _ = rows.wide, self._lse_of(rows)
+
+    def _lse_of(self, rows: Rows) -> Tensor:
+        """lse as the dense calls take it."""
+        calls = self.schedule.calls
+        # A row of a call has keys: where no other rows are stacked with it, its lse is finite.
+        as_it_is = not self.schedule.cover and self.merges == 1 and all(call.segments == 1 for call in calls)
+        return rows.lse if as_it_is else rows.row_lse
+
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `Piece.backward`."""
         if self.blocks is None:
             return self._dense_backward(merged, key, value)
-        rows = merged.dout, merged.query, key, value, merged.delta, merged.row_lse
-        dq, dk, dv = self.blocks.backward(*rows)
+        rows = merged.rows
+        dq, dk, dv = self.blocks.backward(rows.dout, rows.query, key, value, rows.delta, rows.row_lse)
         merged.add(dq)
         if self.schedule.calls:
             more_k, more_v = self._dense_backward(merged, key, value)
@@ -212,23 +250,23 @@ class ComposedPiece:
 
     def _dense_backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`backward` of the dense calls."""
-        composer, head_dim = self.composer, key.shape[3]
-        dout, query, out = merged.wide
-        inputs = dout, query, merged.widened(key), merged.widened(value), out
+        composer, rows, head_dim = self.composer, merged.rows, key.shape[3]
+        dout, query, out = rows.wide
+        inputs = dout, query, rows.widened(key), rows.widened(value), out
+        lse = self._lse_of(rows)
         if self.schedule.cover:
-            dq, dk, dv = composer.backward(*inputs, merged.row_lse, self.schedule)
+            dq, dk, dv = composer.backward(*inputs, lse, self.schedule)
             merged.add(dq[..., :head_dim])
             return dk[..., :head_dim], dv[..., :head_dim]
-        dk, dv = (torch.zeros(x.shape, dtype=merged.dtype, device=x.device) for x in inputs[2:4])
+        dk, dv = (torch.zeros(x.shape, dtype=rows.dtype, device=x.device) for x in inputs[2:4])
         calls = self.schedule.calls
-        if self.merges == 1:  # a row of a call has keys: its lse is finite
-            lse = merged.lse if all(call.segments == 1 for call in calls) else merged.row_lse
+        if self.merges == 1:
             merged.add_rows(composer.backward_of_keys((dk, dv), *inputs, lse, calls))
-        elif merged.dlse is None and not merged.once:
-            composer.backward_into((merged.sums(), dk, dv), *inputs, merged.row_lse, calls)
+        elif rows.dlse is None and not merged.once:
+            composer.backward_into((merged.sums(), dk, dv), *inputs, lse, calls)
         else:  # a sum of half precision would round each addition
-            dq = torch.zeros(query.shape, dtype=merged.dtype, device=query.device)
-            composer.backward_into((dq, dk, dv), *inputs, merged.row_lse, calls)
+            dq = torch.zeros(query.shape, dtype=rows.dtype, device=query.device)
+            composer.backward_into((dq, dk, dv), *inputs, lse, calls)
             merged.add(dq[..., :head_dim])
         return dk[..., :head_dim], dv[..., :head_dim]
 
@@ -274,22 +312,29 @@ class WholePiece:
         else:
             merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
 
+    def read(self, rows: Rows) -> None:
+        """As `Piece.read`."""
+        if self.adds is not None:
+            rows.sums(self.adds)
+
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `Piece.backward`."""
         if self.adds is not None:
             return self._backward_in_parts(self.adds, merged, key, value)
-        rows = merged.dout, merged.query, key, value, merged.out, merged.lse
-        dq, dk, dv = self.kernel.backward(*rows, self.piece, dlse=merged.dlse)
+        rows = merged.rows
+        given = rows.dout, rows.query, key, value, rows.out, rows.lse
+        dq, dk, dv = self.kernel.backward(*given, self.piece, dlse=rows.dlse)
         merged.add(dq)
         return dk, dv
 
     def _backward_in_parts(self, adds: Adds, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`backward`, the gradient of queries once own keys' is there, where this is not theirs."""
-        rows = merged.dout, merged.query, key, value, merged.row_sums(adds), self.piece
+        rows = merged.rows
+        given = rows.dout, rows.query, key, value, rows.sums(adds), self.piece
         if self.is_staged:
-            merged.add_rows([_QueriesOfPiece(adds, rows)])
-            return adds.gradients_of_keys(*rows)
-        dq, dk, dv = adds.gradients(*rows)
+            merged.add_rows([_QueriesOfPiece(adds, given)])
+            return adds.gradients_of_keys(*given)
+        dq, dk, dv = adds.gradients(*given)
         merged.add(dq)
         return dk, dv
 
@@ -322,6 +367,9 @@ class EmptyPiece:
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """As `Piece.merge_into`."""
 
+    def read(self, rows: Rows) -> None:
+        """As `Piece.read`."""
+
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `Piece.backward`."""
-        return empty_gradients(merged.query, key, value)[1:]
+        return empty_gradients(merged.rows.query, key, value)[1:]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.pattern import Pattern
 from .compute import Compute, RankProgram
 from .hops import HopProgram
-from .pieces import Merged, mergeable
+from .pieces import Merged, Rows, mergeable
 from .plan import plan_rank
 from .shards import Shards
 
@@ -57,11 +57,11 @@ def simulate(
     douts = [part.contiguous() for part in dout.chunk(shards.size, 1)]
     dlses = [None] * shards.size if dlse is None else [part.contiguous() for part in dlse.chunk(shards.size, 2)]
     merged = [
-        Merged(g, gl, q, *result, once)
+        Merged(Rows(g, gl, q, *result), once)
         for g, gl, q, result, once in zip(douts, dlses, query, results, ring.once, strict=True)
     ]
     dk, dv = (torch.cat(parts, 1).to(inputs[1].dtype) for parts in zip(*ring.backward(merged), strict=True))
-    return [*found, torch.cat([rows.dq() for rows in merged], 1), dk, dv]
+    return [*found, torch.cat([total.dq() for total in merged], 1), dk, dv]
 
 
 class _Rows:
@@ -128,7 +128,10 @@ class _Hops:
     def backward(self, merged: Sequence[Merged]) -> list[tuple[Tensor, Tensor]]:
         """dk and dv of every rank; adds to `merged`."""
         sums = [
-            (torch.zeros(k.shape, dtype=m.dtype, device=k.device), torch.zeros(v.shape, dtype=m.dtype, device=v.device))
+            (
+                torch.zeros(k.shape, dtype=m.rows.dtype, device=k.device),
+                torch.zeros(v.shape, dtype=m.rows.dtype, device=v.device),
+            )
             for k, v, m in zip(self.key, self.value, merged, strict=True)
         ]
         for pieces, rows in zip(self.pieces, merged, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -52,15 +53,20 @@ class Transport(Protocol):
         """Computing is asynchronous: launched before anyone is waited for, it hides that the host waits."""
 
     def mark(self) -> object:
-        """A point of the device's work so far, for `post`; None where computing is not asynchronous."""
+        """A point of the device's work so far, for `aside`; None where computing is not asynchronous."""
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
-    ) -> Pending:
-        """Start sending and receiving contiguous tensors, at most one a peer and direction.
+    def aside(self, after: object = None) -> AbstractContextManager[None]:
+        """What is launched inside runs beside what is launched outside, in order with all else that is inside.
 
-        They may be read and written from `after` on, a `mark`; None: from now on.
+        It follows `after`, a `mark`; then so does whatever is inside later. Memory that is allocated inside must be
+        read and written inside alone; what is outside follows at `rejoin`.
         """
+
+    def rejoin(self) -> None:
+        """What is launched from here on follows all that was launched aside."""
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
+        """Start sending and receiving contiguous tensors, at most one a peer and direction."""
 
     def close(self) -> None:
         """Drop all connections, waking everyone on this rank who waits for one; may be called twice, by any thread."""
@@ -196,9 +202,14 @@ class GlooTransport:
     def mark(self) -> None:
         """See `Transport`."""
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
-    ) -> Pending:
+    def aside(self, after: object = None) -> AbstractContextManager[None]:
+        """See `Transport`; a CPU does one thing after the other."""
+        return nullcontext()
+
+    def rejoin(self) -> None:
+        """See `Transport`."""
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
         posted = _Works(self._waiter, [], tuple(x for _, x in (*sends, *receives)))
         self._posted.add(posted)

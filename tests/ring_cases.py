@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -34,6 +34,7 @@ from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange.communicator import Pass
 from dilated_attention.exchange.compute import RankProgram
 from dilated_attention.exchange.engine import RingEngine
+from dilated_attention.exchange.pieces import Merged
 
 from .support import inputs
 
@@ -126,7 +127,7 @@ def ordered(fields: dict[str, Any], size: int, launches_first: bool) -> Any:
     program = engine.rings.get((config.seq_len // size, False, torch.device("cpu")))
     assert program is not None
     assert program.selective is not None
-    marks: list[object] = []
+    marks = 0
 
     def told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def telling(*rest: Any, **named: Any) -> Any:
@@ -136,32 +137,34 @@ def ordered(fields: dict[str, Any], size: int, launches_first: bool) -> Any:
         return telling
 
     def mark() -> object:
-        marks.append(object())
-        return marks[-1]
+        nonlocal marks
+        marks += 1
+        seen.append(f"mark {marks}")
+        return marks
+
+    def aside(after: object = None) -> AbstractContextManager[None]:
+        seen.append("aside" if after is None else f"aside after {after}")
+        return nullcontext()
 
     communicator, transport = engine.communicator, engine.communicator.transport
     with ExitStack() as stack:
 
-        def watch(owner: Any, name: str, label: str, call: Callable[..., Any] | None = None) -> None:
-            patched = mock.patch.object(owner, name, told(label, call or getattr(owner, name)))
-            stack.enter_context(patched)
+        def watch(owner: Any, name: str, label: str) -> None:
+            stack.enter_context(mock.patch.object(owner, name, told(label, getattr(owner, name))))
 
         stack.enter_context(mock.patch.object(transport, "launches_first", launches_first))
-        post = transport.post
-
-        def posted(sends: Any, receives: Any, after: object = None) -> Any:
-            assert after is (marks[-1] if launches_first else None)
-            return post(sends, receives)
-
+        stack.enter_context(mock.patch.object(transport, "mark", mark))
+        stack.enter_context(mock.patch.object(transport, "aside", aside))
         watch(communicator._control, "announce", "announce")
         watch(communicator._control, "agree", "agree")
-        watch(transport, "mark", "mark", mark)
-        watch(transport, "post", "post", posted)
+        watch(transport, "rejoin", "rejoin")
+        watch(transport, "post", "post")
         watch(Pass, "wait", "wait")
         watch(RankProgram, "pack", "pack")
         watch(RankProgram, "unpack", "unpack")
         watch(RankProgram, "merge_received", "received keys")
         watch(RankProgram, "received_backward", "received keys")
+        watch(Merged, "add_sum", "settle")
         watch(type(program.selective.local), "forward", "own keys")
         watch(type(program.selective.local), "backward", "own keys")
         results = run_shard(attention, mesh, whole)

@@ -157,12 +157,19 @@ def test_eight_ranks(pattern: Pattern, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launches_first", [True, False], ids=["launched first", "posted first"])
 def test_own_keys_hide_that_others_are_waited_for(ranks: Ranks, launches_first: bool) -> None:
-    """Launched before headers are waited for where that costs nothing, else once rows are under way."""
+    """Launched first where that costs nothing, with the rest aside, else once rows are under way."""
     fields = config_of(LONGNET, backend="reference", dtype="float64")
     told = ranks.run(ordered, fields, 4, launches_first)
-    tail = ["mark", "own keys", "agree", "post"] if launches_first else ["agree", "post", "own keys"]
-    forward = ["announce", "pack", *tail, "wait", "received keys"]
-    backward = ["announce", "received keys", *tail, "wait", "unpack"]
+
+    def beside(made: str) -> list[str]:
+        if launches_first:
+            return ["announce", "mark 1", "own keys", "aside after 1", made, "agree", "post"]
+        return ["announce", made, "agree", "post", "own keys"]
+
+    last = 2 if launches_first else 0
+    forward = [*beside("pack"), "wait", "received keys"]
+    backward = [word.replace("1", "2") for word in beside("received keys")]
+    backward += [f"mark {last + 1}", f"aside after {last + 1}", "settle", "wait", "aside", "unpack", "rejoin"]
     for seen, _ in told:
         assert seen == forward + backward
     truth = expected(AttentionConfig(**fields), 1, through_lse=False)

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,18 @@ class _WaitingTransport:
         """See `Transport`."""
         return self._inner.mark()
 
-    def post(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], after: object = None
-    ) -> Pending:
+    def aside(self, after: object = None) -> AbstractContextManager[None]:
+        """See `Transport`."""
+        return self._inner.aside(after)
+
+    def rejoin(self) -> None:
+        """See `Transport`."""
+        self._inner.rejoin()
+
+    def post(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending:
         """See `Transport`."""
         start = time.perf_counter()
-        self._inner.post(sends, receives, after).wait(time.monotonic() + self._timeout_s)
+        self._inner.post(sends, receives).wait(time.monotonic() + self._timeout_s)
         self.seconds += time.perf_counter() - start
         return _Done()
 
