@@ -158,6 +158,7 @@ class Control:
                     selector.unregister(self._sockets[peer])
                 if missing:
                     self._read(selector.select(max(0.0, deadline - time.monotonic())), missing)
+        self._heed()
 
     def look(self) -> None:
         """Read what is there, without waiting; headers of the next pass are kept for `agree`.
@@ -165,17 +166,28 @@ class Control:
         Raises:
             Failure: a rank says that one has failed, or is gone without a word.
         """
+        for peer, there in self._heed():
+            if not there and not self._has_left(peer):
+                raise Failure(peer, "it is gone (its connection is closed)")
+
+    def _heed(self) -> list[tuple[int, bool]]:
+        """Read what is there; returns who was read, and whether the connection is still open.
+
+        A rank that is late may find that another has given up behind its header. One that is gone may just be done.
+
+        Raises:
+            Failure: a rank says that one has failed.
+        """
         if self._watched is None:  # made once, since passes are looked at often and peers may be many
             self._watched = selectors.DefaultSelector()
             for peer, link in self._sockets.items():
                 self._watched.register(link, selectors.EVENT_READ, peer)
-        for key, _ in self._watched.select(0):
-            there = self._receive(key.data)
-            notice = self._find_notice(key.data)
+        read = [(key.data, self._receive(key.data)) for key, _ in self._watched.select(0)]
+        for peer in self._sockets:
+            notice = self._find_notice(peer)
             if notice is not None:
                 raise Failure(*notice, is_certain=True)
-            if not there and not self._has_left(key.data):
-                raise Failure(key.data, "it is gone (its connection is closed)")
+        return read
 
     def blame(self, patience_s: float) -> tuple[int | None, str] | None:
         """Who failed first and of what, where another rank has told or vanished within `patience_s`."""

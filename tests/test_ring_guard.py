@@ -80,6 +80,30 @@ def test_who_waited_in_vain_is_not_blamed_for_it(controls: list[Control]) -> Non
     assert (caught.value.peer, caught.value.reason) == (None, "rank 2 says that it waited in vain, and not for whom")
 
 
+def test_a_rank_that_is_late_hears_who_has_given_up_behind_its_header(controls: list[Control]) -> None:
+    controls[1].announce(header(1))
+    controls[2].announce(header(1))
+    time.sleep(0.05)
+    controls[0].look()  # the headers are read before the notice is there
+    controls[2].close(0, failed=True)
+    time.sleep(0.05)
+    controls[0].announce(header(1))
+    with pytest.raises(Failure, match="rank 2 says that it failed") as caught:
+        controls[0].agree(header(1), time.monotonic() + 20)
+    assert caught.value.peer == 0
+
+
+def test_a_rank_that_is_done_and_gone_breaks_no_pass_that_it_was_in(controls: list[Control]) -> None:
+    for rank in (1, 2):
+        controls[rank].announce(header(1))
+    for link in controls[2]._sockets.values():
+        link.close()  # as the end of a process does
+    time.sleep(0.05)
+    controls[0].agree(header(1), time.monotonic() + 20)
+    with pytest.raises(Failure, match="it is gone"):
+        controls[0].look()
+
+
 def test_a_blocked_rank_is_woken_at_the_deadline(controls: list[Control]) -> None:
     door = Door()
     guard = Guard(controls[0], door.closed.set)
