@@ -23,6 +23,7 @@ from .ring_settings import PATTERNS, RingSettings
 SIMULATED: Final = (4, 8, 64, 1024)
 _LONGEST_S: Final = 240
 # Okabe and Ito's palette; marks and dashes say the same without colour.
+_GREY: Final = "#6B6B6B"
 _LINES: Final = {"longnet": ("#0072B2", "o", "-"), "local-global": ("#D55E00", "s", "--")}
 
 
@@ -117,8 +118,6 @@ def simulated(settings: RingSettings) -> list[dict[str, Any]]:
         tokens = settings.weak_tokens * ranks
         for kind in PATTERNS:
             config = attrs.evolve(settings.config(kind, tokens, 1), seq_len=tokens, context_parallel=None)
-            if kind != "longnet" and ranks > 64:
-                continue  # its tables are lowered for every rank, which takes minutes
             costs = preflight(config, ranks=ranks)
             rows.append(
                 {
@@ -257,32 +256,59 @@ def draw_scaling(report: dict[str, Any], path: Path) -> None:
     """Efficiency against ranks for both ways of scaling, and bytes received against a full ring's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, way in zip(axes, ("weak", "strong"), strict=False):
-        for kind, (colour, mark, dash) in _LINES.items():
-            rows = [row for row in report["summary"] if (row["way"], row["pattern"]) == (way, kind)]
-            x, y = [row["ranks"] for row in rows], [row["efficiency"] for row in rows]
-            axis.plot(x, y, color=colour, marker=mark, linestyle=dash, label=kind)
-            for ranks, value in zip(x, y, strict=True):
-                axis.annotate(f"{value:.2f}", (ranks, value), xytext=(0, 6), textcoords="offset points", fontsize=8)
-        axis.axhline(1, color="#6B6B6B", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{way} scaling, forward and backward", xlabel="ranks", ylabel="efficiency", xscale="log",
-                 ylim=(0, 1.3))  # fmt: skip
-        axis.set_xticks(report["settings"]["sizes"], [str(n) for n in report["settings"]["sizes"]])
+    settings = report["settings"]
+    titles = {
+        "weak": f"weak scaling: {settings['weak_tokens']:,} tokens a rank",
+        "strong": f"strong scaling: {settings['strong_tokens']:,} tokens",
+    }
+    for axis, (way, title) in zip(axes, titles.items(), strict=False):
+        axis.axhline(1, color=_GREY, linewidth=0.8)
+        for kind, below in zip(_LINES, (False, True), strict=True):
+            _draw_efficiency(
+                axis, [row for row in report["summary"] if (row["way"], row["pattern"]) == (way, kind)], below
+            )
+        axis.set(title=title, xlabel="ranks", ylabel="efficiency, forward and backward", xscale="log", ylim=(0, 1.3))
+        axis.set_xticks(settings["sizes"], [str(n) for n in settings["sizes"]])
         axis.minorticks_off()
-        axis.legend(frameon=False)
-    for kind, (colour, mark, dash) in _LINES.items():
-        rows = [row for row in report["simulated"] if row["pattern"] == kind]
-        axes[2].plot(
-            [row["ranks"] for row in rows], [row["forward_received"] for row in rows],
-            color=colour, marker=mark, linestyle=dash, label=kind,
-        )  # fmt: skip
-    rows = [row for row in report["simulated"] if row["pattern"] == "longnet"]
-    axes[2].plot([row["ranks"] for row in rows], [row["full_ring_bytes"] for row in rows], color="#6B6B6B",
-                 marker="^", linestyle=":", label="a full ring")  # fmt: skip
-    axes[2].set(
-        xscale="log", yscale="log", xlabel="ranks (simulated)", ylabel="bytes", title="received in a forward pass"
-    )
-    axes[2].legend(frameon=False)
+        axis.margins(x=0.12)
+        axis.legend(frameon=False, loc="lower left")
+    _draw_bytes(axes[2], report["simulated"])
     figure.savefig(path)
+
+
+def _draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]], below: bool) -> None:
+    """One pattern: steps one by one, with figures, and in a row."""
+    if not rows:
+        return
+    kind, x = rows[0]["pattern"], [row["ranks"] for row in rows]
+    colour, mark, dash = _LINES[kind]
+    y = [row["efficiency"] for row in rows]
+    axis.plot(x, y, color=colour, marker=mark, linestyle=dash, label=f"{kind}, step by step")
+    axis.plot(
+        x, [row["efficiency_in_a_row"] for row in rows],
+        color=colour, marker=mark, markerfacecolor="white", linestyle=":", linewidth=1, label=f"{kind}, in a row",
+    )  # fmt: skip
+    for row in rows[1:]:
+        ranks, value, other = row["ranks"], row["efficiency"], row["efficiency_in_a_row"]
+        at = min(value, other) if below else max(value, other)
+        place = {"xytext": (0, -16 if below else 9), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(f"{value:.2f}", (ranks, at), fontsize=8, color=colour, **place)
+
+
+def _draw_bytes(axis: Any, simulated: Sequence[dict[str, Any]]) -> None:
+    """What the busiest rank receives, by the pre-flight."""
+    for kind, (colour, mark, dash) in _LINES.items():
+        rows = [row for row in simulated if row["pattern"] == kind]
+        x, y = [row["ranks"] for row in rows], [row["forward_received"] for row in rows]
+        axis.plot(x, y, color=colour, marker=mark, linestyle=dash, label=kind)
+    rows = [row for row in simulated if row["pattern"] == "longnet"]
+    x, y = [row["ranks"] for row in rows], [row["full_ring_bytes"] for row in rows]
+    axis.plot(x, y, color=_GREY, marker="^", linestyle=":", label="a full ring")
+    axis.set(xscale="log", yscale="log", xlabel="ranks", title="received in a forward pass (simulated)")
+    axis.set_xticks(x, [f"{n:,}" for n in x])
+    sizes = {1 << 20: "1 MiB", 1 << 25: "32 MiB", 1 << 30: "1 GiB", 1 << 35: "32 GiB", 1 << 40: "1 TiB"}
+    axis.set_yticks(list(sizes), list(sizes.values()))
+    axis.minorticks_off()
+    axis.legend(frameon=False, loc="upper left")
