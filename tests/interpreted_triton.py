@@ -106,13 +106,6 @@ def test_levels_of_rows_have_all_their_bits() -> None:
     assert not levels[:, 6:].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # bfloat16 is cut off when interpreted
-def test_sums_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
-    sums, dq = torch.randn(3, 100), torch.full((3, 100), 7, dtype=dtype)
-    gradient_kernels.scale_sums[(3,)](sums, dq, 300, 0.3, BLOCK=128)
-    assert torch.equal(dq, (sums * 0.3).to(dtype))
-
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
     """As tiles of its rows alone would, were they listed by themselves."""

@@ -222,7 +222,6 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
         kernels.largest_rows,
         gradient_kernels.prepare_rows,
         gradient_kernels.level_rows,
-        gradient_kernels.scale_sums,
         gradient_kernels.gradients_of_queries,
         gradient_kernels.gradients_of_keys,
         block_kernels.attend_blocks,

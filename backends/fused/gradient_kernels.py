@@ -81,14 +81,6 @@ def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
     tl.store(levels_ptr + row.to(tl.int64)[:, None] * LEVEL_COLUMNS + column, levels, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=AS_THEY_ARE)
-def scale_sums(sums_ptr, dq_ptr, length, scale, BLOCK: tl.constexpr):
-    """dq of `length` contiguous float32 sums, in its dtype: grid (tiles,)."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.load(sums_ptr + place, mask=place < length, other=0.0)
-    tl.store(dq_ptr + place, (sums * scale).to(dq_ptr.dtype.element_ty), mask=place < length)
-
-
 @triton.jit
 def query_gradient_tile(
     q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.tracing import span
 from . import gradient_kernels
-from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, SUMS, BlockPart, BranchPart, Part, in_lines
+from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ class FusedKernel:
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
         gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS)
         dk, dv = self._of_keys("gradients", dout, query, key, value, levels, piece, (sums,))
-        dq, numbers = torch.empty_like(query, memory_format=torch.contiguous_format), sums.numel()
-        gradient_kernels.scale_sums[(ceil_div(numbers, SUMS),)](sums, dq, numbers, piece.scale, BLOCK=SUMS)
-        return dq, dk, dv
+        return torch.mul(sums, piece.scale, out=torch.empty_like(query, memory_format=torch.contiguous_format)), dk, dv
 
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
         """As `Adds.merge`."""

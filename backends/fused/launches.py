@@ -40,7 +40,6 @@ OF_BLOCKS: Final[dict[Pass, tuple[str, str]]] = {
 _BY_COLUMNS: Final = ("keys", "gradients")  # whose tiles are of keys
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows
 LEVEL_ROWS: Final = 256  # and of the one that only reads what is kept of them
-SUMS: Final = 2048  # numbers of a program that only scales them
 # From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
 BOUND_FROM: Final = 768
 MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a segment around each
