@@ -265,21 +265,22 @@ def draw_scaling(report: dict[str, Any], path: Path) -> None:
     }
     for axis, (way, title) in zip(axes, titles.items(), strict=False):
         axis.axhline(1, color=_GREY, linewidth=0.8)
-        for kind, below in zip(_LINES, (False, True), strict=True):
-            _draw_efficiency(
-                axis, [row for row in report["summary"] if (row["way"], row["pattern"]) == (way, kind)], below
-            )
-        axis.set(title=title, xlabel="ranks", ylabel="efficiency, forward and backward", xscale="log", ylim=(0, 1.3))
+        for kind in _LINES:
+            _draw_efficiency(axis, [row for row in report["summary"] if (row["way"], row["pattern"]) == (way, kind)])
+        axis.set(title=title, xlabel="ranks", ylabel="efficiency, forward and backward", xscale="log", ylim=(0, 1.2))
         axis.set_xticks(settings["sizes"], [str(n) for n in settings["sizes"]])
         axis.minorticks_off()
+        axis.set_yticks([n / 10 for n in range(0, 13, 2)])
+        axis.grid(axis="y", color="#E3E3E3", linewidth=0.6)
+        axis.set_axisbelow(True)
         axis.margins(x=0.12)
         axis.legend(frameon=False, loc="lower left")
     _draw_bytes(axes[2], report["simulated"])
     figure.savefig(path)
 
 
-def _draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]], below: bool) -> None:
-    """One pattern: steps one by one, with figures, and in a row."""
+def _draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """One pattern: steps one by one, and in a row."""
     if not rows:
         return
     kind, x = rows[0]["pattern"], [row["ranks"] for row in rows]
@@ -290,11 +291,6 @@ def _draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]], below: bool) -> 
         x, [row["efficiency_in_a_row"] for row in rows],
         color=colour, marker=mark, markerfacecolor="white", linestyle=":", linewidth=1, label=f"{kind}, in a row",
     )  # fmt: skip
-    for row in rows[1:]:
-        ranks, value, other = row["ranks"], row["efficiency"], row["efficiency_in_a_row"]
-        at = min(value, other) if below else max(value, other)
-        place = {"xytext": (0, -16 if below else 9), "textcoords": "offset points", "ha": "center"}
-        axis.annotate(f"{value:.2f}", (ranks, at), fontsize=8, color=colour, **place)
 
 
 def _draw_bytes(axis: Any, simulated: Sequence[dict[str, Any]]) -> None:
