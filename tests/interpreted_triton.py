@@ -170,6 +170,17 @@ def test_more_classes_than_rows_of_a_tile() -> None:
     check_interpreted(Dilated((20, 60), (1, 18)), Geometry.self_attention(38, 1, is_causal=True), bound_from=0)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rows_of_a_rare_branch_are_looked_at_by_themselves(is_causal: bool) -> None:
+    pattern, geometry = Dilated((8, 16, 80), (1, 2, 16)), Geometry.self_attention(75, 2, is_causal=is_causal)
+    for transposed in (False, True):
+        branches = lower(pattern, geometry).branches
+        tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=75)
+        assert 16 in tables.walks[..., 5]  # the rate of rows that a walk is for
+        assert tables.period < 16
+    check_interpreted(pattern, geometry, bound_from=0)
+
+
 def test_offsets_lengths_and_rows_without_keys() -> None:
     pattern = Dilated((8, 12), (1, 3))
     later = Geometry(q_len=20, kv_len=15, num_heads=2, num_kv_heads=1, is_causal=True, q_offset=9, kv_offset=21)
