@@ -25,6 +25,7 @@ from dilated_attention.core.lowering import lower
 ROOT = Path(__file__).parents[1]
 LONGNET = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
 RAGGED = Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 2))
+RARE = Dilated(segment_lengths=(64, 128, 2048), dilation_rates=(1, 2, 64))  # a branch over everything, row by row
 NEVER = 1 << 30
 ALWAYS = 0
 
@@ -193,7 +194,7 @@ def compare(
 @pytest.mark.gpu
 @on_the_card
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("pattern", [LONGNET, RAGGED, Full(), Strided(3)], ids=str)
+@pytest.mark.parametrize("pattern", [LONGNET, RAGGED, RARE, Full(), Strided(3)], ids=str)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
 def test_branches(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal: bool) -> None:
     """Also of rows and keys that meet none."""
