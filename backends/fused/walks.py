@@ -22,6 +22,8 @@ from ...core.pattern import Branch
 
 # Rows are grouped by their position modulo the least common multiple of rates, up to this.
 MAX_PERIOD: Final = 4096
+# Up to this also by rates whose classes hold for one segment only.
+_MAX_JOINED: Final = 64
 _ROWS: Final = 128  # of a tile, for estimates
 _COLUMNS: Final = 64
 
@@ -193,6 +195,25 @@ class _Planner:
     span: int
     merge_from: int
     most_rate: int
+    regular: tuple[bool, ...] = attrs.field(init=False)  # whether rows are grouped by a branch's classes
+
+    @regular.default
+    def _find_regular(self) -> tuple[bool, ...]:
+        found, period = [], math.lcm(1, *(branch.stride for branch in self.branches if self._is_regular(branch)))
+        for branch in self.branches:
+            fits = self._is_regular(branch)
+            if not fits and branch.stride <= self.most_rate and _repeats(branch, self.span):
+                joined = math.lcm(period, branch.stride)
+                fits = joined <= _MAX_JOINED
+                period = joined if fits else period
+            found.append(fits)
+        return tuple(found)
+
+    def _is_regular(self, branch: Branch) -> bool:
+        """Whether rows are grouped by its classes whatever the period is."""
+        if branch.segment_length is None:
+            return branch.stride <= self.most_rate or not self.span  # its classes have no other beginning
+        return branch.stride <= self.most_rate and branch.segment_length % branch.stride == 0
 
     @classmethod
     def best(cls, branches: tuple[Branch, ...], offsets: tuple[int | None, ...], **others: Any) -> _Planner:
@@ -209,22 +230,16 @@ class _Planner:
             raise ValueError(f"the rates' least common multiple is {period}, allowed are {MAX_PERIOD}")
         return min(allowed, key=lambda planner: planner.cost(offsets))  # of equals the first, with the most classes
 
-    def _is_regular(self, branch: Branch) -> bool:
-        """Whether rows are grouped by its classes; else each row is looked at by itself."""
-        if branch.segment_length is None and not self.span:
-            return True  # its classes have no other beginning
-        return branch.stride <= self.most_rate and _repeats(branch, self.span)
-
     @property
     def period(self) -> int:
         """Of the groups."""
-        return math.lcm(1, *(branch.stride for branch in self.branches if self._is_regular(branch)))
+        return math.lcm(1, *(b.stride for b, regular in zip(self.branches, self.regular, strict=True) if regular))
 
     def groups(self, offsets: tuple[int | None, ...]) -> list[tuple[list[int], list[Walk]]]:
         """Residues and walks of each group of rows of a head with these offsets, those with most branches first."""
-        used = [(branch, o) for branch, o in zip(self.branches, offsets, strict=True) if o is not None]
-        regular = [(branch, o) for branch, o in used if self._is_regular(branch)]
-        others = [(branch, o) for branch, o in used if not self._is_regular(branch)]
+        used = [(b, o, by) for b, o, by in zip(self.branches, offsets, self.regular, strict=True) if o is not None]
+        regular = [(b, o) for b, o, by in used if by]
+        others = [(b, o) for b, o, by in used if not by]
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         period = self.period
         for residue in range(period):
@@ -246,18 +261,9 @@ class _Planner:
 
     def cost(self, offsets: tuple[int | None, ...]) -> float:
         """About how many columns a tile of rows meets, in whole steps."""
-        groups, period = self.groups(offsets), self.period
-        shares = ((len(residues) / period, walks) for residues, walks in groups)
-        return sum(share * sum(self._columns(walk, _ROWS / share) for walk in walks) for share, walks in shares)
-
-    def _columns(self, walk: Walk, reach: float) -> float:
-        """Those of a walk that a tile meets whose rows lie within `reach` positions."""
-        longest = max((branch.segment_length or 0 for branch in self.branches), default=0)
-        length = walk.segment or self.span or longest or 1
-        within = min(reach, length)
-        rows = {Mode.ALL: 2 * length, Mode.UP_TO_ROW: length + within, Mode.FROM_ROW: length + within}
-        met = rows.get(walk.mode, length - walk.inner + max(0, within - walk.inner)) / 2
-        return max(1.0, reach / length) * _COLUMNS * math.ceil(met / walk.stride / _COLUMNS)
+        period, whole = self.period, self.span or max(branch.segment_length or 1 for branch in self.branches)
+        shares = ((len(residues) / period, walks) for residues, walks in self.groups(offsets))
+        return sum(share * sum(_columns(walk, _ROWS / share, whole) for walk in walks) for share, walks in shares)
 
     def _walks(self, kept: list[tuple[Branch, int]]) -> list[Walk]:
         """Walks of a row that these branches keep, merged where their segments nest."""
@@ -282,7 +288,7 @@ class _Planner:
 
     def _row_by_row(self, branch: Branch, offset: int) -> Walk:
         """A branch that the groups do not go by; its classes count from the start of each segment."""
-        length = self._length(branch) or 1 << self.span.bit_length()
+        length = self._length(branch) or 1 << (self.span - 1).bit_length()
         return Walk(length, branch.stride, offset, self._own_mode(), weight=branch.weight, row_rate=branch.stride)
 
     def _length(self, branch: Branch) -> int:
@@ -316,6 +322,15 @@ class _Planner:
                 for mode in modes if level else (self._own_mode(),):
                     walks.append(Walk(length, stride, residue, mode, inner, weight))
         return walks
+
+
+def _columns(walk: Walk, reach: float, whole: int) -> float:
+    """About those that a tile meets whose rows lie within `reach` positions, of `whole` where all are one segment."""
+    length = walk.segment or whole
+    within = min(reach, length)
+    rows = {Mode.ALL: 2 * length, Mode.UP_TO_ROW: length + within, Mode.FROM_ROW: length + within}
+    met = rows.get(walk.mode, length - walk.inner + max(0, within - walk.inner)) / 2
+    return max(1.0, reach / length) * _COLUMNS * math.ceil(met / walk.stride / _COLUMNS)
 
 
 def _progressions(counted: list[tuple[Branch, int]]) -> Iterator[tuple[int, int, int]]:
