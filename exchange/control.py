@@ -151,14 +151,26 @@ class Control:
         with selectors.DefaultSelector() as selector:
             for peer, link in self._sockets.items():
                 selector.register(link, selectors.EVENT_READ, peer)
-            while missing:
+            while True:
                 for peer in [peer for peer in missing if len(self._buffers[peer]) >= _FRAME.size]:
                     self._check(peer, header)
                     missing.discard(peer)
-                    selector.unregister(self._sockets[peer])
-                if missing:
-                    self._read(selector.select(max(0.0, deadline - time.monotonic())), missing)
-        self._heed()
+                if not missing:
+                    break
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise _silent(missing)
+                for key, _ in ready:
+                    peer, there = key.data, self._receive(key.data)
+                    if peer not in missing:
+                        self._heed(peer)
+                    elif not there and len(self._buffers[peer]) < _FRAME.size:
+                        raise Failure(peer, "it is gone (its connection is closed)", is_certain=True)
+                    if not there:
+                        selector.unregister(key.fileobj)
+        self._read()  # one that is late may find that another has given up; one that is gone may just be done
+        for peer in self._sockets:
+            self._heed(peer)
 
     def look(self) -> None:
         """Read what is there, without waiting; headers of the next pass are kept for `agree`.
@@ -166,28 +178,24 @@ class Control:
         Raises:
             Failure: a rank says that one has failed, or is gone without a word.
         """
-        for peer, there in self._heed():
+        for peer, there in self._read():
+            self._heed(peer)
             if not there and not self._has_left(peer):
                 raise Failure(peer, "it is gone (its connection is closed)")
 
-    def _heed(self) -> list[tuple[int, bool]]:
-        """Read what is there; returns who was read, and whether the connection is still open.
-
-        A rank that is late may find that another has given up behind its header. One that is gone may just be done.
-
-        Raises:
-            Failure: a rank says that one has failed.
-        """
+    def _read(self) -> list[tuple[int, bool]]:
+        """Read what is there; returns of whom, and whether the connection is still open."""
         if self._watched is None:  # made once, since passes are looked at often and peers may be many
             self._watched = selectors.DefaultSelector()
             for peer, link in self._sockets.items():
                 self._watched.register(link, selectors.EVENT_READ, peer)
-        read = [(key.data, self._receive(key.data)) for key, _ in self._watched.select(0)]
-        for peer in self._sockets:
-            notice = self._find_notice(peer)
-            if notice is not None:
-                raise Failure(*notice, is_certain=True)
-        return read
+        return [(key.data, self._receive(key.data)) for key, _ in self._watched.select(0)]
+
+    def _heed(self, peer: int) -> None:
+        """Raise `Failure` where what was read of `peer` tells of one."""
+        notice = self._find_notice(peer)
+        if notice is not None:
+            raise Failure(*notice, is_certain=True)
 
     def blame(self, patience_s: float) -> tuple[int | None, str] | None:
         """Who failed first and of what, where another rank has told or vanished within `patience_s`."""
@@ -235,19 +243,6 @@ class Control:
                 raise Failure(peer, "it has not read the headers of many passes", is_certain=True)
             self.bytes_sent += sent
 
-    def _read(self, ready: Iterable[tuple[selectors.SelectorKey, int]], missing: set[int]) -> None:
-        """Receive from those that are ready; nobody being so means that the deadline has passed."""
-        silent = True
-        for key, _ in ready:
-            silent = False
-            if not self._receive(key.data) and len(self._buffers[key.data]) < _FRAME.size:
-                raise Failure(key.data, "it is gone (its connection is closed)", is_certain=True)
-        if silent:
-            first, *others = sorted(missing)
-            more = f", nor did ranks {', '.join(map(str, others))}" if others else ""
-            reason = f"rank {first} did not enter the pass before the timeout{more}"
-            raise Failure(None if others else first, reason, is_certain=True)
-
     def _receive(self, peer: int) -> bool:
         """Read what is there; False where the connection has ended."""
         try:
@@ -289,6 +284,14 @@ class Control:
         for begin in range(0, len(buffer) - _FRAME.size + 1, _FRAME.size):
             _, kind, *fields = _FRAME.unpack(bytes(buffer[begin : begin + _FRAME.size]))
             yield kind, fields
+
+
+def _silent(missing: Iterable[int]) -> Failure:
+    """Ranks that have not been heard of at the deadline."""
+    first, *others = sorted(missing)
+    more = f", nor did ranks {', '.join(map(str, others))}" if others else ""
+    reason = f"rank {first} did not enter the pass before the timeout{more}"
+    return Failure(None if others else first, reason, is_certain=True)
 
 
 def _blamed(peer: int, who: int) -> tuple[int | None, str]:

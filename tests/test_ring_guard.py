@@ -93,6 +93,18 @@ def test_a_rank_that_is_late_hears_who_has_given_up_behind_its_header(controls: 
     assert caught.value.peer == 0
 
 
+def test_who_waits_for_one_rank_hears_that_another_has_given_up(controls: list[Control]) -> None:
+    controls[1].announce(header(1))
+    before = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(controls[0].agree, header(1), before + 20)
+        time.sleep(0.1)
+        controls[1].close(None, failed=True)
+        with pytest.raises(Failure, match="rank 1 says that it waited in vain"):
+            waiting.result()
+    assert time.monotonic() - before < SOON_S
+
+
 def test_a_rank_that_is_done_and_gone_breaks_no_pass_that_it_was_in(controls: list[Control]) -> None:
     for rank in (1, 2):
         controls[rank].announce(header(1))
