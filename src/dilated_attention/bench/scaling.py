@@ -263,14 +263,20 @@ def draw_scaling(report: dict[str, Any], path: Path) -> None:
         "weak": f"weak scaling: {settings['weak_tokens']:,} tokens a rank",
         "strong": f"strong scaling: {settings['strong_tokens']:,} tokens",
     }
+    best = max(max(row["efficiency"], row["efficiency_in_a_row"]) for row in report["summary"])
     for axis, (way, title) in zip(axes, titles.items(), strict=False):
         axis.axhline(1, color=_GREY, linewidth=0.8)
         for kind in _LINES:
             _draw_efficiency(axis, [row for row in report["summary"] if (row["way"], row["pattern"]) == (way, kind)])
-        axis.set(title=title, xlabel="ranks", ylabel="efficiency, forward and backward", xscale="log", ylim=(0, 1.2))
+        axis.set(
+            title=title,
+            xlabel="ranks",
+            ylabel="efficiency, forward and backward",
+            xscale="log",
+            ylim=(0, max(1.2, 1.05 * best)),
+        )
         axis.set_xticks(settings["sizes"], [str(n) for n in settings["sizes"]])
         axis.minorticks_off()
-        axis.set_yticks([n / 10 for n in range(0, 13, 2)])
         axis.grid(axis="y", color="#E3E3E3", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.margins(x=0.12)
