@@ -292,14 +292,13 @@ class RingEngine(Engine):
         self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
     ) -> tuple[Tensor, Tensor]:
         shape, dtype = (program.sent.numel(), 2, key.shape[0], key.shape[3]), merged.rows.dtype
-        home = torch.empty(shape, dtype=dtype, device=key.device).split_with_sizes(program.send_counts)
         beside = Merged(merged.rows, merged.once)  # what received keys give to queries
-        program.read(merged.rows)
 
         def own() -> tuple[Tensor, Tensor]:
             dk, dv = program.local.backward(merged, key, value)
+            merged.settle()
             if program.stages:
-                merged.sums()
+                merged.sums()  # made here, since what is aside adds to it
             return dk.contiguous(), dv.contiguous()
 
         def gradients() -> Messages:
@@ -308,13 +307,16 @@ class RingEngine(Engine):
             return list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist()))), list(enumerate(home))
 
         with self._pass(GRADIENTS, digest, key) as current:
+            home = torch.empty(shape, dtype=dtype, device=key.device).split_with_sizes(program.send_counts)
+            program.read(merged.rows)  # before the mark that what is aside follows
             (dk, dv), pending = _beside(current, gradients, own)
-            with current.aside(current.mark()):
+            done = current.mark()
+            current.wait(pending)
+            with current.aside(done):
                 merged.add_sum(beside)
                 merged.settle()
-            current.wait(pending)
-            with current.aside(), span("rows come home"):
-                program.unpack(dk, dv, home)
+                with span("rows come home"):
+                    program.unpack(dk, dv, home)
             current.rejoin()
         return dk, dv
 

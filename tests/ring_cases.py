@@ -36,6 +36,7 @@ from dilated_attention.exchange.compute import RankProgram
 from dilated_attention.exchange.engine import RingEngine
 from dilated_attention.exchange.pieces import Merged
 
+from .streams import Streams
 from .support import inputs
 
 _MESHES: dict[int, DeviceMesh] = {}
@@ -164,11 +165,29 @@ def ordered(fields: dict[str, Any], size: int, launches_first: bool) -> Any:
         watch(RankProgram, "unpack", "unpack")
         watch(RankProgram, "merge_received", "received keys")
         watch(RankProgram, "received_backward", "received keys")
-        watch(Merged, "add_sum", "settle")
+        watch(Merged, "add_sum", "sum")
         watch(type(program.selective.local), "forward", "own keys")
         watch(type(program.selective.local), "backward", "own keys")
         results = run_shard(attention, mesh, whole)
     return seen, [x.numpy() for x in results]
+
+
+def streamed(fields: dict[str, Any], size: int, through_lse: bool) -> Any:
+    """What two passes in a row do out of order, were they computed on two streams, and the results of the second."""
+    mesh = mesh_of(size)
+    config = AttentionConfig(**fields, context_parallel=ContextParallel(size=size))
+    attention = build_attention(config, mesh=mesh)
+    transport, whole, streams = ring_engine(attention).communicator.transport, tensors_of(config, 2), Streams()
+    results = run_shard(attention, mesh, whole, through_lse=through_lse)  # tables are made before
+    with ExitStack() as stack:
+        for name in ("mark", "aside", "rejoin"):
+            stack.enter_context(mock.patch.object(transport, name, getattr(streams, name)))
+        stack.enter_context(mock.patch.object(transport, "launches_first", True))
+        stack.enter_context(streams)
+        for _ in range(2):
+            results = run_shard(attention, mesh, whole, through_lse=through_lse)
+        results = tuple(x.clone() for x in results)  # as whoever called does, on the main stream
+    return streams.found, [x.float().numpy() for x in results]
 
 
 def refusals() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dilated_attention import (
 )  # fmt: skip
 from dilated_attention.core import reference
 
-from .ring_cases import exact, ordered, tensors_of
+from .ring_cases import exact, ordered, streamed, tensors_of
 from .ring_ranks import Ranks
 from .support import error
 
@@ -169,12 +169,27 @@ def test_own_keys_hide_that_others_are_waited_for(ranks: Ranks, launches_first: 
     last = 2 if launches_first else 0
     forward = [*beside("pack"), "wait", "received keys"]
     backward = [word.replace("1", "2") for word in beside("received keys")]
-    backward += [f"mark {last + 1}", f"aside after {last + 1}", "settle", "wait", "aside", "unpack", "rejoin"]
+    backward += [f"mark {last + 1}", "wait", f"aside after {last + 1}", "sum", "unpack", "rejoin"]
     for seen, _ in told:
         assert seen == forward + backward
     truth = expected(AttentionConfig(**fields), 1, through_lse=False)
     found = joined([(results, None) for _, results in told], 4)
     assert max(error(a, e) for a, e in zip(found, truth, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "pattern", [LONGNET, Strided(5), Dilated((16,), (4,)), Local(9) | Global(3), Random(2, 8) + Dilated((24,), (2,))]
+)
+def test_what_runs_beside_own_keys_touches_nothing_too_early(ranks: Ranks, pattern: Pattern, dtype: str) -> None:
+    """As on two streams: two ranks' own keys and the rest, in order where they meet, each in memory of its own."""
+    through_lse = dtype == "float32"
+    fields = config_of(pattern, backend="sdpa", dtype=dtype)
+    told = ranks.run(streamed, fields, 4, through_lse)
+    assert [found for found, _ in told] == [[]] * 4
+    truth = expected(AttentionConfig(**fields), 2, through_lse=through_lse)
+    found = joined([(results, None) for _, results in told], 4)
+    assert max(error(a, e) for a, e in zip(found, truth, strict=True)) < (1e-5 if dtype == "float32" else 2e-2)
 
 
 def test_two_rings_in_one_mesh(ranks: Ranks) -> None:
