@@ -134,7 +134,8 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
     """Fail in some way, at once or "before sending": within the next pass, when the others rely on its rows.
 
     Whoever raises does so once its first messages are under way; "amid hops" others wait for further ones. "once
-    launched" is when it has launched its own work and would wait for the others' headers.
+    launched" is when it has launched its own work and would wait for the others' headers, "while preparing" before any
+    of a backward pass.
     """
     sudden: dict[str, Callable[..., Any]] = {
         "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
@@ -160,6 +161,8 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
             return post(*rest, **named)
 
         Pass.post = failing_post  # type: ignore[method-assign]
+    elif late == "while preparing":
+        RankProgram.read = sudden[how]  # type: ignore[method-assign]
     elif how == "raise":
         object.__setattr__(ring_engine(attention)._composer, "_kernel", FailingKernel())
     else:

@@ -129,7 +129,7 @@ def test_a_rank_that_waits_for_its_device_amid_a_pass_knows_too(drills: Drills) 
     drills.check(drills.break_ring("kill before sending", 0, blocks=True), 0)
 
 
-@pytest.mark.parametrize("kind", ["raise", "raise before sending", "raise amid hops"])
+@pytest.mark.parametrize("kind", ["raise", "raise before sending", "raise while preparing", "raise amid hops"])
 def test_a_raising_rank_is_known_at_once_and_says_what_of(drills: Drills, kind: str) -> None:
     culprit = drills.size // 2
     reports = drills.break_ring(kind, culprit)
