@@ -241,7 +241,6 @@ class RingEngine(Engine):
         self, program: RankProgram, digest: bytes, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, _, _, head_dim = key.shape
-        received = key.new_empty((program.plan.received.size, 2, batch, head_dim))
 
         def own() -> tuple[Tensor, Tensor]:
             out, lse = program.local.forward(query, key, value)
@@ -252,6 +251,7 @@ class RingEngine(Engine):
             return list(enumerate(program.pack(key, value))), list(enumerate(receives))
 
         with self._pass(ROWS, digest, query) as current:
+            received = key.new_empty((program.plan.received.size, 2, batch, head_dim))
             (out, lse), pending = _beside(current, rows, own)
             current.wait(pending)
             with span("received keys"):
