@@ -7,7 +7,7 @@ common multiple, so a set of branches is described like a single one: cells, a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,10 @@ class _Cells:
         keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
         queries = geometry.q_offset, geometry.q_offset + geometry.q_len
         return int(self.each(*queries, *keys, is_causal=geometry.is_causal).sum())
+
+    def queries(self, geometry: Geometry) -> int:
+        """How many queries are at such positions."""
+        return int(self._places(geometry.q_offset, geometry.q_offset + geometry.q_len)[1].sum())
 
     def each(
         self,
@@ -150,11 +154,23 @@ def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geome
     total = 0
     for offsets, heads in _by_offset(branches, geometry.num_heads).items():
         sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
-        total += heads * _union_size(sets, geometry)
+        total += heads * _union_size(sets, lambda cells: cells.pairs(geometry))
     return total if blocks is None else total + _pairs_beyond(blocks, branches)
 
 
-def _union_size(sets: list[_Cells], geometry: Geometry) -> int:
+def keyless_queries(branches: Sequence[Branch], geometry: Geometry) -> int:
+    """Queries over all heads that no branch shows a key; queries and keys are at the same positions.
+
+    So whoever is kept by a branch sees itself.
+    """
+    total = geometry.q_len * geometry.num_heads
+    for offsets, heads in _by_offset(branches, geometry.num_heads).items():
+        sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
+        total -= heads * _union_size(sets, lambda cells: cells.queries(geometry))
+    return total
+
+
+def _union_size(sets: list[_Cells], size: Callable[[_Cells], int]) -> int:
     """Inclusion and exclusion over the sets, depth first, without the subtrees that cancel.
 
     Where the common pairs of a choice lie inside a set that is still to be decided, choices with and without that set
@@ -168,7 +184,7 @@ def _union_size(sets: list[_Cells], geometry: Geometry) -> int:
         common, undecided, sign = stack.pop()
         if any(_within(common, other) for other in undecided):
             continue
-        total += sign * common.pairs(geometry)
+        total += sign * size(common)
         for index, other in enumerate(undecided):
             both = _intersection(common, other)
             if both.low.size:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .plan import AttentionPlan, BackendRow, LayoutSummary
+    from .plan import AttentionPlan, BackendRow
 
 
 def explain_plan(plan: AttentionPlan) -> str:
     """The text of `AttentionPlan.explain`."""
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
-    lines += [f"  layout  {line}" for line in _layout_words(plan.layout, over_ranks=plan.exchange is not None)]
+    first, *more = _layout_words(plan)
+    lines += [f"  layout  {first}", *(f"          {line}" for line in more)]
     if plan.exchange is not None:
         ring = plan.exchange
         lines.append(
@@ -93,13 +94,14 @@ def _headline(plan: AttentionPlan) -> str:
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
 
 
-def _layout_words(layout: LayoutSummary, *, over_ranks: bool) -> Iterator[str]:
+def _layout_words(plan: AttentionPlan) -> Iterator[str]:
+    layout, num_heads = plan.layout, plan.config["num_heads"]
     if layout.kinds == ("dynamic",):
         yield "blocks, chosen at every call"
         return
     kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
     if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
-        when = "by each rank for its own rows" if over_ranks else "when the length is known (seq_len)"
+        when = "by each rank for its own rows" if plan.exchange is not None else "when the length is known (seq_len)"
         yield f"{kinds}; lowered {when}"
         return
     overlaps = layout.distinct_flops and layout.distinct_flops != layout.flops
@@ -108,6 +110,9 @@ def _layout_words(layout: LayoutSummary, *, over_ranks: bool) -> Iterator[str]:
         f"{kinds}, {layout.density:.2%} of all pairs, {amount(layout.flops, 'FLOP')} forward{saved}, "
         f"{amount(layout.nbytes, 'B')} of tables, digest {layout.digest[:12]}"
     )
+    if layout.keyless_queries:
+        share = layout.keyless_queries / ((layout.seq_len or 1) * num_heads)
+        yield f"{share:.2%} of the queries of all heads see no key: out is 0 there"
 
 
 def _origin(row: BackendRow) -> str:

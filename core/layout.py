@@ -190,6 +190,15 @@ class Layout:
 
         return distinct_pairs(self.branches, self.blocks, self.geometry)
 
+    @cached_property
+    def keyless_queries(self) -> int | None:
+        """Queries over all query heads that see no key; None with blocks, or where keys are at other positions."""
+        from .counting import keyless_queries
+
+        geometry = self.geometry
+        same = (geometry.q_len, geometry.q_offset) == (geometry.kv_len, geometry.kv_offset)
+        return keyless_queries(self.branches, geometry) if same and self.blocks is None else None
+
     @property
     def density(self) -> float:
         """Distinct pairs as a fraction of those that causality allows; 0 where it allows none."""

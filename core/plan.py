@@ -82,6 +82,7 @@ class LayoutSummary:
         distinct_pairs: the same, each pair once.
         flops: of one forward pass over `pairs`, 4 * head_dim each (two products, two operations a term).
         distinct_flops: of one forward pass over `distinct_pairs`.
+        keyless_queries: queries, over all heads, that see no key; None where blocks are among the kinds.
     """
 
     kinds: tuple[str, ...]
@@ -93,6 +94,7 @@ class LayoutSummary:
     distinct_pairs: int | None = None
     flops: int | None = None
     distinct_flops: int | None = None
+    keyless_queries: int | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -276,6 +276,7 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
         distinct_pairs=distinct,
         flops=4 * config.head_dim * pairs,
         distinct_flops=4 * config.head_dim * distinct,
+        keyless_queries=layout.keyless_queries,
     )
 
 

@@ -37,6 +37,9 @@ def test_the_layout_is_told_briefly_at_any_length(invoke: Invoke) -> None:
     assert "% of all pairs, 2.1 EFLOP forward, 152 B of tables" in invoke(*shape, "32000000").stdout
     overlapping = invoke(*shape, "4096", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2").stdout
     assert " GFLOP in distinct pairs, " in overlapping
+    assert "see no key" not in overlapping
+    swapped = invoke(*shape, "4096", "--segment-lengths", "1,2", "--dilation-rates", "1024,2048").stdout
+    assert "          81.25% of the queries of all heads see no key: out is 0 there" in swapped.splitlines()
 
 
 def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> None:

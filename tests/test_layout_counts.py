@@ -32,6 +32,9 @@ def check(pattern: Pattern, geometry: Geometry, block_size: int | None = None) -
     assert (layout.pairs, layout.distinct_pairs) == (int(counts.sum()), distinct)
     assert allowed_pairs(geometry) == allowed
     assert layout.density == (distinct / allowed if allowed else 0.0)
+    same = (geometry.q_len, geometry.q_offset) == (geometry.kv_len, geometry.kv_offset)
+    keyless = int((counts.sum(-1) == 0).sum()) if same and layout.blocks is None else None
+    assert layout.keyless_queries == keyless
 
 
 @settings(max_examples=150, deadline=None)
@@ -44,6 +47,20 @@ def test_pairs_are_those_of_the_oracle(pattern: Pattern, geometry: Geometry, blo
 @given(strategies.dilated(), strategies.geometries(max_len=150))
 def test_overlapping_branches_are_counted_once(pattern: Dilated, geometry: Geometry) -> None:
     check(pattern + pattern, geometry)
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategies.dilated(), st.integers(0, 150), st.booleans())
+def test_queries_without_keys_are_counted(pattern: Dilated, length: int, is_causal: bool) -> None:
+    check(pattern, Geometry.self_attention(length, 4, is_causal=is_causal))
+
+
+def test_lengths_and_rates_that_were_taken_for_each_other_show() -> None:
+    geometry = Geometry.self_attention(8192, 4)
+    assert lower(Dilated((2048, 4096), (1, 2)), geometry).keyless_queries == 0
+    # Of 4 heads the first keeps every segment of 1, the second every other position, and the others none.
+    assert lower(Dilated((1, 2), (2048, 4096)), geometry).keyless_queries == 4096 + 2 * 8192
+    assert lower(Local(3), geometry).keyless_queries is None
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
