@@ -8,7 +8,7 @@ bytes are those that counters of a run show. R ranks.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import numpy as np
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     Figures = NDArray[Any]  # int64, or Python's integers where 64 bits do not hold them
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+MOST_RANKS: Final = 1 << 20  # whose loads are some 100 MB
+_ITEM_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 @attrs.frozen(kw_only=True)
@@ -171,14 +172,15 @@ def preflight(config: AttentionConfig, pattern: Pattern, ranks: int, *, batch: i
     Args:
         config: with a seq_len, of the whole sequence.
         pattern: its pattern, resolved.
-        ranks: any number that divides the length.
+        ranks: any number up to `MOST_RANKS` that divides the length.
         batch: batch size.
 
     Raises:
-        ConfigError: no seq_len, one that `ranks` does not divide, a learned pattern, or tables beyond
-            `Limits.layout_bytes`.
+        ConfigError: more than `MOST_RANKS`, no seq_len, one that `ranks` does not divide, a learned pattern, or tables
+            beyond `Limits.layout_bytes`.
     """
-    require_int("ranks", ranks, minimum=1)
+    if require_int("ranks", ranks, minimum=1) > MOST_RANKS:
+        raise ConfigError(f"ranks must be at most {MOST_RANKS:,}, got {ranks:,}")
     require_int("batch", batch, minimum=1)
     if config.seq_len is None:
         raise ConfigError("give seq_len: what ranks exchange depends on the length of the sequence")

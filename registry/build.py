@@ -164,7 +164,7 @@ def preflight(
 
     Args:
         config: the configuration, or a mapping of it, with a seq_len; its context_parallel is not looked at.
-        ranks: any number that divides the length.
+        ranks: any number up to 1,048,576 that divides the length.
         batch: batch size.
         registry: where patterns are looked up; by default the process's own.
         fields: fields of `AttentionConfig`; beside `config` they replace its own.

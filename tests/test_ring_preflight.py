@@ -170,6 +170,8 @@ def test_what_cannot_be_simulated_is_said() -> None:
     fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "ranks": 3}
     with pytest.raises(ConfigError, match="give seq_len"):
         preflight(**fields)
+    with pytest.raises(ConfigError, match="ranks must be at most 1,048,576, got 100,000,000"):
+        preflight(**fields | {"ranks": 10**8}, seq_len=10**9)
     with pytest.raises(ConfigError, match=r"100 tokens cannot be cut into 3 equal shards.*99 and 102"):
         preflight(**fields, seq_len=100)
     with pytest.raises(ConfigError, match=r"learned pattern chooses its blocks from the whole sequence"):
