@@ -88,13 +88,17 @@ class _Rows:
 
     def backward(self, merged: Sequence[Merged]) -> list[tuple[Tensor, Tensor]]:
         """dk and dv of every rank; adds to `merged`."""
-        home = [
-            program.received_backward(m, r) for program, m, r in zip(self.programs, merged, self.received, strict=True)
-        ]
         own = [
-            program.local.backward(rows, key, value)
-            for program, rows, key, value in zip(self.programs, merged, self.key, self.value, strict=True)
+            program.local.backward(total, key, value)
+            for program, total, key, value in zip(self.programs, merged, self.key, self.value, strict=True)
         ]
+        beside = [Merged(total.rows, total.once) for total in merged]
+        home = [
+            program.received_backward(m, r) for program, m, r in zip(self.programs, beside, self.received, strict=True)
+        ]
+        for total, more in zip(merged, beside, strict=True):
+            total.settle()
+            total.add_sum(more)
         sums = [(dk.contiguous(), dv.contiguous()) for dk, dv in own]
         shares = [
             grads.split_with_sizes(program.plan.receive_counts.tolist())

@@ -199,9 +199,9 @@ class _Planner:
 
     @regular.default
     def _find_regular(self) -> tuple[bool, ...]:
-        found, period = [], math.lcm(1, *(branch.stride for branch in self.branches if self._is_regular(branch)))
+        found, period = [], math.lcm(1, *(branch.stride for branch in self.branches if self._is_grouped(branch)))
         for branch in self.branches:
-            fits = self._is_regular(branch)
+            fits = self._is_grouped(branch)
             if not fits and branch.stride <= self.most_rate and _repeats(branch, self.span):
                 joined = math.lcm(period, branch.stride)
                 fits = joined <= _MAX_JOINED
@@ -209,8 +209,8 @@ class _Planner:
             found.append(fits)
         return tuple(found)
 
-    def _is_regular(self, branch: Branch) -> bool:
-        """Whether rows are grouped by its classes whatever the period is."""
+    def _is_grouped(self, branch: Branch) -> bool:
+        """Whether rows are grouped by its classes whatever the period becomes."""
         if branch.segment_length is None:
             return branch.stride <= self.most_rate or not self.span  # its classes have no other beginning
         return branch.stride <= self.most_rate and branch.segment_length % branch.stride == 0
