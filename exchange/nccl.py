@@ -93,9 +93,8 @@ class NcclTransport:
             raise Failure(None, "its communicator was aborted")
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if sends or receives:
-            with self.aside(
-                self.mark()
-            ):  # on the stream which NCCL's own stream waits for, and then is waited for by it
+            # NCCL's own stream waits for the one that is current, which waits for NCCL's in the end.
+            with self.aside(self.mark()):
                 group._start_coalescing()
                 try:
                     for peer, x in receives:
