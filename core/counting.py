@@ -151,10 +151,7 @@ def shard_pairs(branch: Branch, offset: int, length: int, size: int, *, is_causa
 
 def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geometry: Geometry) -> int:
     """Pairs over all heads that a branch or a block counts at least once."""
-    total = 0
-    for offsets, heads in _by_offset(branches, geometry.num_heads).items():
-        sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
-        total += heads * _union_size(sets, lambda cells: cells.pairs(geometry))
+    total = _over_heads(branches, geometry, lambda cells: cells.pairs(geometry))
     return total if blocks is None else total + _pairs_beyond(blocks, branches)
 
 
@@ -163,10 +160,16 @@ def keyless_queries(branches: Sequence[Branch], geometry: Geometry) -> int:
 
     So whoever is kept by a branch sees itself.
     """
-    total = geometry.q_len * geometry.num_heads
+    kept = _over_heads(branches, geometry, lambda cells: cells.queries(geometry))
+    return geometry.q_len * geometry.num_heads - kept
+
+
+def _over_heads(branches: Sequence[Branch], geometry: Geometry, size: Callable[[_Cells], int]) -> int:
+    """The size of what any of the branches has of a head, over all heads."""
+    total = 0
     for offsets, heads in _by_offset(branches, geometry.num_heads).items():
         sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
-        total -= heads * _union_size(sets, lambda cells: cells.queries(geometry))
+        total += heads * _union_size(sets, size)
     return total
 
 

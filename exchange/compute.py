@@ -19,7 +19,7 @@ from ..core.kernel import Adds, LayoutKernel, LayoutPiece, Prepares
 from ..core.layout import BlockLayout, Layout
 from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
-from .pieces import ComposedPiece, EmptyPiece, Merged, Piece, Rows, WholePiece
+from .pieces import ComposedPiece, EmptyPiece, Merged, Piece, WholePiece, WholeRows
 from .plan import RankPlan
 
 
@@ -220,7 +220,7 @@ class RankProgram:
         for stage in self.stages:
             stage.piece.merge_into(out, lse, query, *stage.fill(received))
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: WholeRows) -> None:
         """Have all made that the backward of any piece needs of the rows."""
         for piece in (self.local, *(stage.piece for stage in self.stages)):
             piece.read(rows)

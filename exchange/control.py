@@ -169,8 +169,9 @@ class Control:
                     if not there:
                         selector.unregister(key.fileobj)
         self._read()  # one that is late may find that another has given up; one that is gone may just be done
-        for peer in self._sockets:
-            self._heed(peer)
+        for peer, buffer in self._buffers.items():
+            if buffer:
+                self._heed(peer)
 
     def look(self) -> None:
         """Read what is there, without waiting; headers of the next pass are kept for `agree`.

@@ -28,7 +28,7 @@ from ..core.tracing import span
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
-from .pieces import EmptyPiece, Merged, Rows, mergeable
+from .pieces import EmptyPiece, Merged, WholeRows, mergeable
 from .plan import plan_rank
 from .ring_kernel import RingKernel
 from .rows import most_rows, survey
@@ -276,7 +276,7 @@ class RingEngine(Engine):
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
             with span(self._backward_name):
                 once = program.selective is not None and program.selective.once
-                merged = Merged(Rows(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse), once)
+                merged = Merged(WholeRows(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse), once)
                 if program.hops is not None:
                     place = self.communicator, program.hops, program.digest, self._moved
                     dk, dv = hop_backward(*place, merged, key, value)

@@ -35,7 +35,7 @@ def mergeable(out: Tensor, lse: Tensor, *, once: bool = False) -> tuple[Tensor, 
 
 
 @attrs.define(eq=False)
-class Rows:
+class WholeRows:
     """What the backward of every piece needs of the whole rows.
 
     Whatever is not given is made when first asked for; `Piece.read` asks for all that a piece needs.
@@ -98,7 +98,7 @@ class Merged:
         once: received rows add to no row's gradient more than once, so that the sum is of the queries' dtype.
     """
 
-    rows: Rows
+    rows: WholeRows
     once: bool = False
     _dq: Tensor | None = attrs.field(default=None, init=False)
     _later: list[Later] = attrs.field(factory=list, init=False)
@@ -175,7 +175,7 @@ class Piece(Protocol):
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Merge this piece into what `mergeable` returned."""
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: WholeRows) -> None:
         """Have all that `backward` needs of the rows made, so that it may run beside another piece's."""
 
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,14 +222,14 @@ class ComposedPiece:
         if self.blocks is not None:
             merge_(out, lse, *self.blocks.forward(query, key, value))
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: WholeRows) -> None:
         """As `Piece.read`."""
         if self.blocks is not None:
             _ = rows.delta, rows.row_lse
         if self.schedule.calls:
             _ = rows.wide, self._lse_of(rows)
 
-    def _lse_of(self, rows: Rows) -> Tensor:
+    def _lse_of(self, rows: WholeRows) -> Tensor:
         """lse as the dense calls take it."""
         calls = self.schedule.calls
         # A row of a call has keys: where no other rows are stacked with it, its lse is finite.
@@ -312,7 +312,7 @@ class WholePiece:
         else:
             merge_(out, lse, *self.kernel.forward(query, key, value, self.piece))
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: WholeRows) -> None:
         """As `Piece.read`."""
         if self.adds is not None:
             rows.sums(self.adds)
@@ -367,7 +367,7 @@ class EmptyPiece:
     def merge_into(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
         """As `Piece.merge_into`."""
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: WholeRows) -> None:
         """As `Piece.read`."""
 
     def backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.pattern import Pattern
 from .compute import Compute, RankProgram
 from .hops import HopProgram
-from .pieces import Merged, Rows, mergeable
+from .pieces import Merged, WholeRows, mergeable
 from .plan import plan_rank
 from .shards import Shards
 
@@ -57,7 +57,7 @@ def simulate(
     douts = [part.contiguous() for part in dout.chunk(shards.size, 1)]
     dlses = [None] * shards.size if dlse is None else [part.contiguous() for part in dlse.chunk(shards.size, 2)]
     merged = [
-        Merged(Rows(g, gl, q, *result), once)
+        Merged(WholeRows(g, gl, q, *result), once)
         for g, gl, q, result, once in zip(douts, dlses, query, results, ring.once, strict=True)
     ]
     dk, dv = (torch.cat(parts, 1).to(inputs[1].dtype) for parts in zip(*ring.backward(merged), strict=True))
@@ -131,12 +131,10 @@ class _Hops:
 
     def backward(self, merged: Sequence[Merged]) -> list[tuple[Tensor, Tensor]]:
         """dk and dv of every rank; adds to `merged`."""
+        dtype = merged[0].rows.dtype
         sums = [
-            (
-                torch.zeros(k.shape, dtype=m.rows.dtype, device=k.device),
-                torch.zeros(v.shape, dtype=m.rows.dtype, device=v.device),
-            )
-            for k, v, m in zip(self.key, self.value, merged, strict=True)
+            (torch.zeros(k.shape, dtype=dtype, device=k.device), torch.zeros(v.shape, dtype=dtype, device=v.device))
+            for k, v in zip(self.key, self.value, strict=True)
         ]
         for pieces, rows in zip(self.pieces, merged, strict=True):
             for owner, piece in enumerate(pieces):

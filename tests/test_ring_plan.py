@@ -20,7 +20,7 @@ from dilated_attention.core.geometry import Geometry
 from dilated_attention.exchange import pieces
 from dilated_attention.exchange import plan as planning
 from dilated_attention.exchange.compute import Compute, RankProgram
-from dilated_attention.exchange.pieces import Merged, Rows
+from dilated_attention.exchange.pieces import Merged, WholeRows
 from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
 from dilated_attention.exchange.progressions import BranchRows
 from dilated_attention.exchange.rows import most_rows, survey
@@ -91,7 +91,7 @@ def test_rows_of_blocks_share_copies_of_a_column_that_many_list(
 def merged_of(dtype: torch.dtype) -> Merged:
     """Of two rows of one head."""
     rows = torch.ones(1, 2, 1, 4, dtype=dtype)
-    return Merged(Rows(rows, None, rows, rows, torch.zeros(1, 1, 2)))
+    return Merged(WholeRows(rows, None, rows, rows, torch.zeros(1, 1, 2)))
 
 
 def test_sums_are_float32_and_a_single_result_is_taken_as_it_is() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Any, Final
+from typing import Final
 
 import attrs
 import numpy as np
@@ -139,8 +139,7 @@ def make_tables(
     """
     heads = list(zip(*(branch.offsets for branch in branches), strict=True))
     kinds = sorted(set(heads), key=heads.index)
-    given = {"is_causal": is_causal, "transposed": transposed, "span": span, "merge_from": merge_from}
-    planner = _Planner.best(tuple(branches), kinds[0], **given)
+    planner = _Planner(tuple(branches), is_causal, transposed, span, merge_from).best(kinds[0])
     period, groups = planner.period, [planner.groups(offsets) for offsets in kinds]
     most_groups = max(len(of_kind) for of_kind in groups)
     most_walks = max(1, *(len(walks) for of_kind in groups for _, walks in of_kind))
@@ -194,19 +193,17 @@ class _Planner:
     transposed: bool
     span: int
     merge_from: int
-    most_rate: int
+    most_rate: int = 1
     regular: tuple[bool, ...] = attrs.field(init=False)  # whether rows are grouped by a branch's classes
 
     @regular.default
     def _find_regular(self) -> tuple[bool, ...]:
-        found, period = [], math.lcm(1, *(branch.stride for branch in self.branches if self._is_grouped(branch)))
-        for branch in self.branches:
-            fits = self._is_grouped(branch)
-            if not fits and branch.stride <= self.most_rate and _repeats(branch, self.span):
-                joined = math.lcm(period, branch.stride)
-                fits = joined <= _MAX_JOINED
-                period = joined if fits else period
-            found.append(fits)
+        found = [self._is_grouped(branch) for branch in self.branches]
+        period = math.lcm(1, *(branch.stride for branch, fits in zip(self.branches, found, strict=True) if fits))
+        for index, branch in enumerate(self.branches):
+            joined = math.lcm(period, branch.stride)
+            if branch.stride <= self.most_rate and _repeats(branch, self.span) and joined <= _MAX_JOINED:
+                found[index], period = True, joined
         return tuple(found)
 
     def _is_grouped(self, branch: Branch) -> bool:
@@ -215,15 +212,14 @@ class _Planner:
             return branch.stride <= self.most_rate or not self.span  # its classes have no other beginning
         return branch.stride <= self.most_rate and branch.segment_length % branch.stride == 0
 
-    @classmethod
-    def best(cls, branches: tuple[Branch, ...], offsets: tuple[int | None, ...], **others: Any) -> _Planner:
-        """The one under which a head with these offsets meets the fewest columns.
+    def best(self, offsets: tuple[int | None, ...]) -> _Planner:
+        """The one for these branches, of any `most_rate`, under which a head with these offsets meets fewest columns.
 
         Raises:
             ValueError: none has a period up to `MAX_PERIOD`.
         """
-        rates = sorted({1, *(branch.stride for branch in branches)}, reverse=True)
-        planners = [cls(branches, most_rate=rate, **others) for rate in rates]
+        rates = sorted({1, *(branch.stride for branch in self.branches)}, reverse=True)
+        planners = [attrs.evolve(self, most_rate=rate) for rate in rates]
         allowed = [planner for planner in planners if planner.period <= MAX_PERIOD]
         if not allowed:
             period = planners[-1].period

@@ -22,8 +22,8 @@ from .ring_settings import PATTERNS, RingSettings
 
 SIMULATED: Final = (4, 8, 64, 1024)
 _LONGEST_S: Final = 240
-# Okabe and Ito's palette; marks and dashes say the same without colour.
 _GREY: Final = "#6B6B6B"
+# Okabe and Ito's palette; marks and dashes say the same without colour.
 _LINES: Final = {"longnet": ("#0072B2", "o", "-"), "local-global": ("#D55E00", "s", "--")}
 
 
