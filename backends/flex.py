@@ -21,7 +21,7 @@ from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .flex_tables import FlexTables, ScoreMod, table_bytes
 from .libraries import checked_options
-from .recording import of_part, recording
+from .recording import not_recording, of_part, recording
 
 if TYPE_CHECKING:
     from ..core.kernel import LayoutPiece
@@ -142,7 +142,7 @@ class FlexKernel:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
-        with torch.no_grad():
+        with not_recording():
             out, lse = self._attend(_compact(query), _compact(key), _compact(value), piece)
         return out.transpose(1, 2).to(query.dtype), lse.to(torch.float32)
 

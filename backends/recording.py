@@ -12,11 +12,23 @@ from torch import Tensor
 @contextmanager
 def recording() -> Iterator[None]:
     """Autograd records, inside an operator too: there the dispatcher has left autograd's keys behind."""
+    with torch.enable_grad(), _autograds_keys_excluded(False):
+        yield
+
+
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """As inside an operator, wherever it is called from: what is compiled for one is not compiled for others again."""
+    with torch.no_grad(), _autograds_keys_excluded(True):
+        yield
+
+
+@contextmanager
+def _autograds_keys_excluded(are: bool) -> Iterator[None]:
     keys = torch._C.DispatchKey
     with (
-        torch.enable_grad(),
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, are),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, are),
     ):
         yield
 

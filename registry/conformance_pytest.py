@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ..core.errors import ConfigError
 from .conformance import Kit, Trial
 
 
@@ -28,7 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add the kit's items to those that were collected, before -k and -m choose among them."""
     for name in config.getoption("--conformance"):
-        items.extend(_items(session, config, name))
+        try:
+            items.extend(_items(session, config, name))
+        except ConfigError as error:
+            raise pytest.UsageError(f"--conformance {name}: {error}") from error
 
 
 def _items(session: pytest.Session, config: pytest.Config, name: str) -> Iterator[pytest.Item]:

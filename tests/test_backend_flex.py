@@ -15,6 +15,7 @@ from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel, comp
 from dilated_attention.backends.flex_tables import FlexTables, ScoreMod, table_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
 from dilated_attention.exchange.shards import Shards
 from dilated_attention.registry.discovery import default_registry
@@ -106,6 +107,40 @@ def test_a_rank_of_a_ring_computes_its_own_keys(pattern: Pattern, is_causal: boo
     for batch, through_lse in ((1, False), (2, True)):
         found = worst(pattern, shards, batch=batch, through_lse=through_lse, kernel=kernel(), dtype=torch.float32)
         assert found < 1e-5
+
+
+def test_it_is_compiled_once_for_forward_and_once_for_backward_wherever_it_is_called_from() -> None:
+    """In an operator autograd's keys are left behind, in a compiled model's operator some of them: no new guards."""
+    made: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        made.append(graph)
+        return graph
+
+    def dense(
+        query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None, mask: BlockMask, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        scores = query @ key.transpose(-1, -2) * scale
+        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+    flex = FlexKernel("counted", 1 << 30, lambda _: torch.compile(dense, fullgraph=True, backend=count))
+    geometry = Geometry(q_len=130, kv_len=130, num_heads=2, num_kv_heads=2, is_causal=False)
+    piece = LayoutPiece(layout=lower(Full(), geometry), scale=0.1)
+    query, key, value, dout = (torch.randn(1, 130, 2, 8) for _ in range(4))
+    keys = torch._C.DispatchKey
+    torch.compiler.reset()
+    for autograd, views in ((False, False), (True, True), (True, False)):
+        with (
+            torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, autograd),
+            torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, views),
+        ):
+            for is_enabled in (True, False):
+                with torch.set_grad_enabled(is_enabled):
+                    out, lse = flex.forward(query, key, value, piece)
+                    dq, _, _ = flex.backward(dout, query, key, value, out, lse, piece)
+                    assert not out.requires_grad
+                    assert dq.shape == query.shape
+    assert len(made) == 2
 
 
 def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
