@@ -141,6 +141,6 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path, pytestc
     assert "not on a CUDA device" in done.stdout
     unknown = python(None, "-m", "pytest", *(word.replace("sdpa", "spda") for word in arguments))
     assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: --conformance spda: unknown backend 'spda', did you mean 'sdpa'" in unknown.stdout + unknown.stderr
+    assert "ERROR: --conformance spda: unknown backend 'spda' (did you mean 'sdpa'?)" in unknown.stdout + unknown.stderr
     with pytest.raises(ValueError, match="no option named '--conformance'"):  # nobody has asked this pytest
         pytestconfig.getoption("--conformance")
