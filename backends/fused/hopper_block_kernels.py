@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .addressing import AS_THEY_ARE, tile_and_head
 from .block_kernels import merge
@@ -26,18 +26,22 @@ from .hopper_ring import (
     product,
     rows_in_memory,
     store_rows,
+    tiles_of_step,
     wait_for_step,
 )
 from .hopper_steps import (
+    add_columns,
     add_to_dk_dv,
     add_to_dq,
-    attend_columns,
+    begin_product,
     begin_products,
     bounded,
     counted,
     finish_attending,
     no_sums,
     scores_of,
+    shrunk,
+    weigh_columns,
 )
 
 _PARTS = gl.constexpr(2)
@@ -105,19 +109,54 @@ def bias_and_scores(
 
 
 @gluon.jit
+def _weigh_step(
+    scores, blocks, number, inside, row_sum, row_max, scale, dtype: gl.constexpr, FIXED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """`weigh_columns` of a step."""
+    bias, scores = bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
+    return weigh_columns(scores, row_sum, row_max, scale, bias, 0, 0, dtype, FIXED, False, False, BLOCK_D)
+
+
+@gluon.jit
 def _attend_steps(
     q, ring, blocks, inside, out, row_sum, row_max, scale, FIXED: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """The sums over all steps."""
-    for number in range(blocks[5]):
-        k, v, _besides = wait_for_step(ring, number, STAGES)
-        scores = scores_of(q, k, BLOCK_N)
-        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
-        out, row_sum, row_max = attend_columns(
-            scores, v, out, row_sum, row_max, scale, bias, 0, 0, FIXED, False, False, BLOCK_D
+    """The sums over all steps.
+
+    Beyond head_dim 64 values of a step are added under the exponentials of the next: scores of one and weights of
+    another are then held at once, for which head_dim 64 has no registers, two of whose programs share a multiprocessor.
+    """
+    if BLOCK_D <= 64:
+        for number in range(blocks[5]):
+            k, v, _besides = wait_for_step(ring, number, STAGES)
+            p, shrink, row_sum, row_max = _weigh_step(
+                scores_of(q, k, BLOCK_N), blocks, number, inside, row_sum, row_max, scale, q.dtype,
+                FIXED, BLOCK_D, BLOCK_N, BLOCK,
+            )  # fmt: skip
+            out = add_columns(p, v, shrunk(out, shrink, FIXED))
+            free_step(ring, number, STAGES)
+    elif blocks[5] > 0:
+        k, _v, _besides = wait_for_step(ring, 0, STAGES)
+        p, shrink, row_sum, row_max = _weigh_step(
+            scores_of(q, k, BLOCK_N), blocks, 0, inside, row_sum, row_max, scale, q.dtype,
+            FIXED, BLOCK_D, BLOCK_N, BLOCK,
         )  # fmt: skip
-        free_step(ring, number, STAGES)
+        for number in range(1, blocks[5]):
+            k, _v, _besides = wait_for_step(ring, number, STAGES)
+            _k, v, _besides = tiles_of_step(ring, number - 1, STAGES)
+            scores = begin_product(q, k, BLOCK_N)
+            out = warpgroup_mma(p, v, out, is_async=True)
+            p, shrink, row_sum, row_max = _weigh_step(
+                warpgroup_mma_wait(1, deps=[scores]), blocks, number, inside, row_sum, row_max, scale, q.dtype,
+                FIXED, BLOCK_D, BLOCK_N, BLOCK,
+            )  # fmt: skip
+            out = shrunk(warpgroup_mma_wait(0, deps=[out]), shrink, FIXED)
+            free_step(ring, number - 1, STAGES)
+        _k, v, _besides = tiles_of_step(ring, blocks[5] - 1, STAGES)
+        out = add_columns(p, v, out)
+        free_step(ring, blocks[5] - 1, STAGES)
     return out, row_sum, row_max
 
 
@@ -260,17 +299,11 @@ def block_gradients_of_queries(
 
 
 @gluon.jit
-def _keys_part(
-    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+def _keys_steps(
+    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the rows of a part."""
-    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
-     grad_scale) = given  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
-    x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
-    y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    """dk and dv of rows x of k and y of v: the sums over all steps."""
     k, v = in_shared(x), in_shared(y)
     fence_async_shared()
     dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
@@ -280,10 +313,73 @@ def _keys_part(
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
         dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         free_step(ring, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def _keys_steps_behind(
+    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr,
+):  # fmt: skip
+    """As `_keys_steps`; p and ds of a step are multiplied with the next one's scores and dp, under its exponentials.
+
+    Steps are of as few columns as its registers hold, and waits between their products would be longer than these. k
+    is an operand from registers: else the time depends on how many stages there are (docs/performance.md).
+    """
+    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
+    k, v = gl.convert_layout(x, gl.DotOperandLayout(0, product(BLOCK_N), 2)), in_shared(y)
+    fence_async_shared()
+    p = gl.zeros([ROWS, BLOCK_N], x.dtype, operand)
+    ds = p
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dv = dk
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        q_before, dout_before, _stats = tiles_of_step(ring, gl.maximum(number - 1, 0), STAGES)
+        scores = begin_product(k, q, BLOCK_N)
+        # Before the first step there is none: what is multiplied then is not added to.
+        dv = warpgroup_mma(p, dout_before, dv, use_acc=number > 1, is_async=True)
+        dk = warpgroup_mma(ds, q_before, dk, use_acc=number > 1, is_async=True)
+        dp = begin_product(v, dout, BLOCK_N)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(3, deps=[scores])
+        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        weights = gl.exp2(scores * scale + (bias - lse)[None, :])
+        dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
+        if number > 0:
+            free_step(ring, number - 1, STAGES)
+        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(x.dtype), operand)
+        p = gl.convert_layout(weights.to(x.dtype), operand)
+    last = blocks[5] - 1
+    if last >= 0:
+        q, dout, _stats = tiles_of_step(ring, last, STAGES)
+        dv = warpgroup_mma(p, dout, dv, use_acc=last > 0, is_async=True)
+        dk = warpgroup_mma(ds, q, dk, use_acc=last > 0, is_async=True)
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        free_step(ring, last, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def _keys_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
+     grad_scale) = given  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    inside += PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    if BLOCK_D > 64:
+        dk, dv = _keys_steps_behind(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
+    else:
+        dk, dv = _keys_steps(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
     store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 

@@ -140,7 +140,7 @@ def _attend_steps(
         k, v, _besides = wait_for_step(ring, number, STAGES)
         scores = scores_of(q, k, BLOCK_N)
         out, row_sum, row_max = attend_columns(
-            scores, v, out, row_sum, row_max, scale, bias, full, bound, FIXED, True, SPLIT, BLOCK_D
+            scores, v, out, row_sum, row_max, scale, bias, full, bound, FIXED, SPLIT, BLOCK_D
         )  # fmt: skip
         free_step(ring, number, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)

@@ -4,9 +4,11 @@ A program has one or two parts, four warps each that compute 64 rows, and four w
 columns of every step into a ring of tiles in shared memory, once for both parts. A part waits for the ring and never
 for the other one, so that products of one go on under the exponentials of the other.
 
-Of two parts each waits for its products before the next step. A single one may leave the last of them under way: ptxas
-keeps that overlap only in the warps that the kernel begins with, and only if the sums under way when a step begins can
-come from nowhere but the step before. Else it gives up every overlap ("serialized"): `compile_hopper` in the tests.
+Of two parts each waits for all that it has issued before it goes on to another step. A single one may leave the last
+products under way: ptxas keeps that overlap only in the warps that the kernel begins with, and only if the sums under
+way when a step begins can come from nowhere but the step before. Else it gives up every overlap ("serialized"):
+`compile_hopper` in the tests. So where products of a step run under the exponentials of the next, they are issued with
+the next one's, and a part holds the tiles of both: a ring has at least two stages.
 
 Letters as in `addressing`. The columns of a step are rows (N, D) of two tensors, x and y: keys and values, or queries
 and dout. With queries come what `gradient_kernels` keeps of their rows: pairs of numbers, or levels.
@@ -148,13 +150,20 @@ def feed_step(
 
 
 @gluon.jit
+def tiles_of_step(ring, number, STAGES: gl.constexpr):
+    """The tiles of x, of y and of pairs or levels of a step that this part has waited for and not freed."""
+    x_tiles, y_tiles, besides, _ready, _free = ring
+    slot = number % STAGES
+    return x_tiles.index(slot), y_tiles.index(slot), besides.index(slot)
+
+
+@gluon.jit
 def wait_for_step(ring, number, STAGES: gl.constexpr):
     """Its tiles of x, of y and of pairs or levels, once they are ready."""
-    x_tiles, y_tiles, besides, ready, _free = ring
-    slot = number % STAGES
-    mbarrier.wait(ready.index(slot), (number // STAGES) & 1)
+    _x_tiles, _y_tiles, _besides, ready, _free = ring
+    mbarrier.wait(ready.index(number % STAGES), (number // STAGES) & 1)
     fence_async_shared()
-    return x_tiles.index(slot), y_tiles.index(slot), besides.index(slot)
+    return tiles_of_step(ring, number, STAGES)
 
 
 @gluon.jit

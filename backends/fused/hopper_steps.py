@@ -16,19 +16,22 @@ _INF = gl.constexpr(float("inf"))
 
 
 @gluon.jit
+def begin_product(a, b, BLOCK_N: gl.constexpr):
+    """a·b (64, N) of rows b, under way."""
+    none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
+    return warpgroup_mma(a, b.permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def scores_of(q, k, BLOCK_N: gl.constexpr):
     """q·k (64, N)."""
-    none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
-    scores = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=[scores])
+    return warpgroup_mma_wait(0, deps=[begin_product(q, k, BLOCK_N)])
 
 
 @gluon.jit
 def begin_products(a, b, c, d, BLOCK_N: gl.constexpr):
     """a·b and c·d (64, N), both under way."""
-    none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
-    first = warpgroup_mma(a, b.permute((1, 0)), none, use_acc=False, is_async=True)
-    return first, warpgroup_mma(c, d.permute((1, 0)), none, use_acc=False, is_async=True)
+    return begin_product(a, b, BLOCK_N), begin_product(c, d, BLOCK_N)
 
 
 @gluon.jit
@@ -63,15 +66,20 @@ def bounded(x, largest, row_max, scale):
 
 
 @gluon.jit
-def attend_columns(
-    scores, v, out, row_sum, row_max, scale, bias, full, bound,
+def weigh_columns(
+    scores, row_sum, row_max, scale, bias, full, bound, dtype: gl.constexpr,
     FIXED: gl.constexpr, HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """As `kernels.attend_tile`; without HAS_BOUND a row meets all columns whose scores are not -inf."""
+    """p (64, N) of `kernels.attend_tile` as an operand, the factor of earlier sums (64,), row_sum and row_max.
+
+    Without HAS_BOUND a row meets all columns whose scores are not -inf. The factor is for `shrunk`, which knows that
+    where FIXED there is none.
+    """
     if FIXED:
         p = gl.exp2(scores * scale + (bias - row_max)[:, None])
         if HAS_BOUND:
             p = where_met(p, 0.0, full, bound, SPLIT)
+        shrink = row_max
         row_sum += partial_sums(p)
     else:
         if HAS_BOUND:
@@ -82,11 +90,34 @@ def attend_columns(
         shrink = gl.exp2(row_max - shift)
         of_sums = gl.convert_layout(shrink, gl.SliceLayout(1, row_sum.type.layout))
         row_sum = row_sum * of_sums[:, None] + partial_sums(p)
-        out = out * gl.convert_layout(shrink, gl.SliceLayout(1, product(BLOCK_D)))[:, None]
         row_max = new_max
-    p = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, product(BLOCK_D), 2))
-    out = warpgroup_mma(p, v, out, is_async=True)
-    return warpgroup_mma_wait(0, deps=[out]), row_sum, row_max
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, product(BLOCK_D), 2)), shrink, row_sum, row_max
+
+
+@gluon.jit
+def shrunk(out, shrink, FIXED: gl.constexpr):
+    """Out (64, D) by the factor of `weigh_columns`."""
+    if not FIXED:
+        out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
+    return out
+
+
+@gluon.jit
+def add_columns(p, v, out):
+    """Out (64, D) and p·v."""
+    return warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, out, is_async=True)])
+
+
+@gluon.jit
+def attend_columns(
+    scores, v, out, row_sum, row_max, scale, bias, full, bound,
+    FIXED: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.attend_tile`."""
+    p, shrink, row_sum, row_max = weigh_columns(
+        scores, row_sum, row_max, scale, bias, full, bound, v.dtype, FIXED, True, SPLIT, BLOCK_D
+    )  # fmt: skip
+    return add_columns(p, v, shrunk(out, shrink, FIXED)), row_sum, row_max
 
 
 @gluon.jit
@@ -103,7 +134,7 @@ def add_to_dq(
     scores, dp, k, dq, lse, delta, scale, bias, full, bound,
     HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """As `gradient_kernels.query_gradient_tile`; columns as for `attend_columns`, and dp under way."""
+    """As `gradient_kernels.query_gradient_tile`; columns as for `weigh_columns`, and dp under way."""
     p = gl.exp2(scores * scale + (bias - lse)[:, None])
     if HAS_BOUND:
         p = where_met(p, 0.0, full, bound, SPLIT)
@@ -118,7 +149,7 @@ def add_to_dk_dv(
     scores, dp, q, dout, dk, dv, lse, delta, scale, bias, full, bound,
     HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """As `gradient_kernels.key_gradient_tile`, columns as for `attend_columns`; dp comes, dk and dv go under way."""
+    """As `gradient_kernels.key_gradient_tile`, columns as for `weigh_columns`; dp comes, dk and dv go under way."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
     p = gl.exp2(scores * scale + (bias - lse)[None, :])
     if HAS_BOUND:

@@ -103,6 +103,10 @@ def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
         tile = tiles.of(which)
         if tile.parts == 1 and name != "gradients_of_keys":
             raise ConfigError(f"a ring with 1 part serves gradients_of_keys alone, not {name}; take a tile with 2")
+        if tile.parts and tile.stages < 2:
+            raise ConfigError(
+                f"a ring needs 2 stages at least, not {tile.stages}: {name} may hold the tiles of 2 steps"
+            )
         if tile.adds != (which == "gradients"):
             raise ConfigError(f"a tile that adds serves gradients in one launch, and these need one: not {name}")
         # Imported when they are chosen: other releases of Triton cannot read those for Hopper.

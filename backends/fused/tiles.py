@@ -114,7 +114,7 @@ class TileSizes:
 
     @classmethod
     def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, fed: bool = False) -> TileSizes:
-        """What was fastest on an H100 (docs/performance.md), `fed` where `can_be_fed` says that it may be.
+        """What was fastest on an H100 or H200 (docs/performance.md), `fed` where `can_be_fed` says that it may be.
 
         More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
@@ -142,8 +142,9 @@ class TileSizes:
     @classmethod
     def _fed(cls, head_dim: int, unfed: TileSizes, *, is_causal: bool) -> TileSizes:
         if head_dim > 64:
-            large = Tiles(Tile.by_ring(128, 2, 240), Tile.by_ring(64, 4, 232), Tile.by_ring(32, 4, 232))
-            return cls(large, large, unfed.few, unfed)
+            queries = Tile.by_ring(64, 4, 232)
+            branches = Tiles(Tile.by_ring(128, 2, 240), queries, Tile.by_ring(32, 4, 232))
+            return cls(branches, Tiles(Tile.by_ring(128, 3, 232), queries, Tile.by_ring(32, 6, 240)), unfed.few, unfed)
         forward, two = Tile.by_ring(64, 4, 104, split=True), Tile.by_ring(64, 4, 232, split=True)
         keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
         gradients = Tile.by_ring(64, 4, 208, adds=True)
