@@ -148,11 +148,11 @@ def test_they_compile_for_hopper_and_keep_their_overlap(tmp_path: Path) -> None:
     command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
     assert len(lines) == 2 * len(tiles) == 26
-    for line, tile in zip(lines, (tile for tile in tiles for _ in range(2)), strict=True):
+    for line, asked in zip(lines, (tile for tile in tiles for _ in range(2)), strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
         assert int(spilled) <= 640, line
-        begin, adding = tile[7], tile[9]
+        begin, adding = asked[7], asked[9]
         programs = 2 if begin == 80 and not adding else 1  # on a multiprocessor, which keeps 1 KiB for each
         assert int(shared) <= 228 * 1024 // programs - 1024, line
 
