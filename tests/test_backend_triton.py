@@ -213,7 +213,13 @@ def test_a_rate_of_any_size_has_tables() -> None:
 
 def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
     """Only what memory accesses and heads depend on is compiled for."""
-    from dilated_attention.backends.fused import block_kernels, gradient_kernels, kernels, run_kernels
+    from dilated_attention.backends.fused import (
+        block_gradient_kernels,
+        block_kernels,
+        gradient_kernels,
+        kernels,
+        run_kernels,
+    )
 
     compiled_for = {f"stride_{x}{axis}" for x in "qkvgo" for axis in "bsh"} | {"num_heads", "group_heads"}
     compiled_for |= {"stride_b", "stride_s", "stride_h", "scale", "grad_scale"}
@@ -225,8 +231,8 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
         gradient_kernels.gradients_of_queries,
         gradient_kernels.gradients_of_keys,
         block_kernels.attend_blocks,
-        block_kernels.block_gradients_of_queries,
-        block_kernels.block_gradients_of_keys,
+        block_gradient_kernels.block_gradients_of_queries,
+        block_gradient_kernels.block_gradients_of_keys,
         run_kernels.list_runs,
     ):
         tables = {

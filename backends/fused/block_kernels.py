@@ -1,4 +1,4 @@
-"""The Triton kernels over tables of blocks: one launch forward, and backward one for dq and one for dk and dv.
+"""The Triton kernel for the forward pass over tables of blocks, in one launch.
 
 Letters as in `kernels`. A program takes M rows of one block row of one head and walks the blocks of that row: first
 those that count every pair alike, then those with a mask of their own.
@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head
-from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _block_rows(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+def rows_of_program(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """Of this program: block row, rows (M,) within the block, rows (M,) of the tensor, head, batch row."""
     tile, head = tile_and_head(num_heads)
     parts = BLOCK // BLOCK_M
@@ -26,7 +25,7 @@ def _block_rows(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _counts(masks, mask, row, column, BLOCK: tl.constexpr):
+def counts_of(masks, mask, row, column, BLOCK: tl.constexpr):
     """Multiplicities of a masked block at rows (M,) and columns (N,)."""
     return tl.load(masks + mask.to(tl.int64) * BLOCK * BLOCK + row[:, None] * BLOCK + column[None, :]).to(tl.float32)
 
@@ -52,7 +51,7 @@ def attend_blocks(
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
-    block_row, inside, row, head, batch = _block_rows(num_heads, BLOCK, BLOCK_M)
+    block_row, inside, row, head, batch = rows_of_program(num_heads, BLOCK, BLOCK_M)
     valid = row < q_len
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
@@ -78,7 +77,7 @@ def attend_blocks(
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
+        count = counts_of(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
         scores = tl.where(count > 0, scores, -_INF)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == -_INF, 0.0, new_max)
@@ -103,105 +102,3 @@ def attend_blocks(
     else:
         store_rows(o_base, row, stride_os, valid, out, HEAD_DIM, BLOCK_D)
         tl.store(lse_place, lse, mask=valid)
-
-
-@triton.jit(do_not_specialize=AS_THEY_ARE)
-def block_gradients_of_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
-):  # fmt: skip
-    """dq of a tile of queries of one head: grid (tiles * heads, batch); ADDS adds it to what is there."""
-    block_row, inside, row, head, batch = _block_rows(num_heads, BLOCK, BLOCK_M)
-    valid = row < q_len
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
-    dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
-    lse, delta = unpack(tl.load(stats_ptr + (batch * num_heads + head) * q_len + row, mask=valid, other=0))
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    offset = tl.arange(0, BLOCK_N)
-    parts: tl.constexpr = BLOCK // BLOCK_N
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
-    first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-    for step in range((masked - first) * parts):
-        entry = first + step // parts
-        column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
-        dq = query_gradient_tile(
-            q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, PRECISION, WIDE,
-        )  # fmt: skip
-    for step in range((last - masked) * parts):
-        entry = masked + step // parts
-        within = (step % parts) * BLOCK_N + offset
-        column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
-        k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
-        v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        count = _counts(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
-        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[:, None]) * count
-        dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
-        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
-    dq *= grad_scale
-    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    if ADDS:
-        if last > first:
-            dq += load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-            store_rows(o_base, row, stride_os, valid, dq, HEAD_DIM, BLOCK_D)
-    else:
-        store_rows(o_base, row, stride_os, valid, dq, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=AS_THEY_ARE)
-def block_gradients_of_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of a tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
-    block_row, inside, row, head, batch = _block_rows(num_heads, BLOCK, BLOCK_M)
-    valid = row < k_len
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    stats_base = stats_ptr + (batch * num_heads + head) * q_len
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    offset = tl.arange(0, BLOCK_N)
-    parts: tl.constexpr = BLOCK // BLOCK_N
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
-    first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
-    for step in range((masked - first) * parts):
-        entry = first + step // parts
-        column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
-        dk, dv = key_gradient_tile(
-            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, column, offset, offset, False, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, PRECISION, WIDE,
-        )  # fmt: skip
-    for step in range((last - masked) * parts):
-        entry = masked + step // parts
-        within = (step % parts) * BLOCK_N + offset
-        column = tl.minimum(tl.load(cols + entry) * BLOCK + within, q_len - 1)
-        q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
-        dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
-        lse, delta = unpack(tl.load(stats_base + column))
-        scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
-        count = _counts(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
-        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[None, :]) * count
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
-        dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
-    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh
-    store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

@@ -1,4 +1,4 @@
-"""The kernels over tables of blocks for Hopper, in Gluon: as those of `block_kernels`, with a ring that feeds.
+"""The forward pass over tables of blocks for Hopper, in Gluon: as that of `block_kernels`, with a ring that feeds.
 
 A program takes 128 rows of a block row; steps are blocks, or parts of them: first those that count every pair alike,
 then those with a mask of their own. Letters as in `addressing`.
@@ -12,10 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .addressing import AS_THEY_ARE, tile_and_head
 from .block_kernels import merge
-from .gradient_kernels import unpack
 from .hopper_ring import (
     NOTHING,
-    PAIRS,
     ROWS,
     copied_besides,
     feed_step,
@@ -31,10 +29,7 @@ from .hopper_ring import (
 )
 from .hopper_steps import (
     add_columns,
-    add_to_dk_dv,
-    add_to_dq,
     begin_product,
-    begin_products,
     bounded,
     counted,
     finish_attending,
@@ -44,7 +39,7 @@ from .hopper_steps import (
     weigh_columns,
 )
 
-_PARTS = gl.constexpr(2)
+PARTS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -53,14 +48,14 @@ def place_of_program(
 ):
     """Of this program: head, batch row, its first row in the tensor and in the block, and its blocks."""
     tile, head = tile_and_head(num_heads)
-    tiles: gl.constexpr = BLOCK // (_PARTS * ROWS)
+    tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
     steps: gl.constexpr = BLOCK // BLOCK_N
     starts += 2 * (gl.load(head_table + head).to(gl.int64) * block_rows + tile // tiles)
     first, masked, last = gl.load(starts), gl.load(starts + 1), gl.load(starts + 2)
     blocks = (
         cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
     )  # fmt: skip
-    inside = (tile % tiles) * (_PARTS * ROWS)
+    inside = (tile % tiles) * (PARTS * ROWS)
     return head.to(gl.int64), gl.program_id(1).to(gl.int64), (tile // tiles) * BLOCK + inside, inside, blocks
 
 
@@ -215,7 +210,7 @@ def attend_blocks(
     head, batch, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, _PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
     k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
     part = (
@@ -229,190 +224,6 @@ def attend_blocks(
             (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
             (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
             (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-        ],
-        [4, 4],
-        [PART_REGISTERS, FEED_REGISTERS],
-    )
-
-
-@gluon.jit
-def _queries_part(
-    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr,
-):  # fmt: skip
-    """dq of the rows of a part."""
-    (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, scale,
-     grad_scale) = given  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
-    x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
-    y = load_rows(g_base, row, stride_g, row < length, HEAD_DIM, BLOCK_D, WIDE)
-    q, dout = in_shared(x), in_shared(y)
-    fence_async_shared()
-    lse, delta = unpack(gl.load(stats_base + first + of_scores, mask=first + of_scores < length, other=0))
-    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    for number in range(blocks[5]):
-        k, v, _besides = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(q, k, dout, v, BLOCK_N)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
-        dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
-        free_step(ring, number, STAGES)
-    dq *= grad_scale
-    if ADDS:
-        there = load_rows(dq_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
-        dq += gl.convert_layout(there, product(BLOCK_D))
-    store_rows(dq_base, row, stride_o, row < length, dq, HEAD_DIM, BLOCK_D, WIDE)
-
-
-@gluon.jit(do_not_specialize=AS_THEY_ARE)
-def block_gradients_of_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, ADDS: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """As `block_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
-    )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, _PARTS)
-    key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    part = (
-        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
-        dout_ptr + batch * stride_gb + head * stride_gh, stride_gs, stats_ptr + (batch * num_heads + head) * q_len,
-        dq_ptr + batch * stride_ob + head * stride_oh, stride_os, q_len, scale, grad_scale,
-    )  # fmt: skip
-    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), k_len)
-    gl.warp_specialize(
-        [
-            (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
-            (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
-            (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-        ],
-        [4, 4],
-        [PART_REGISTERS, FEED_REGISTERS],
-    )
-
-
-@gluon.jit
-def _keys_steps(
-    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of rows x of k and y of v: the sums over all steps."""
-    k, v = in_shared(x), in_shared(y)
-    fence_async_shared()
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    for number in range(blocks[5]):
-        q, dout, stats = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
-        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
-        dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-        free_step(ring, number, STAGES)
-    return dk, dv
-
-
-@gluon.jit
-def _keys_steps_behind(
-    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK: gl.constexpr,
-):  # fmt: skip
-    """As `_keys_steps`; p and ds of a step are multiplied with the next one's scores and dp, under its exponentials.
-
-    Steps are of as few columns as its registers hold, and waits between their products would be longer than these. k
-    is an operand from registers: else the time depends on how many stages there are (docs/performance.md).
-    """
-    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
-    k, v = gl.convert_layout(x, gl.DotOperandLayout(0, product(BLOCK_N), 2)), in_shared(y)
-    fence_async_shared()
-    p = gl.zeros([ROWS, BLOCK_N], x.dtype, operand)
-    ds = p
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    dv = dk
-    for number in range(blocks[5]):
-        q, dout, stats = wait_for_step(ring, number, STAGES)
-        q_before, dout_before, _stats = tiles_of_step(ring, gl.maximum(number - 1, 0), STAGES)
-        scores = begin_product(k, q, BLOCK_N)
-        # Before the first step there is none: what is multiplied then is not added to.
-        dv = warpgroup_mma(p, dout_before, dv, use_acc=number > 1, is_async=True)
-        dk = warpgroup_mma(ds, q_before, dk, use_acc=number > 1, is_async=True)
-        dp = begin_product(v, dout, BLOCK_N)
-        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(3, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
-        weights = gl.exp2(scores * scale + (bias - lse)[None, :])
-        dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
-        if number > 0:
-            free_step(ring, number - 1, STAGES)
-        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(x.dtype), operand)
-        p = gl.convert_layout(weights.to(x.dtype), operand)
-    last = blocks[5] - 1
-    if last >= 0:
-        q, dout, _stats = tiles_of_step(ring, last, STAGES)
-        dv = warpgroup_mma(p, dout, dv, use_acc=last > 0, is_async=True)
-        dk = warpgroup_mma(ds, q, dk, use_acc=last > 0, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-        free_step(ring, last, STAGES)
-    return dk, dv
-
-
-@gluon.jit
-def _keys_part(
-    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of the rows of a part."""
-    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
-     grad_scale) = given  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    inside += PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
-    x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
-    y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
-    if BLOCK_D > 64:
-        dk, dv = _keys_steps_behind(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
-    else:
-        dk, dv = _keys_steps(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
-    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
-    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
-
-
-@gluon.jit(do_not_specialize=AS_THEY_ARE)
-def block_gradients_of_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """As `block_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
-    )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, _PARTS)
-    key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    place = batch * stride_ob + head * stride_oh
-    part = (
-        ring, blocks, first, inside, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
-        k_len, scale, grad_scale,
-    )  # fmt: skip
-    stats_base = stats_ptr + (batch * num_heads + head) * q_len
-    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
-    gl.warp_specialize(
-        [
-            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],
         [PART_REGISTERS, FEED_REGISTERS],

@@ -33,8 +33,8 @@ OF_BRANCHES: Final[dict[Pass, tuple[str, str]]] = {
 }
 OF_BLOCKS: Final[dict[Pass, tuple[str, str]]] = {
     "forward": ("block_kernels", "attend_blocks"),
-    "queries": ("block_kernels", "block_gradients_of_queries"),
-    "keys": ("block_kernels", "block_gradients_of_keys"),
+    "queries": ("block_gradient_kernels", "block_gradients_of_queries"),
+    "keys": ("block_gradient_kernels", "block_gradients_of_keys"),
     "gradients": ("joint_kernels", "block_gradients"),
 }
 _BY_COLUMNS: Final = ("keys", "gradients")  # whose tiles are of keys

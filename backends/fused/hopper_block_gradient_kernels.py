@@ -1,0 +1,213 @@
+"""The backward pass over tables of blocks for Hopper, in Gluon: as `block_gradient_kernels`, with a ring that feeds.
+
+Rows, blocks and letters as in `hopper_block_kernels`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .addressing import AS_THEY_ARE
+from .gradient_kernels import unpack
+from .hopper_block_kernels import PARTS, bias_and_scores, feed_blocks, place_of_program
+from .hopper_ring import (
+    NOTHING,
+    PAIRS,
+    ROWS,
+    free_step,
+    in_shared,
+    load_rows,
+    make_ring,
+    product,
+    rows_in_memory,
+    store_rows,
+    tiles_of_step,
+    wait_for_step,
+)
+from .hopper_steps import add_to_dk_dv, add_to_dq, begin_product, begin_products
+
+
+@gluon.jit
+def _queries_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr,
+):  # fmt: skip
+    """dq of the rows of a part."""
+    (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, scale,
+     grad_scale) = given  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(g_base, row, stride_g, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    q, dout = in_shared(x), in_shared(y)
+    fence_async_shared()
+    lse, delta = unpack(gl.load(stats_base + first + of_scores, mask=first + of_scores < length, other=0))
+    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    for number in range(blocks[5]):
+        k, v, _besides = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(q, k, dout, v, BLOCK_N)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
+        dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
+        free_step(ring, number, STAGES)
+    dq *= grad_scale
+    if ADDS:
+        there = load_rows(dq_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
+        dq += gl.convert_layout(there, product(BLOCK_D))
+    store_rows(dq_base, row, stride_o, row < length, dq, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients_of_queries(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `block_gradient_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
+    head, batch, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    part = (
+        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
+        dout_ptr + batch * stride_gb + head * stride_gh, stride_gs, stats_ptr + (batch * num_heads + head) * q_len,
+        dq_ptr + batch * stride_ob + head * stride_oh, stride_os, q_len, scale, grad_scale,
+    )  # fmt: skip
+    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), k_len)
+    gl.warp_specialize(
+        [
+            (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
+            (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
+            (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )
+
+
+@gluon.jit
+def _keys_steps(
+    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of rows x of k and y of v: the sums over all steps."""
+    k, v = in_shared(x), in_shared(y)
+    fence_async_shared()
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        free_step(ring, number, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def _keys_steps_behind(
+    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr,
+):  # fmt: skip
+    """As `_keys_steps`; p and ds of a step are multiplied with the next one's scores and dp, under its exponentials.
+
+    Steps are of as few columns as its registers hold, and waits between their products would be longer than these. k
+    is an operand from registers: else the time depends on how many stages there are (docs/performance.md).
+    """
+    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
+    k, v = gl.convert_layout(x, gl.DotOperandLayout(0, product(BLOCK_N), 2)), in_shared(y)
+    fence_async_shared()
+    p = gl.zeros([ROWS, BLOCK_N], x.dtype, operand)
+    ds = p
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dv = dk
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        q_before, dout_before, _stats = tiles_of_step(ring, gl.maximum(number - 1, 0), STAGES)
+        scores = begin_product(k, q, BLOCK_N)
+        # Before the first step there is none: what is multiplied then is not added to.
+        dv = warpgroup_mma(p, dout_before, dv, use_acc=number > 1, is_async=True)
+        dk = warpgroup_mma(ds, q_before, dk, use_acc=number > 1, is_async=True)
+        dp = begin_product(v, dout, BLOCK_N)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        scores = warpgroup_mma_wait(3, deps=[scores])
+        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        weights = gl.exp2(scores * scale + (bias - lse)[None, :])
+        dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
+        if number > 0:
+            free_step(ring, number - 1, STAGES)
+        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(x.dtype), operand)
+        p = gl.convert_layout(weights.to(x.dtype), operand)
+    last = blocks[5] - 1
+    if last >= 0:
+        q, dout, _stats = tiles_of_step(ring, last, STAGES)
+        dv = warpgroup_mma(p, dout, dv, use_acc=last > 0, is_async=True)
+        dk = warpgroup_mma(ds, q, dk, use_acc=last > 0, is_async=True)
+        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        free_step(ring, last, STAGES)
+    return dk, dv
+
+
+@gluon.jit
+def _keys_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
+     grad_scale) = given  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    inside += PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
+    if BLOCK_D > 64:
+        dk, dv = _keys_steps_behind(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
+    else:
+        dk, dv = _keys_steps(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
+    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients_of_keys(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `block_gradient_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
+    head, batch, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+    )  # fmt: skip
+    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    key_head = head // group_heads
+    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
+    place = batch * stride_ob + head * stride_oh
+    part = (
+        ring, blocks, first, inside, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
+        k_len, scale, grad_scale,
+    )  # fmt: skip
+    stats_base = stats_ptr + (batch * num_heads + head) * q_len
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
+    gl.warp_specialize(
+        [
+            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )
