@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 import attrs
 
 from .errors import ConfigError
+
+# What patterns may be told: more positions than any sequence has, of which sums and products with strides stay within
+# 64 bits; and blocks, of which a mask still finds room.
+MOST_POSITIONS: Final = 1 << 40
+MOST_IN_BLOCK: Final = 1 << 16
 
 
 def is_int(value: object) -> bool:
@@ -16,18 +22,29 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def require_int(name: str, value: object, *, minimum: int) -> int:
-    """Return `value` as it is, or raise `ConfigError` when it is no integer or below `minimum`."""
+def require_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
+    """Return `value` as it is, or raise `ConfigError` when it is no integer, below `minimum` or above `maximum`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{name} must be at most {maximum:,}, got {value:,}")
     return value
 
 
 def positive_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
     """attrs validator: an integer of at least 1."""
     require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=1)
+
+
+def positive_int_to(maximum: int) -> Callable[[object, attrs.Attribute[int], object], None]:
+    """An attrs validator: an integer of at least 1 and at most `maximum`."""
+
+    def check(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
+        require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=1, maximum=maximum)
+
+    return check
 
 
 def non_negative_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:

@@ -50,6 +50,12 @@ def generate(
         raise ConfigError(f"temperature must be finite and at least 0, got {temperature!r}")
     if top_k is not None:
         require_int("top_k", top_k, minimum=1)
+        if temperature == 0:
+            raise ConfigError(
+                f"top_k={top_k} is for draws, and temperature 0 takes the likeliest token; give a temperature"
+            )
+    if stop_token is not None:
+        require_int("stop_token", stop_token, minimum=0, maximum=model.embedding.num_embeddings - 1)
     batch, length = tokens_BS.shape
     cache = model.make_cache(batch, length + max_new_tokens)
     logits_BV = model.step(tokens_BS, cache)[:, -1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import require_choice, require_int
+from ..core.checks import MOST_POSITIONS, is_int, require_choice, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Branch, KeySpans, Pattern, joined_groups, parameters
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def _tuple(value: object) -> tuple[object, ...]:
     """A tuple of the values, so that lists from files compare equal; anything that is no list is an error."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigError(f"Dilated takes sequences of integers, got {value!r}; write ({value!r},) for one branch")
+        example = value if is_int(value) else 1024
+        raise ConfigError(f"Dilated takes sequences of integers, got {value!r}; write ({example},) for one branch")
     return tuple(value)
 
 
@@ -30,7 +31,7 @@ def _positive_ints(instance: Dilated, attribute: attrs.Attribute[tuple[int, ...]
     if not value:
         raise ConfigError(f"{name} is empty; it needs one value per branch, at least one")
     for index, item in enumerate(value):
-        require_int(f"{name}[{index}]", item, minimum=1)
+        require_int(f"{name}[{index}]", item, minimum=1, maximum=MOST_POSITIONS)
 
 
 def _offset_rule(instance: Dilated, attribute: attrs.Attribute[str], value: object) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import positive_int
+from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, positive_int_to
 from ..core.errors import ConfigError
 from ..core.pattern import LearnedPattern
 
@@ -60,8 +60,10 @@ class Learned(LearnedPattern):
 
     kind: ClassVar[str] = "learned"
 
-    block_size: int = attrs.field(default=64, validator=positive_int)
-    blocks_per_row: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    block_size: int = attrs.field(default=64, validator=positive_int_to(MOST_IN_BLOCK))
+    blocks_per_row: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(positive_int_to(MOST_POSITIONS))
+    )
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
     # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.
     _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False, default=(1, 1))

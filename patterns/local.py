@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import require_int
+from ..core.checks import MOST_POSITIONS, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
@@ -31,9 +31,10 @@ def _both_sides(value: object) -> tuple[object, ...]:
 
 def _sides(instance: Local, attribute: attrs.Attribute[tuple[int, int]], value: tuple[object, ...]) -> None:
     for side, size in zip(("left", "right"), value, strict=True):
-        if isinstance(size, int) and size < 0:
+        if isinstance(size, int) and not 0 <= size <= MOST_POSITIONS:
+            bound = "at least 0" if size < 0 else f"at most {MOST_POSITIONS:,}"
             raise ConfigError(
-                f"Local.window_size ({side}) must be at least 0, got {size}; unbounded attention is Full()"
+                f"Local.window_size ({side}) must be {bound}, got {size:,}; unbounded attention is Full()"
             )
         require_int(f"Local.window_size ({side})", size, minimum=0)
 
@@ -46,7 +47,7 @@ class Local(Pattern):
         window_size: (left, right) in positions; a single integer is both. At least 0; 0 is the position itself.
 
     Raises:
-        ConfigError: a side that is negative or no integer.
+        ConfigError: a side that is negative, beyond 2**40 or no integer.
     """
 
     kind: ClassVar[str] = "local"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
-from ..core.checks import positive_int
+from ..core.checks import positive_int_to
 from ..core.geometry import Geometry
 from ..core.pattern import Branch, KeySpans, Pattern, parameters
 
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from ..core.pattern import IntArray
 
 
+_MOST: Final = 1 << 16  # each residue is a branch
+
+
 @attrs.frozen
 class Strided(Pattern):
     """Query p sees the keys at a distance that `stride` divides (the strided head of arXiv 1904.10509).
 
     Attributes:
-        stride: distance in positions, at least 1; 1 is full attention.
+        stride: distance in positions, at least 1 and at most 65,536; 1 is full attention.
     """
 
     kind: ClassVar[str] = "strided"
 
-    stride: int = attrs.field(validator=positive_int)
+    stride: int = attrs.field(validator=positive_int_to(_MOST))
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """1 where the stride divides the distance."""

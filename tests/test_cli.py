@@ -61,6 +61,7 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
         (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads'"),
         (["explain", *LONGNET, "--dtype", "bf16"], 2, "error: dtype must be one of"),
         (["explain", *LONGNET, "--pattern", "dilatd"], 2, "did you mean 'dilated'"),
+        (["explain", *LONGNET, "--pattern", ""], 2, "unknown pattern ''"),
         (["explain", *LONGNET, "-P", "offset=blocked"], 2, "did you mean 'offsets'"),
         (["explain", *LONGNET, "-P", "offsets"], 2, "must be name=value, got 'offsets'"),
         (["explain", *LONGNET[:5], "10,x"], 2, "--segment-lengths must be integers with commas between them"),

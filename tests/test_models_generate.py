@@ -88,6 +88,9 @@ def test_what_cannot_be_decoded() -> None:
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 3, "temperature": -1.0}, "temperature"),
         ({"max_new_tokens": 3, "top_k": 0}, "top_k"),
+        ({"max_new_tokens": 3, "top_k": 5}, "top_k=5 is for draws, and temperature 0 takes the likeliest token"),
+        ({"max_new_tokens": 3, "stop_token": 3.5}, "stop_token must be an integer, got 3.5"),
+        ({"max_new_tokens": 3, "stop_token": 1 << 20}, "stop_token must be at most "),
         ({"max_new_tokens": 3, "tokens_BS": seen[:, :0]}, "at least one token"),
     ):
         with pytest.raises(ConfigError, match=words):

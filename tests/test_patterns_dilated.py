@@ -138,7 +138,12 @@ def test_a_rate_beyond_the_segment_leaves_heads_without_keys() -> None:
         (lambda: Dilated((4.0,), (1,)), "Dilated.segment_lengths[0] must be an integer, got 4.0 (float)"),
         (lambda: Dilated((True,), (1,)), "Dilated.segment_lengths[0] must be an integer, got True (bool)"),
         (lambda: Dilated(4, (1,)), "takes sequences of integers, got 4; write (4,) for one branch"),
-        (lambda: Dilated("48", (1, 2)), "takes sequences of integers, got '48'"),
+        (lambda: Dilated("48", (1, 2)), "takes sequences of integers, got '48'; write (1024,) for one branch"),
+        (
+            lambda: Dilated((4, 1 << 41), (1, 2)),
+            "Dilated.segment_lengths[1] must be at most 1,099,511,627,776, got 2,199,",
+        ),
+        (lambda: Dilated((4,), (10**30,)), "Dilated.dilation_rates[0] must be at most 1,099,511,627,776"),
         (lambda: Dilated((4,), (1,), offsets="interleave"), "did you mean 'interleaved'?"),
         (lambda: Dilated((4,), (1,), heads="some"), "Dilated.heads must be one of all, split; got 'some'"),
         (lambda: Dilated((4,), (1,), offsets_by="head"), "Dilated.offsets_by must be one of query_head, kv_head"),

@@ -165,6 +165,8 @@ def test_every_subset_is_equally_likely() -> None:
         (lambda: Random(3, density=0.5), "got blocks_per_row=3 and density=0.5"),
         (lambda: Random(0), "Random.blocks_per_row must be at least 1, got 0"),
         (lambda: Random(2, block_size=0), "Random.block_size must be at least 1, got 0"),
+        (lambda: Random(2, block_size=1 << 17), "Random.block_size must be at most 65,536, got 131,072"),
+        (lambda: Random(10**30), "Random.blocks_per_row must be at most 1,099,511,627,776"),
         (lambda: Random(2, seed=-1), "Random.seed must be at least 0, got -1"),
         (lambda: Random(2, seed=1 << 64), "Random.seed must be below 2**64"),
         (lambda: Random(density=0.0), "must be a number above 0 and at most 1, got 0.0"),

@@ -12,9 +12,11 @@ from collections.abc import Callable
 import attrs
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilated_attention import Dilated, Full, Random, build_attention
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import BlockGrid
@@ -26,6 +28,7 @@ from dilated_attention.patterns.manifest import dilated_attention_patterns
 from dilated_attention.patterns.strided import Strided
 
 from . import strategies
+from .support import error, inputs, oracle
 
 
 def agrees(pattern: Pattern, geometry: Geometry, sees: Callable[[int, int], bool]) -> None:
@@ -105,11 +108,32 @@ def test_spans_hold_every_key_and_signatures_tell_the_truth(
         assert np.array_equal(kinds.setdefault(signature[e].tobytes(), block), block), "equal signatures, other blocks"
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_largest_numbers_are_what_a_sequence_makes_of_them(is_causal: bool) -> None:
+    geometry = Geometry(q_len=50, kv_len=50, num_heads=2, num_kv_heads=2, is_causal=is_causal)
+    tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float64)
+    full = oracle(Full(), tensors, geometry, through_lse=False)
+    for pattern in (Local(1 << 40), Global(1 << 40), Dilated((1 << 40,), (1,)), Random(1 << 40), Local((1 << 40, 50))):
+        attention = build_attention(
+            pattern=pattern, num_heads=2, head_dim=8, is_causal=is_causal, dtype="float64", backend="sdpa"
+        )
+        assert error(attention(*tensors), full[0]) < 1e-12, str(pattern)
+    pattern = Dilated((1 << 40,), (1 << 40,))
+    alone = build_attention(pattern=pattern, num_heads=2, head_dim=8, dtype="float64", backend="sdpa")
+    assert error(alone(*tensors)[:, 0, 0], tensors[2][:, 0, 0].double()) < 1e-12  # the one row of its kind
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Local(-1), "Local.window_size (left) must be at least 0, got -1; unbounded attention is Full()"),
         (lambda: Local((2, -1)), "Local.window_size (right) must be at least 0, got -1"),
+        (
+            lambda: Local((0, sys.maxsize)),
+            "Local.window_size (right) must be at most 1,099,511,627,776, got 9,223,372,036,854,775,807; unbounded",
+        ),
+        (lambda: Global(10**30), "Global.tokens must be at most 1,099,511,627,776"),
+        (lambda: Strided(1 << 17), "Strided.stride must be at most 65,536, got 131,072"),
         (lambda: Local((1, 2, 3)), "must be an integer or (left, right), got (1, 2, 3)"),
         (lambda: Local(2.5), "Local.window_size (left) must be an integer, got 2.5 (float)"),
         (lambda: Local("3"), "must be an integer, got '3' (str)"),

@@ -186,7 +186,7 @@ def explain(
     if batch is not None and ranks is None:
         raise ConfigError(f"--batch is for --ranks, which was not given; got --batch {batch}")
     parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
-    if pattern or parameters:
+    if pattern is not None or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
         raise ConfigError("give a config file, or at least --heads and --head-dim")
