@@ -199,6 +199,8 @@ class LongNetLM(nn.Module):
 
     def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
+        if tokens_BS.dim() != 2:
+            raise ConfigError(f"tokens must be (batch, seq_len), got {tuple(tokens_BS.shape)}")
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:

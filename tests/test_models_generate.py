@@ -84,6 +84,8 @@ def test_what_cannot_be_decoded() -> None:
         language_model().train().generate(seen, 3)
     with pytest.raises(ConfigError, match="is_causal=False"):
         language_model(is_causal=False).generate(seen, 3)
+    with pytest.raises(ConfigError, match=r"tokens must be \(batch, seq_len\), got \(30,\)"):
+        model(torch.zeros(30, dtype=torch.int64))
     for arguments, words in (
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 3, "temperature": -1.0}, "temperature"),
