@@ -42,9 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         super().__init__()
-        self.config = config
-        self.plan = plan
-        self._engine = intern(engine)
+        self._rebind(config, plan, engine)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._device_type = torch.device(plan.device["torch_name"]).type
         learned = engine.pattern.unwrap()
@@ -57,15 +55,16 @@ class Attention(nn.Module):
     def _rebind(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         """Compute with another engine from now on; heads, widths and dtype are as before."""
         self.config, self.plan, self._engine = config, plan, intern(engine)
-
-    def extra_repr(self) -> str:
-        """Backend, kernel and the main fields of the configuration."""
-        config = self.config
-        return (
-            f"backend={self.plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
+        # Not made in extra_repr: torch.func.vmap asks a module for its repr, and torch.compile cannot trace attrs' own.
+        self._words = (
+            f"backend={plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
             f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
             f"dtype={config.dtype}"
         )
+
+    def extra_repr(self) -> str:
+        """Backend, kernel and the main fields of the configuration."""
+        return self._words
 
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:
         """Lower the pattern for a length ahead of its first use (before a CUDA graph is captured, say).

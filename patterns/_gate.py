@@ -55,6 +55,7 @@ class BlockGate(Gate):
     def __init__(self, pattern: LearnedPattern, config: AttentionConfig, most: Callable[[int], int]) -> None:
         super().__init__()
         self._pattern = pattern
+        self._words = repr(pattern)  # torch.compile cannot trace attrs' own repr, which torch.func.vmap asks for
         self._most = most
         self._config = config
         self._dtype = accumulator_dtype(getattr(torch, config.dtype))
@@ -69,7 +70,7 @@ class BlockGate(Gate):
 
     def extra_repr(self) -> str:
         """The pattern that it chooses for."""
-        return repr(self._pattern)
+        return self._words
 
     def forward(self, query: Tensor, key: Tensor, *, q_offset: int = 0, kv_offset: int = 0) -> Tensor:
         """As `Gate.forward`."""
