@@ -13,6 +13,7 @@ from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
 from .errors import ConfigError
 from .ops import attend, intern, without_autocast
+from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
 
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         """Backend, kernel and the main fields of the configuration."""
         return self._words
 
+    @outside_graphs
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:
         """Lower the pattern for a length ahead of its first use (before a CUDA graph is captured, say).
 
@@ -205,6 +207,7 @@ class Attention(nn.Module):
                 "leave the padding out of the keys and call once for each row"
             )
 
+    @outside_graphs
     @torch.no_grad()
     def received(
         self,
@@ -265,6 +268,7 @@ class Attention(nn.Module):
             tables = None if gate is None else gate(query, key, q_offset=q_offset, kv_offset=kv_offset)
             return self._engine.received(query, key, lse, q_offset, kv_offset, tables)
 
+    @outside_graphs
     def counters(self) -> AttentionCounters:
         """What this attention, and those that were built alike, have done in this process.
 
@@ -273,6 +277,7 @@ class Attention(nn.Module):
         """
         return self._engine.counters()
 
+    @outside_graphs
     def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
         """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.
 
@@ -291,6 +296,7 @@ class Attention(nn.Module):
             self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len
         )
 
+    @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens of a sequence: what `forward` over the whole sequence gives for them.
 
