@@ -192,9 +192,9 @@ class BlockGate(Gate):
         if config.tensor_layout == "bhsd" and query.dim() == key.dim() == 4:
             query, key = query.transpose(1, 2), key.transpose(1, 2)
         for name, x, heads in (("query", query, config.num_heads), ("key", key, config.kv_heads)):
-            if x.dim() != 4 or x.shape[2:] != (heads, config.head_dim) or not x.shape[1]:
+            if x.dim() != 4 or x.shape[2:] != (heads, config.head_dim) or not x.shape[0] * x.shape[1]:
                 raise ConfigError(
-                    f"{name} must have {heads} heads of {config.head_dim} and at least one token under "
+                    f"{name} must have {heads} heads of {config.head_dim}, at least one batch row and one token under "
                     f"tensor_layout={config.tensor_layout!r}, got (batch, seq_len, heads, head_dim) = {tuple(x.shape)}"
                 )
         offset = kv_offset + key.shape[1] - query.shape[1] if q_offset is None else q_offset
