@@ -13,6 +13,7 @@ from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
 from .errors import ConfigError
 from .ops import attend, intern, without_autocast
+from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
 
@@ -42,9 +43,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         super().__init__()
-        self.config = config
-        self.plan = plan
-        self._engine = intern(engine)
+        self._rebind(config, plan, engine)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._device_type = torch.device(plan.device["torch_name"]).type
         learned = engine.pattern.unwrap()
@@ -57,16 +56,18 @@ class Attention(nn.Module):
     def _rebind(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         """Compute with another engine from now on; heads, widths and dtype are as before."""
         self.config, self.plan, self._engine = config, plan, intern(engine)
-
-    def extra_repr(self) -> str:
-        """Backend, kernel and the main fields of the configuration."""
-        config = self.config
-        return (
-            f"backend={self.plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
+        # Not made in extra_repr: torch.func.vmap asks a module for its repr, and torch.compile cannot trace attrs' own.
+        self._words = (
+            f"backend={plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
             f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
             f"dtype={config.dtype}"
         )
 
+    def extra_repr(self) -> str:
+        """Backend, kernel and the main fields of the configuration."""
+        return self._words
+
+    @outside_graphs
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:
         """Lower the pattern for a length ahead of its first use (before a CUDA graph is captured, say).
 
@@ -206,6 +207,7 @@ class Attention(nn.Module):
                 "leave the padding out of the keys and call once for each row"
             )
 
+    @outside_graphs
     @torch.no_grad()
     def received(
         self,
@@ -266,6 +268,7 @@ class Attention(nn.Module):
             tables = None if gate is None else gate(query, key, q_offset=q_offset, kv_offset=kv_offset)
             return self._engine.received(query, key, lse, q_offset, kv_offset, tables)
 
+    @outside_graphs
     def counters(self) -> AttentionCounters:
         """What this attention, and those that were built alike, have done in this process.
 
@@ -274,6 +277,7 @@ class Attention(nn.Module):
         """
         return self._engine.counters()
 
+    @outside_graphs
     def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
         """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.
 
@@ -292,6 +296,7 @@ class Attention(nn.Module):
             self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len
         )
 
+    @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens of a sequence: what `forward` over the whole sequence gives for them.
 

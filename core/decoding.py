@@ -148,7 +148,8 @@ class DecodingCache:
             self.extend(key, value)
             return self._attend_to_all(query)
         self._check_room(key)
-        out = self._attend_to_reachable(query, key, value) if self.seq_len else self._run(query, key, value)
+        reaches = self.seq_len and query.shape[1]
+        out = self._attend_to_reachable(query, key, value) if reaches else self._run(query, key, value)
         self.extend(key, value)
         return out
 

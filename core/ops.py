@@ -210,13 +210,13 @@ def attend(
     if (attend_together := getattr(engine, "attend", None)) is not None:  # ranks that share a sequence
         out, lse = attend_together(query, key, value, q_offset=q_offset, kv_offset=kv_offset, recompute=recompute)
         return out, lse
+    if is_active():
+        return transformed(_OPERATORS, query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute)
     if torch.compiler.is_compiling():
         out, lse = torch.ops.dilated_attention.attend.default(
             query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute
         )
         return out, lse
-    if is_active():
-        return transformed(_OPERATORS, query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _RECORD(query, key, value, (engine, q_offset, kv_offset, seed, tables, recompute))
     return engine.forward(query, key, value, q_offset, kv_offset, seed, tables)

@@ -236,7 +236,7 @@ def attend_documents(
                 "cannot trace; call it with key_padding_mask or cu_seqlens outside the compiled or transformed function"
             )
         args = (query, key, value, seed, key_padding_mask, cu_seqlens, engine.key, recompute)
-        if not torch.compiler.is_compiling():
+        if is_active():
             return transformed(_OPERATORS, *args)
         out, lse = torch.ops.dilated_attention.attend_documents.default(*args)
         return out, lse

@@ -39,6 +39,16 @@ def is_active() -> bool:
 
 def transformed(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
     """What the operator returns for `args`, out and lse, under any transforms but forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        from .graphs import apply_in_graph
+
+        out, lse = apply_in_graph(operators, *args)
+        return out, lse
+    return apply(operators, *args)
+
+
+def apply(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
+    """`transformed`, outside a trace of torch.compile or as a node of its graph."""
     out, lse = _Forward.apply(operators, *args)  # type: ignore[no-untyped-call]
     return out, lse
 

@@ -19,6 +19,7 @@ from ..core.attention import Attention
 from ..core.config import AttentionConfig
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
+from ..core.outside import outside_graphs
 from ..core.pattern import Full, LearnedPattern, Pattern
 from ..registry.build import build_attention
 from ..registry.discovery import default_registry
@@ -195,11 +196,13 @@ class BuiltAttention(nn.Module):
         out, lse = attention(query, key, value, return_lse=True)
         return with_zero_keys(out, lse, self.pattern, self.config.kv_heads)
 
+    @outside_graphs
     def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor) -> DecodingCache:
         """An empty cache for decoding, causal, in the dtype and on the device of `like`; see `Attention.make_cache`."""
         attention = self.attention_for(like.dtype, like.device.type, is_causal=True)
         return attention.make_cache(batch_size, max_seq_len)
 
+    @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens' output (B, S, H, D), causal; see `Attention.step`."""
         return self.attention_for(query.dtype, query.device.type, is_causal=True).step(query, key, value, cache)

@@ -55,6 +55,7 @@ class BlockGate(Gate):
     def __init__(self, pattern: LearnedPattern, config: AttentionConfig, most: Callable[[int], int]) -> None:
         super().__init__()
         self._pattern = pattern
+        self._words = repr(pattern)  # torch.compile cannot trace attrs' own repr, which torch.func.vmap asks for
         self._most = most
         self._config = config
         self._dtype = accumulator_dtype(getattr(torch, config.dtype))
@@ -69,7 +70,7 @@ class BlockGate(Gate):
 
     def extra_repr(self) -> str:
         """The pattern that it chooses for."""
-        return repr(self._pattern)
+        return self._words
 
     def forward(self, query: Tensor, key: Tensor, *, q_offset: int = 0, kv_offset: int = 0) -> Tensor:
         """As `Gate.forward`."""
@@ -191,9 +192,9 @@ class BlockGate(Gate):
         if config.tensor_layout == "bhsd" and query.dim() == key.dim() == 4:
             query, key = query.transpose(1, 2), key.transpose(1, 2)
         for name, x, heads in (("query", query, config.num_heads), ("key", key, config.kv_heads)):
-            if x.dim() != 4 or x.shape[2:] != (heads, config.head_dim) or not x.shape[1]:
+            if x.dim() != 4 or x.shape[2:] != (heads, config.head_dim) or not x.shape[0] * x.shape[1]:
                 raise ConfigError(
-                    f"{name} must have {heads} heads of {config.head_dim} and at least one token under "
+                    f"{name} must have {heads} heads of {config.head_dim}, at least one batch row and one token under "
                     f"tensor_layout={config.tensor_layout!r}, got (batch, seq_len, heads, head_dim) = {tuple(x.shape)}"
                 )
         offset = kv_offset + key.shape[1] - query.shape[1] if q_offset is None else q_offset

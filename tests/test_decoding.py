@@ -105,6 +105,18 @@ def test_layouts_autocast_tiles_and_an_empty_batch() -> None:
     assert decode(build(LONGNET), tokens(20, batch=0), 5, (1,)).shape == (0, 20, 4, 8)
 
 
+@pytest.mark.parametrize("pattern", [LONGNET, Local((7, 0)), Full(), Learned(8, 2)], ids=str)
+def test_a_step_of_no_tokens_changes_nothing(pattern: Pattern) -> None:
+    attention, tensors = build(pattern), tokens(20)
+    cache = attention.make_cache(2)
+    for first, last in ((0, 5), (5, 6), (6, 20)):
+        query, key, value = (x[:, first:last] for x in tensors)
+        assert attention.step(query[:, :0], key[:, :0], value[:, :0], cache).shape == (2, 0, 4, 8)
+        out = attention.step(query, key, value, cache)
+        assert error(out, attention(*tensors)[:, first:last]) < 1e-5
+        assert cache.seq_len == last
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS, *MORE], ids=str)
 def test_reachable_is_what_some_later_query_counts(pattern: Pattern) -> None:
     if isinstance(pattern, Learned):

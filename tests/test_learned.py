@@ -305,6 +305,10 @@ def test_wrong_inputs_of_the_gate_are_told() -> None:
         attention.gate.distillation_loss(x, x[..., :4])
     with pytest.raises(ConfigError, match="queries and keys of one sequence, got lengths 40 and 30"):
         attention.gate.freeze(x, x[:, :30])
+    for shape in ((0, 9, 2, 8), (1, 0, 2, 8)):
+        for call in (attention.gate.distillation_loss, attention.gate.kept_mass, attention.gate.freeze):
+            with pytest.raises(ConfigError, match=r"at least one batch row and one token"):
+                call(torch.zeros(shape), torch.zeros(shape))
 
 
 def test_from_a_mapping_and_lengths_zero_and_one() -> None:

@@ -97,6 +97,27 @@ def test_a_jacobian() -> None:
         torch.testing.assert_close(jacobian[head], expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("pattern", [LONGNET, Learned(block_size=4, blocks_per_row=2)], ids=repr)
+def test_compiled_transforms_are_whole_graphs(pattern: Pattern) -> None:
+    attention, inputs = build(pattern), tensors(3, 1)
+
+    def transforms(*inputs: Tensor) -> list[Tensor]:
+        gradient = grad(lambda *x: loss(attention, *x), argnums=(0, 1, 2))
+        return [vmap(attention)(*inputs), *gradient(*(x[0] for x in inputs)), *vmap(gradient)(*inputs)]
+
+    compiled = torch.compile(transforms, backend="aot_eager", fullgraph=True)
+    for a, e in zip(compiled(*inputs), transforms(*inputs), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_compiled_gradients_of_padded_calls() -> None:
+    attention, inputs = build(), tensors(2)
+    gradient = grad(lambda *x: loss(attention, *x, key_padding_mask=MASK), argnums=(0, 1, 2))
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    for a, e in zip(compiled(*inputs), gradient(*inputs), strict=True):
+        assert torch.equal(a, e)
+
+
 def test_what_cannot_be_transformed_is_refused() -> None:
     attention, (query, key, value) = build(), tensors(2)
     with pytest.raises(NotImplementedError, match="no second derivative"):
