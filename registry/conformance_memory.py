@@ -20,7 +20,7 @@ LARGE: Final = (1 << 31) + 64
 
 
 def strided(subject: Subject) -> Iterator[Finding]:
-    """Inputs need not be contiguous: slices of a fused projection, transposed, shared by batch rows."""
+    """Inputs need be neither contiguous nor alike: slices of a fused projection, transposed, shared by batch rows."""
     for name, inputs in _strided_forms(subject).items():
         results = subject.run(inputs)
         expected = subject.oracle([x.contiguous() for x in inputs], through_lse=False)
@@ -35,6 +35,7 @@ def _strided_forms(subject: Subject) -> dict[str, list[Tensor]]:
         "head-first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)],
         "dim-first": [x.mT.contiguous().mT for x in (query, key, value)],
         "batch-shared": [x[:1].expand_as(x) for x in (query, key, value)],
+        "unlike": [query, key.transpose(1, 2).contiguous().transpose(1, 2), _spaced(value)],
     }
     if query.shape[1] == key.shape[1]:
         batch, length, _, dim = query.shape
@@ -42,6 +43,11 @@ def _strided_forms(subject: Subject) -> dict[str, list[Tensor]]:
         fused[:, 2 : 2 + length, : sum(heads)] = torch.cat((query, key, value), dim=2)
         forms["fused"] = list(fused[:, 2 : 2 + length, : sum(heads)].split(heads, dim=2))  # type: ignore[no-untyped-call]
     return forms
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """The same numbers, with NaN between the rows: wherever strides of another tensor lead, memory is there."""
+    return torch.stack((x, torch.full_like(x, math.nan)), dim=2).flatten(1, 2)[:, ::2]
 
 
 def fresh_memory(subject: Subject) -> Iterator[Finding]:

@@ -140,6 +140,16 @@ class ReadsInOrder(Dense):
         return super().wide(x)
 
 
+class OneStrideForAll(Dense):
+    """Reads the values with the strides of the keys, where memory reaches that far."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        last = sum((size - 1) * stride for size, stride in zip(key.shape, key.stride(), strict=True))
+        if value.storage_offset() + last < value.untyped_storage().size() // value.element_size():
+            value = value.as_strided(key.shape, key.stride())
+        return super().forward(query, key, value, piece)
+
+
 class DropsTheLastKey(Dense):
     """Whole tiles of 16 keys, or the last key is lost."""
 
