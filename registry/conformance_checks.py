@@ -193,6 +193,7 @@ CHECKS: Final = (
     Check("one-token", "every case", values.one_token),
     Check("chosen-blocks", "few cases", values.chosen_blocks, _needs_gate, _choosing),
     Check("lse-base", "few cases", values.lse_base),
+    Check("large-scores", "few cases", values.large_scores),
     Check("ragged", "few cases", geometry.ragged),
     Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),

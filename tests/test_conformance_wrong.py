@@ -43,6 +43,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.LseRounded, DENSE, {"lse"}),
     (wrong_backends.LseWithoutWeights, WHOLE, {"lse"}),
     (wrong_backends.CountsOnce, WHOLE, {"out", "lse"}),
+    (wrong_backends.SumsWithoutMaximum, DENSE, {"large-scores"}),
+    (wrong_backends.SumsFromZero, DENSE, {"large-scores"}),
     (wrong_backends.DividesByAll, DENSE, {"ones", "out"}),
     (wrong_backends.OwnLse, DENSE, {"dq", "dk", "dv"}),
     (wrong_backends.SumForDk, DENSE, {"dk"}),
@@ -76,6 +78,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
 ]
 # Every check that finds a fault, for those that few can see; all others must pass.
 EXACTLY: dict[str, set[str]] = {
+    "SumsWithoutMaximum": {"large-scores"},
+    "SumsFromZero": {"large-scores"},
     "IgnoresOffsets": {"offsets", "empty-rows"},
     "AlignsAtTheStart": {"unequal-lengths", "offsets", "empty-rows"},
     "PartForWhole": {"ring", "staged-blocks"},
