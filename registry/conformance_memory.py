@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,6 +17,8 @@ from .conformance_measure import Finding, compare, random_like
 RUNS: Final = 3
 # Elements between the batch rows of the inputs with large strides: one more than 32 bits can count, rounded up.
 LARGE: Final = (1 << 31) + 64
+# Types of device with a random state for each device; others ("mps") have one that PyTorch gives no such access to.
+_RANDOM: Final = ("cuda", "xpu")
 
 
 def strided(subject: Subject) -> Iterator[Finding]:
@@ -98,6 +100,28 @@ def own_results(subject: Subject) -> Iterator[Finding]:
         yield Finding(what=name, problem=problem)
     for name, x, y in zip(("query", "key", "value"), subject.inputs, inputs, strict=True):
         yield Finding(what=name, problem="" if _same(x, y) else "was written to")
+
+
+def random_state(subject: Subject) -> Iterator[Finding]:
+    """Without dropout the caller's random numbers, on the CPU and on the device, are those of no call at all."""
+    device = torch.device(subject.case.device)
+    devices = [device] if device.type in _RANDOM else []
+    subject.inputs  # noqa: B018 - nothing but the backend runs between the two looks
+    with torch.random.fork_rng(devices, device_type=device.type if devices else _RANDOM[0]):
+        for place in (torch.device("cpu"), *devices):
+            torch.rand(1, device=place)  # so that the state is none that a seed set before has left
+        before = _random_states(devices)
+        subject.run(subject.inputs)
+        after = _random_states(devices)
+    for name, state in before.items():
+        problem = "" if torch.equal(state, after[name]) else "was seeded or drawn from; use a generator of your own"
+        yield Finding(what=f"random state of {name}", problem=problem)
+
+
+def _random_states(devices: Sequence[torch.device]) -> dict[str, Tensor]:
+    """Of the CPU and of these devices."""
+    states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
+    return {"cpu": torch.get_rng_state(), **states}
 
 
 def same_bits(subject: Subject) -> Iterator[Finding]:

@@ -259,6 +259,20 @@ class WritesIntoInputs(Dense):
         return result
 
 
+class Seeds(Dense):
+    """Sets the caller's seed, to the same number every time."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return super().forward(query, key, value, piece)
+
+
+class DrawsInBackward(Dense):
+    def backward(self, *args: Any) -> Grads:
+        torch.rand(1)
+        return super().backward(*args)
+
+
 class CrashesAt48(Dense):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         if query.shape[-1] == 48:
