@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dilated_attention.registry import BackendSpec, hookimpl
+from dilated_attention.registry import BackendSpec, Range, hookimpl
 from dilated_attention.registry.conformance import Conformance, Kit, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
@@ -55,6 +55,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.ReadsInOrder, {**DENSE, "varlen": True}, {"documents"}),
     (wrong_backends.OneStrideForAll, DENSE, {"strided"}),
     (wrong_backends.DropsTheLastKey, DENSE, {"ragged", "one-token"}),
+    (wrong_backends.ColumnsInPairs, {**DENSE, "head_dims": Range(2, 128)}, {"out", "dq"}),
+    (wrong_backends.ColumnsInPairs, {**DENSE, "head_dims": (24, 35)}, {"lse"}),
     (wrong_backends.IgnoresOffsets, WHOLE, {"offsets"}),
     (wrong_backends.AlignsAtTheStart, WHOLE, {"unequal-lengths"}),
     (wrong_backends.PartForWhole, RINGS, {"ring", "staged-blocks"}),
