@@ -182,6 +182,15 @@ class DropsTheLastKey(Dense):
         return s
 
 
+class HoldsAThousand(Dense):
+    """Has room for 1,024 keys of a row and leaves out the others."""
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        s = super().scores(query, key, piece)
+        s[..., 1024:] = -math.inf
+        return s
+
+
 class ColumnsInPairs(Dense):
     """Reads the queries two columns at a time, and loses the last one of an odd number."""
 
