@@ -229,6 +229,13 @@ class Subject:
         rounding = ROUNDINGS * torch.finfo(self.torch_dtype).eps
         return bounds | {name: max(bounds[name], rounding) for name in ("dq", "dk")}
 
+    def bounds_on(self, inputs: Sequence[Tensor]) -> dict[str, float]:
+        """The bounds, or twice the error of PyTorch's dense attention on these inputs of equal lengths, if larger."""
+        measured = half_bounds(inputs, is_causal=self.case.is_causal)
+        return {name: max(bound, measured[name]) for name, bound in self.bounds.items() if name != "lse"} | {
+            "lse": self.bounds["lse"]
+        }
+
     def compared(self, actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> Iterator[Finding]:
         """A finding for each of the results."""
         for name, tensor in actual.items():

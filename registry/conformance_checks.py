@@ -11,6 +11,7 @@ import torch
 
 from ..core.kernel import CALL_AXES
 from ..core.lowering import layout_kinds
+from ..core.pattern import Full
 from . import conformance_contract as contract
 from . import conformance_geometry as geometry
 from . import conformance_memory as memory
@@ -140,6 +141,10 @@ def _needs_ring(kit: Kit, case: Case | None) -> str:
     return "" if takes_dense(kit.registered.spec) else _needs("context_parallel")(kit, case)
 
 
+def _needs_dense_rows(kit: Kit, case: Case | None) -> str:
+    return "" if case is not None and isinstance(case.pattern, Full) else "the rows of the pattern are short"
+
+
 def _needs_staged(kit: Kit, case: Case | None) -> str:
     if case is None or not kit.declares("staged_blocks"):
         return _needs("staged_blocks")(kit, case)
@@ -163,6 +168,11 @@ def _choosing(kit: Kit, case: Case) -> Case:
 
 def _shared(kit: Kit, case: Case) -> Case:
     return attrs.evolve(case, q_len=rings.LENGTH, kv_len=rings.LENGTH)
+
+
+def _of_one_head(kit: Kit, case: Case) -> Case:
+    length = geometry.LONG
+    return attrs.evolve(case, batch=1, num_heads=1, num_kv_heads=1, q_len=length, kv_len=length)
 
 
 def _dropping(kit: Kit, case: Case) -> Case:
@@ -193,7 +203,9 @@ CHECKS: Final = (
     Check("one-token", "every case", values.one_token),
     Check("chosen-blocks", "few cases", values.chosen_blocks, _needs_gate, _choosing),
     Check("lse-base", "few cases", values.lse_base),
+    Check("large-scores", "few cases", values.large_scores),
     Check("ragged", "few cases", geometry.ragged),
+    Check("long-rows", "few cases", geometry.long_rows, _needs_dense_rows, _of_one_head),
     Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
     Check("empty-rows", "few cases", geometry.empty_rows),
@@ -204,6 +216,7 @@ CHECKS: Final = (
     Check("strided", "few cases", memory.strided),
     Check("fresh-memory", "few cases", memory.fresh_memory),
     Check("own-results", "few cases", memory.own_results),
+    Check("random-state", "few cases", memory.random_state),
     Check("same-bits", "few cases", memory.same_bits, _needs("deterministic", "forward"), _deterministic),
     Check("dropout", "few cases", machinery.dropout, _needs("dropout"), _dropping),
     Check("operator", "one case", machinery.operator),

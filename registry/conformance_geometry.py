@@ -8,11 +8,13 @@ from typing import Final
 import torch
 
 from .conformance_case import Subject
-from .conformance_measure import GRADIENTS, Finding
+from .conformance_measure import GRADIENTS, Finding, compare
 
 # Around the powers of two that kernels tile by, and far below them.
 RAGGED: Final = (1, 2, 3, 15, 17, 33, 63, 65, 127, 129)
 UNEQUAL: Final = ((1, 40), (33, 77), (70, 71), (12, 5))
+# Beyond what a kernel might hold of a row at once: more than 1,024 keys, and no multiple of a tile.
+LONG: Final = 1100
 OFFSETS: Final = ((40, 40, 3, 3), (40, 40, 1000, 1000), (37, 64, 30, 0), (64, 37, 5, 17), (20, 50, -7, -4))
 
 # Sequences of one call, few and many, alike and not: places before the tokens and tokens of each row, and lengths.
@@ -25,6 +27,13 @@ def ragged(subject: Subject) -> Iterator[Finding]:
     """Lengths that are a multiple of nothing."""
     for length in RAGGED:
         yield from _compared(subject.at(q_len=length, kv_len=length), f"at length {length}")
+
+
+def long_rows(subject: Subject) -> Iterator[Finding]:
+    """One head's rows of more than 1,024 keys, every one of which counts."""
+    bounds, results = subject.bounds_on(subject.inputs), subject.results
+    for name, x in results.items():
+        yield compare(name, x, subject.expected[name], bounds[name])
 
 
 def unequal_lengths(subject: Subject) -> Iterator[Finding]:

@@ -21,6 +21,10 @@ DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 # What people use; those that a backend does not declare fall away.
 HEAD_DIMS: Final = (24, 48, 64, 8, 16, 32, 80, 96, 128, 192, 256)
 QUICK_HEAD_DIMS: Final = (24, 48, 64)
+# Multiples of nothing, for those that declare any such: what works by pairs or vectors of columns must not lose one.
+ODD_HEAD_DIMS: Final = (33, 7)
+# Where the quick grid has one: a pattern, and whether it is causal.
+QUICK_ODD: Final = (("full", False), ("dilated", True))
 HEADS: Final = ((4, 4), (4, 2), (6, 2), (4, 1))
 LENGTH: Final = 131
 LONGER: Final = 389
@@ -101,6 +105,7 @@ def candidates(
     declared = spec.capabilities.get("head_dims", ())
     head_dims = [d for d in (QUICK_HEAD_DIMS if quick else HEAD_DIMS) if covers(declared, d)]
     head_dims = head_dims or [d for d in HEAD_DIMS if covers(declared, d)][:1] or _some_of(declared)
+    odd = [d for d in _odd_of(declared) if d not in head_dims]
     heads = [pair for pair in HEADS if pair[0] == pair[1] or covers(spec.capabilities.get("gqa", False), True)]
     backward = covers(spec.capabilities.get("backward", False), True)
     widths, pairs = itertools.cycle(head_dims), itertools.cycle(heads)
@@ -108,7 +113,8 @@ def candidates(
     for device, dtype, (name, pattern), is_causal in combinations:
         if quick and (name in SLOW or (dtype != "float32" and name in PATTERNS and name not in FEW)):
             continue
-        for head_dim in [next(widths)] if quick else head_dims:
+        usual = [next(widths)] if quick else head_dims
+        for head_dim in (*usual, *(odd if not quick else odd[:1] if (name, is_causal) in QUICK_ODD else ())):
             num_heads, num_kv_heads = next(pairs)
             length = LENGTH if quick or head_dim > 64 else LONGER
             yield Case(
@@ -129,6 +135,13 @@ def candidates(
 def _some_of(declared: Any) -> list[int]:
     """A declared head_dim where none of the usual ones is."""
     return next(([d] for d in range(1, 1025) if covers(declared, d)), [])
+
+
+def _odd_of(declared: Any) -> list[int]:
+    """Odd head_dims that are declared, if any are."""
+    return [d for d in ODD_HEAD_DIMS if covers(declared, d)] or [d for d in range(1, 1025, 2) if covers(declared, d)][
+        :1
+    ]
 
 
 def admitted(registered: RegisteredBackend, case: Case) -> tuple[bool, tuple[Refusal, ...]]:

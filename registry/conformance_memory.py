@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,10 +17,12 @@ from .conformance_measure import Finding, compare, random_like
 RUNS: Final = 3
 # Elements between the batch rows of the inputs with large strides: one more than 32 bits can count, rounded up.
 LARGE: Final = (1 << 31) + 64
+# Types of device with a random state for each device; others ("mps") have one that PyTorch gives no such access to.
+_RANDOM: Final = ("cuda", "xpu")
 
 
 def strided(subject: Subject) -> Iterator[Finding]:
-    """Inputs need not be contiguous: slices of a fused projection, transposed, shared by batch rows."""
+    """Inputs need be neither contiguous nor alike: slices of a fused projection, transposed, shared by batch rows."""
     for name, inputs in _strided_forms(subject).items():
         results = subject.run(inputs)
         expected = subject.oracle([x.contiguous() for x in inputs], through_lse=False)
@@ -35,6 +37,7 @@ def _strided_forms(subject: Subject) -> dict[str, list[Tensor]]:
         "head-first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)],
         "dim-first": [x.mT.contiguous().mT for x in (query, key, value)],
         "batch-shared": [x[:1].expand_as(x) for x in (query, key, value)],
+        "unlike": [query, key.transpose(1, 2).contiguous().transpose(1, 2), _spaced(value)],
     }
     if query.shape[1] == key.shape[1]:
         batch, length, _, dim = query.shape
@@ -42,6 +45,11 @@ def _strided_forms(subject: Subject) -> dict[str, list[Tensor]]:
         fused[:, 2 : 2 + length, : sum(heads)] = torch.cat((query, key, value), dim=2)
         forms["fused"] = list(fused[:, 2 : 2 + length, : sum(heads)].split(heads, dim=2))  # type: ignore[no-untyped-call]
     return forms
+
+
+def _spaced(x: Tensor) -> Tensor:
+    """The same numbers, with NaN between the rows: wherever strides of another tensor lead, memory is there."""
+    return torch.stack((x, torch.full_like(x, math.nan)), dim=2).flatten(1, 2)[:, ::2]
 
 
 def fresh_memory(subject: Subject) -> Iterator[Finding]:
@@ -92,6 +100,28 @@ def own_results(subject: Subject) -> Iterator[Finding]:
         yield Finding(what=name, problem=problem)
     for name, x, y in zip(("query", "key", "value"), subject.inputs, inputs, strict=True):
         yield Finding(what=name, problem="" if _same(x, y) else "was written to")
+
+
+def random_state(subject: Subject) -> Iterator[Finding]:
+    """Without dropout the caller's random numbers, on the CPU and on the device, are those of no call at all."""
+    device = torch.device(subject.case.device)
+    devices = [device] if device.type in _RANDOM else []
+    subject.inputs  # noqa: B018 - nothing but the backend runs between the two looks
+    with torch.random.fork_rng(devices, device_type=device.type if devices else _RANDOM[0]):
+        for place in (torch.device("cpu"), *devices):
+            torch.rand(1, device=place)  # so that the state is none that a seed set before has left
+        before = _random_states(devices)
+        subject.run(subject.inputs)
+        after = _random_states(devices)
+    for name, state in before.items():
+        problem = "" if torch.equal(state, after[name]) else "was seeded or drawn from; use a generator of your own"
+        yield Finding(what=f"random state of {name}", problem=problem)
+
+
+def _random_states(devices: Sequence[torch.device]) -> dict[str, Tensor]:
+    """Of the CPU and of these devices."""
+    states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
+    return {"cpu": torch.get_rng_state(), **states}
 
 
 def same_bits(subject: Subject) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 import attrs
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from .conformance_case import Subject
 from .conformance_measure import FLOAT_BOUNDS, GRADIENTS, Finding, compare
+
+# Scores whose exponentials overflow, and with the other sign vanish or lose their digits: half precision is summed in
+# float32 too.
+PEAKS: Final = {"float64": 768.0, "float32": 96.0}
+# Such scores, their lse and both times log2(e) are each rounded by up to eps / 2 of themselves, and weights with them.
+ROUNDINGS: Final = 4.0
 
 
 def forms(subject: Subject) -> Iterator[Finding]:
@@ -82,6 +89,32 @@ def lse_base(subject: Subject) -> Iterator[Finding]:
     guess = f", so its logarithm is to base {base}; multiply it by ln({base})" if base else ""
     problem = "" if is_natural else f"grows {slope:.4f} times as fast as the natural logarithm{guess}"
     yield Finding(what="lse", problem=problem)
+
+
+def large_scores(subject: Subject) -> Iterator[Finding]:
+    """Scores whose exponentials leave the range of what they are summed in, above and below."""
+    inputs = _large(subject.inputs)
+    bounds, results = subject.bounds_on(inputs), subject.run(inputs)
+    expected = subject.oracle(inputs, through_lse=False)
+    peak = float(expected["lse"].abs().nan_to_num(posinf=0.0).max())  # without keys it is -inf
+    rounding = ROUNDINGS * torch.finfo(results["lse"].dtype).eps * peak
+    for name, x in results.items():
+        bound = bounds[name] if name == "lse" else max(bounds[name], rounding)
+        yield compare(name, x, expected[name], bound)
+
+
+def _large(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries whose scores lie around `PEAKS` in rows of even number and around its negative in the others.
+
+    Queries and keys are whole multiples of powers of two, so that products and their sums are exact in float32: scores
+    are rounded once, by the scale. Keys share one coordinate, so that those of a row still differ by what is usual.
+    """
+    query, key = (((x * 4).round() / 4).clamp(-3, 3) for x in inputs[:2])
+    peak = PEAKS.get(str(query.dtype).removeprefix("torch."), PEAKS["float32"])
+    signs = 1 - 2 * (torch.arange(query.shape[1], device=query.device) % 2)
+    query[..., 0] = signs[:, None] * 32 * math.ceil(peak * math.sqrt(query.shape[-1]) / 32)
+    key[..., 0] = 1
+    return query, key, inputs[2]
 
 
 def ones(subject: Subject) -> Iterator[Finding]:

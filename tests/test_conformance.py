@@ -11,7 +11,7 @@ import torch
 from dilated_attention import ConfigError
 from dilated_attention.registry.conformance import Kit, run
 from dilated_attention.registry.conformance_checks import CHECKS
-from dilated_attention.registry.conformance_grid import QUICK_HEAD_DIMS
+from dilated_attention.registry.conformance_grid import ODD_HEAD_DIMS, QUICK_HEAD_DIMS
 from dilated_attention.registry.conformance_measure import Finding, compare
 
 from .conftest import Invoke
@@ -62,7 +62,7 @@ def test_nan_never_passes() -> None:
 def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = Kit("sdpa", device="cpu", quick=True).cases
     assert {case.dtype for case in cases} == {"float64", "float32", "bfloat16", "float16"}
-    assert {case.head_dim for case in cases} == set(QUICK_HEAD_DIMS)
+    assert {case.head_dim for case in cases} == {*QUICK_HEAD_DIMS, ODD_HEAD_DIMS[0]}
     assert {case.is_causal for case in cases} == {True, False}
     assert any(case.num_heads != case.num_kv_heads for case in cases)
     capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [40], "layouts": ["branch"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dilated_attention.registry import BackendSpec, hookimpl
+from dilated_attention.registry import BackendSpec, Range, hookimpl
 from dilated_attention.registry.conformance import Conformance, Kit, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
@@ -43,6 +43,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.LseRounded, DENSE, {"lse"}),
     (wrong_backends.LseWithoutWeights, WHOLE, {"lse"}),
     (wrong_backends.CountsOnce, WHOLE, {"out", "lse"}),
+    (wrong_backends.SumsWithoutMaximum, DENSE, {"large-scores"}),
+    (wrong_backends.SumsFromZero, DENSE, {"large-scores"}),
     (wrong_backends.DividesByAll, DENSE, {"ones", "out"}),
     (wrong_backends.OwnLse, DENSE, {"dq", "dk", "dv"}),
     (wrong_backends.SumForDk, DENSE, {"dk"}),
@@ -51,7 +53,11 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.HeadsTakeTurns, DENSE, {"out", "one-token"}),
     (wrong_backends.ReadsInOrder, DENSE, {"strided"}),
     (wrong_backends.ReadsInOrder, {**DENSE, "varlen": True}, {"documents"}),
+    (wrong_backends.OneStrideForAll, DENSE, {"strided"}),
     (wrong_backends.DropsTheLastKey, DENSE, {"ragged", "one-token"}),
+    (wrong_backends.HoldsAThousand, DENSE, {"long-rows"}),
+    (wrong_backends.ColumnsInPairs, {**DENSE, "head_dims": Range(2, 128)}, {"out", "dq"}),
+    (wrong_backends.ColumnsInPairs, {**DENSE, "head_dims": (24, 35)}, {"lse"}),
     (wrong_backends.IgnoresOffsets, WHOLE, {"offsets"}),
     (wrong_backends.AlignsAtTheStart, WHOLE, {"unequal-lengths"}),
     (wrong_backends.PartForWhole, RINGS, {"ring", "staged-blocks"}),
@@ -64,6 +70,8 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.LeavesGaps, WHOLE, {"fresh-memory"}),
     (wrong_backends.KeepsItsBuffer, DENSE, {"own-results"}),
     (wrong_backends.WritesIntoInputs, DENSE, {"own-results"}),
+    (wrong_backends.Seeds, DENSE, {"random-state"}),
+    (wrong_backends.DrawsInBackward, DENSE, {"random-state"}),
     (wrong_backends.CrashesAt48, DENSE, {"out"}),
     (wrong_backends.CrashesWhenAsked, DENSE, {"declared"}),
     (wrong_backends.NeverAccepts, DENSE, {"declared"}),
@@ -75,13 +83,19 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
 ]
 # Every check that finds a fault, for those that few can see; all others must pass.
 EXACTLY: dict[str, set[str]] = {
+    "SumsWithoutMaximum": {"large-scores"},
+    "SumsFromZero": {"large-scores"},
     "IgnoresOffsets": {"offsets", "empty-rows"},
     "AlignsAtTheStart": {"unequal-lengths", "offsets", "empty-rows"},
     "PartForWhole": {"ring", "staged-blocks"},
     "StagedByPosition": {"staged-blocks"},
+    "OneStrideForAll": {"strided"},
+    "HoldsAThousand": {"long-rows"},
     "IgnoresDlse": {"through-lse"},
-    "Restless": {"same-bits", "one-token", "future"},
+    "Restless": {"same-bits", "random-state", "one-token", "future"},
     "KeepsItsBuffer": {"own-results", "one-token"},
+    "Seeds": {"random-state"},
+    "DrawsInBackward": {"random-state"},
     "CrashesWhenAsked": {"declared"},
     "NeverAccepts": {"declared"},
     "IgnoresOptions": {"options"},

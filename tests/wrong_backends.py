@@ -83,6 +83,28 @@ class CountsOnce(Whole):
         return super().counts(piece).clamp(max=1)
 
 
+class SumsWithoutMaximum(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        q, k, v = map(self.wide, (query, key, value))
+        e = torch.exp(self.scores(q, k, piece))
+        total = e.sum(-1)
+        out = torch.einsum("bhst,bthd->bshd", e / total[..., None], self.grouped(v, q))
+        return out.to(query.dtype), total.log()
+
+
+class SumsFromZero(Dense):
+    """The running maximum begins at 0 instead of below every score."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        q, k, v = map(self.wide, (query, key, value))
+        s = self.scores(q, k, piece)
+        peak = s.amax(-1).clamp(min=0)
+        e = torch.exp(s - peak[..., None])
+        total = e.sum(-1)
+        out = torch.einsum("bhst,bthd->bshd", e / total[..., None], self.grouped(v, q))
+        return out.to(query.dtype), peak + total.log()
+
+
 class DividesByAll(Dense):
     """Divides by a sum that counts the first key twice."""
 
@@ -140,6 +162,16 @@ class ReadsInOrder(Dense):
         return super().wide(x)
 
 
+class OneStrideForAll(Dense):
+    """Reads the values with the strides of the keys, where memory reaches that far."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        last = sum((size - 1) * stride for size, stride in zip(key.shape, key.stride(), strict=True))
+        if value.storage_offset() + last < value.untyped_storage().size() // value.element_size():
+            value = value.as_strided(key.shape, key.stride())
+        return super().forward(query, key, value, piece)
+
+
 class DropsTheLastKey(Dense):
     """Whole tiles of 16 keys, or the last key is lost."""
 
@@ -148,6 +180,23 @@ class DropsTheLastKey(Dense):
         if s.shape[-1] > 16 and s.shape[-1] % 16:
             s[..., : max(1, s.shape[-2] - 1), -1] = -math.inf
         return s
+
+
+class HoldsAThousand(Dense):
+    """Has room for 1,024 keys of a row and leaves out the others."""
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        s = super().scores(query, key, piece)
+        s[..., 1024:] = -math.inf
+        return s
+
+
+class ColumnsInPairs(Dense):
+    """Reads the queries two columns at a time, and loses the last one of an odd number."""
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        even = query.shape[-1] // 2 * 2
+        return super().scores(query[..., :even], key[..., :even], piece)
 
 
 class IgnoresOffsets(Whole):
@@ -225,6 +274,20 @@ class WritesIntoInputs(Dense):
         result = super().forward(query, key, value, piece)
         query[:, 0] *= 1.001
         return result
+
+
+class Seeds(Dense):
+    """Sets the caller's seed, to the same number every time."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        return super().forward(query, key, value, piece)
+
+
+class DrawsInBackward(Dense):
+    def backward(self, *args: Any) -> Grads:
+        torch.rand(1)
+        return super().backward(*args)
 
 
 class CrashesAt48(Dense):
