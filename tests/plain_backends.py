@@ -176,6 +176,6 @@ def table_counts(blocks: BlockLayout) -> Tensor:
         for row, (begin, end) in enumerate(itertools.pairwise(blocks.row_ptr[table])):
             for entry in range(begin, end):
                 mask, col = int(blocks.mask_ids[entry]), int(blocks.cols[entry])
-                tile = torch.from_numpy(blocks.masks[mask]).double() if mask >= 0 else float(blocks.weights[entry])
+                tile = torch.tensor(blocks.masks[mask]).double() if mask >= 0 else float(blocks.weights[entry])
                 counts[head, row * size :, col * size :][:size, :size] = tile
     return counts[:, : geometry.q_len, : geometry.kv_len]

@@ -93,7 +93,7 @@ EXACTLY: dict[str, set[str]] = {
     "HoldsAThousand": {"long-rows"},
     "IgnoresDlse": {"through-lse"},
     "Restless": {"same-bits", "random-state", "one-token", "future"},
-    "KeepsItsBuffer": {"own-results", "one-token"},
+    "KeepsItsBuffer": {"own-results", "one-token", "ring"},
     "Seeds": {"random-state"},
     "DrawsInBackward": {"random-state"},
     "CrashesWhenAsked": {"declared"},
