@@ -33,23 +33,17 @@ def require_int(name: str, value: object, *, minimum: int, maximum: int | None =
     return value
 
 
-def positive_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-    """attrs validator: an integer of at least 1."""
-    require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=1)
-
-
-def positive_int_to(maximum: int) -> Callable[[object, attrs.Attribute[int], object], None]:
-    """An attrs validator: an integer of at least 1 and at most `maximum`."""
+def an_int(minimum: int, maximum: int | None = None) -> Callable[[object, attrs.Attribute[int], object], None]:
+    """An attrs validator: `require_int` of the attribute."""
 
     def check(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-        require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=1, maximum=maximum)
+        require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=minimum, maximum=maximum)
 
     return check
 
 
-def non_negative_int(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-    """attrs validator: an integer of at least 0."""
-    require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=0)
+positive_int: Final = an_int(1)
+non_negative_int: Final = an_int(0)
 
 
 def require_choice(name: str, value: object, allowed: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import attrs
 
-from .checks import positive_int, require_choice
+from .checks import positive_int, require_choice, require_int
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
@@ -173,8 +173,7 @@ class AttentionConfig:
     limits: Limits = attrs.field(factory=Limits, validator=_limits)
 
     def __attrs_post_init__(self) -> None:
-        if self.num_heads > _MOST_HEADS:
-            raise ConfigError(f"num_heads must be at most {_MOST_HEADS:,}, got {self.num_heads:,}")
+        require_int("num_heads", self.num_heads, minimum=1, maximum=_MOST_HEADS)
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             raise ConfigError(

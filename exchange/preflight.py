@@ -179,8 +179,7 @@ def preflight(config: AttentionConfig, pattern: Pattern, ranks: int, *, batch: i
         ConfigError: more than `MOST_RANKS`, no seq_len, one that `ranks` does not divide, a learned pattern, or tables
             beyond `Limits.layout_bytes`.
     """
-    if require_int("ranks", ranks, minimum=1) > MOST_RANKS:
-        raise ConfigError(f"ranks must be at most {MOST_RANKS:,}, got {ranks:,}")
+    require_int("ranks", ranks, minimum=1, maximum=MOST_RANKS)
     require_int("batch", batch, minimum=1)
     if config.seq_len is None:
         raise ConfigError("give seq_len: what ranks exchange depends on the length of the sequence")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_POSITIONS, positive_int_to
+from ..core.checks import MOST_POSITIONS, an_int
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
 from ..core.repeats import Repeats
@@ -28,7 +28,7 @@ class Global(Pattern):
 
     kind: ClassVar[str] = "global"
 
-    tokens: int = attrs.field(validator=positive_int_to(MOST_POSITIONS))
+    tokens: int = attrs.field(validator=an_int(1, MOST_POSITIONS))
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """1 where either position is global."""

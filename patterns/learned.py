@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, positive_int_to
+from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int
 from ..core.errors import ConfigError
 from ..core.pattern import LearnedPattern
 
@@ -61,9 +61,9 @@ class Learned(LearnedPattern):
 
     kind: ClassVar[str] = "learned"
 
-    block_size: int = attrs.field(default=64, validator=positive_int_to(MOST_IN_BLOCK))
+    block_size: int = attrs.field(default=64, validator=an_int(1, MOST_IN_BLOCK))
     blocks_per_row: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(positive_int_to(MOST_POSITIONS))
+        default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS))
     )
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
     # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, positive_int_to, require_int
+from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern, parameters
@@ -54,9 +54,9 @@ class Random(Pattern):
     kind: ClassVar[str] = "random"
 
     blocks_per_row: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(positive_int_to(MOST_POSITIONS))
+        default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS))
     )
-    block_size: int = attrs.field(default=128, validator=positive_int_to(MOST_IN_BLOCK))
+    block_size: int = attrs.field(default=128, validator=an_int(1, MOST_IN_BLOCK))
     seed: int = attrs.field(default=0, validator=_seed)
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
-from ..core.checks import positive_int_to
+from ..core.checks import an_int
 from ..core.geometry import Geometry
 from ..core.pattern import Branch, KeySpans, Pattern, parameters
 
@@ -27,7 +27,7 @@ class Strided(Pattern):
 
     kind: ClassVar[str] = "strided"
 
-    stride: int = attrs.field(validator=positive_int_to(_MOST))
+    stride: int = attrs.field(validator=an_int(1, _MOST))
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """1 where the stride divides the distance."""

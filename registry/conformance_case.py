@@ -232,9 +232,7 @@ class Subject:
     def bounds_on(self, inputs: Sequence[Tensor]) -> dict[str, float]:
         """The bounds, or twice the error of PyTorch's dense attention on these inputs of equal lengths, if larger."""
         measured = half_bounds(inputs, is_causal=self.case.is_causal)
-        return {name: max(bound, measured[name]) for name, bound in self.bounds.items() if name != "lse"} | {
-            "lse": self.bounds["lse"]
-        }
+        return {name: bound if name == "lse" else max(bound, measured[name]) for name, bound in self.bounds.items()}
 
     def compared(self, actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> Iterator[Finding]:
         """A finding for each of the results."""

@@ -132,16 +132,14 @@ def candidates(
             )
 
 
-def _some_of(declared: Any) -> list[int]:
-    """A declared head_dim where none of the usual ones is."""
-    return next(([d] for d in range(1, 1025) if covers(declared, d)), [])
+def _some_of(declared: Any, step: int = 1) -> list[int]:
+    """A declared head_dim, of every `step`th, where none of the usual ones is."""
+    return next(([d] for d in range(1, 1025, step) if covers(declared, d)), [])
 
 
 def _odd_of(declared: Any) -> list[int]:
     """Odd head_dims that are declared, if any are."""
-    return [d for d in ODD_HEAD_DIMS if covers(declared, d)] or [d for d in range(1, 1025, 2) if covers(declared, d)][
-        :1
-    ]
+    return [d for d in ODD_HEAD_DIMS if covers(declared, d)] or _some_of(declared, 2)
 
 
 def admitted(registered: RegisteredBackend, case: Case) -> tuple[bool, tuple[Refusal, ...]]:

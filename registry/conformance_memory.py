@@ -33,11 +33,12 @@ def _strided_forms(subject: Subject) -> dict[str, list[Tensor]]:
     """The case's inputs in other places of memory."""
     query, key, value = subject.inputs
     heads = [x.shape[2] for x in (query, key, value)]
+    head_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     forms = {
-        "head-first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)],
+        "head-first": head_first,
         "dim-first": [x.mT.contiguous().mT for x in (query, key, value)],
         "batch-shared": [x[:1].expand_as(x) for x in (query, key, value)],
-        "unlike": [query, key.transpose(1, 2).contiguous().transpose(1, 2), _spaced(value)],
+        "unlike": [query, head_first[1], _spaced(value)],
     }
     if query.shape[1] == key.shape[1]:
         batch, length, _, dim = query.shape

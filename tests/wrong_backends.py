@@ -83,26 +83,25 @@ class CountsOnce(Whole):
         return super().counts(piece).clamp(max=1)
 
 
-class SumsWithoutMaximum(Dense):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
-        q, k, v = map(self.wide, (query, key, value))
-        e = torch.exp(self.scores(q, k, piece))
-        total = e.sum(-1)
-        out = torch.einsum("bhst,bthd->bshd", e / total[..., None], self.grouped(v, q))
-        return out.to(query.dtype), total.log()
-
-
 class SumsFromZero(Dense):
     """The running maximum begins at 0 instead of below every score."""
+
+    def peak(self, s: Tensor) -> Tensor:
+        return s.amax(-1).clamp(min=0)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         q, k, v = map(self.wide, (query, key, value))
         s = self.scores(q, k, piece)
-        peak = s.amax(-1).clamp(min=0)
+        peak = self.peak(s)
         e = torch.exp(s - peak[..., None])
         total = e.sum(-1)
         out = torch.einsum("bhst,bthd->bshd", e / total[..., None], self.grouped(v, q))
         return out.to(query.dtype), peak + total.log()
+
+
+class SumsWithoutMaximum(SumsFromZero):
+    def peak(self, s: Tensor) -> Tensor:
+        return s.new_zeros(s.shape[:-1])
 
 
 class DividesByAll(Dense):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
-from .block_kernels import counts_of, rows_of_program
+from .block_kernels import blocks_of_row, counts_of, rows_of_program
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -37,8 +37,7 @@ def block_gradients_of_queries(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
-    first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
@@ -90,8 +89,7 @@ def block_gradients_of_keys(
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
-    first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset

@@ -25,6 +25,13 @@ def rows_of_program(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def blocks_of_row(head_table, starts, head, block_row, block_rows):
+    """Where the blocks of a block row begin, those of them with a mask, and the next row's: see `BlockTables`."""
+    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2)
+
+
+@triton.jit
 def counts_of(masks, mask, row, column, BLOCK: tl.constexpr):
     """Multiplicities of a masked block at rows (M,) and columns (N,)."""
     return tl.load(masks + mask.to(tl.int64) * BLOCK * BLOCK + row[:, None] * BLOCK + column[None, :]).to(tl.float32)
@@ -62,8 +69,7 @@ def attend_blocks(
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
-    first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset

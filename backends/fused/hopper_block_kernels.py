@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .addressing import AS_THEY_ARE, tile_and_head
-from .block_kernels import merge
+from .block_kernels import blocks_of_row, merge
 from .hopper_ring import (
     NOTHING,
     ROWS,
@@ -50,8 +50,7 @@ def place_of_program(
     tile, head = tile_and_head(num_heads)
     tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
     steps: gl.constexpr = BLOCK // BLOCK_N
-    starts += 2 * (gl.load(head_table + head).to(gl.int64) * block_rows + tile // tiles)
-    first, masked, last = gl.load(starts), gl.load(starts + 1), gl.load(starts + 2)
+    first, masked, last = blocks_of_row(head_table, starts, head, tile // tiles, block_rows)
     blocks = (
         cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
     )  # fmt: skip
