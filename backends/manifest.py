@@ -38,6 +38,7 @@ _WHOLE: Final = {
     "compile": "opaque",
 }
 _HALVES: Final = ("bfloat16", "float16")
+_OUTDONE: Final = -40  # behind every dense kernel
 
 SDPA = BackendSpec(
     name="sdpa",
@@ -107,7 +108,7 @@ XFORMERS = BackendSpec(
 TRITON = BackendSpec(
     name="triton",
     target="dilated_attention.backends.fused.backend:TritonBackend",
-    priority=40,  # for patterns of several branches; see `dilated_attention_rank_backends` below
+    priority=40,  # where it is the fastest; see `dilated_attention_rank_backends` below
     capabilities=_WHOLE
     | {
         "device_types": ("cuda",),
@@ -125,7 +126,7 @@ TRITON = BackendSpec(
 FLEX = BackendSpec(
     name="flex",
     target="dilated_attention.backends.flex:FlexBackend",
-    priority=-50,  # last: few cases have run on a card, it compiles for every length and ignores strided branches
+    priority=-50,  # it compiles for every length, and masks strided branches; for blocks see below
     capabilities=_WHOLE
     | {
         # Not cpu: PyTorch's FlexAttention gives no lse there.
@@ -159,14 +160,29 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
     return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, REFERENCE)
 
 
-@hookimpl
-def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
-    """The fused kernels are for what they fuse: several branches, or blocks, in half precision and head_dims up to 128.
+def _fuses(request: Request, *, has_blocks: bool) -> bool:
+    """Whether the fused kernels are the fastest for a request, by docs/performance.md, "What `auto` picks"."""
+    head_dim, is_half = request.config.head_dim, request.config.dtype in _HALVES
+    if has_blocks:
+        return is_half or head_dim <= 64
+    branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads)) or ()
+    # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
+    fewest = 2 if head_dim <= 64 else 3
+    return is_half and len(branches) >= fewest and (head_dim <= 128 or head_dim == 256)
 
-    Elsewhere the dense kernels are faster, which have had a dense attention's whole effort (docs/performance.md).
+
+@hookimpl
+def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
+    """By priority, which of kernels for whole layouts depends on what they would compute.
+
+    `flex` is for blocks that the fused kernels are refused for. It compiles for seconds at every new length, so the
+    length has to be known; and its rings have not run over several cards.
     """
-    branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads))
-    fuses = "block" in request.needs["layouts"] or (branches is not None and len(branches) > 1)
-    if fuses and request.config.dtype in _HALVES and request.config.head_dim <= 128:
-        return None
-    return [spec.name for spec in sorted(candidates, key=lambda spec: (spec is TRITON, -spec.priority, spec.name))]
+    has_blocks = "block" in request.needs["layouts"]
+    priorities = {spec.name: spec.priority for spec in candidates}
+    if not _fuses(request, has_blocks=has_blocks):
+        priorities[TRITON.name] = _OUTDONE
+    is_known = request.config.seq_len is not None and "context_parallel" not in request.needs
+    if has_blocks and is_known and request.config.dtype in _HALVES:
+        priorities[FLEX.name] = TRITON.priority - 1
+    return sorted((spec.name for spec in candidates), key=lambda name: (-priorities[name], name))

@@ -37,6 +37,8 @@ from .strategies import dilated
 from .support import NAMES, ours
 
 LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
+TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
+WINDOW = Local(window_size=70)
 PATTERNS: list[Pattern] = [
     LONGNET,
     Full(),
@@ -266,15 +268,58 @@ def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> 
     assert codes(verdict("triton", **fields)) == {code}
 
 
-def test_it_comes_first_for_what_it_fuses_over_a_ring_too() -> None:
-    specs = [manifest.TRITON, manifest.SDPA]
-    asked: dict[str, Any] = {"pattern": LONGNET, "dtype": "bfloat16"}
-    assert manifest.dilated_attention_rank_backends(request(H100, **asked), specs) is None  # by priority
-    assert manifest.TRITON.priority > manifest.SDPA.priority
-    ring = request(H100, **asked, context_parallel=ContextParallel(size=2))
-    assert manifest.dilated_attention_rank_backends(ring, specs) is None
-    for other in (request(H100, **asked | {"pattern": Full()}), request(H100, **asked | {"dtype": "float32"})):
-        assert manifest.dilated_attention_rank_backends(other, specs) == ["sdpa", "triton"]
+def ranked(**asked: Any) -> list[str]:
+    """The order of those that could take the request, and of a third party's, on an H100."""
+    specs = [manifest.REFERENCE, manifest.FLEX, manifest.SDPA, manifest.TRITON, manifest.FA3]
+    return list(manifest.dilated_attention_rank_backends(request(H100, **asked), specs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_first"),
+    [
+        ({"pattern": LONGNET}, True),
+        ({"pattern": LONGNET, "context_parallel": ContextParallel(size=2)}, True),
+        ({"pattern": LONGNET, "head_dim": 128}, True),
+        ({"pattern": LONGNET, "head_dim": 192}, False),
+        ({"pattern": LONGNET, "head_dim": 256}, True),
+        ({"pattern": LONGNET, "dtype": "float32"}, False),
+        ({"pattern": TWO}, True),
+        ({"pattern": TWO, "head_dim": 128}, False),
+        ({"pattern": Full()}, False),
+        ({"pattern": WINDOW, "head_dim": 256}, True),
+        ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
+        ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
+        ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
+    ],
+)
+def test_it_comes_first_where_it_is_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
+    order = ranked(**fields)
+    assert order == (
+        ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_before"),
+    [
+        ({"pattern": WINDOW, "seq_len": 4096}, True),
+        ({"pattern": WINDOW}, False),  # a compilation for every length
+        ({"pattern": WINDOW, "seq_len": 4096, "dtype": "float32"}, False),
+        ({"pattern": WINDOW, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": LONGNET, "seq_len": 4096}, False),
+    ],
+)
+def test_flex_follows_it_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
+    order = ranked(**fields)
+    assert (order.index("flex") < order.index("fa3")) is is_before
+    assert order.index("triton") < order.index("flex")
+
+
+def test_a_faster_one_of_a_third_party_stays_before_it() -> None:
+    theirs = attrs.evolve(manifest.SDPA, name="theirs", priority=manifest.TRITON.priority + 1)
+    asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
+    order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
+    assert order == ["theirs", "triton", "flex", "sdpa"]
 
 
 def test_listing_it_imports_nothing_of_it() -> None:
@@ -364,3 +409,8 @@ def test_auto_takes_it_for_several_branches_and_not_for_dense_attention() -> Non
     assert build_attention(pattern=Local(window_size=64), **fields).plan.backend == "triton"
     assert build_attention(pattern=Full(), **fields).plan.backend != "triton"
     assert build_attention(pattern=CARD[0], **fields | {"dtype": "float32"}).plan.backend != "triton"
+    assert build_attention(pattern=WINDOW, **fields | {"head_dim": 256}).plan.backend == "triton"
+    assert build_attention(pattern=WINDOW, **fields | {"dtype": "float32"}).plan.backend == "triton"
+    odd = Random(blocks_per_row=2, block_size=24)  # whose blocks are too small for it
+    assert build_attention(pattern=odd, seq_len=1024, **fields).plan.backend == "flex"
+    assert build_attention(pattern=odd, **fields).plan.backend == "sdpa"
