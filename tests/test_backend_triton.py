@@ -34,7 +34,7 @@ from dilated_attention.registry.specs import Device
 
 from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, run_interpreted, verdict
 from .strategies import dilated
-from .support import NAMES, ours
+from .support import NAMES, error, ours
 
 LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
 TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
@@ -255,7 +255,8 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
     ("fields", "code"),
     [
         ({"pattern": Random(blocks_per_row=2, block_size=24)}, "block_sizes"),
-        ({"pattern": Learned(block_size=16, blocks_per_row=2)}, "dynamic_tables"),
+        ({"pattern": Learned(block_size=24, blocks_per_row=2)}, "block_sizes"),
+        ({"pattern": Learned(block_size=8, blocks_per_row=2)}, "block_sizes"),
         ({"pattern": Strided(stride=4099)}, "dilation_rates"),
         ({"dtype": "float64"}, "dtypes"),
         ({"head_dim": 20}, "head_dims"),
@@ -290,6 +291,7 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
         ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
         ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
     ],
 )
 def test_it_comes_first_where_it_is_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
@@ -400,6 +402,25 @@ def test_it_replays_in_a_graph_and_compiles() -> None:
     compiled = torch.compile(attention, fullgraph=True)
     tensors = on_card(geometry, "bfloat16", 64)
     assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_size", "head_dim"), [(128, 64), (128, 128), (64, 64), (16, 256)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks_that_a_gate_names(block_size: int, head_dim: int, is_causal: bool) -> None:
+    """As core's own product, and again from a CUDA graph, other keys and all."""
+    fields: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim, "is_causal": is_causal}
+    fields |= {"pattern": Learned(block_size=block_size, blocks_per_row=3), "dtype": "bfloat16", "device": "cuda"}
+    fused, plain = (build_attention(**fields, backend=backend) for backend in ("triton", "sdpa"))
+    assert plain.gate is not None
+    assert fused.gate is not None
+    fused.gate.load_state_dict(plain.gate.state_dict())
+    geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    tensors = on_card(geometry, "bfloat16", head_dim)
+    found, expected = (ours(attention, tensors, geometry, through_lse=True) for attention in (fused, plain))
+    for name, a, e in zip(NAMES, found, expected, strict=True):
+        assert error(a, e) < 1e-2, (name, error(a, e))
+    check_graph(fused, geometry)
 
 
 @pytest.mark.gpu
