@@ -115,6 +115,7 @@ TRITON = BackendSpec(
         "arch": ("sm_90",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
+        "dynamic_tables": True,
         "context_parallel": True,
         "staged_blocks": True,
         "deterministic": ("forward", "backward"),
@@ -163,6 +164,8 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
 def _fuses(request: Request, *, has_blocks: bool) -> bool:
     """Whether the fused kernels are the fastest for a request, by docs/performance.md, "What `auto` picks"."""
     head_dim, is_half = request.config.head_dim, request.config.dtype in _HALVES
+    if "dynamic_tables" in request.needs:
+        return False  # not until blocks that a gate names have run on a card
     if has_blocks:
         return is_half or head_dim <= 64
     branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads)) or ()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .geometry import Geometry
     from .pattern import LearnedPattern
 
-_KINDS = 4  # of a block against the diagonal: in the future, cut once or (offsets apart) twice, in the past
+KINDS = 4  # of a block against the diagonal: in the future, cut once or (offsets apart) twice, in the past
 
 
 class TableRows(NamedTuple):
@@ -68,7 +68,7 @@ class DynamicTables:
         geometry: of the calls.
         block_size: b.
         groups: block rows (n,) int64 that have equally many cut and uncut blocks, with both numbers.
-        bias: (8, b, b), 0 or -inf: the kinds of blocks against the diagonal, then the same for the last key block.
+        bias: (8, b, b), 0 or -inf as `masks_of`.
         scale: factor on q·k.
         workspace_bytes: bound on the temporaries of one step.
     """
@@ -92,7 +92,8 @@ class DynamicTables:
         workspace_bytes: int,
     ) -> DynamicTables:
         """Sort the block rows of `geometry` and draw its masks."""
-        bias = _bias(pattern.block_size, geometry).to(device, accumulator_dtype(dtype))
+        bias = torch.where(masks_of(geometry, pattern.block_size), 0.0, -math.inf)
+        bias = bias.to(device, accumulator_dtype(dtype))
         groups = tuple((rows.to(device), cut, whole) for rows, cut, whole in _groups(pattern, geometry))
         return cls(geometry, pattern.block_size, groups, bias, scale, workspace_bytes)
 
@@ -124,19 +125,19 @@ class DynamicTables:
         base = (base * k_rows).view(batch, heads, 1, 1)
         for rows, cut, whole in self.groups:
             blocks = tables[:, :, :, : cut + whole].index_select(2, rows)
-            masks = self._mask_kinds(rows[:, None], blocks[..., :cut])
+            masks = mask_kinds(self.geometry, self.block_size, rows[:, None], blocks[..., :cut])
             yield ItemClass(
                 (item + rows).flatten(), (base + blocks).flatten(0, 2), masks.flatten(0, 2), log_weights=None
             )
 
-    def _mask_kinds(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """Which bias belongs to each block, by its position against the row's and the end of the keys."""
-        size, geometry = self.block_size, self.geometry
-        kinds = torch.full_like(blocks, _KINDS - 1)
-        if geometry.is_causal:
-            apart = (geometry.q_offset - geometry.kv_offset) // size + rows - blocks
-            kinds = apart.clamp(-2, 1) + 2
-        return kinds + _KINDS * (blocks == (geometry.kv_len - 1) // size)
+
+def mask_kinds(geometry: Geometry, size: int, rows: Tensor, blocks: Tensor) -> Tensor:
+    """Which of `masks_of` belongs to blocks of keys for rows of blocks, by their positions."""
+    kinds = torch.full_like(blocks, KINDS - 1)
+    if geometry.is_causal:
+        apart = (geometry.q_offset - geometry.kv_offset) // size + rows - blocks
+        kinds = apart.clamp(-2, 1) + 2
+    return kinds + KINDS * (blocks == (geometry.kv_len - 1) // size)
 
 
 def dynamic_pairs(pattern: LearnedPattern, geometry: Geometry) -> int:
@@ -158,8 +159,11 @@ def dynamic_pairs(pattern: LearnedPattern, geometry: Geometry) -> int:
     return int(seen.sum()) * geometry.num_heads
 
 
-def _groups(pattern: LearnedPattern, geometry: Geometry) -> Iterator[tuple[Tensor, int, int]]:
-    """Rows with equal numbers of cut and uncut blocks. All are cut where the short last block may be among them."""
+def kept_blocks(pattern: LearnedPattern, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """How many blocks each row keeps that a mask cuts, and how many that none does; both (R,) int64 on the CPU.
+
+    All are cut where the short last block may be among them.
+    """
     size, shift = pattern.block_size, geometry.q_offset - geometry.kv_offset
     of = TableRows.of(
         pattern,
@@ -171,17 +175,25 @@ def _groups(pattern: LearnedPattern, geometry: Geometry) -> Iterator[tuple[Tenso
     )
     reaches_end = (of.before == -(-geometry.kv_len // size)) & (geometry.kv_len % size != 0)
     cut = torch.where(reaches_end, of.kept, of.visible - of.before)
-    kinds, kind = torch.unique(torch.stack([cut, of.kept - cut], dim=1), dim=0, return_inverse=True)
+    return cut, of.kept - cut
+
+
+def _groups(pattern: LearnedPattern, geometry: Geometry) -> Iterator[tuple[Tensor, int, int]]:
+    """Rows with equal numbers of cut and uncut blocks."""
+    kinds, kind = torch.unique(torch.stack(kept_blocks(pattern, geometry), dim=1), dim=0, return_inverse=True)
     for number, (n_cut, n_whole) in enumerate(kinds.tolist()):
         if n_cut + n_whole:
             yield torch.nonzero(kind == number).squeeze(1), n_cut, n_whole
 
 
-def _bias(size: int, geometry: Geometry) -> Tensor:
-    """The (2 * kinds, b, b) masks as 0 and -inf; query i and key j are `distance` + i - j positions apart."""
+def masks_of(geometry: Geometry, size: int) -> Tensor:
+    """The (2 * KINDS, b, b) masks; query i and key j of one are `distance` + i - j positions apart.
+
+    First the kinds of blocks against the diagonal, then the same for the last block of keys.
+    """
     shift = (geometry.q_offset - geometry.kv_offset) % size
     place = torch.arange(size)
     apart = place[:, None] - place
     sees = torch.stack([apart + distance >= 0 for distance in (-size, shift - size, shift, size)])
     ends = (geometry.kv_len - 1) % size + 1
-    return torch.where(torch.cat([sees, sees & (place < ends)]), 0.0, -math.inf)
+    return torch.cat([sees, sees & (place < ends)])

@@ -170,13 +170,13 @@ class Engine:
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
         if self._layout_kernel is None:
             return self._composed(geometry, device)
-        if self._learned is not None:
-            return _Program(Layout(self._learned, geometry, (), None), Schedule((), 0))
-        layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        prepared = 0
-        if isinstance(self._layout_kernel, Prepares) and layout.pairs:
-            prepared = self._layout_kernel.prepare(layout, device)
-        return _Program(layout, Schedule((), 0), prepared_bytes=prepared)
+        layout = Layout(self.pattern, geometry, (), None)
+        if self._learned is None:
+            layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+        program = _Program(layout, Schedule((), 0))
+        if isinstance(self._layout_kernel, Prepares) and program.pairs:
+            return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
+        return program
 
     def _composed(self, geometry: Geometry, device: torch.device) -> _Program:
         """The program that core itself runs, with dense pieces and blocks."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Learned, Local, Pattern, Random
 from dilated_attention.backends.fused import gradient_kernels, launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
@@ -23,6 +23,7 @@ from dilated_attention.core.ops import attend, intern
 from dilated_attention.exchange import plan
 from dilated_attention.exchange.shards import Shards
 
+from .learned_kit import masked_oracle, seen_pairs
 from .ring_simulation import worst
 from .support import NAMES, error, inputs, oracle, with_gradients
 
@@ -233,6 +234,41 @@ def test_blocks(is_causal: bool) -> None:
 def test_blocks_with_masks_beside_branches() -> None:
     pattern = Dilated((8, 16), (1, 2)) + (Local(window_size=9) | Global(tokens=3))
     check_interpreted(pattern, Geometry(q_len=21, kv_len=37, num_heads=1, num_kv_heads=1, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(q_len=53, kv_len=53, num_heads=2, num_kv_heads=1, is_causal=True),
+        Geometry(q_len=64, kv_len=48, num_heads=1, num_kv_heads=1, is_causal=False),
+        Geometry(q_len=37, kv_len=60, num_heads=2, num_kv_heads=2, is_causal=False),
+        Geometry(q_len=40, kv_len=119, num_heads=1, num_kv_heads=1, is_causal=True, q_offset=75, kv_offset=4),
+        Geometry(q_len=48, kv_len=32, num_heads=1, num_kv_heads=1, is_causal=True),  # rows without keys
+    ],
+    ids=str,
+)
+def test_blocks_that_a_gate_names(geometry: Geometry) -> None:
+    """Other ones in each of two batch rows, if there are more than a row keeps."""
+    pattern = Learned(block_size=16, blocks_per_row=2)
+    tensors = inputs(geometry, batch=2, head_dim=16, dtype=torch.float32)
+    config = AttentionConfig(
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=16,
+        pattern=pattern,
+        is_causal=geometry.is_causal,
+    )
+    query, key, value = tensors
+    at, from_ = geometry.q_offset, geometry.kv_offset
+    named: torch.Tensor = pattern.make_gate(config)(query, key, q_offset=at, kv_offset=from_)
+    assert torch.equal(named[0], named[1]) == (geometry.kv_len == 32)  # which are all there are
+    fused = FusedKernel("interpreted, named", TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))), NEVER)
+    engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
+    out, lse = attend(query, key, value, engine, q_offset=at, kv_offset=from_, seed=None, tables=named, recompute=False)
+    actual = with_gradients(out, lse, tensors, through_lse=True)
+    expected = masked_oracle(seen_pairs(named, geometry, 16), tensors, engine.scale)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert error(a, e) < 1e-5, (name, error(a, e))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_attention import (
-    ContextParallel,
     Dilated,
     Full,
     Global,
@@ -24,7 +23,6 @@ from dilated_attention import (
     build_attention,
     explain,
 )
-from dilated_attention.backends import manifest
 from dilated_attention.backends.fused import walks
 from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
 from dilated_attention.core.geometry import Geometry
@@ -32,12 +30,11 @@ from dilated_attention.core.lowering import lower
 from dilated_attention.core.pattern import Branch
 from dilated_attention.registry.specs import Device
 
-from .kernel_kit import H100, build, check, check_graph, codes, on_card, request, run_interpreted, verdict
+from .kernel_kit import build, check, check_graph, codes, on_card, run_interpreted, verdict
 from .strategies import dilated
-from .support import NAMES, ours
+from .support import NAMES, error, ours
 
 LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
-TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
 WINDOW = Local(window_size=70)
 PATTERNS: list[Pattern] = [
     LONGNET,
@@ -255,7 +252,8 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
     ("fields", "code"),
     [
         ({"pattern": Random(blocks_per_row=2, block_size=24)}, "block_sizes"),
-        ({"pattern": Learned(block_size=16, blocks_per_row=2)}, "dynamic_tables"),
+        ({"pattern": Learned(block_size=24, blocks_per_row=2)}, "block_sizes"),
+        ({"pattern": Learned(block_size=8, blocks_per_row=2)}, "block_sizes"),
         ({"pattern": Strided(stride=4099)}, "dilation_rates"),
         ({"dtype": "float64"}, "dtypes"),
         ({"head_dim": 20}, "head_dims"),
@@ -266,60 +264,6 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
 )
 def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> None:
     assert codes(verdict("triton", **fields)) == {code}
-
-
-def ranked(**asked: Any) -> list[str]:
-    """The order of those that could take the request, and of a third party's, on an H100."""
-    specs = [manifest.REFERENCE, manifest.FLEX, manifest.SDPA, manifest.TRITON, manifest.FA3]
-    return list(manifest.dilated_attention_rank_backends(request(H100, **asked), specs))
-
-
-@pytest.mark.parametrize(
-    ("fields", "is_first"),
-    [
-        ({"pattern": LONGNET}, True),
-        ({"pattern": LONGNET, "context_parallel": ContextParallel(size=2)}, True),
-        ({"pattern": LONGNET, "head_dim": 128}, True),
-        ({"pattern": LONGNET, "head_dim": 192}, False),
-        ({"pattern": LONGNET, "head_dim": 256}, True),
-        ({"pattern": LONGNET, "dtype": "float32"}, False),
-        ({"pattern": TWO}, True),
-        ({"pattern": TWO, "head_dim": 128}, False),
-        ({"pattern": Full()}, False),
-        ({"pattern": WINDOW, "head_dim": 256}, True),
-        ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
-        ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
-        ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
-    ],
-)
-def test_it_comes_first_where_it_is_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
-    order = ranked(**fields)
-    assert order == (
-        ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "is_before"),
-    [
-        ({"pattern": WINDOW, "seq_len": 4096}, True),
-        ({"pattern": WINDOW}, False),  # a compilation for every length
-        ({"pattern": WINDOW, "seq_len": 4096, "dtype": "float32"}, False),
-        ({"pattern": WINDOW, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
-        ({"pattern": LONGNET, "seq_len": 4096}, False),
-    ],
-)
-def test_flex_follows_it_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
-    order = ranked(**fields)
-    assert (order.index("flex") < order.index("fa3")) is is_before
-    assert order.index("triton") < order.index("flex")
-
-
-def test_a_faster_one_of_a_third_party_stays_before_it() -> None:
-    theirs = attrs.evolve(manifest.SDPA, name="theirs", priority=manifest.TRITON.priority + 1)
-    asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
-    order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
-    assert order == ["theirs", "triton", "flex", "sdpa"]
 
 
 def test_listing_it_imports_nothing_of_it() -> None:
@@ -400,6 +344,25 @@ def test_it_replays_in_a_graph_and_compiles() -> None:
     compiled = torch.compile(attention, fullgraph=True)
     tensors = on_card(geometry, "bfloat16", 64)
     assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_size", "head_dim"), [(128, 64), (128, 128), (64, 64), (16, 256)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks_that_a_gate_names(block_size: int, head_dim: int, is_causal: bool) -> None:
+    """As core's own product, and again from a CUDA graph, other keys and all."""
+    fields: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim, "is_causal": is_causal}
+    fields |= {"pattern": Learned(block_size=block_size, blocks_per_row=3), "dtype": "bfloat16", "device": "cuda"}
+    fused, plain = (build_attention(**fields, backend=backend) for backend in ("triton", "sdpa"))
+    assert plain.gate is not None
+    assert fused.gate is not None
+    fused.gate.load_state_dict(plain.gate.state_dict())
+    geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    tensors = on_card(geometry, "bfloat16", head_dim)
+    found, expected = (ours(attention, tensors, geometry, through_lse=True) for attention in (fused, plain))
+    for name, a, e in zip(NAMES, found, expected, strict=True):
+        assert error(a, e) < 1e-2, (name, error(a, e))
+    check_graph(fused, geometry)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ FAR = tl.constexpr(1 << 30)
 # Numbers that kernels take as they are: one compiled for a length, or for counts of tables, would serve no other.
 AS_THEY_ARE = (
     "q_low", "q_high", "k_low", "k_high", "low", "high", "low_column", "high_column", "origin", "period", "groups",
-    "most_walks", "blocks", "block_runs", "block_rows", "q_len", "k_len", "length",
+    "most_walks", "blocks", "block_runs", "block_rows", "batch_tables", "q_len", "k_len", "length",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ...core.geometry import Geometry
 from ...core.lowering import lower
+from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
 from ..libraries import checked_options, labelled
 from .kernel import FusedKernel
@@ -19,7 +20,7 @@ from .walks import MAX_PERIOD, period_of
 MIN_BLOCK: Final = 16  # what a product of tiles takes
 
 if TYPE_CHECKING:
-    from ...core.layout import Layout
+    from ...core.pattern import Branch
     from ...registry.specs import Request
 
 
@@ -29,26 +30,13 @@ class TritonBackend:
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """Dilation rates whose classes of positions repeat too late, and sizes of blocks that no tile divides."""
         checked_options(request, "triton")
-        layout = self._layout(request)
-        period = period_of(layout.branches)
+        branches, size = _shape(request)
+        period = period_of(branches)
         if period > MAX_PERIOD:
             required = f"dilation rates with the least common multiple {period}"
             yield Refusal("dilation_rates", required, f"up to {MAX_PERIOD}", "use rates that divide one another")
-        size = layout.blocks.block_size if layout.blocks is not None else MIN_BLOCK
-        if size < MIN_BLOCK or size & (size - 1):
+        if 0 < size < MIN_BLOCK or size & (size - 1):
             yield Refusal("block_sizes", str(size), f"powers of two from {MIN_BLOCK}", "choose such a block_size")
-
-    def _layout(self, request: Request) -> Layout:
-        """Of a single token: the branches, and how large blocks are."""
-        config = request.config
-        geometry = Geometry(
-            q_len=1,
-            kv_len=1,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            is_causal=config.is_causal,
-        )
-        return lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
 
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
@@ -63,11 +51,25 @@ class TritonBackend:
 
     def _is_fed(self, request: Request) -> bool:
         """Whether any of it is computed by the kernels for Hopper."""
-        config, layout = request.config, self._layout(request)
+        config, (branches, size) = request.config, _shape(request)
         dtype: torch.dtype = getattr(torch, config.dtype)
         if not can_be_fed(config.head_dim, dtype, version("triton")):
             return False
         tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, fed=True)
-        return bool(layout.branches) or (
-            layout.blocks is not None and tiles.within(layout.blocks.block_size).forward.parts > 0
-        )
+        return bool(branches) or (size > 0 and tiles.within(size).forward.parts > 0)
+
+
+def _shape(request: Request) -> tuple[tuple[Branch, ...], int]:
+    """The branches of a layout, and how large its blocks are, or 0: as a single token has them."""
+    config, pattern = request.config, request.pattern.unwrap()
+    if isinstance(pattern, LearnedPattern):
+        return (), pattern.block_size
+    geometry = Geometry(
+        q_len=1,
+        kv_len=1,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        is_causal=config.is_causal,
+    )
+    layout = lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
+    return layout.branches, 0 if layout.blocks is None else layout.blocks.block_size

@@ -20,7 +20,7 @@ def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def block_gradients_of_queries(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
@@ -71,7 +71,7 @@ def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def block_gradients_of_keys(
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset

@@ -25,9 +25,10 @@ def rows_of_program(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def blocks_of_row(head_table, starts, head, block_row, block_rows):
+def blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables):
     """Where the blocks of a block row begin, those of them with a mask, and the next row's: see `BlockTables`."""
-    place = starts + 2 * (tl.load(head_table + head).to(tl.int64) * block_rows + block_row)
+    table = tl.load(head_table + tl.program_id(1) * batch_tables + head).to(tl.int64)
+    place = starts + 2 * (table * block_rows + block_row)
     return tl.load(place), tl.load(place + 1), tl.load(place + 2)
 
 
@@ -53,7 +54,7 @@ def merge(out, lse, out_more, lse_more):
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows,
+    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +70,7 @@ def attend_blocks(
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows)
+    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import numpy as np
 import torch
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.layout import BlockLayout
+
+if TYPE_CHECKING:
+    from ...core.geometry import Geometry
 
 
 @attrs.frozen(eq=False)
@@ -23,11 +28,13 @@ class BlockTables:
         tensors: head_table (H,) int32; starts (2·T·R + 1,) int32, where each row's blocks and, among them, those with a
             mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32; masks
             (M, b, b) uint8, rows of queries, columns of keys.
+        batch_tables: 0; or H where every batch row has tables of its own, and head_table is (B·H,).
     """
 
     block_size: int
     block_rows: int
     tensors: tuple[Tensor, ...]
+    batch_tables: int = 0
 
     @classmethod
     def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool) -> BlockTables:
@@ -57,6 +64,41 @@ class BlockTables:
         padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
         tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
         return cls(layout.block_size, rows, tensors)
+
+
+@attrs.frozen(eq=False)
+class KnownBlocks:
+    """Both directions of a `BlockLayout` on a device: `launches.Blocks` of tables that are never named anew.
+
+    Attributes:
+        geometry: of the layout.
+        block_size: b.
+        pairs: that the layout counts.
+        by_rows: for queries.
+        by_columns: for keys.
+    """
+
+    geometry: Geometry
+    block_size: int
+    pairs: int
+    by_rows: BlockTables
+    by_columns: BlockTables
+
+    @classmethod
+    def of(cls, layout: BlockLayout, device: torch.device) -> KnownBlocks:
+        """Of all its blocks."""
+        by_rows, by_columns = (BlockTables.of(layout, device, transposed=side) for side in (False, True))
+        return cls(layout.geometry, layout.block_size, layout.pairs, by_rows, by_columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both."""
+        return sum(x.nbytes for tables in (self.by_rows, self.by_columns) for x in tables.tensors)
+
+    def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
+        """One of them."""
+        assert named is None
+        return self.by_columns if transposed else self.by_rows
 
 
 def _with_edges(

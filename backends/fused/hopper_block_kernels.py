@@ -44,13 +44,14 @@ PARTS = gl.constexpr(2)
 
 @gluon.jit
 def place_of_program(
-    num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
-):
+    num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
     """Of this program: head, batch row, its first row in the tensor and in the block, and its blocks."""
     tile, head = tile_and_head(num_heads)
     tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
     steps: gl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, tile // tiles, block_rows)
+    first, masked, last = blocks_of_row(head_table, starts, head, tile // tiles, block_rows, batch_tables)
     blocks = (
         cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
     )  # fmt: skip
@@ -200,14 +201,14 @@ def _attend_part(
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr, head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows,
+    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
     head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads

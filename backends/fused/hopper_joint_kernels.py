@@ -322,13 +322,13 @@ def block_gradients(
     head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `gradients`, over a table of blocks."""
     head, batch, first, inside, blocks = of_blocks.place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, BLOCK, BLOCK_N
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()

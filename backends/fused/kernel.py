@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from ...core.composer import merge_
+from ...core.pattern import LearnedPattern
 from ...core.tracing import span
 from . import gradient_kernels
+from .block_tables import KnownBlocks
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
+from .named_blocks import NamedBlocks
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
     from ...core.kernel import LayoutPiece
     from ...core.layout import Layout
+    from .launches import Blocks
     from .tiles import Pass
 
 _LOG2_E: Final = 1.4426950408889634
@@ -54,10 +58,9 @@ class FusedKernel:
                 found.append(
                     BranchPart(layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from)
                 )
-            if layout.blocks is not None:
-                found.append(
-                    BlockPart(layout.blocks, self.tiles.within(layout.blocks.block_size), device, self._bound_from)
-                )
+            blocks = _blocks_of(layout, device)
+            if blocks is not None:
+                found.append(BlockPart(blocks, self.tiles.within(blocks.block_size), self._bound_from))
             known[device] = tuple(found)
         return known[device]
 
@@ -77,7 +80,7 @@ class FusedKernel:
             lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
             scales = (abs(piece.scale) * _LOG2_E,)
             with span(part.name):
-                part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales)
+                part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales, named=piece.tables)
             if merged is None:
                 merged = out, lse
             else:
@@ -164,7 +167,7 @@ class FusedKernel:
             into = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device) if dq is None else dq
             pointers, strided = (query, key, value, dout, row_sums, into), (query, key, value, dout, into)
             with span(f"{part.name}, gradients of queries"):
-                part.run("queries", pointers, strided, scales, adds=dq is not None)
+                part.run("queries", pointers, strided, scales, adds=dq is not None, named=piece.tables)
             total = into if total is None or total is into else total.add_(into)
         assert total is not None
         return total if dq is not None else total.to(query.dtype)
@@ -199,13 +202,21 @@ class FusedKernel:
             grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
             pointers = (query, key, value, dout, of_rows, *more, *grads)
             with span(f"{part.name}, gradients of {'all' if which == 'gradients' else 'keys'}"):
-                part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales)
+                part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales, named=piece.tables)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dk, dv = sums
         if heads > kv_heads:
             grouped = (batch, kv_len, kv_heads, heads // kv_heads, head_dim)
             dk, dv = (x.view(grouped).sum(3) for x in (dk, dv))
         return dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _blocks_of(layout: Layout, device: torch.device) -> Blocks | None:
+    """The blocks of a layout, if it has any."""
+    pattern = layout.pattern.unwrap()
+    if isinstance(pattern, LearnedPattern):
+        return NamedBlocks.of(pattern, layout.geometry, device)
+    return None if layout.blocks is None else KnownBlocks.of(layout.blocks, device)
 
 
 def _part_dtype(x: Tensor, parts: tuple[Part, ...]) -> torch.dtype:

@@ -12,7 +12,6 @@ from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from . import kernels
-from .block_tables import BlockTables
 from .runs import DeviceTables, Runs
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from triton import JITFunction
 
     from ...core.geometry import Geometry
-    from ...core.layout import BlockLayout
     from ...core.pattern import Branch
+    from .block_tables import BlockTables
 
 # The kernel of each pass, and its module; those for Hopper are in modules of their own.
 OF_BRANCHES: Final[dict[Pass, tuple[str, str]]] = {
@@ -60,6 +59,7 @@ class Part(Protocol):
         scales: tuple[float, ...],
         *,
         adds: bool = False,
+        named: Tensor | None = None,
     ) -> None:
         """Launch one program a tile of rows, query head and batch row.
 
@@ -69,6 +69,7 @@ class Part(Protocol):
             strided: those whose batch, row and head strides it takes.
             scales: what it takes of scales.
             adds: merge into what is there, or add to it; of blocks, forward and for queries.
+            named: the blocks of this call, as `LayoutPiece.tables`.
         """
 
 
@@ -181,9 +182,11 @@ class BranchPart:
         scales: tuple[float, ...],
         *,
         adds: bool = False,
+        named: Tensor | None = None,
     ) -> None:
         """As `Part.run`."""
         assert not adds
+        assert named is None
         query, tile = pointers[0], self._tiles.of(which)
         tables, runs = self._listed[which]
         constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
@@ -237,20 +240,40 @@ def _largest(key: Tensor) -> Tensor:
     return largest.view(torch.float32)
 
 
+class Blocks(Protocol):
+    """Tables of blocks on a device, in both directions."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Lengths, heads and positions."""
+
+    @property
+    def block_size(self) -> int:
+        """Queries and keys of a block."""
+
+    @property
+    def pairs(self) -> int:
+        """How many are counted, over all query heads of a batch row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+
+    def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
+        """One direction; `named` as `LayoutPiece.tables`."""
+
+
 class BlockPart:
     """The table of blocks of a layout."""
 
-    def __init__(self, layout: BlockLayout, tiles: Tiles, device: torch.device, bound_from: int) -> None:
-        self.name = f"blocks of {layout.block_size}"
+    def __init__(self, blocks: Blocks, tiles: Tiles, bound_from: int) -> None:
+        self.name = f"blocks of {blocks.block_size}"
+        self.nbytes = blocks.nbytes
         self.passes = tiles.passes
-        self._geometry = layout.geometry
+        self._blocks = blocks
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=True)
-        self._bounds = layout.pairs >= bound_from * layout.geometry.kv_len * layout.geometry.num_kv_heads
-        self._by_rows, self._by_columns = (
-            BlockTables.of(layout, device, transposed=transposed) for transposed in (False, True)
-        )
-        self.nbytes = sum(x.nbytes for tables in (self._by_rows, self._by_columns) for x in tables.tensors)
+        self._bounds = blocks.pairs >= bound_from * blocks.geometry.kv_len * blocks.geometry.num_kv_heads
 
     def run(
         self,
@@ -260,11 +283,12 @@ class BlockPart:
         scales: tuple[float, ...],
         *,
         adds: bool = False,
+        named: Tensor | None = None,
     ) -> None:
         """As `Part.run`."""
-        geometry, query = self._geometry, pointers[0]
+        geometry, query = self._blocks.geometry, pointers[0]
         tile = self._tiles.of(which)
-        tables = self._by_columns if which in _BY_COLUMNS else self._by_rows
+        tables = self._blocks.tables(named, transposed=which in _BY_COLUMNS)
         tiles = tables.block_rows * (tables.block_size // tile.rows)
         constants = {} if which in _BY_COLUMNS else {"ADDS": adds}
         if which == "forward" and tile.parts:
@@ -279,6 +303,7 @@ class BlockPart:
             query.shape[2],
             geometry.group_size,
             tables.block_rows,
+            tables.batch_tables,
             BLOCK=tables.block_size,
             **constants,
             **_options(query, strided, tile),

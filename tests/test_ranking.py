@@ -1,0 +1,72 @@
+"""Which backend `auto` prefers for what, on an H100: by the figures of docs/performance.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+
+from dilated_attention import ContextParallel, Dilated, Full, Learned, Local
+from dilated_attention.backends import manifest
+
+from .kernel_kit import H100, request
+
+LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
+TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
+WINDOW = Local(window_size=70)
+
+
+def ranked(**asked: Any) -> list[str]:
+    """The order of those that are asked."""
+    specs = [manifest.REFERENCE, manifest.FLEX, manifest.SDPA, manifest.TRITON, manifest.FA3]
+    return list(manifest.dilated_attention_rank_backends(request(H100, **asked), specs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_first"),
+    [
+        ({"pattern": LONGNET}, True),
+        ({"pattern": LONGNET, "context_parallel": ContextParallel(size=2)}, True),
+        ({"pattern": LONGNET, "head_dim": 128}, True),
+        ({"pattern": LONGNET, "head_dim": 192}, False),
+        ({"pattern": LONGNET, "head_dim": 256}, True),
+        ({"pattern": LONGNET, "dtype": "float32"}, False),
+        ({"pattern": TWO}, True),
+        ({"pattern": TWO, "head_dim": 128}, False),
+        ({"pattern": Full()}, False),
+        ({"pattern": WINDOW, "head_dim": 256}, True),
+        ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
+        ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
+        ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
+    ],
+)
+def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
+    order = ranked(**fields)
+    assert order == (
+        ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_before"),
+    [
+        ({"pattern": WINDOW, "seq_len": 4096}, True),
+        ({"pattern": WINDOW}, False),  # a compilation for every length
+        ({"pattern": WINDOW, "seq_len": 4096, "dtype": "float32"}, False),
+        ({"pattern": WINDOW, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": LONGNET, "seq_len": 4096}, False),
+    ],
+)
+def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
+    order = ranked(**fields)
+    assert (order.index("flex") < order.index("fa3")) is is_before
+    assert order.index("triton") < order.index("flex")
+
+
+def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
+    theirs = attrs.evolve(manifest.SDPA, name="theirs", priority=manifest.TRITON.priority + 1)
+    asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
+    order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
+    assert order == ["theirs", "triton", "flex", "sdpa"]
