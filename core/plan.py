@@ -55,7 +55,8 @@ class BackendRow:
         near_miss: the smallest change that would admit it, where one was found.
         distribution: the installed package that it comes from.
         version: of that package.
-        detail: the cause, where it is broken; else what was noted about its plugin, such as a slow import.
+        detail: the cause, where it is broken; else what was noted about it: a slow import of its plugin, or that it
+            would be chosen if seq_len were given.
     """
 
     name: str

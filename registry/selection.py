@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, cast
 
 import attrs
@@ -18,6 +18,7 @@ from .plugins import PLUGIN_FAULTS, PluginRow, describe, import_target
 from .specs import Backend, BackendSpec, Request
 
 AUTO: Final = "auto"
+_ANY_LENGTH: Final = 4096  # tokens, where it only matters that they are known
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -66,9 +67,11 @@ def select(request: Request, registry: Registry) -> Selection:
         verdicts = {name: _alone(verdict, request) for name, verdict in verdicts.items()}
     usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
     faults: list[PluginRow] = []
+    preferred = ""
     if request.config.backend == AUTO:
         order, faults = registry.rank(request, usable)
         chosen = verdicts[order[0]] if order else None
+        preferred = _first_at_a_length(request, registry, usable)
     else:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
@@ -80,11 +83,26 @@ def select(request: Request, registry: Registry) -> Selection:
         faults += [fault for fault in more if fault not in faults]
     rest = tuple(name for name in verdicts if name not in order)
     rows = [_row(verdicts[name], request, registry, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
+    rows = [_preferred(row) if row.name == preferred and row.status == "usable" else row for row in rows]
     broken = [row for row in rows if row.status == "broken"] + list(plugin_rows((*registry.plugins, *faults)))
     if registry.strict and broken:
         raise PluginError("; ".join(f"{row.name} of {row.distribution} {row.version}: {row.detail}" for row in broken))
     rows = [row for row in rows if row.status != "broken"] + broken
     return Selection(chosen=chosen, rows=tuple(rows), companion=companion)
+
+
+def _first_at_a_length(request: Request, registry: Registry, usable: Sequence[BackendSpec]) -> str:
+    """Which would be the best ranked if the length were known; "" where it is, or where none is usable."""
+    if request.config.seq_len is not None or not usable:
+        return ""
+    config = attrs.evolve(request.config, seq_len=_ANY_LENGTH)
+    order, _ = registry.rank(attrs.evolve(request, config=config), usable)
+    return order[0]
+
+
+def _preferred(row: BackendRow) -> BackendRow:
+    told = "would be chosen if seq_len were given"
+    return attrs.evolve(row, detail=f"{row.detail}; {told}" if row.detail else told)
 
 
 def takes_dense(spec: BackendSpec) -> bool:

@@ -221,6 +221,22 @@ def test_a_site_ranks_backends(tmp_path: Path, invoke_at: Invoke) -> None:
     assert as_json(invoke_at(tmp_path, "explain", "--heads", "4", "--head-dim", "64", "--json"))["backend"] == "fast"
 
 
+def test_a_preference_for_known_lengths_is_told(tmp_path: Path, invoke_at: Invoke) -> None:
+    install_backend(tmp_path, "fast-attention", backend="fast")
+    rank = """
+    from dilated_attention.registry import hookimpl
+    @hookimpl
+    def dilated_attention_rank_backends(request, candidates):
+        return ["fast"] if request.config.seq_len else ["sdpa"]
+    """
+    install(tmp_path, "site-preference", rank)
+    for more, chosen, told in ([], "sdpa", "would be chosen if seq_len were given"), (["--seq-len", "128"], "fast", ""):
+        plan = as_json(invoke_at(tmp_path, "explain", *PLAIN, *more, "--json"))
+        assert plan["backend"] == chosen
+        details = {row["name"]: row["detail"] for row in plan["rows"]}
+        assert (details["fast"], details["sdpa"]) == (told, "")
+
+
 WRONG_RANKINGS = {
     "unknown-name": ("['nobody']", "returned ['nobody']"),
     "a-string": ("'sdpa'", "returned 'sdpa'"),
