@@ -227,7 +227,7 @@ def test_cases_are_listed(invoke: Invoke) -> None:
     lines = invoke("bench", "--list").stdout.splitlines()
     assert len(lines) == len(CASES)
     assert [case.name for case in named_cases(["longnet-32k*"], "cuda")] == [
-        "longnet-32k", "longnet-32k-full", "longnet-32k-d128", "longnet-32k-d128-full"
+        "longnet-32k", "longnet-32k-full", "longnet-32k-d128", "longnet-32k-d128-full", "longnet-32k-d256"
     ]  # fmt: skip
 
 

@@ -164,21 +164,30 @@ def _on_cuda() -> Iterator[BenchCase]:
                     head_dim=head_dim, is_causal=is_causal, is_default=length <= 1 << 17, **shape,
                 )  # fmt: skip
     yield _dilated(
+        "longnet-32k-d256", _LENGTHS, 1 << 15, offsets="interleaved", head_dim=256, is_causal=True, **shape
+    )  # fmt: skip
+    yield _dilated(
         "longnet-128k-blocked", _LENGTHS, 1 << 17, offsets="blocked", head_dim=64, is_causal=True, **shape
     )  # fmt: skip
-    for name, density, length, head_dim, block, kv_heads in (
-        ("random-32k-10", 0.1, 1 << 15, 64, 128, 16),
-        ("random-32k-3", 0.027, 1 << 15, 64, 128, 16),
-        ("random-128k-10", 0.1, 1 << 17, 64, 128, 16),
-        ("random-128k-2", 0.02, 1 << 17, 64, 128, 16),
-        ("random-128k-2-d128", 0.02, 1 << 17, 128, 128, 16),
-        ("random-32k-10-gqa", 0.1, 1 << 15, 64, 64, 4),  # blocks of 64, four query heads to a key-value head
+    for name, density, length, head_dim, more in (
+        ("random-32k-10", 0.1, 1 << 15, 64, {}),
+        ("random-32k-3", 0.027, 1 << 15, 64, {}),
+        ("random-32k-3-d256", 0.027, 1 << 15, 256, {}),
+        ("random-32k-3-fp32", 0.027, 1 << 15, 64, {"dtype": "float32", "is_default": False}),
+        ("random-128k-10", 0.1, 1 << 17, 64, {}),
+        ("random-128k-2", 0.02, 1 << 17, 64, {}),
+        ("random-128k-2-d128", 0.02, 1 << 17, 128, {}),
     ):
         yield BenchCase(
-            name=name, pattern=Random(density=density, block_size=block),
-            gate_pattern=Random(density=0.3, block_size=block), seq_len=length, head_dim=head_dim,
-            num_kv_heads=kv_heads, is_causal=False, **shape,
+            name=name, pattern=Random(density=density), gate_pattern=Random(density=0.3), seq_len=length,
+            head_dim=head_dim, is_causal=False, **shape | more,
         )  # fmt: skip
+    # Blocks of 64, four query heads to a key-value head.
+    yield BenchCase(
+        name="random-32k-10-gqa", pattern=Random(density=0.1, block_size=64),
+        gate_pattern=Random(density=0.3, block_size=64), seq_len=1 << 15, head_dim=64, num_kv_heads=4,
+        is_causal=False, **shape,
+    )  # fmt: skip
     for name, length in (("gigapath-10k", 10_000), ("gigapath-100k", 100_000)):
         yield BenchCase(
             name=name,
