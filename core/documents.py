@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import ConfigError
+from .transforms import no_forward_mode
 
 _FARTHEST: Final = 1 << 60  # positions and sums of them fit int64
 
@@ -97,12 +98,8 @@ def _layouts(*tensors: Tensor) -> str:
 
 
 def _check_no_tangents(*tensors: Tensor) -> None:
-    """Forward-mode derivatives are refused for every backend: kernels that torch does not know would lose them."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
-        raise NotImplementedError(
-            "dilated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); use backward, "
-            "torch.func.vjp or jacrev"
-        )
+        no_forward_mode()
 
 
 def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:
