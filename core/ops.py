@@ -55,9 +55,9 @@ def engine_of(key: str) -> Engine:
     engine = _ENGINES.get(key)
     if engine is None:
         raise RuntimeError(
-            "the attention of this graph is not in this process: it was deleted, or the graph was loaded (torch.export) "
-            "where it was not built. Build it again with the same configuration, on a machine with the same device and "
-            "versions, and keep it as long as the graph"
+            "the attention of this graph is not in this process: it was deleted, or the graph was loaded "
+            "(torch.export) where it was not built. Build it again with the same configuration, on a machine with the "
+            "same device and versions, and keep it as long as the graph"
         )
     return engine
 

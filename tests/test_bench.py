@@ -106,8 +106,8 @@ def test_a_terminal_gets_a_table_that_is_not_cut(
     header, *rows = table_cells(report)
     if width == 200:
         begin = lines.index(next(line for line in lines if line.split()[:1] == ["error"]))
-        for cells, line in zip([header, *rows], lines[begin:], strict=False):
-            assert line.split() == " ".join(cells).split()
+        for row, line in zip([header, *rows], lines[begin:], strict=False):
+            assert line.split() == " ".join(row).split()
     else:
         begin = lines.index(next(line for line in lines if line.split()[:1] == ["ms"]))
         for i, (name, error, *cells) in enumerate(rows):

@@ -81,7 +81,7 @@ def _contenders(report: CaseReport) -> Iterator[tuple[str, str, Result, Result]]
 def stacked_lines(report: CaseReport) -> Iterator[str]:
     """The same in some 60 columns: a header, and three lines a contender, its name and the two phases."""
     contenders = list(_contenders(report))
-    rows = [("  ", "ms", *_COLUMNS)]
+    rows: list[tuple[str, ...]] = [("  ", "ms", *_COLUMNS)]
     for _, _, forward, training in contenders:
         rows += [("  forward", *_phase_cells(forward)), ("  f+b", *_phase_cells(training))]
     header, *lines = columns(rows)
