@@ -183,7 +183,7 @@ class Attention(nn.Module):
 
     def _seed(self) -> Tensor | None:
         """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
-        return torch.randint(1 << 62, (), dtype=torch.int64) if self.training else None
+        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if self.training else None
 
     def _check_documents(
         self,

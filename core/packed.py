@@ -42,7 +42,7 @@ def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
     if seed is None:
         return [None] * count
     generator = torch.Generator().manual_seed(int(seed))
-    return list(torch.randint(1 << 62, (count,), dtype=torch.int64, generator=generator))
+    return list(torch.randint(1 << 62, (count,), dtype=torch.int64, device="cpu", generator=generator))
 
 
 def _forward(

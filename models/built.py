@@ -106,6 +106,7 @@ class BuiltAttention(nn.Module):
         if compatibility is not None:
             check_zero_padding(self.config)
         self.compatibility = compatibility
+        self._has_dropout = self.config.dropout_p > 0  # under torch.compile(dynamic=True) the number is a symbol
         self.learned = None
         self._builds = _builds_of(self.config)
         if isinstance(self.pattern.unwrap(), LearnedPattern):
@@ -135,6 +136,8 @@ class BuiltAttention(nn.Module):
         if self.learned is None:
             return self._builds.attention_for(dtype, device_type, is_causal, self._drops)
         made = self._learned_for
+        if torch.is_autocast_enabled(device_type):  # it casts its inputs itself
+            dtype = made[0]
         if (dtype, device_type, is_causal) != made:
             raise ConfigError(
                 f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
@@ -149,7 +152,7 @@ class BuiltAttention(nn.Module):
 
     @property
     def _drops(self) -> bool:
-        return self.training and self.config.dropout_p > 0
+        return self.training and self._has_dropout
 
     def forward(
         self,

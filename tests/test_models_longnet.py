@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dilated_attention import ConfigError, Dilated
+from dilated_attention import ConfigError, Dilated, Learned
 from dilated_attention.models import (
     LongNetConfig,
     LongNetDecoder,
@@ -217,6 +218,16 @@ def test_compiled_without_graph_breaks() -> None:
         assert max(error(a, e) for a, e in pairs) < 1e-5
 
 
+def test_one_compiled_graph_serves_every_length() -> None:
+    torch.compiler.reset()
+    model, count = language_model(num_layers=1), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for length in (S, 9, 23):
+        seen = tokens(length=length)
+        assert torch.equal(compiled(seen), model(seen))
+    assert count.frame_count == 1
+
+
 def test_causal_models_do_not_see_the_future() -> None:
     model, seen = language_model(torch.float64), tokens(1)
     changed = seen.clone()
@@ -326,3 +337,14 @@ def test_bad_calls_say_so() -> None:
         LongNetLM(config())
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
         LongNetConfig.from_dict({"num_layer": 3})
+
+
+def test_a_learned_pattern_trains_under_autocast() -> None:
+    model, seen = language_model(pattern=Learned(block_size=8, blocks_per_row=2)), tokens()
+    expected = model(seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(seen)
+    assert error(out.float(), expected) < 0.05
+    leaves = list(model.parameters())
+    for a, e in zip(gradients(out.float(), *leaves), gradients(expected, *leaves), strict=True):
+        assert error(a, e) < 0.1
