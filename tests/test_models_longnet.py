@@ -348,3 +348,26 @@ def test_a_learned_pattern_trains_under_autocast() -> None:
     leaves = list(model.parameters())
     for a, e in zip(gradients(out.float(), *leaves), gradients(expected, *leaves), strict=True):
         assert error(a, e) < 0.1
+
+
+def test_the_output_projection_is_called() -> None:
+    model, seen = language_model(), tokens()
+    assert model.output is not None
+    expected = 2 * model(seen)
+    handle = model.output.register_forward_hook(lambda _, __, out: 2 * out)
+    assert torch.equal(model(seen), expected)
+    handle.remove()
+    model.output = nn.Sequential(model.output, nn.Identity())  # type: ignore[assignment]
+    assert torch.equal(2 * model(seen), expected)
+
+
+def test_masks_and_tokens_of_other_types() -> None:
+    model, mask = language_model(), padding(S, 9, length=S)
+    expected = model(tokens(), mask)
+    assert torch.equal(model(tokens().int(), torch.zeros(mask.shape).masked_fill(mask, -torch.inf)), expected)
+    with pytest.raises(ConfigError, match="must be 0 or -inf everywhere"):
+        model(tokens(), mask.float())
+    with pytest.raises(ConfigError, match=r"tokens must be a tensor of int64 or int32, got torch\.float32"):
+        model(tokens().float())
+    with pytest.raises(ConfigError, match="tokens must be a tensor of int64 or int32, got list"):
+        model([[1, 2]])
