@@ -111,6 +111,11 @@ class BuiltAttention(nn.Module):
         self._builds = _builds_of(self.config)
         if isinstance(self.pattern.unwrap(), LearnedPattern):
             device = torch.device(device) if device is not None else torch.get_default_device()
+            if device.type == "meta":
+                raise ConfigError(
+                    f"a {self.pattern.kind} pattern's attention belongs to one device and is built at once, which the "
+                    "meta device rules out; make the module on the device that it is to run on"
+                )
             made = dtype or torch.get_default_dtype(), device.type, config.is_causal
             self._learned_for = made
             self.learned = build_attention(self.config, dtype=made[0], device=made[1])

@@ -339,6 +339,11 @@ def test_bad_calls_say_so() -> None:
         LongNetConfig.from_dict({"num_layer": 3})
 
 
+def test_a_learned_pattern_is_not_made_on_the_meta_device() -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match="make the module on the device that it is to run on"):
+        language_model(pattern=Learned(block_size=8, blocks_per_row=2))
+
+
 def test_a_learned_pattern_trains_under_autocast() -> None:
     model, seen = language_model(pattern=Learned(block_size=8, blocks_per_row=2)), tokens()
     expected = model(seen)
