@@ -77,6 +77,13 @@ def check_arguments(query: object, key: object, value: object, q_offset: object 
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         found = ", ".join(type(x).__name__ for x in (query, key, value))
         raise ConfigError(f"an attention is called with tensors, got {found}")
+    if not type(query) is type(key) is type(value) is Tensor and any(
+        hasattr(x, "placements") for x in (query, key, value)
+    ):
+        raise ConfigError(
+            "an attention is called with a rank's own tensors, got DTensor; pass to_local() of tensors that are "
+            "sharded by batch or heads, to an attention of so many heads, and share sequences by context_parallel"
+        )
     if not query.layout is key.layout is value.layout is torch.strided or query.is_nested:
         raise ConfigError(
             f"an attention is called with dense tensors, got {_layouts(query, key, value)}; sequences of several "

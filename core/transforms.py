@@ -56,9 +56,12 @@ def is_active() -> bool:
 def needs_operator(dout: Tensor | None, dlse: Tensor | None) -> bool:
     """Whether a backward must be one operator: for a graph of it, and for batched gradients, which loop over it.
 
-    Such gradients (`is_grads_batched`, `torch.autograd.functional` with `vectorize`) are batched by a vmap older than
-    torch.func's, with rules for few operators and a loop for all others.
+    Graphs are those of `create_graph` and of compiled autograd. Batched gradients (`is_grads_batched`,
+    `torch.autograd.functional` with `vectorize`) are batched by a vmap older than torch.func's, with rules for few
+    operators and a loop for all others.
     """
+    if torch.compiler.is_compiling():
+        return True
     batched = torch._C._functorch.is_legacy_batchedtensor
     return torch.is_grad_enabled() or (dout is not None and batched(dout)) or (dlse is not None and batched(dlse))
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dilated_attention import ConfigError, Dilated, Learned
+from dilated_attention import ConfigError, Dilated, Learned, build_attention
 from dilated_attention.models import (
     LongNetConfig,
     LongNetDecoder,
@@ -294,7 +295,7 @@ def one_process(tmp_path: Any) -> Iterator[None]:
 def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
     plain, sharded, seen = language_model(), language_model(activation_checkpointing=checkpointing), tokens()
     mesh = init_device_mesh("cpu", (1,))
-    for layer in sharded.stack.layers:
+    for layer in (*sharded.stack.layers, sharded.output):
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     grads = []
@@ -303,6 +304,17 @@ def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
         torch.autograd.backward(loss)
         grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()])
     assert max(error(a, e) for a, e in zip(*grads, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_tensors_are_told_of_their_local_part() -> None:
+    attention = build_attention(num_heads=2, head_dim=8)
+    x = torch.randn(1, 6, 2, 8)
+    whole = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(2)])
+    with pytest.raises(ConfigError, match=r"got DTensor; pass to_local\(\)"):
+        attention(whole, whole, whole)
+    local = whole.to_local()
+    assert torch.equal(attention(local, local, local), attention(x, x, x))
 
 
 @pytest.mark.parametrize(

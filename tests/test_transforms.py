@@ -204,3 +204,25 @@ def test_the_oracle_has_second_derivatives() -> None:
         return out.sin().sum() + lse.cos().sum()
 
     assert torch.autograd.gradgradcheck(of, query)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch itself reads
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
+@pytest.mark.parametrize("pattern", ALL, ids=repr)
+def test_compiled_autograd(pattern: Pattern, call: dict[str, Any]) -> None:
+    attention, inputs = build(pattern), tensors(2)
+    expected = plain_gradients(attention, inputs, **call)
+    leaves, graphs = [x.requires_grad_() for x in inputs], []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    total = loss(attention, *leaves, **call)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
+        torch.autograd.backward(total)
+    for leaf, e in zip(leaves, expected, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, e)
+    assert len(graphs) == 1
