@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .documents import read_documents
 from .ops import engine_of
@@ -32,10 +31,9 @@ def register_flops() -> None:
 
 
 def _flops(engine: str, query: Tensor, batch: int, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> int:
-    """FLOPs of a forward pass. What a length met first needs is made of real tensors, whatever mode is on."""
+    """FLOPs of a forward pass."""
     runner = engine_of(engine)
-    with _disable_current_modes():
-        program = runner._program(q_len, kv_len, q_offset, kv_offset, query.device)
+    program = runner._program(q_len, kv_len, q_offset, kv_offset, query.device)
     return 4 * runner.config.head_dim * batch * program.pairs
 
 

@@ -88,6 +88,17 @@ def test_selective_checkpointing(compiled: bool, call: str, pattern: Pattern) ->
         assert attention.counters().forward.calls - before == forwards - 1
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_lengths_are_prepared_in_real_tensors(pattern: Pattern) -> None:
+    attention, other = build(pattern, scale=0.3), build(pattern, scale=0.3, deterministic=True)
+    if isinstance(pattern, Learned):
+        other.load_state_dict(attention.state_dict())
+    with FakeTensorMode():
+        attention.prepare(40)
+    tensors = inputs()
+    assert torch.equal(attention(*tensors), other(*tensors))
+
+
 def test_fake_tensors_leave_nothing_behind() -> None:
     attention = build(Local(5))
     with FakeTensorMode():
