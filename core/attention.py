@@ -12,6 +12,7 @@ from .composer import accumulator_dtype
 from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
 from .errors import ConfigError
+from .flops import register_flops
 from .ops import attend, intern, without_autocast
 from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents
@@ -56,6 +57,7 @@ class Attention(nn.Module):
     def _rebind(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         """Compute with another engine from now on; heads, widths and dtype are as before."""
         self.config, self.plan, self._engine = config, plan, intern(engine)
+        register_flops()
         # Not made in extra_repr: torch.func.vmap asks a module for its repr, and torch.compile cannot trace attrs' own.
         self._words = (
             f"backend={plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
@@ -181,7 +183,7 @@ class Attention(nn.Module):
 
     def _seed(self) -> Tensor | None:
         """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
-        return torch.randint(1 << 62, (), dtype=torch.int64) if self.training else None
+        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if self.training else None
 
     def _check_documents(
         self,

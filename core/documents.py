@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import ConfigError
+from .transforms import no_forward_mode
 
 _FARTHEST: Final = 1 << 60  # positions and sums of them fit int64
 
@@ -76,6 +77,13 @@ def check_arguments(query: object, key: object, value: object, q_offset: object 
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         found = ", ".join(type(x).__name__ for x in (query, key, value))
         raise ConfigError(f"an attention is called with tensors, got {found}")
+    if not type(query) is type(key) is type(value) is Tensor and any(
+        hasattr(x, "placements") for x in (query, key, value)
+    ):
+        raise ConfigError(
+            "an attention is called with a rank's own tensors, got DTensor; pass to_local() of tensors that are "
+            "sharded by batch or heads, to an attention of so many heads, and share sequences by context_parallel"
+        )
     if not query.layout is key.layout is value.layout is torch.strided or query.is_nested:
         raise ConfigError(
             f"an attention is called with dense tensors, got {_layouts(query, key, value)}; sequences of several "
@@ -97,12 +105,8 @@ def _layouts(*tensors: Tensor) -> str:
 
 
 def _check_no_tangents(*tensors: Tensor) -> None:
-    """Forward-mode derivatives are refused for every backend: kernels that torch does not know would lose them."""
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
-        raise NotImplementedError(
-            "dilated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); use backward, "
-            "torch.func.vjp or jacrev"
-        )
+        no_forward_mode()
 
 
 def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:

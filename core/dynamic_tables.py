@@ -151,7 +151,7 @@ def dynamic_pairs(pattern: LearnedPattern, geometry: Geometry) -> int:
     of = TableRows.of(
         pattern, geometry.q_len, geometry.kv_len, shift, is_causal=geometry.is_causal, device=torch.device("cpu")
     )
-    query = torch.arange(geometry.q_len)
+    query = torch.arange(geometry.q_len, device="cpu")
     row = query // size
     whole = (of.kept - (of.visible - of.before))[row] * size
     cut = (query + shift + 1).clamp(max=geometry.kv_len) - of.before[row] * size
@@ -192,7 +192,7 @@ def masks_of(geometry: Geometry, size: int) -> Tensor:
     First the kinds of blocks against the diagonal, then the same for the last block of keys.
     """
     shift = (geometry.q_offset - geometry.kv_offset) % size
-    place = torch.arange(size)
+    place = torch.arange(size, device="cpu")
     apart = place[:, None] - place
     sees = torch.stack([apart + distance >= 0 for distance in (-size, shift - size, shift, size)])
     ends = (geometry.kv_len - 1) % size + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .block_product import BlockProduct
 from .cache import ByteLRU
@@ -159,10 +160,8 @@ class Engine:
                 f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
                 f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
             )
-        with span(self.range_name("lower")):
-            return self.programs.get_or_make(
-                key, lambda: self._make_program(q_len, kv_len, q_offset, kv_offset, device)
-            )
+        with span(self.range_name("lower")), _disable_current_modes():  # no fake tensors among those that are kept
+            return self.programs.get_or_make(key, lambda: self._make_program(*key))
 
     def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
         config = self.config

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .composer import accumulator_dtype
-from .transforms import Operators, is_active, transformed
+from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -54,7 +54,11 @@ def engine_of(key: str) -> Engine:
     """The engine of a graph, by its key."""
     engine = _ENGINES.get(key)
     if engine is None:
-        raise RuntimeError("the attention of this graph was deleted; keep the module as long as graphs that use it")
+        raise RuntimeError(
+            "the attention of this graph is not in this process: it was deleted, or the graph was loaded "
+            "(torch.export) where it was not built. Build it again with the same configuration, on a machine with the "
+            "same device and versions, and keep it as long as the graph"
+        )
     return engine
 
 
@@ -137,11 +141,6 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     return (*grads, None, None, None, None, None, None)
 
 
-def no_second_derivative(*_: object) -> NoReturn:
-    """The backward of every backward."""
-    raise NotImplementedError("dilated_attention has no second derivative: its backward cannot be differentiated again")
-
-
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("dilated_attention::attend", attend_fake, lib=_LIBRARY)
@@ -169,9 +168,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Where a graph of this backward is wanted, the operator stands in it and says that it has no derivative.
-        operator = torch.ops.dilated_attention.attend_backward.default
-        return (*_gradients(operator if torch.is_grad_enabled() else _attend_backward, ctx, dout, dlse), None)
+        run = torch.ops.dilated_attention.attend_backward.default if needs_operator(dout, dlse) else _attend_backward
+        return (*_gradients(run, ctx, dout, dlse), None)
 
 
 _OPERATORS = Operators("attend", "attend_backward", ("seed", "tables"))
@@ -212,7 +210,7 @@ def attend(
         return out, lse
     if is_active():
         return transformed(_OPERATORS, query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_watched():
         out, lse = torch.ops.dilated_attention.attend.default(
             query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute
         )

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .composer import accumulator_dtype
 from .documents import Stack, read_documents
 from .errors import ConfigError
-from .ops import attend_backward_fake, attend_fake, engine_of, no_second_derivative, without_autocast
-from .transforms import Operators, is_active, transformed
+from .ops import attend_backward_fake, attend_fake, engine_of, without_autocast
+from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 _LIBRARY: Any = torch.library.Library("dilated_attention", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "attend_documents(Tensor query, Tensor key, Tensor value, Tensor? seed, Tensor? key_padding_mask,"
-    " Tensor? cu_seqlens, str engine, bool recompute) -> (Tensor, Tensor)"
+    " Tensor? cu_seqlens, str engine, Tensor[]? tables, bool recompute) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attend_documents_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? out,"
-    " Tensor? lse, Tensor? seed, Tensor? key_padding_mask, Tensor? cu_seqlens, str engine)"
-    " -> (Tensor, Tensor, Tensor)"
+    " Tensor? lse, Tensor? seed, Tensor? key_padding_mask, Tensor? cu_seqlens, str engine,"
+    " Tensor[]? tables) -> (Tensor, Tensor, Tensor)"
 )
 
 Tables = Sequence[Tensor] | None
@@ -43,7 +42,7 @@ def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
     if seed is None:
         return [None] * count
     generator = torch.Generator().manual_seed(int(seed))
-    return list(torch.randint(1 << 62, (count,), dtype=torch.int64, generator=generator))
+    return list(torch.randint(1 << 62, (count,), dtype=torch.int64, device="cpu", generator=generator))
 
 
 def _forward(
@@ -121,12 +120,13 @@ def _attend_documents(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     engine: str,
+    tables: Tables,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
     stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
     with without_autocast(query.device):
-        return _forward(engine_of(engine), query, key, value, stacks, seed, None)
+        return _forward(engine_of(engine), query, key, value, stacks, seed, tables)
 
 
 def _attend_documents_backward(
@@ -141,28 +141,31 @@ def _attend_documents_backward(
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     engine: str,
+    tables: Tables,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
     with without_autocast(query.device):
-        return _backward(engine_of(engine), dout, dlse, query, key, value, out, lse, stacks, seed, None)
+        return _backward(engine_of(engine), dout, dlse, query, key, value, out, lse, stacks, seed, tables)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, and the outputs unless they are to be recomputed."""
-    *tensors, engine, recompute = inputs
+    *tensors, engine, tables, recompute = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *((None, None) if recompute else output))
+    ctx.tables = tables  # of integers
     ctx.key, ctx.owner = engine, engine_of(engine)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[object, ...]:
     """The operator's backward: the other operator."""
     query, key, value, seed, key_padding_mask, cu_seqlens, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(query) if dout is None else dout
     grads = torch.ops.dilated_attention.attend_documents_backward.default(
-        dout, dlse, query, key, value, out, lse, seed, key_padding_mask, cu_seqlens, ctx.key
+        dout, dlse, query, key, value, out, lse, seed, key_padding_mask, cu_seqlens, ctx.key, ctx.tables
     )
-    return (*grads, None, None, None, None, None)
+    no_tables = None if ctx.tables is None else [None] * len(ctx.tables)
+    return (*grads, None, None, None, None, no_tables, None)
 
 
 _LIBRARY.impl("attend_documents", _attend_documents, "CompositeExplicitAutograd")
@@ -178,18 +181,20 @@ class _AttendDocuments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        engine, stacks, seed, tables, recompute = rest
+        engine, stacks, seed, tables, recompute, key_padding_mask, cu_seqlens = rest
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, *((None, None) if recompute else (out, lse)))
-        ctx.rest = (engine, stacks, seed, tables)
+        results = (None, None) if recompute else (out, lse)
+        ctx.save_for_backward(query, key, value, seed, key_padding_mask, cu_seqlens, *results)
+        ctx.owner, ctx.key, ctx.stacks, ctx.tables = engine, engine.key, stacks, tables
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        engine, stacks, seed, tables = ctx.rest
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[object, ...]:
+        if needs_operator(dout, dlse):
+            return (*_gradients(ctx, dout, dlse)[:3], None)
+        query, key, value, seed, _, _, out, lse = ctx.saved_tensors
+        engine, stacks, tables = ctx.owner, ctx.stacks, ctx.tables
         dout = torch.zeros_like(query) if dout is None else dout
         with without_autocast(query.device):
             grads = _backward(engine, dout, dlse, query, key, value, out, lse, stacks, seed, tables)
@@ -229,22 +234,24 @@ def attend_documents(
         ConfigError: a backend that declares no varlen, or documents that cannot be.
     """
     _check_varlen(engine, key_padding_mask)
-    if torch.compiler.is_compiling() or is_active():
-        if gate is not None:
-            raise ConfigError(
-                "a learned pattern chooses blocks for each document by itself, which torch.compile and torch.func "
-                "cannot trace; call it with key_padding_mask or cu_seqlens outside the compiled or transformed function"
-            )
-        args = (query, key, value, seed, key_padding_mask, cu_seqlens, engine.key, recompute)
-        if is_active():
-            return transformed(_OPERATORS, *args)
-        out, lse = torch.ops.dilated_attention.attend_documents.default(*args)
-        return out, lse
-    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    if gate is not None and (torch.compiler.is_compiling() or is_active()):
+        raise ConfigError(
+            "a learned pattern chooses blocks for each document by itself, which torch.compile and torch.func "
+            "cannot trace; call it with key_padding_mask or cu_seqlens outside the compiled or transformed function"
+        )
+    tensors = (query, key, value, seed, key_padding_mask, cu_seqlens)
+    if is_active():
+        return transformed(_OPERATORS, *tensors, engine.key, None, recompute)
+    watched = torch.compiler.is_compiling() or is_watched()
+    reads = gate is not None or not watched
+    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1]) if reads else ()
     tables = _tables(gate, query, key, stacks)
+    if watched:
+        out, lse = torch.ops.dilated_attention.attend_documents.default(*tensors, engine.key, tables, recompute)
+        return out, lse
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = _AttendDocuments.apply(  # type: ignore[no-untyped-call]
-            query, key, value, (engine, stacks, seed, tables, recompute)
+            query, key, value, (engine, stacks, seed, tables, recompute, key_padding_mask, cu_seqlens)
         )
         return out, lse
     return _forward(engine, query, key, value, stacks, seed, tables)

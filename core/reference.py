@@ -112,13 +112,15 @@ def _document_counts(
     pattern: Pattern, geometry: Geometry, batch: int, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """How often each query counts each key of its own sequence: (B, H, S, T) int64, 0 for everything else."""
-    counts = torch.zeros(batch, geometry.num_heads, geometry.q_len, geometry.kv_len, dtype=torch.int64)
+    counts = torch.zeros(batch, geometry.num_heads, geometry.q_len, geometry.kv_len, dtype=torch.int64, device="cpu")
     if key_padding_mask is not None:
         documents = [(row, torch.nonzero(~key_padding_mask[row].cpu())[:, 0]) for row in range(batch)]
     else:
         assert cu_seqlens is not None
         ends = cu_seqlens.tolist()
-        documents = [(row, torch.arange(*pair)) for row in range(batch) for pair in itertools.pairwise(ends)]
+        documents = [
+            (row, torch.arange(*pair, device="cpu")) for row in range(batch) for pair in itertools.pairwise(ends)
+        ]
     for row, keys in documents:
         queries = keys - (geometry.kv_len - geometry.q_len)
         queries = queries[queries >= 0]

@@ -26,6 +26,22 @@ class Operators(NamedTuple):
     tensors: tuple[str, ...]
 
 
+def no_second_derivative(*_: object) -> NoReturn:
+    """The backward of every backward."""
+    raise NotImplementedError(
+        "dilated_attention has no second derivative: its backward cannot be differentiated again (create_graph=True, "
+        "hessian); dilated_attention.reference.attention has one, in float64 on dense masks"
+    )
+
+
+def no_forward_mode() -> NoReturn:
+    """Forward-mode derivatives are refused for every backend: kernels that torch does not know would lose them."""
+    raise NotImplementedError(
+        "dilated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, dual tensors); use "
+        "backward, torch.func.vjp or jacrev, or for second derivatives dilated_attention.reference.attention"
+    )
+
+
 _UNMAPPED: Final = {
     "seed": "dropout cannot be mapped by torch.vmap; call eval(), or loop over the calls",
     "cu_seqlens": "cu_seqlens cannot be mapped by torch.vmap: they divide one row of tokens; flatten all calls into it",
@@ -35,6 +51,24 @@ _UNMAPPED: Final = {
 def is_active() -> bool:
     """Whether a transform of torch.func is tracing."""
     return torch._C._are_functorch_transforms_active()
+
+
+def needs_operator(dout: Tensor | None, dlse: Tensor | None) -> bool:
+    """Whether a backward must be one operator: for a graph of it, and for batched gradients, which loop over it.
+
+    Graphs are those of `create_graph` and of compiled autograd. Batched gradients (`is_grads_batched`,
+    `torch.autograd.functional` with `vectorize`) are batched by a vmap older than torch.func's, with rules for few
+    operators and a loop for all others.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or (dout is not None and batched(dout)) or (dlse is not None and batched(dlse))
+
+
+def is_watched() -> bool:
+    """Whether a mode of this thread is shown every operator: selective checkpointing, fake tensors, FLOP counters."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def transformed(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
@@ -105,6 +139,10 @@ class _Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], operators: Operators, *args: Any) -> Any:
         return _mapped(_Forward, 3, info, in_dims, operators, *args)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        no_forward_mode()
+
 
 class _Backward(torch.autograd.Function):
     @staticmethod
@@ -117,8 +155,10 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        from .ops import no_second_derivative
+        no_second_derivative()
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
         no_second_derivative()
 
     @staticmethod

@@ -11,11 +11,13 @@ its kernel for whole layouts.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.cache import ByteLRU
 from ..core.composer import Composer
@@ -23,8 +25,9 @@ from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError
 from ..core.lowering import lower
-from ..core.ops import no_second_derivative, without_autocast
+from ..core.ops import without_autocast
 from ..core.tracing import span
+from ..core.transforms import is_active, is_watched, needs_operator, no_second_derivative
 from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
 from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
@@ -147,9 +150,18 @@ class RingEngine(Engine):
             recompute: keep neither results nor received rows for the backward.
 
         Raises:
+            ConfigError: lengths or offsets that no shard has, or a transform of torch.func.
             RingBroken: the pass failed on some rank.
         """
         self._check_offsets(query.shape[1], key.shape[1], q_offset, kv_offset)
+        if is_active():
+            raise ConfigError(
+                "torch.func does not reach over ranks that share a sequence; use backward, or build without a mesh"
+            )
+        with _disable_current_modes() if is_watched() else nullcontext():  # else modes would keep what is added to
+            return self._attend(query, key, value, recompute)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             out, lse = _RingAttend.apply(query, key, value, (self, recompute))  # type: ignore[no-untyped-call]
             return out, lse
@@ -361,6 +373,11 @@ class _RingAttend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             no_second_derivative()
+        if needs_operator(dout, dlse):
+            raise ConfigError(
+                "batched gradients (is_grads_batched, vectorize=True) do not reach over ranks that share a sequence; "
+                "loop over them"
+            )
         query, key, value, out, lse, received = ctx.saved_tensors
         engine: RingEngine = ctx.engine
         if out is None:

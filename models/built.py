@@ -106,10 +106,16 @@ class BuiltAttention(nn.Module):
         if compatibility is not None:
             check_zero_padding(self.config)
         self.compatibility = compatibility
+        self._has_dropout = self.config.dropout_p > 0  # under torch.compile(dynamic=True) the number is a symbol
         self.learned = None
         self._builds = _builds_of(self.config)
         if isinstance(self.pattern.unwrap(), LearnedPattern):
             device = torch.device(device) if device is not None else torch.get_default_device()
+            if device.type == "meta":
+                raise ConfigError(
+                    f"a {self.pattern.kind} pattern's attention belongs to one device and is built at once, which the "
+                    "meta device rules out; make the module on the device that it is to run on"
+                )
             made = dtype or torch.get_default_dtype(), device.type, config.is_causal
             self._learned_for = made
             self.learned = build_attention(self.config, dtype=made[0], device=made[1])
@@ -135,6 +141,8 @@ class BuiltAttention(nn.Module):
         if self.learned is None:
             return self._builds.attention_for(dtype, device_type, is_causal, self._drops)
         made = self._learned_for
+        if torch.is_autocast_enabled(device_type):  # it casts its inputs itself
+            dtype = made[0]
         if (dtype, device_type, is_causal) != made:
             raise ConfigError(
                 f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
@@ -149,7 +157,7 @@ class BuiltAttention(nn.Module):
 
     @property
     def _drops(self) -> bool:
-        return self.training and self.config.dropout_p > 0
+        return self.training and self._has_dropout
 
     def forward(
         self,

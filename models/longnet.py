@@ -18,6 +18,7 @@ from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
 from .longnet_config import LongNetConfig, require_config
+from .multihead import as_padding
 from .positions import Rotation, make_rotation
 
 _Device = torch.device | str | None
@@ -62,6 +63,7 @@ class _Stack(nn.Module):
         """The residual stream after layers and last norm; `keep` collects it before each layer and after the last."""
         if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
+        padding = as_padding(padding)
         rotation = self._rotation(x_BSE, padding)
         recompute = self.config.activation_checkpointing is True and self.training and torch.is_grad_enabled()
         for layer in self.layers:
@@ -199,6 +201,9 @@ class LongNetLM(nn.Module):
 
     def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
+        if not isinstance(tokens_BS, Tensor) or tokens_BS.dtype not in (torch.int64, torch.int32):
+            found = tokens_BS.dtype if isinstance(tokens_BS, Tensor) else type(tokens_BS).__name__
+            raise ConfigError(f"tokens must be a tensor of int64 or int32, got {found}")
         if tokens_BS.dim() != 2:
             raise ConfigError(f"tokens must be (batch, seq_len), got {tuple(tokens_BS.shape)}")
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
@@ -275,4 +280,7 @@ class LongNetLM(nn.Module):
 
     def logits(self, x_BSE: Tensor) -> Tensor:
         """Scores of each token of the vocabulary, (B, S, V)."""
-        return linear(x_BSE, self.embedding.weight if self.output is None else self.output.weight)
+        if self.output is None:
+            return linear(x_BSE, self.embedding.weight)
+        scores: Tensor = self.output(x_BSE)  # called, for what is hung on it or put in its place
+        return scores

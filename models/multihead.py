@@ -221,7 +221,7 @@ class MultiheadAttention(nn.Module):
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         is_causal = is_causal or self.attention.config.is_causal
         self._check_shapes(query, key, value, key_padding_mask, is_causal)
-        padding = _as_padding(key_padding_mask)
+        padding = as_padding(key_padding_mask)
         q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self, norm=norm)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
@@ -313,7 +313,7 @@ class MultiheadAttention(nn.Module):
             )
 
 
-def _as_padding(mask: Tensor | None) -> Tensor | None:
+def as_padding(mask: Tensor | None) -> Tensor | None:
     """A bool mask from one that torch has turned into 0 and -inf."""
     if mask is None or mask.dtype == torch.bool:
         return mask

@@ -246,7 +246,7 @@ def _take_layer(tensors: Tensors, config: LongNetConfig, state: dict[str, Tensor
 
 def _check_zeta(scale: Tensor, head_dim: int) -> None:
     """xPos' buffer is a constant; another one would be another model."""
-    ours = (torch.arange(0, head_dim, 2) + 0.4 * head_dim) / (1.4 * head_dim)
+    ours = (torch.arange(0, head_dim, 2, device=scale.device) + 0.4 * head_dim) / (1.4 * head_dim)
     if scale.shape != ours.shape or not torch.allclose(scale.float(), ours, atol=1e-2):
         raise ConfigError(f"the checkpoint's xpos.scale {scale.tolist()} is not xPos' own {ours.tolist()}")
 

@@ -142,7 +142,10 @@ class Random(Pattern):
         else:
             rows = low
         if grid.block_size <= self.block_size:
-            grid.check_blocks(int(self._allowed(rows, geometry)[1].sum()))
+            # Of all heads at once where none of it can lie outside of the keys: each takes seconds at great lengths.
+            whole = geometry.kv_offset <= 0 and geometry.kv_offset + geometry.kv_len >= geometry.seq_len
+            tables = geometry.num_heads if whole else 1
+            grid.check_blocks(tables * int(self._allowed(rows, geometry)[1].sum()))
         row_ptr, drawn = self._draw(np.full_like(rows, head), rows, geometry)
         cols = drawn.astype(np.int64)
         return support_from_table(grid, geometry, self.block_size, rows, row_ptr, cols, np.ones_like(cols))

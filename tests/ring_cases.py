@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dilated_attention import (
     AttentionConfig,
@@ -200,6 +201,7 @@ def refusals() -> dict[str, Any]:
     parallel = {size: ContextParallel(size=size) for size in (2, 3, 4)}
     attention = build_attention(num_heads=2, head_dim=8, context_parallel=parallel[4], mesh=mesh)
     q = torch.randn(1, 3, 2, 8)
+    leaf = q.clone().requires_grad_()
     attempts: dict[str, Any] = {
         "length": lambda: shard_sequence(torch.zeros(1, 10), mesh),
         "size": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[3], mesh=mesh),
@@ -207,6 +209,10 @@ def refusals() -> dict[str, Any]:
         "gradient": lambda: unshard_sequence(torch.zeros(1, 3, requires_grad=True), mesh),
         "offsets": lambda: attention(q, q, q, q_offset=3),
         "alone": lambda: ring_engine(attention).forward(q, q, q, 0, 0, None, None),
+        "func": lambda: torch.func.grad(lambda x: attention(x, q, q).sum())(q),
+        "batched": lambda: torch.autograd.grad(
+            attention(leaf, q, q), leaf, q.expand(2, *q.shape), is_grads_batched=True
+        ),
         "padding": lambda: attention(q, q, q, key_padding_mask=torch.tensor([[False, False, True]])),
         "packing": lambda: attention(q, q, q, cu_seqlens=torch.tensor([0, 1, 3])),
         "received": lambda: attention.received(q, q, torch.zeros(1, 2, 3)),
@@ -233,6 +239,7 @@ def behaviour() -> dict[str, Any]:
     leaves = [shard_sequence(x, mesh).requires_grad_() for x in whole[:3]]
     again = checkpoint(first, *leaves, use_reentrant=False)
     grads = torch.autograd.grad(again, leaves, shard_sequence(whole[3], mesh))
+    selective = _selectively(mesh, whole)
     alone = build_attention(fields)
     expected = shard_sequence(alone(*whole[:3]), mesh)
     ring = ring_engine(first).communicator
@@ -246,10 +253,25 @@ def behaviour() -> dict[str, Any]:
         "state_dict": list(first.state_dict()),
         "shared": ring_engine(first).communicator is ring_engine(second).communicator and programs == 1,
         "checkpoint_equal": all(torch.equal(a, b) for a, b in zip(grads, plain[2:], strict=True)),
+        "selective_equal": selective,
         "submesh": float((plain[0] - expected).abs().max()),
         "groups_kept": total.item() == 2 and dist.is_initialized(),
         "prepared": [program.shards.length for program in ring_engine(first).rings._values.values()],
     }
+
+
+def _selectively(mesh: DeviceMesh, whole: list[Tensor]) -> bool:
+    """Whether selective checkpointing that keeps every operator's result gives the gradients of plain calls."""
+    pattern = Dilated((8, 48), (1, 4)) | Local(3)
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "is_causal": True, "pattern": pattern}
+    attention = build_attention(fields, context_parallel=ContextParallel(size=2), mesh=mesh)
+    leaves = [shard_sequence(x, mesh).requires_grad_() for x in whole[:3]]
+    dout = shard_sequence(whole[3], mesh)
+    contexts = partial(create_selective_checkpoint_contexts, lambda *_, **__: True)
+    expected = torch.autograd.grad(attention(*leaves), leaves, dout)
+    out = checkpoint(attention, *leaves, use_reentrant=False, context_fn=contexts)
+    found = torch.autograd.grad(out, leaves, dout)
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def regrown() -> dict[str, Any]:

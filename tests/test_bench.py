@@ -89,20 +89,33 @@ def test_the_table_is_plain_where_it_is_not_a_terminal(invoke: Invoke) -> None:
     assert "refused by triton" in done.stderr
 
 
+@pytest.mark.parametrize("width", [50, 200])
 def test_a_terminal_gets_a_table_that_is_not_cut(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", str(width))
     settings = Settings(device="cpu", rounds=2)
     report = measure_case(TINY, settings, floor_tflops=0.1)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     print_report(report)
     printed = capsys.readouterr().out
     assert "\x1b[" in printed
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
-    for cells, line in zip(table_cells(report), lines[1:], strict=False):
-        assert line.split() == " ".join(cells).split()
-    assert lines[-2].startswith("auto picks sdpa")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    lines = [line.rstrip() for line in plain.splitlines()]
+    assert " ".join(plain.split()).startswith(str(report.case))
+    header, *rows = table_cells(report)
+    if width == 200:
+        begin = lines.index(next(line for line in lines if line.split()[:1] == ["error"]))
+        for row, line in zip([header, *rows], lines[begin:], strict=False):
+            assert line.split() == " ".join(row).split()
+    else:
+        begin = lines.index(next(line for line in lines if line.split()[:1] == ["ms"]))
+        for i, (name, error, *cells) in enumerate(rows):
+            own = lines[begin + 1 + 3 * i : begin + 4 + 3 * i]
+            assert own[0] == f"{name}, error {error}"
+            assert [line.split() for line in own[1:]] == [["forward", *cells[:6]], ["f+b", *cells[6:]]]
+            assert max(map(len, own)) <= 64
+    assert "auto picks sdpa" in plain
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for block in blocks:
         exec(compile(block, "docs/models.md", "exec"), names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert names["out"].shape == (2, 50, 64)
     assert names["text"].shape == (1, 30)
     assert names["embedding"].shape == (1, 96)

@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dilated_attention import ConfigError, Dilated
+from dilated_attention import ConfigError, Dilated, Learned, build_attention
 from dilated_attention.models import (
     LongNetConfig,
     LongNetDecoder,
@@ -217,6 +219,16 @@ def test_compiled_without_graph_breaks() -> None:
         assert max(error(a, e) for a, e in pairs) < 1e-5
 
 
+def test_one_compiled_graph_serves_every_length() -> None:
+    torch.compiler.reset()
+    model, count = language_model(num_layers=1), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for length in (S, 9, 23):
+        seen = tokens(length=length)
+        assert torch.equal(compiled(seen), model(seen))
+    assert count.frame_count == 1
+
+
 def test_causal_models_do_not_see_the_future() -> None:
     model, seen = language_model(torch.float64), tokens(1)
     changed = seen.clone()
@@ -283,7 +295,7 @@ def one_process(tmp_path: Any) -> Iterator[None]:
 def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
     plain, sharded, seen = language_model(), language_model(activation_checkpointing=checkpointing), tokens()
     mesh = init_device_mesh("cpu", (1,))
-    for layer in sharded.stack.layers:
+    for layer in (*sharded.stack.layers, sharded.output):
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     grads = []
@@ -292,6 +304,17 @@ def test_sharded_with_fsdp(checkpointing: bool | str) -> None:
         torch.autograd.backward(loss)
         grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()])
     assert max(error(a, e) for a, e in zip(*grads, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_tensors_are_told_of_their_local_part() -> None:
+    attention = build_attention(num_heads=2, head_dim=8)
+    x = torch.randn(1, 6, 2, 8)
+    whole = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(2)])
+    with pytest.raises(ConfigError, match=r"got DTensor; pass to_local\(\)"):
+        attention(whole, whole, whole)
+    local = whole.to_local()
+    assert torch.equal(attention(local, local, local), attention(x, x, x))
 
 
 @pytest.mark.parametrize(
@@ -326,3 +349,42 @@ def test_bad_calls_say_so() -> None:
         LongNetLM(config())
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
         LongNetConfig.from_dict({"num_layer": 3})
+
+
+def test_a_learned_pattern_is_not_made_on_the_meta_device() -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match="make the module on the device that it is to run on"):
+        language_model(pattern=Learned(block_size=8, blocks_per_row=2))
+
+
+def test_a_learned_pattern_trains_under_autocast() -> None:
+    model, seen = language_model(pattern=Learned(block_size=8, blocks_per_row=2)), tokens()
+    expected = model(seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(seen)
+    assert error(out.float(), expected) < 0.05
+    leaves = list(model.parameters())
+    for a, e in zip(gradients(out.float(), *leaves), gradients(expected, *leaves), strict=True):
+        assert error(a, e) < 0.1
+
+
+def test_the_output_projection_is_called() -> None:
+    model, seen = language_model(), tokens()
+    assert model.output is not None
+    expected = 2 * model(seen)
+    handle = model.output.register_forward_hook(lambda _, __, out: 2 * out)
+    assert torch.equal(model(seen), expected)
+    handle.remove()
+    model.output = nn.Sequential(model.output, nn.Identity())  # type: ignore[assignment]
+    assert torch.equal(2 * model(seen), expected)
+
+
+def test_masks_and_tokens_of_other_types() -> None:
+    model, mask = language_model(), padding(S, 9, length=S)
+    expected = model(tokens(), mask)
+    assert torch.equal(model(tokens().int(), torch.zeros(mask.shape).masked_fill(mask, -torch.inf)), expected)
+    with pytest.raises(ConfigError, match="must be 0 or -inf everywhere"):
+        model(tokens(), mask.float())
+    with pytest.raises(ConfigError, match=r"tokens must be a tensor of int64 or int32, got torch\.float32"):
+        model(tokens().float())
+    with pytest.raises(ConfigError, match="tokens must be a tensor of int64 or int32, got list"):
+        model([[1, 2]])

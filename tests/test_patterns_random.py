@@ -225,6 +225,26 @@ def test_a_million_tokens_lower_to_what_was_drawn() -> None:
         lower(Random(8), geometry, limit_bytes=1 << 20)
 
 
+def test_all_heads_are_counted_before_the_first_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry.self_attention(1 << 20, 16, is_causal=True)
+    needed = lower(Random(2), geometry).blocks
+    assert needed is not None
+    nbytes = 12 * needed.cols.size
+    assert lower(Random(2), geometry, limit_bytes=nbytes + (1 << 15)).nbytes > nbytes  # and the diagonal's mask
+    monkeypatch.setattr(Random, "_draw", None)
+    with pytest.raises(ConfigError, match=f"needs {nbytes:,} bytes for .* allowed are {nbytes - 12:,}"):
+        lower(Random(2), geometry, limit_bytes=nbytes - 1)
+
+
+def test_heads_are_not_counted_at_once_where_draws_can_lie_elsewhere() -> None:
+    whole = Geometry.self_attention(4096, 8)
+    part = attrs.evolve(whole, kv_len=512)  # of whose draws an eighth remains
+    pattern, limit = Random(4, block_size=64), 2 * 12 * 4 * 64
+    assert lower(pattern, part, limit_bytes=limit).nbytes
+    with pytest.raises(ConfigError, match="needs 24,576 bytes"):
+        lower(pattern, whole, limit_bytes=limit)
+
+
 @pytest.mark.slow
 def test_drawing_is_fast() -> None:
     """1M tokens, 16 heads, 8 blocks a row: under a second, and 20 times faster than a torch.randperm a row."""

@@ -173,6 +173,8 @@ def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
         assert "take shards of equal lengths and no offsets" in said["offsets"]
         assert "a ring of 4 ranks computes whole calls of one sequence only" in said["alone"]
         assert "a ring of 4 ranks" in said["received"]
+        assert "torch.func does not reach over ranks" in said["func"]
+        assert "batched gradients (is_grads_batched, vectorize=True) do not reach over ranks" in said["batched"]
         assert {"padding", "packing", "cache"} <= said.keys()
 
 
@@ -181,6 +183,7 @@ def test_one_ring_serves_a_model_and_leaves_no_trace_in_it(ranks: Ranks) -> None
         assert said["state_dict"] == []
         assert said["shared"]
         assert said["checkpoint_equal"]
+        assert said["selective_equal"]
         assert said["submesh"] < 1e-6
         assert said["groups_kept"]
         assert said["prepared"] == [24, 48]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 from dilated_attention import Attention, ConfigError, Dilated, Learned, Local, Pattern, build_attention
+from dilated_attention.core import reference
 
 LONGNET = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
 MASK = torch.arange(20) < torch.tensor([[0], [3]])
@@ -138,3 +139,90 @@ def test_what_cannot_be_transformed_is_refused() -> None:
     assert torch.equal(vmap(dropping.eval())(*one)[2], dropping(*(x[2] for x in one)))
     with pytest.raises(ConfigError, match=r"torch\.func cannot trace"):
         grad(lambda x: build(Learned(4, 2))(x, key, value, key_padding_mask=MASK).sum())(query)
+
+
+CALLS: list[dict[str, Any]] = [{}, {"key_padding_mask": MASK}]
+ALL = [LONGNET, LONGNET | Local(3), Learned(block_size=4, blocks_per_row=2)]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's loop over operators without a rule
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
+@pytest.mark.parametrize("pattern", ALL, ids=repr)
+def test_batched_gradients(pattern: Pattern, call: dict[str, Any]) -> None:
+    attention, leaves = build(pattern), [x.requires_grad_() for x in tensors(2)]
+    results = attention(*leaves, return_lse=True, **call)
+    weights = [torch.randn(3, *x.shape, dtype=torch.float64) for x in results]
+    for batched in (weights, weights[:1]):
+        outputs = results[: len(batched)]
+        found = torch.autograd.grad(outputs, leaves, batched, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            expected = torch.autograd.grad(outputs, leaves, [w[i] for w in batched], retain_graph=True)
+            for a, e in zip(found, expected, strict=True):
+                assert torch.equal(a[i], e)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_vectorized_jacobian() -> None:
+    attention, (query, key, value) = build(LONGNET | Local(3)), tensors(1)
+
+    def sums(key: Tensor) -> Tensor:
+        total: Tensor = attention(query, key, value)[0, :4].sum((-2, -1))
+        return total
+
+    jacobian: Any = torch.autograd.functional.jacobian
+    assert torch.equal(jacobian(sums, key, vectorize=True), jacobian(sums, key))
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
+@pytest.mark.parametrize("pattern", ALL, ids=repr)
+def test_second_derivatives_are_refused(pattern: Pattern, call: dict[str, Any]) -> None:
+    attention, (query, key, value) = build(pattern), tensors(2)
+
+    def of(query: Tensor) -> Tensor:
+        return loss(attention, query, key, value, **call)
+
+    leaf = query.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(of(leaf), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative.*reference\.attention"):
+        torch.autograd.grad(gradient.sum(), leaf)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.functional.hessian(of, query)  # type: ignore[no-untyped-call]
+    if call and isinstance(pattern, Learned):
+        return  # torch.func is refused altogether
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*hessian"):
+        hessian(of)(query)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        jacrev(jacrev(of))(query)
+
+
+def test_the_oracle_has_second_derivatives() -> None:
+    query, key, value = tensors(1)
+    query = query[:, :6, :1, :2].requires_grad_()
+
+    def of(query: Tensor) -> Tensor:
+        out, lse = reference.attention(query, key[:, :6, :1, :2], value[:, :6, :1], pattern=Local(2), is_causal=True)
+        return out.sin().sum() + lse.cos().sum()
+
+    assert torch.autograd.gradgradcheck(of, query)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch itself reads
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
+@pytest.mark.parametrize("pattern", ALL, ids=repr)
+def test_compiled_autograd(pattern: Pattern, call: dict[str, Any]) -> None:
+    attention, inputs = build(pattern), tensors(2)
+    expected = plain_gradients(attention, inputs, **call)
+    leaves, graphs = [x.requires_grad_() for x in inputs], []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    total = loss(attention, *leaves, **call)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
+        torch.autograd.backward(total)
+    for leaf, e in zip(leaves, expected, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, e)
+    assert len(graphs) == 1

@@ -54,14 +54,14 @@ class NamedBlocks:
         kept = cut + whole
         if geometry.q_len % size:  # keys read no query past the end
             cut[-1], whole[-1] = kept[-1], 0
-        rows = torch.repeat_interleave(torch.arange(len(kept)), kept)
+        rows = torch.repeat_interleave(torch.arange(len(kept), device="cpu"), kept)
         begins = kept.cumsum(0) - kept
-        place = torch.arange(len(rows)) - begins[rows]
+        place = torch.arange(len(rows), device="cpu") - begins[rows]
         is_masked = place >= whole[rows]
         slots = torch.where(is_masked, place - whole[rows], place + cut[rows])  # the table has those first
         starts = torch.stack([begins, begins + whole], dim=1).flatten()
         masks = masks_of(geometry, size)
-        in_last = torch.arange(size)[:, None] < (geometry.q_len - 1) % size + 1
+        in_last = torch.arange(size, device="cpu")[:, None] < (geometry.q_len - 1) % size + 1
         masks = torch.cat([masks, masks & in_last]).to(torch.uint8)
         moved = (x.to(device) for x in (rows, slots, is_masked, starts, masks))
         return cls(geometry, size, dynamic_pairs(pattern, geometry), *moved)

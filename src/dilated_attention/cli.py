@@ -197,7 +197,9 @@ def explain(
         shown, data = ["", str(costs)], {"preflight": costs.to_dict()} if as_json else {}
         fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
-    plan = explain_plan(fields, registry=registry())
+    found = registry()
+    with progress_bar("lowering the pattern"):  # a minute, where its table of blocks comes near Limits.layout_bytes
+        plan = explain_plan(fields, registry=found)
     show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
         raise typer.Exit(_EXIT[NoBackendError])

@@ -26,8 +26,7 @@ from .measure import CaseReport
 
 _NEAR_PERCENT = 5.0
 _LIBRARIES = ("torch", "triton", "numpy", "numba", "flash-attn-4", "xformers")
-_HEADER = ("", "error", "fwd ms", "quartiles", "TFLOP/s", "distinct", "floor", "MiB")
-_HEADER_TRAINING = ("f+b ms", "quartiles", "TFLOP/s", "distinct", "floor", "MiB")
+_COLUMNS = ("quartiles", "TFLOP/s", "distinct", "floor", "MiB")
 # Okabe and Ito's palette: told apart with any colour vision; forward is hatched besides.
 _OURS, _PEER = "#0072B2", "#E69F00"
 
@@ -66,12 +65,30 @@ def versions() -> dict[str, str]:
 
 def table_cells(report: CaseReport) -> Iterator[tuple[str, ...]]:
     """A header, and a row a contender with both phases."""
-    yield _HEADER + _HEADER_TRAINING
+    yield ("", "error", "fwd ms", *_COLUMNS, "f+b ms", *_COLUMNS)
+    for name, error, forward, training in _contenders(report):
+        yield (name, error, *_phase_cells(forward), *_phase_cells(training))
+
+
+def _contenders(report: CaseReport) -> Iterator[tuple[str, str, Result, Result]]:
+    """Name, error and both phases of each."""
     by_phase = {phase: [r for r in report.results if r.phase == phase] for phase in PHASES}
     for forward, training in zip(by_phase["forward"], by_phase["training"], strict=True):
         name = f"{forward.backend}: {forward.kernel}" if forward.kernel else forward.backend
-        error = "-" if forward.error is None else f"{forward.error:.1e}"
-        yield (name, error, *_phase_cells(forward), *_phase_cells(training))
+        yield name, "-" if forward.error is None else f"{forward.error:.1e}", forward, training
+
+
+def stacked_lines(report: CaseReport) -> Iterator[str]:
+    """The same in some 60 columns: a header, and three lines a contender, its name and the two phases."""
+    contenders = list(_contenders(report))
+    rows: list[tuple[str, ...]] = [("  ", "ms", *_COLUMNS)]
+    for _, _, forward, training in contenders:
+        rows += [("  forward", *_phase_cells(forward)), ("  f+b", *_phase_cells(training))]
+    header, *lines = columns(rows)
+    yield header
+    for i, (name, error, _, _) in enumerate(contenders):
+        yield f"{name}, error {error}"
+        yield from lines[2 * i : 2 * i + 2]
 
 
 def _phase_cells(r: Result) -> tuple[str, ...]:
@@ -119,7 +136,7 @@ def auto_summary(reports: Sequence[CaseReport]) -> dict[str, Any]:
 
 
 def print_report(report: CaseReport) -> None:
-    """A rich table on a terminal, else aligned text that nothing wraps or cuts."""
+    """A table on a terminal, stacked where that is narrow; else aligned text that nothing wraps or cuts."""
     if sys.stdout.isatty():
         _print_rich(report)
         return
@@ -132,7 +149,7 @@ def _print_rich(report: CaseReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=1000)  # a narrow terminal wraps lines; rich would cut the numbers
+    console = Console()
     console.print(Text(str(report.case), style="bold"))
     header, *rows = table_cells(report)
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -141,7 +158,12 @@ def _print_rich(report: CaseReport) -> None:
     fastest = set(report.auto.fastest.values())
     for row in rows:
         table.add_row(*(Text(cell) for cell in row), style="green" if row[0] in fastest else "")
-    console.print(table)
+    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+        console.print(table)
+    else:  # rich would cut the numbers
+        stacked = Text("\n".join(stacked_lines(report)))
+        stacked.highlight_words(fastest, "green")
+        console.print(stacked, soft_wrap=True)
     console.print(Text(auto_line(report) + "\n"))
 
 
