@@ -20,7 +20,7 @@ from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .flex_tables import FlexTables, ScoreMod, table_bytes
-from .libraries import checked_options
+from .libraries import checked_options, compiler_refusals
 from .recording import not_recording, of_part, recording
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ class FlexBackend:
     """FlexAttention: every pattern that is known when a length is met, on CUDA. It has no options."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
-        """Tables that are too large at the length that the request names."""
+        """No compiler, and tables that are too large at the length that the request names."""
         checked_options(request, "flex")
+        yield from compiler_refusals()
         config = request.config
         if config.seq_len is None:
             return

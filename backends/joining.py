@@ -5,19 +5,15 @@ Shapes: B batch, S sequence, H heads, D head_dim.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import torch
 from torch import Tensor
+
+from .libraries import can_compile
 
 if TYPE_CHECKING:
     from ..core.kernel import DenseKernel, DensePiece
@@ -39,16 +35,6 @@ _Variant = tuple[str, int, int, torch.dtype, torch.device]
 def joining(kernel: DenseKernel) -> DenseKernel:
     """The kernel with `Joins` besides, where Triton is installed and finds what it compiles its launchers with."""
     return JoiningKernel(kernel) if can_compile() else kernel
-
-
-@cache
-def can_compile() -> bool:
-    """Triton, and as it looks for them a C compiler and Python's headers."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    scheme = sysconfig.get_default_scheme()  # Debian's names /usr/local, where there are no headers
-    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
-    header = Path(paths["include"], "Python.h")
-    return find_spec("triton") is not None and compiler is not None and header.is_file()
 
 
 @attrs.frozen

@@ -1,15 +1,22 @@
-"""What the backends over third-party kernels share: their options, their versions, and inputs fit for bulk copies."""
+"""What backends share: their options, their versions, what Triton compiles with, and inputs fit for bulk copies."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from ..core.checks import did_you_mean
 from ..core.errors import ConfigError
+from ..core.refusal import Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +41,27 @@ def checked_options(request: Request, backend: str, known: Iterable[str] = ()) -
             has = f"it has: {', '.join(allowed)}" if allowed else "it has none"
             raise ConfigError(f"backend_options[{backend!r}] has no option {name!r}{hint}; {has}")
     return options
+
+
+@cache
+def can_compile() -> bool:
+    """Triton, and as it looks for them a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme()  # Debian's names /usr/local, where there are no headers
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    header = Path(paths["include"], "Python.h")
+    return find_spec("triton") is not None and compiler is not None and header.is_file()
+
+
+def compiler_refusals() -> Iterator[Refusal]:
+    """What Triton would say at the first launch, where it cannot compile."""
+    if not can_compile():
+        yield Refusal(
+            "not_installed",
+            "Triton with a C compiler and Python's headers, for its launchers",
+            "not all of them",
+            "install gcc or clang (or name one in CC) and the headers (python3-dev)",
+        )
 
 
 def labelled(distribution: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,19 +108,6 @@ def test_a_kernel_joins_where_triton_can_compile(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(joining, "can_compile", lambda: False)
     assert joining.joining(kernel) is kernel
     assert not isinstance(kernel, Joins)
-
-
-@pytest.mark.parametrize("missing", ["triton", "compiler", "headers", None])
-def test_what_triton_compiles_with(missing: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    (tmp_path / "Python.h").touch()
-    folder = tmp_path / "none" if missing == "headers" else tmp_path
-    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
-    paths = {"posix_local": tmp_path / "local", "posix_prefix": folder}
-    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(paths[scheme])})
-    monkeypatch.setattr(shutil, "which", lambda name: None if missing == "compiler" else f"/usr/bin/{name}")
-    monkeypatch.setattr(joining, "find_spec", lambda name: None if missing == "triton" else object())
-    assert joining.can_compile.__wrapped__() is (missing is None)
 
 
 def test_while_a_graph_is_captured_it_joins_what_it_has_launched(monkeypatch: pytest.MonkeyPatch) -> None:

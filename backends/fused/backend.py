@@ -12,7 +12,7 @@ from ...core.geometry import Geometry
 from ...core.lowering import lower
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
-from ..libraries import checked_options, labelled
+from ..libraries import checked_options, compiler_refusals, labelled
 from .kernel import FusedKernel
 from .tiles import TileSizes, can_be_fed
 from .walks import MAX_PERIOD, period_of
@@ -28,8 +28,9 @@ class TritonBackend:
     """All branches, or all blocks, in one launch of our own kernels. It has no options."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
-        """Dilation rates whose classes of positions repeat too late, and sizes of blocks that no tile divides."""
+        """No compiler; dilation rates whose classes of positions repeat too late; blocks that no tile divides."""
         checked_options(request, "triton")
+        yield from compiler_refusals()
         branches, size = _shape(request)
         period = period_of(branches)
         if period > MAX_PERIOD:
