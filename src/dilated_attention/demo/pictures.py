@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,23 +33,39 @@ def counts(pattern: Pattern, seq_len: int, num_heads: int, head: int) -> NDArray
     return np.where(key <= query, seen, -1)
 
 
+class Shades(NamedTuple):
+    """How counts are shown, up to one of them: arguments of `imshow`, and what the legend says."""
+
+    of_image: dict[str, Any]
+    of_legend: dict[str, Any]
+
+    @classmethod
+    def up_to(cls, top: int) -> Shades:
+        """Darker where a key counts more; -1 is the future."""
+        from matplotlib import colormaps
+        from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+        from matplotlib.patches import Patch
+
+        found = [FUTURE, NOT_SEEN, *(to_hex(colormaps[COUNTS](depth)) for depth in np.linspace(0.35, 1.0, top))]
+        norm = BoundaryNorm(np.arange(-1.5, top + 1), len(found))
+        names = ["in the future", "not seen", *(f"counted {n}×" for n in range(1, top + 1))]
+        handles = [Patch(facecolor=shade, edgecolor=GREY, label=name) for shade, name in zip(found, names, strict=True)]
+        placed = {"loc": "outside lower center", "ncols": len(handles), "frameon": False, "fontsize": 9}
+        return cls({"cmap": ListedColormap(found), "norm": norm}, {"handles": handles} | placed)
+
+
 def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_heads: int) -> None:
     """A square per group of heads that see the same: queries down, keys across, darker where a key counts more."""
-    from matplotlib import colormaps
-    from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     groups: dict[int, list[int]] = {}
     for head, group in enumerate(pattern.head_groups(num_heads, num_heads)):
         groups.setdefault(group, []).append(head)
-    top = pattern.max_multiplicity
-    shades = [FUTURE, NOT_SEEN, *(to_hex(colormaps[COUNTS](depth)) for depth in np.linspace(0.35, 1.0, top))]
-    norm = BoundaryNorm(np.arange(-1.5, top + 1), len(shades))
+    shades = Shades.up_to(pattern.max_multiplicity)
     figure = Figure(figsize=(3.1 * len(groups) + 0.4, 4.1), dpi=160, layout="constrained")
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axis, heads in zip(axes, groups.values(), strict=True):
-        axis.imshow(counts(pattern, seq_len, num_heads, heads[0]), cmap=ListedColormap(shades), norm=norm)
+        axis.imshow(counts(pattern, seq_len, num_heads, heads[0]), **shades.of_image)
         axis.set_title(f"head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}", fontsize=10)
         ticks = np.arange(0, seq_len + 1, seq_len // 4)
         axis.set_xticks(ticks - 0.5, [str(t) for t in ticks])
@@ -58,9 +75,7 @@ def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_
         axis.spines[:].set_color(GREY)
     axes[0].set_ylabel("query position")
     figure.suptitle(title, fontsize=12)
-    names = ["in the future", "not seen", *(f"counted {n}×" for n in range(1, top + 1))]
-    handles = [Patch(facecolor=shade, edgecolor=GREY, label=name) for shade, name in zip(shades, names, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(**shades.of_legend)
     figure.savefig(path)
 
 
