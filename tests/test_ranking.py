@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from dilated_attention import ContextParallel, Dilated, Full, Learned, Local
+from dilated_attention import ContextParallel, Dilated, Full, Learned, Local, explain
 from dilated_attention.backends import manifest
 
 from .kernel_kit import H100, request
@@ -70,3 +70,9 @@ def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
     asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
     order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
     assert order == ["theirs", "triton", "flex", "sdpa"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_no_number_of_ranks_needs_a_length(size: int) -> None:
+    plan = explain(num_heads=4, head_dim=64, device="cpu", context_parallel=ContextParallel(size=size))
+    assert plan.backend == "sdpa"
