@@ -39,6 +39,7 @@ _WHOLE: Final = {
 }
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
+_FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
 
 SDPA = BackendSpec(
     name="sdpa",
@@ -161,31 +162,49 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
     return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, REFERENCE)
 
 
-def _fuses(request: Request, *, has_blocks: bool) -> bool:
+def _fuses(request: Request) -> bool:
     """Whether the fused kernels are the fastest for a request, by docs/performance.md, "What `auto` picks"."""
-    head_dim, is_half = request.config.head_dim, request.config.dtype in _HALVES
+    from ..core.lowering import split  # brings numpy, which listing backends does without
+
+    config, layouts = request.config, request.needs["layouts"]
+    head_dim, is_half = config.head_dim, config.dtype in _HALVES
     if "dynamic_tables" in request.needs:
         return False  # not until blocks that a gate names have run on a card
-    if has_blocks:
-        return is_half or head_dim <= 64
-    branches = request.pattern.unwrap().branches(Geometry.self_attention(1, request.config.num_heads)) or ()
+    if "block" in layouts:  # in float32 branches lose more than blocks gain
+        return is_half or (head_dim <= 64 and "branch" not in layouts)
+    geometry = Geometry(
+        q_len=1, kv_len=1, num_heads=config.num_heads, num_kv_heads=config.kv_heads, is_causal=config.is_causal
+    )
+    branches, _ = split(request.pattern, geometry)
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
     fewest = 2 if head_dim <= 64 else 3
     return is_half and len(branches) >= fewest and (head_dim <= 128 or head_dim == 256)
+
+
+def _suits_flex(request: Request) -> bool:
+    """Whether `flex` beats the dense kernels: for blocks alone, not too small ones, of a known length.
+
+    It compiles for seconds at every new length; its rings have not run over several cards.
+    """
+    from ..core.lowering import table_block_size
+
+    config = request.config
+    is_known = config.seq_len is not None and "context_parallel" not in request.needs
+    has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
+    if not (has_blocks_alone and is_known and config.dtype in _HALVES):
+        return False
+    return table_block_size(request.pattern, config.num_heads, config.kv_heads, config.is_causal) >= _FINEST_OF_FLEX
 
 
 @hookimpl
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for. It compiles for seconds at every new length, so the
-    length has to be known; and its rings have not run over several cards.
+    `flex` is for blocks that the fused kernels are refused for.
     """
-    has_blocks = "block" in request.needs["layouts"]
     priorities = {spec.name: spec.priority for spec in candidates}
-    if not _fuses(request, has_blocks=has_blocks):
+    if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
-    is_known = request.config.seq_len is not None and "context_parallel" not in request.needs
-    if has_blocks and is_known and request.config.dtype in _HALVES:
+    if FLEX.name in priorities and _suits_flex(request):
         priorities[FLEX.name] = TRITON.priority - 1
     return sorted((spec.name for spec in candidates), key=lambda name: (-priorities[name], name))

@@ -18,7 +18,7 @@ from .plugins import PLUGIN_FAULTS, PluginRow, describe, import_target
 from .specs import Backend, BackendSpec, Request
 
 AUTO: Final = "auto"
-_ANY_LENGTH: Final = 4096  # tokens, where it only matters that they are known
+_ANY_LENGTH: Final = 4096  # tokens of a rank, where it only matters that they are known
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -95,7 +95,7 @@ def _first_at_a_length(request: Request, registry: Registry, usable: Sequence[Ba
     """Which would be the best ranked if the length were known; "" where it is, or where none is usable."""
     if request.config.seq_len is not None or not usable:
         return ""
-    config = attrs.evolve(request.config, seq_len=_ANY_LENGTH)
+    config = attrs.evolve(request.config, seq_len=_ANY_LENGTH * request.config.ring_size)
     order, _ = registry.rank(attrs.evolve(request, config=config), usable)
     return order[0]
 

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from dilated_attention import ContextParallel, Dilated, Full, Learned, Local
+from dilated_attention import ContextParallel, Dilated, Full, Learned, Local, Random, explain
 from dilated_attention.backends import manifest
 
 from .kernel_kit import H100, request
@@ -39,6 +39,9 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
         ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
         ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
+        ({"pattern": LONGNET | WINDOW, "dtype": "float32"}, False),
+        ({"pattern": LONGNET | LONGNET}, True),  # as many branches as they are lowered to
+        ({"pattern": Full() + Full() + Full()}, False),
         ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
     ],
 )
@@ -57,6 +60,9 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
         ({"pattern": WINDOW, "seq_len": 4096, "dtype": "float32"}, False),
         ({"pattern": WINDOW, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
         ({"pattern": LONGNET, "seq_len": 4096}, False),
+        ({"pattern": Random(density=0.1, block_size=64), "seq_len": 4096}, True),
+        ({"pattern": Random(density=0.1, block_size=24), "seq_len": 4096}, False),  # a mask for nearly every block
+        ({"pattern": LONGNET | WINDOW, "seq_len": 4096}, False),  # it would visit all that a stride touches
     ],
 )
 def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
@@ -70,3 +76,9 @@ def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
     asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
     order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
     assert order == ["theirs", "triton", "flex", "sdpa"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_no_number_of_ranks_needs_a_length(size: int) -> None:
+    plan = explain(num_heads=4, head_dim=64, device="cpu", context_parallel=ContextParallel(size=size))
+    assert plan.backend == "sdpa"
