@@ -244,15 +244,32 @@ def row_pairs(blocks: BlockLayout) -> IntArray:
     return rows
 
 
+def query_pairs(blocks: BlockLayout) -> IntArray:
+    """Pairs that each query counts over all query heads, each as often as it counts; (q_len,) int64."""
+    size, rows, partial = blocks.block_size, entry_rows(blocks), np.flatnonzero(blocks.mask_ids >= 0)
+    shared = _heads_of_entries(blocks)
+    full = np.where(blocks.mask_ids >= 0, 0, shared * blocks.weights * size)
+    found = np.zeros((blocks.row_ptr.shape[1] - 1, size), dtype=np.int64)
+    np.add.at(found, rows, full[:, None])
+    of_masks = blocks.masks.sum(axis=2, dtype=np.int64)
+    np.add.at(found, rows[partial], of_masks[blocks.mask_ids[partial]] * shared[partial, None])
+    return found.ravel()[: blocks.geometry.q_len]
+
+
 def _entry_pairs(blocks: BlockLayout, *, distinct: bool) -> IntArray:
     """`block_pairs` of each entry, (E,) int64."""
     partial = np.flatnonzero(blocks.mask_ids >= 0)
     pairs = _queries(blocks) * blocks.block_size * (1 if distinct else blocks.weights)
     masks = blocks.masks != 0 if distinct else blocks.masks
     pairs[partial] = masks.sum(axis=(1, 2), dtype=np.int64)[blocks.mask_ids[partial]]
+    return pairs * _heads_of_entries(blocks)
+
+
+def _heads_of_entries(blocks: BlockLayout) -> IntArray:
+    """How many heads have each entry, (E,) int64."""
     heads = np.bincount(blocks.head_table, minlength=blocks.row_ptr.shape[0])
     shared: IntArray = np.repeat(heads, np.diff(blocks.row_ptr[:, [0, -1]], axis=1)[:, 0])
-    return pairs * shared
+    return shared
 
 
 def entry_rows(blocks: BlockLayout) -> IntArray:

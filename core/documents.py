@@ -63,6 +63,36 @@ class Stack:
         """The keys' part of x (B, H, T) as (count, H, kv_len)."""
         return self.keys(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
+    @property
+    def q_len(self) -> int:
+        """Queries of each."""
+        return self.first.q_len
+
+    @property
+    def kv_len(self) -> int:
+        """Keys of each."""
+        return self.first.kv_len
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """What comes home to `queries`."""
+        return self.queries(x)
+
+    def value_gradient(self, x: Tensor) -> Tensor:
+        """What comes home to `query_values`."""
+        return self.query_values(x)
+
+    def put_queries(self, total: Tensor, part: Tensor) -> None:
+        """Write (count, q_len, H, D) to where it belongs in total (B, S, H, D)."""
+        self.queries(total).copy_(part)
+
+    def put_keys(self, total: Tensor, part: Tensor) -> None:
+        """Write (count, kv_len, H, D) to where it belongs in total (B, T, H, D)."""
+        self.keys(total).copy_(part)
+
+    def put_values(self, total: Tensor, part: Tensor) -> None:
+        """Write (count, H, q_len) to where it belongs in total (B, H, S)."""
+        self.query_values(total).copy_(part)
+
     def _view(self, x: Tensor, start: int, step: int, length: int) -> Tensor:
         s_batch, s_row, s_head, s_dim = x.stride()
         return x.as_strided(
@@ -154,8 +184,8 @@ def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, quer
 
 def read_documents(
     key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, q_len: int, kv_len: int
-) -> tuple[Stack, ...]:
-    """The documents that hold a query, in stacks; the one place where the host waits for the device.
+) -> list[Document]:
+    """The documents that hold a query; the one place where the host waits for the device.
 
     Args:
         key_padding_mask: (B, T) bool, True where a key is padding, or None.
@@ -174,8 +204,8 @@ def read_documents(
             "one length, or none"
         )
     if key_padding_mask is not None:
-        return stacked(_rows(key_padding_mask, q_len, kv_len))
-    return stacked(_packed(given.tolist(), kv_len))
+        return _rows(key_padding_mask, q_len, kv_len)
+    return _packed(given.tolist(), kv_len)
 
 
 def _rows(mask: Tensor, q_len: int, kv_len: int) -> list[Document]:

@@ -18,7 +18,7 @@ from .cache import ByteLRU
 from .composer import Composer, delta_of, merge_, widen_rows
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
-from .dynamic_tables import DynamicTables, dynamic_pairs
+from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
 from .geometry import Geometry
@@ -26,46 +26,13 @@ from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
 from .layout import Layout
 from .lowering import lower
 from .pattern import LearnedPattern, Pattern
+from .program import Program, keeps_prefixes
 from .received import received_from
 from .schedule import Schedule, schedule
 from .tracing import span
 
 if TYPE_CHECKING:
     from typing import Any
-
-
-@attrs.frozen(eq=False)
-class _Program:
-    """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
-
-    Where blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them. A batch row
-    counts `pairs` over all query heads.
-    """
-
-    layout: Layout
-    schedule: Schedule
-    blocks: BlockProduct | None = None
-    dynamic: DynamicTables | None = None
-    prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
-    pairs: int = attrs.field()
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.layout, self.schedule, self.blocks, self.dynamic)
-        return self.prepared_bytes + sum(part.nbytes for part in parts if part is not None)
-
-    @pairs.default
-    def _count_pairs(self) -> int:
-        pattern = self.layout.pattern.unwrap()
-        if isinstance(pattern, LearnedPattern):
-            return dynamic_pairs(pattern, self.layout.geometry)
-        if not self.schedule.calls:
-            return self.layout.pairs
-        return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
-
-    def bound(self, tables: Tensor) -> _Program:
-        """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""
-        return self if self.dynamic is None else attrs.evolve(self, blocks=self.dynamic.bind(tables))
 
 
 class Engine:
@@ -112,7 +79,7 @@ class Engine:
             self._composer = Composer(kernel, self.scale, config.deterministic)  # type: ignore[arg-type]
         self.has_dlse = has_dlse
         self.call_axes = call_axes
-        self.programs: ByteLRU[tuple[Any, ...], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
+        self.programs: ByteLRU[tuple[Any, ...], Program] = ByteLRU(config.limits.pattern_cache_bytes)
         self.forwards, self.backwards = Tally(), Tally()
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
         origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
@@ -142,6 +109,15 @@ class Engine:
             layouts=self.programs.counters,
         )
 
+    def fills_documents(self, device: torch.device) -> bool:
+        """Whether a document may be computed as the beginning of a longer one, which saves lowering and launches.
+
+        On a CPU it costs more than it saves but where lowering is slow: with blocks.
+        """
+        if not self.config.is_causal or self.config.dropout_p or not keeps_prefixes(self.pattern):
+            return False
+        return device.type != "cpu" or self.pattern.branches(Geometry.self_attention(1, self.config.num_heads)) is None
+
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Lower the pattern for these lengths, or find it lowered; returns the layout.
 
@@ -150,7 +126,7 @@ class Engine:
         """
         return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
 
-    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
+    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
         key = (q_len, kv_len, q_offset, kv_offset, device)
         found = self.programs.get(key)
         if found is not None:
@@ -163,7 +139,7 @@ class Engine:
         with span(self.range_name("lower")), _disable_current_modes():  # no fake tensors among those that are kept
             return self.programs.get_or_make(key, lambda: self._make_program(*key))
 
-    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> _Program:
+    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
         config = self.config
         self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
@@ -172,12 +148,12 @@ class Engine:
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        program = _Program(layout, Schedule((), 0))
+        program = Program(layout, Schedule((), 0))
         if isinstance(self._layout_kernel, Prepares) and program.pairs:
             return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
         return program
 
-    def _composed(self, geometry: Geometry, device: torch.device) -> _Program:
+    def _composed(self, geometry: Geometry, device: torch.device) -> Program:
         """The program that core itself runs, with dense pieces and blocks."""
         config = self.config
         if self._learned is not None:
@@ -192,7 +168,7 @@ class Engine:
                 dtype=getattr(torch, config.dtype),
                 workspace_bytes=config.limits.workspace_bytes,
             )
-        return _Program(layout, schedule(layout.branches, geometry), blocks)
+        return Program(layout, schedule(layout.branches, geometry), blocks)
 
     def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
         return Geometry(
@@ -219,9 +195,9 @@ class Engine:
                 "backend"
             )
 
-    def _make_dynamic(self, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> _Program:
+    def _make_dynamic(self, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> Program:
         """What is known of blocks that are chosen per call; nothing where there are no queries or no keys."""
-        program = _Program(Layout(pattern, geometry, (), None), Schedule((), 0))
+        program = Program(Layout(pattern, geometry, (), None), Schedule((), 0))
         if not (geometry.q_len and geometry.kv_len):
             return program
         dynamic = DynamicTables.prepare(
@@ -245,11 +221,13 @@ class Engine:
         tables: Tensor | None,
         *,
         calls: int = 1,
+        counted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
 
         `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
-        every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already.
+        every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already;
+        `counted` are the tokens and pairs, if not all.
         """
         if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -261,12 +239,12 @@ class Engine:
                 results = self._forward(bound, query, key, value, seed, tables)
         else:
             results = self._forward(bound, query, key, value, seed, tables)
-        self.forwards.add(calls, batch * q_len, batch * program.pairs)
+        self.forwards.add(calls, *(counted or (batch * q_len, batch * program.pairs)))
         return results
 
     def _forward(
         self,
-        program: _Program,
+        program: Program,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -305,6 +283,7 @@ class Engine:
         tables: Tensor | None,
         *,
         calls: int = 1,
+        counted: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         self._check_dlse(dlse)
@@ -322,12 +301,12 @@ class Engine:
             else:
                 dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
-        self.backwards.add(calls, batch * q_len, batch * program.pairs)
+        self.backwards.add(calls, *(counted or (batch * q_len, batch * program.pairs)))
         return grads
 
     def _backward(
         self,
-        program: _Program,
+        program: Program,
         dout: Tensor,
         dlse: Tensor | None,
         query: Tensor,
@@ -388,7 +367,7 @@ class Engine:
                 f"head_dim={self.config.head_dim}; detach lse, or build with another backend"
             )
 
-    def _piece(self, program: _Program, seed: Tensor | None, tables: Tensor | None) -> LayoutPiece:
+    def _piece(self, program: Program, seed: Tensor | None, tables: Tensor | None) -> LayoutPiece:
         return LayoutPiece(
             layout=program.layout,
             scale=self.scale,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import read_documents
+from .documents import read_documents, stacked
 from .ops import engine_of
 
 
@@ -78,8 +78,8 @@ def _attend_documents(
     out_val: object,
 ) -> int:
     total = 0
-    for stack in read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1]):
-        q_len, kv_len = stack.first.q_len, stack.first.kv_len
+    for stack in stacked(read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])):
+        q_len, kv_len = stack.q_len, stack.kv_len
         total += _flops(engine, query, stack.count, q_len, kv_len, kv_len - q_len, 0)
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Final
 
 import attrs
@@ -79,3 +80,9 @@ class Geometry:
     def self_attention(cls, seq_len: int, num_heads: int = 1, *, is_causal: bool = False) -> Geometry:
         """Queries and keys of one whole sequence, one key-value head per query head."""
         return cls(q_len=seq_len, kv_len=seq_len, num_heads=num_heads, num_kv_heads=num_heads, is_causal=is_causal)
+
+
+def joined_groups(*groups: Sequence[Hashable]) -> tuple[int, ...]:
+    """Heads that are together in each of several groupings, numbered from 0 in order of appearance."""
+    seen: dict[tuple[Hashable, ...], int] = {}
+    return tuple(seen.setdefault(key, len(seen)) for key in zip(*groups, strict=True))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 import numpy as np
 
-from .geometry import Geometry
+from .geometry import Geometry, joined_groups
 from .layout import BlockSupport, Layout
-from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union, joined_groups
+from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union
 from .supports import branch_overlap, branch_signature, branch_signature_groups
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .composer import accumulator_dtype
-from .documents import Stack, read_documents
+from .documents import Stack, read_documents, stacked
 from .errors import ConfigError
+from .filled import Filled, filled
 from .ops import attend_backward_fake, attend_fake, engine_of, without_autocast
 from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
@@ -34,7 +35,24 @@ _LIBRARY.define(
 )
 
 Tables = Sequence[Tensor] | None
+Stacks = Sequence[Stack | Filled]
 _OPERATORS = Operators("attend_documents", "attend_documents_backward", ("seed", "key_padding_mask", "cu_seqlens"))
+
+
+def _read(
+    engine: Engine, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor
+) -> Stacks:
+    """The documents as the engine computes them."""
+    documents = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    return filled(documents) if engine.fills_documents(query.device) else stacked(documents)
+
+
+def _counted(engine: Engine, stack: Stack | Filled, device: torch.device) -> tuple[int, int] | None:
+    """Tokens and pairs of documents that are filled up."""
+    if isinstance(stack, Stack):
+        return None
+    program = engine._program(stack.length, stack.length, 0, 0, device)
+    return sum(stack.lengths), sum(map(program.prefix_pairs, stack.lengths))
 
 
 def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -50,7 +68,7 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    stacks: Sequence[Stack],
+    stacks: Stacks,
     seed: Tensor | None,
     tables: Tables,
 ) -> tuple[Tensor, Tensor]:
@@ -64,14 +82,15 @@ def _forward(
             stack.queries(query),
             stack.keys(key),
             stack.keys(value),
-            stack.first.kv_len - stack.first.q_len,
+            stack.kv_len - stack.q_len,
             0,
             own_seed,
             None if tables is None else tables[i],
             calls=int(i == 0),
+            counted=_counted(engine, stack, query.device),
         )
-        stack.queries(out).copy_(part)
-        stack.query_values(lse).copy_(part_lse)
+        stack.put_queries(out, part)
+        stack.put_values(lse, part_lse)
     return out, lse
 
 
@@ -84,7 +103,7 @@ def _backward(
     value: Tensor,
     out: Tensor | None,
     lse: Tensor | None,
-    stacks: Sequence[Stack],
+    stacks: Stacks,
     seed: Tensor | None,
     tables: Tables,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,21 +113,23 @@ def _backward(
     dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
         grads = engine.backward(
-            stack.queries(dout),
-            None if dlse is None else stack.query_values(dlse).contiguous(),
+            stack.gradient(dout),
+            None if dlse is None else stack.value_gradient(dlse).contiguous(),
             stack.queries(query),
             stack.keys(key),
             stack.keys(value),
             stack.queries(out),
             stack.query_values(lse).contiguous(),
-            stack.first.kv_len - stack.first.q_len,
+            stack.kv_len - stack.q_len,
             0,
             own_seed,
             None if tables is None else tables[i],
             calls=int(i == 0),
+            counted=_counted(engine, stack, query.device),
         )
-        for view, grad in zip((stack.queries(dq), stack.keys(dk), stack.keys(dv)), grads, strict=True):
-            view.copy_(grad)
+        stack.put_queries(dq, grads[0])
+        stack.put_keys(dk, grads[1])
+        stack.put_keys(dv, grads[2])
     return dq, dk, dv
 
 
@@ -124,9 +145,10 @@ def _attend_documents(
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator: returns (out, lse); `recompute` only says what the backward may keep."""
-    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    runner = engine_of(engine)
+    stacks = _read(runner, key_padding_mask, cu_seqlens, query, key)
     with without_autocast(query.device):
-        return _forward(engine_of(engine), query, key, value, stacks, seed, tables)
+        return _forward(runner, query, key, value, stacks, seed, tables)
 
 
 def _attend_documents_backward(
@@ -143,9 +165,10 @@ def _attend_documents_backward(
     engine: str,
     tables: Tables,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    runner = engine_of(engine)
+    stacks = _read(runner, key_padding_mask, cu_seqlens, query, key)
     with without_autocast(query.device):
-        return _backward(engine_of(engine), dout, dlse, query, key, value, out, lse, stacks, seed, tables)
+        return _backward(runner, dout, dlse, query, key, value, out, lse, stacks, seed, tables)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -244,7 +267,7 @@ def attend_documents(
         return transformed(_OPERATORS, *tensors, engine.key, None, recompute)
     watched = torch.compiler.is_compiling() or is_watched()
     reads = gate is not None or not watched
-    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1]) if reads else ()
+    stacks = _read(engine, key_padding_mask, cu_seqlens, query, key) if reads else ()
     tables = _tables(gate, query, key, stacks)
     if watched:
         out, lse = torch.ops.dilated_attention.attend_documents.default(*tensors, engine.key, tables, recompute)
@@ -272,12 +295,12 @@ def received_in_documents(
     Arguments and errors as `attend_documents`; lse (B, H, S).
     """
     _check_varlen(engine, key_padding_mask)
-    stacks = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
+    stacks = stacked(read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1]))
     tables = _tables(gate, query, key, stacks)
     total = lse.new_zeros(query.shape[0], query.shape[2], key.shape[1])
     for i, stack in enumerate(stacks):
         q, k, own_lse = stack.queries(query), stack.keys(key), stack.query_values(lse)
-        shift = stack.first.kv_len - stack.first.q_len
+        shift = stack.kv_len - stack.q_len
         part = engine.received(q, k, own_lse, shift, 0, None if tables is None else tables[i])
         stack.key_values(total).copy_(part)
     return total
@@ -292,11 +315,11 @@ def _check_varlen(engine: Engine, key_padding_mask: Tensor | None) -> None:
         )
 
 
-def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Sequence[Stack]) -> Tables:
+def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Stacks) -> Tables:
     """The blocks that a gate chooses in each stack."""
     if gate is None:
         return None
-    shifts = [stack.first.kv_len - stack.first.q_len for stack in stacks]
+    shifts = [stack.kv_len - stack.q_len for stack in stacks]
     query, key = query.detach(), key.detach()
     return [
         gate(stack.queries(query), stack.keys(key), q_offset=shift) for stack, shift in zip(stacks, shifts, strict=True)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import attrs
 
 from .checks import did_you_mean, positive_int
 from .errors import ConfigError
-from .geometry import Geometry
+from .geometry import Geometry, joined_groups
 from .repeats import Repeats
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Pattern(ABC):
     """Who attends to whom. Subclasses are frozen attrs classes with a `kind` that names them in files."""
 
     kind: ClassVar[str]
+    keeps_prefixes: ClassVar[bool] = False  # queries of causal attention see the same keys if more tokens follow
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""
@@ -227,12 +228,6 @@ def _members(cls: type[_Composite], pattern: Pattern) -> Iterator[Pattern]:
         yield pattern
 
 
-def joined_groups(*groups: Sequence[Hashable]) -> tuple[int, ...]:
-    """Heads that are together in each of several groupings, numbered from 0 in order of appearance."""
-    seen: dict[tuple[Hashable, ...], int] = {}
-    return tuple(seen.setdefault(key, len(seen)) for key in zip(*groups, strict=True))
-
-
 def parameters(pattern: Pattern) -> dict[str, object]:
     """The mapping form of a pattern whose attrs fields are plain values."""
     fields: Mapping[str, object] = attrs.asdict(pattern, recurse=False)  # type: ignore[arg-type]
@@ -244,6 +239,7 @@ class Full(Pattern):
     """Every query sees every key once: dense attention, the default."""
 
     kind: ClassVar[str] = "full"
+    keeps_prefixes: ClassVar[bool] = True
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """1 everywhere."""

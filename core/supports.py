@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .geometry import Geometry, joined_groups
 from .layout import BlockGrid, BlockSupport
-from .pattern import Branch, KeySpans, Pattern, joined_groups
+from .pattern import Branch, KeySpans, Pattern
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .geometry import Geometry
     from .pattern import IntArray
 
 

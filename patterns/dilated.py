@@ -10,8 +10,8 @@ import attrs
 
 from ..core.checks import MOST_POSITIONS, is_int, require_choice, require_int
 from ..core.errors import ConfigError
-from ..core.geometry import Geometry
-from ..core.pattern import Branch, KeySpans, Pattern, joined_groups, parameters
+from ..core.geometry import Geometry, joined_groups
+from ..core.pattern import Branch, KeySpans, Pattern, parameters
 from ..core.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Dilated(Pattern):
     """
 
     kind: ClassVar[str] = "dilated"
+    keeps_prefixes: ClassVar[bool] = True
 
     segment_lengths: tuple[int, ...] = attrs.field(converter=_tuple, validator=_positive_ints)
     dilation_rates: tuple[int, ...] = attrs.field(converter=_tuple, validator=_positive_ints)

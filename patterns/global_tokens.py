@@ -27,6 +27,7 @@ class Global(Pattern):
     """
 
     kind: ClassVar[str] = "global"
+    keeps_prefixes: ClassVar[bool] = True
 
     tokens: int = attrs.field(validator=an_int(1, MOST_POSITIONS))
 

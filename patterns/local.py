@@ -51,6 +51,7 @@ class Local(Pattern):
     """
 
     kind: ClassVar[str] = "local"
+    keeps_prefixes: ClassVar[bool] = True
 
     window_size: tuple[int, int] = attrs.field(converter=_both_sides, validator=_sides)
 

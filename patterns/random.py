@@ -52,6 +52,7 @@ class Random(Pattern):
     """
 
     kind: ClassVar[str] = "random"
+    keeps_prefixes: ClassVar[bool] = True
 
     blocks_per_row: int | None = attrs.field(
         default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS))

@@ -26,6 +26,7 @@ class Strided(Pattern):
     """
 
     kind: ClassVar[str] = "strided"
+    keeps_prefixes: ClassVar[bool] = True
 
     stride: int = attrs.field(validator=an_int(1, _MOST))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilated_attention import Attention, ConfigError, Dilated, Learned, Local, Pattern, build_attention
 from dilated_attention.core import reference
-from dilated_attention.core.documents import read_documents
+from dilated_attention.core.documents import read_documents, stacked
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 
@@ -217,7 +217,7 @@ def test_stacks_hold_every_document_once() -> None:
         rows = tuple((int(torch.randint(0, length - n + 1, (1,), generator=generator)), n) for n in tokens)
         q_len = int(torch.randint(1, length + 1, (1,), generator=generator))
         queries, keys = torch.zeros(batch, q_len, 1, 1), torch.zeros(batch, length, 1, 1)
-        for stack in read_documents(padding(rows, length), None, q_len, length):
+        for stack in stacked(read_documents(padding(rows, length), None, q_len, length)):
             assert stack.count > 0
             stack.queries(queries).add_(1)
             stack.keys(keys).add_(1)
@@ -229,8 +229,8 @@ def test_stacks_hold_every_document_once() -> None:
 
 def test_equal_lengths_are_one_call() -> None:
     bounds = torch.arange(0, 161, 20, dtype=torch.int32)
-    assert [stack.count for stack in read_documents(None, bounds, 160, 160)] == [8]
-    assert [stack.count for stack in read_documents(torch.zeros(7, 9, dtype=torch.bool), None, 9, 9)] == [7]
+    assert [stack.count for stack in stacked(read_documents(None, bounds, 160, 160))] == [8]
+    assert [stack.count for stack in stacked(read_documents(torch.zeros(7, 9, dtype=torch.bool), None, 9, 9))] == [7]
 
 
 def test_nothing_at_all() -> None:

@@ -1,0 +1,156 @@
+"""Documents of many lengths as few batches: what makes it exact, that it is, and what it saves and counts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilated_attention import Attention, Dilated, Full, Global, Learned, Local, Pattern, Random, Strided
+from dilated_attention.core import reference
+from dilated_attention.core.documents import Document, Stack
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.filled import Filled, filled, filled_length
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.lowering import lower
+from dilated_attention.core.program import Program, keeps_prefixes
+from dilated_attention.core.schedule import Schedule
+
+from .strategies import patterns
+from .support import NAMES, error
+from .test_packing import batch_of, build, five, padding
+
+BLOCKS = Local((9, 0)) | Global(3)
+BOUNDS = torch.tensor([0, 0, 37, 57, 78, 78, 99, 160, 171])
+ROWS = ((0, 70), (23, 47), (11, 40), (0, 0), (30, 39), (5, 40), (69, 1))  # padding before, tokens
+CASES: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {
+    "packed": (None, BOUNDS),
+    "padded": (padding(ROWS, 70), None),
+}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card."""
+    monkeypatch.setattr(
+        Engine, "fills_documents", lambda self, _: self.config.is_causal and keeps_prefixes(self.pattern)
+    )
+
+
+@settings(deadline=None)
+@given(pattern=patterns(), short=st.integers(1, 40), more=st.integers(0, 40))
+def test_queries_see_the_same_when_more_tokens_follow(pattern: Pattern, short: int, more: int) -> None:
+    assert keeps_prefixes(pattern)
+    place = np.arange(short)
+    for head in range(4):
+        of, longer = (
+            pattern.multiplicity(
+                place[:, None], place, np.array(head), Geometry.self_attention(length, 4, is_causal=True)
+            )
+            for length in (short, short + more)
+        )
+        assert (np.broadcast_to(of, (short, short)) == longer)[np.tril_indices(short)].all()
+
+
+def test_learned_patterns_promise_nothing() -> None:
+    assert not keeps_prefixes(Learned(block_size=16, blocks_per_row=2))
+
+
+@settings(deadline=None)
+@given(pattern=patterns(), length=st.integers(1, 60), more=st.integers(0, 30))
+def test_pairs_of_prefixes(pattern: Pattern, length: int, more: int) -> None:
+    long, short = (lower(pattern, Geometry.self_attention(n, 4, is_causal=True)) for n in (length + more, length))
+    assert Program(long, Schedule((), 0)).prefix_pairs(length) == short.pairs
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 300, 1000, 4095, 4096, 4097, 100_000])
+def test_documents_are_filled_up_by_little(length: int) -> None:
+    found = filled_length(length)
+    assert length <= found <= length + max(16, min(length // 8, 256))
+    assert filled_length(found) == found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pattern", [Full(), Dilated((16, 32), (1, 2)), Strided(3), BLOCKS, Random(2, 8)], ids=str)
+def test_each_document_is_as_alone(always: None, pattern: Pattern, case: str) -> None:
+    """Out, lse and gradients, through lse too, against the oracle; what belongs to none is 0, and -inf in lse."""
+    mask, bounds = CASES[case]
+    attention = build(pattern=pattern, dtype="float64")
+    shape = (1, 171) if mask is None else (len(ROWS), 70)
+    tensors = batch_of(*shape, dtype=torch.float64)
+    found = five(attention, tensors, mask, bounds)
+
+    def oracle(*given: torch.Tensor, **fields: Any) -> Any:
+        return reference.attention(
+            *given, pattern=pattern, is_causal=True,
+            key_padding_mask=fields["key_padding_mask"], cu_seqlens=fields["cu_seqlens"],
+        )  # fmt: skip
+
+    expected = five(oracle, tensors, mask, bounds)
+    for name, a, e in zip(NAMES, found, expected, strict=True):
+        assert error(a, e) < 1e-12, name
+    assert counted(attention) == counted(exactly(pattern, mask, bounds))
+
+
+def counted(attention: Attention) -> tuple[int, ...]:
+    of = attention.counters()
+    return of.forward.calls, of.forward.tokens, of.forward.flops, of.backward.tokens, of.backward.flops
+
+
+def exactly(pattern: Pattern, mask: torch.Tensor | None, bounds: torch.Tensor | None) -> Attention:
+    """The same work, each length as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "fills_documents", lambda self, device: False)
+        attention = build(pattern=pattern, dtype="float64", scale=0.7)
+        shape = (1, 171) if mask is None else (len(ROWS), 70)
+        five(attention, batch_of(*shape, dtype=torch.float64), mask, bounds)
+    return attention
+
+
+def test_lengths_that_are_alike_are_lowered_once(always: None) -> None:
+    """And strided tensors, as of one projection for all three, need no copy of theirs."""
+    attention = build(pattern=BLOCKS, num_kv_heads=4, scale=0.3)
+    before = attention.counters().layouts.misses
+    for lengths in ((33, 40, 47, 48), (34, 36, 41), (45, 46)):
+        bounds = torch.tensor([0, *np.cumsum(lengths)])
+        query, key, value = torch.randn(1, sum(lengths), 3, 4, 8).unbind(2)
+        out = attention(query, key, value, cu_seqlens=bounds)
+        for low, high in itertools.pairwise(bounds.tolist()):
+            alone = reference.attention(
+                *(x[:, low:high].double() for x in (query, key, value)), pattern=BLOCKS, is_causal=True, scale=0.3
+            )
+            assert error(out[:, low:high], alone[0]) < 1e-6
+    assert attention.counters().layouts.misses == before + 1
+
+
+def test_what_is_not_filled_up() -> None:
+    of = [
+        Document(0, 0, 20, 0, 20),
+        Document(0, 20, 21, 20, 21),
+        Document(0, 41, 5, 41, 9),
+        Document(0, 50, 90, 50, 90),
+    ]
+    assert [(type(x), x.kv_len) for x in filled(of)] == [(Stack, 9), (Filled, 32), (Filled, 96)]
+    assert filled(of[:1]) == (Stack(of[0]),)
+    same = [Document(0, 32 * i, 32, 32 * i, 32) for i in range(3)]
+    assert filled([*same, Document(0, 96, 33, 96, 33)])[0] == Stack(same[0], 3, 0, 32, 32)
+
+
+def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
+    """Not-a-numbers of one stay its own."""
+    attention = build(pattern=Local((9, 0)))
+    tensors = batch_of(1, 171)
+    with torch.no_grad():
+        for x in tensors:
+            x[:, 37:57] = torch.nan
+    found = five(attention, tensors, None, BOUNDS)
+    for name, x in zip(NAMES, found, strict=True):
+        x = x.transpose(1, 2) if name == "lse" else x
+        assert x[:, 37:57].isnan().all()
+        assert x[:, :37].isfinite().all()
+        assert x[:, 57:].isfinite().all()
