@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import packing
 from dilated_attention import Attention, Dilated, Full, Global, Learned, Local, Pattern, Random, Strided
 from dilated_attention.core import reference
 from dilated_attention.core.documents import Document, Stack
@@ -154,3 +155,10 @@ def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
         assert x[:, 37:57].isnan().all()
         assert x[:, :37].isfinite().all()
         assert x[:, 57:].isfinite().all()
+
+
+def test_the_benchmark_of_packing(capsys: pytest.CaptureFixture[str]) -> None:
+    packing.main(["--tokens", "200", "--shortest", "5", "--longest", "90", "--rounds", "1", "--head-dim", "8"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "one call" in head
+    assert [row.partition("  ")[0] for row in rows] == list(packing.PATTERNS)
