@@ -70,6 +70,7 @@ class _MaskPool:
     limit_bytes: int | None
     used_bytes: int = 0
     ids: dict[bytes, int] = attrs.field(factory=dict)
+    _cuts: dict[tuple[int, ...], tuple[int, int]] = attrs.field(factory=dict)
 
     def take(self, nbytes: int) -> None:
         """Account for `nbytes` more, or raise `ConfigError`."""
@@ -88,6 +89,20 @@ class _MaskPool:
             self.take(len(content))
             known = self.ids[content] = len(self.ids)
         return known
+
+    def cut(self, constant: int, queries: int, keys: int, apart: int) -> tuple[int, int]:
+        """Weight and mask number of a block of so many queries and keys, the first of them so far apart.
+
+        Where causality lets it, every pair counts `constant` times. Weight 0 and mask -1 where none does.
+        """
+        kind = constant, queries, keys, apart
+        if kind not in self._cuts:
+            place = np.arange(self.block_size)
+            allowed = (place[:, None] < queries) & (place < keys) & (place <= place[:, None] + apart)
+            whole = np.count_nonzero(allowed) == queries * self.block_size
+            mask = self.add((allowed * constant).astype(np.uint8)) if allowed.any() and not whole else -1
+            self._cuts[kind] = constant if whole else 0, mask
+        return self._cuts[kind]
 
     def stack(self) -> NDArray[np.uint8]:
         """All masks, (M, b, b)."""
@@ -127,11 +142,14 @@ def _lower_head(
     pattern: Pattern, grid: BlockGrid, head: int, geometry: Geometry, masks: _MaskPool, kinds: _SharedKinds
 ) -> _Table:
     """The blocks of `head` (and of all heads alike)."""
-    support = _certain(pattern.block_support(grid, head, geometry), grid, geometry)
+    support, constant = _certain(pattern.block_support(grid, head, geometry), grid, geometry)
     masks.take(ENTRY_BYTES * support.rows.size)
     weights = support.multiplicity.astype(np.int32)
     mask_ids = np.full(weights.size, -1, dtype=np.int32)
-    partial = np.flatnonzero(weights == 0)
+    cut, partial = np.flatnonzero((weights == 0) & (constant > 0)), np.flatnonzero((weights == 0) & (constant == 0))
+    if cut.size:
+        low = grid.query_low[support.rows[cut]], grid.key_low[support.cols[cut]]
+        weights[cut], mask_ids[cut] = _cut(constant[cut], *low, geometry, masks)
     if partial.size:
         low = grid.query_low[support.rows[partial]], grid.key_low[support.cols[partial]]
         first, inverse = kinds.find(pattern, low, grid.block_size, head, geometry)
@@ -153,8 +171,11 @@ def _check_weight(value: int) -> None:
         )
 
 
-def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> BlockSupport:
-    """Drop blocks in the future; what crosses the diagonal or the end of the keys is no longer constant."""
+def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> tuple[BlockSupport, IntArray]:
+    """Drop blocks in the future; what crosses the diagonal or the end of the keys is no longer constant.
+
+    Also returns what the blocks were before that.
+    """
     rows, cols = support.rows, support.cols
     key_end = geometry.kv_offset + geometry.kv_len
     whole_cols = np.full_like(grid.query_low, np.searchsorted(grid.key_low, key_end - grid.block_size, side="right"))
@@ -166,7 +187,27 @@ def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> Bloc
         if not seen.all():
             support = BlockSupport(rows[seen], cols[seen], support.multiplicity[seen])
     whole = support.cols < whole_cols[support.rows]
-    return BlockSupport(support.rows, support.cols, np.where(whole, support.multiplicity, 0))
+    certain = BlockSupport(support.rows, support.cols, np.where(whole, support.multiplicity, 0))
+    return certain, support.multiplicity
+
+
+def _cut(
+    constant: IntArray, query_low: IntArray, key_low: IntArray, geometry: Geometry, masks: _MaskPool
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """As `_evaluate`, of blocks that are constant but for the diagonal and the tensors' ends: no pattern is asked."""
+    _check_weight(int(constant.max()))
+    table = np.concatenate([constant[:, None], _cuts(query_low, key_low, masks.block_size, geometry)], axis=-1)
+    first, inverse = group_rows(table)
+    found = np.array([masks.cut(*table[index].tolist()) for index in first], dtype=np.int32)
+    return found[inverse, 0], found[inverse, 1]
+
+
+def _cuts(query_low: IntArray, key_low: IntArray, size: int, geometry: Geometry) -> IntArray:
+    """Queries and keys of each block, and how far it is off the diagonal; (blocks, 3)."""
+    queries = np.minimum(geometry.q_offset + geometry.q_len - query_low, size)
+    keys = np.minimum(geometry.kv_offset + geometry.kv_len - key_low, size)
+    apart = query_low - key_low if geometry.is_causal else np.full_like(query_low, size)
+    return np.stack([queries, keys, np.clip(apart, -size, size)], axis=-1)
 
 
 def _kinds(
@@ -194,14 +235,8 @@ def _signature(
     pattern: Pattern, query_low: IntArray, key_low: IntArray, size: int, head: int, geometry: Geometry
 ) -> IntArray:
     """The pattern's signature, and where the diagonal and the tensors' ends cut the block; (blocks, columns)."""
-    columns = [
-        np.minimum(geometry.q_offset + geometry.q_len - query_low, size)[:, None],
-        np.minimum(geometry.kv_offset + geometry.kv_len - key_low, size)[:, None],
-        pattern.block_signature(query_low, key_low, size, head, geometry),
-    ]
-    if geometry.is_causal:
-        columns.append(np.clip(query_low - key_low, -size, size)[:, None])
-    return np.concatenate(columns, axis=-1)
+    own = pattern.block_signature(query_low, key_low, size, head, geometry)
+    return np.concatenate([_cuts(query_low, key_low, size, geometry), own], axis=-1)
 
 
 def group_rows(table: IntArray) -> tuple[IntArray, IntArray]:
