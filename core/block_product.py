@@ -9,7 +9,7 @@ blocks at once, so nothing is merged. Scores are formed in the accumulator's dty
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
 import numpy as np
@@ -107,17 +107,14 @@ class BlockProduct:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return out (B, S, H, D) and lse (B, H, S) in the accumulator's dtype; rows without keys give 0 and -inf."""
         dtype = accumulator_dtype(query.dtype)
-        q_blocks, k_blocks, v_blocks = (self._blocks(x) for x in (query, key, value))
+        q_blocks = self._blocks(query)
+        take_k, take_v = self._source(key), self._source(value)
         out = torch.zeros(q_blocks.shape, dtype=dtype, device=query.device)
         lse = torch.full(q_blocks.shape[:3], -math.inf, dtype=dtype, device=query.device)
         with span(self.name):
             for row in range(q_blocks.shape[0]):
                 for part in self._chunks(query):
-                    q, k, v = (
-                        _take(q_blocks[row], part.queries),
-                        _take(k_blocks[row], part.keys),
-                        _take(v_blocks[row], part.keys),
-                    )
+                    q, k, v = _take(q_blocks[row], part.queries), take_k(row, part.keys), take_v(row, part.keys)
                     scores = self._scores(q, k, part)
                     top = scores.amax(dim=-1, keepdim=True)
                     top.masked_fill_(top == -math.inf, 0.0)
@@ -207,6 +204,28 @@ class BlockProduct:
         x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
         x = x.flatten(0, 1).unsqueeze(0) if self.one_index else x
         return x.float() if x.dtype in _HALF and not x.is_cuda else x
+
+    def _source(self, x: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """What takes blocks of x (B, T, K, D) for a batch row at an index (I, c), as `_take` does.
+
+        Few ones, as of a step of decoding, are taken where they lie: arranging all would cost more than using them.
+        """
+        batch, length, heads, head_dim = x.shape
+        rows, size = -(-length // self.block_size), self.block_size
+        each = heads * rows * (batch if self.one_index else 1)
+        if 2 * sum(part.keys.numel() for part in self.classes) >= each:
+            blocks = self._blocks(x)
+            return lambda row, index: _take(blocks[row], index)
+        place = torch.arange(size, device=x.device)
+
+        def take(row: int, index: Tensor) -> Tensor:
+            head = index.flatten()[:, None] // rows
+            # Past the end there is the last key again, which masks hide.
+            at = (index.flatten()[:, None] % rows * size + place).clamp(max=length - 1)
+            taken = x[head // heads + row, at, head % heads].view(index.shape[0], -1, head_dim)
+            return taken.float() if x.dtype in _HALF and not x.is_cuda else taken
+
+        return take
 
     def _row_blocks(self, x: Tensor, fill: float) -> Tensor:
         """x (B, H, S) as (B, H * blocks, b), `fill` past the end; with one index (1, B * H * blocks, b)."""

@@ -21,6 +21,7 @@ from dilated_attention import (
     Random,
     build_attention,
 )
+from dilated_attention.bench.timing import peak_bytes
 from dilated_attention.core.decoding import Reach
 from dilated_attention.core.geometry import Geometry
 
@@ -234,3 +235,14 @@ def test_steps_on_a_card_equal_its_full_forward() -> None:
             tensors = [x.cuda().to(getattr(torch, dtype)) for x in tokens()]
             tensors = [tensors[0], *(x.repeat_interleave(2, dim=2) for x in tensors[1:])]
             assert error(decode(attention, tensors, 37, (1, 3)), attention(*tensors)) < bound
+
+
+def test_a_step_arranges_only_what_it_uses() -> None:
+    attention = build(Random(2, 16))
+    cache = attention.make_cache(1, max_seq_len=4096)
+    query, key, value = torch.randn(3, 1, 4001, 4, 8)
+    with torch.no_grad():
+        attention.step(query[:, :4000], key[:, :4000, :2], value[:, :4000, :2], cache)
+        rest = query[:, 4000:], key[:, 4000:, :2], value[:, 4000:, :2]
+        used = peak_bytes(lambda: attention.step(*rest, cache))
+    assert used < cache.nbytes / 8
