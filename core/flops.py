@@ -6,6 +6,7 @@ The same numbers as in `AttentionCounters`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ def register_flops() -> None:
         return
     for name, formula in (
         ("attend", _attend),
-        ("attend_backward", _attend_backward),
+        ("attend_backward", _backward_of(_attend)),
         ("attend_documents", _attend_documents),
-        ("attend_documents_backward", _attend_documents_backward),
+        ("attend_documents_backward", _backward_of(_attend_documents)),
     ):
         counter.register_flop_formula(getattr(operators, name), get_raw=True)(formula)
 
@@ -52,20 +53,6 @@ def _attend(
     return _flops(engine, query, query.shape[0], query.shape[1], key.shape[1], q_offset, kv_offset)
 
 
-def _attend_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    *rest: Any,
-    out_val: object,
-) -> int:
-    return _backward(_attend(query, key, value, *rest, out_val=out_val), recomputed=out is None)
-
-
 def _attend_documents(
     query: Tensor,
     key: Tensor,
@@ -84,20 +71,21 @@ def _attend_documents(
     return total
 
 
-def _attend_documents_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    *rest: Any,
-    out_val: object,
-) -> int:
-    return _backward(_attend_documents(query, key, value, *rest, out_val=out_val), recomputed=out is None)
-
-
-def _backward(forward: int, *, recomputed: bool) -> int:
+def _backward_of(forward: Callable[..., int]) -> Callable[..., int]:
     """Five products where the forward has two, and those two again where nothing was kept."""
-    return forward * 5 // 2 + recomputed * forward
+
+    def formula(
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor | None,
+        lse: Tensor | None,
+        *rest: object,
+        out_val: object,
+    ) -> int:
+        flops = forward(query, key, value, *rest, out_val=out_val)
+        return flops * 5 // 2 + (flops if out is None else 0)
+
+    return formula
