@@ -82,9 +82,10 @@ class NamedBlocks:
         starts = self.starts.expand(tables, -1)
         if transposed:
             block_rows = -(-geometry.kv_len // size)
-            keys, order = torch.sort(2 * columns + self.is_masked, dim=1, stable=True)
+            by_column, order = torch.sort((2 * columns + self.is_masked).int(), dim=1, stable=True)
             columns, kinds = rows.gather(1, order), kinds.gather(1, order)
-            starts = torch.searchsorted(keys, torch.arange(2 * block_rows, device=device).repeat(tables, 1))
+            wanted = torch.arange(2 * block_rows, dtype=torch.int32, device=device)
+            starts = torch.searchsorted(by_column, wanted.repeat(tables, 1))
         each = columns.shape[1]
         starts = (starts + torch.arange(tables, device=device)[:, None] * each).flatten()
         ends = torch.cat([starts, starts.new_full((1,), tables * each)])
