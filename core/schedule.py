@@ -242,6 +242,10 @@ def _stack(
 ) -> Iterator[_Run]:
     """Join neighbouring segments of equal shape at equal distances."""
     count = query_start.size
+    if count < 2:  # short documents have no more: nothing to compare
+        if count:
+            yield _Run(int(query_start[0]), int(queries[0]), 0, int(key_start[0]), int(keys[0]), 0, 1, is_causal)
+        return
     i = 0
     shape = np.stack([queries, keys], axis=-1)
     step = np.stack([np.diff(query_start), np.diff(key_start)], axis=-1)
