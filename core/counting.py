@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 
 from .blocking import group_rows
+from .checks import MOST_POSITIONS
 from .geometry import Geometry
 from .layout import BlockLayout, Layout
 from .pattern import Branch
@@ -250,7 +251,7 @@ def query_pairs(layout: Layout, last: int) -> IntArray:
     position = np.arange(max(0, length - last), length, dtype=np.int64)
     found = np.zeros(position.size, dtype=np.int64)
     for branch in layout.branches:
-        width = branch.segment_length or length
+        width = branch.segment_length or MOST_POSITIONS
         place = position % width
         offsets = [offset % branch.stride for offset in branch.offsets if offset is not None and offset < width]
         heads = np.append(np.bincount(offsets), 0)  # of each residue; the last one of those that no head keeps

@@ -14,11 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention import Attention, Dilated, Full, Global, Learned, Local, Pattern, Random, Strided
 from dilated_attention.core import reference
+from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.filled import Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Branch
 from dilated_attention.core.program import Program, keeps_prefixes
 from dilated_attention.core.schedule import Schedule
 
@@ -67,6 +70,22 @@ def test_learned_patterns_promise_nothing() -> None:
 def test_pairs_of_prefixes(pattern: Pattern, length: int, more: int) -> None:
     long, short = (lower(pattern, Geometry.self_attention(n, 4, is_causal=True)) for n in (length + more, length))
     assert Program(long, Schedule((), 0)).counted([length, length]) == (2 * length, 2 * short.pairs)
+
+
+@settings(deadline=None)
+@given(
+    width=st.none() | st.integers(1, 70),
+    stride=st.integers(1, 9),
+    offsets=st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=6),
+    length=st.integers(1, 60),
+)
+def test_pairs_of_queries(width: int | None, stride: int, offsets: list[int | None], length: int) -> None:
+    """Of any branch that a plug-in may have, offsets beyond the stride among them."""
+    branch, heads = Branch(width, stride, tuple(offsets), 2), len(offsets)
+    layout = Layout(Full(), Geometry.self_attention(length, heads, is_causal=True), (branch,), None)
+    shorter = [branch_pairs(branch, Geometry.self_attention(n, heads, is_causal=True)) for n in range(length + 1)]
+    assert np.array_equal(query_pairs(layout, 256), np.diff(shorter))
+    assert np.array_equal(query_pairs(layout, 5), np.diff(shorter)[-5:])
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 300, 1000, 4095, 4096, 4097, 100_000])
