@@ -17,6 +17,7 @@ from torch import Tensor
 from .documents import Document, Stack, stacked
 
 MOST_ADDED = 256  # tokens by which a document is filled up are fewer
+MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
 _FINEST = 16
 _SHARE = 8  # of a document's length, at most, by which it is filled up
 
@@ -170,5 +171,8 @@ def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
     groups: list[Stack | Filled] = [*stacked(others)]
     for length, group in alike.items():
         exact = stacked(group)
-        groups.append(exact[0] if len(exact) == 1 and exact[0].q_len == length else Filled(tuple(group), length))
+        if len(exact) == 1 and exact[0].q_len == length:
+            groups.append(exact[0])
+        else:
+            groups += [Filled(tuple(group[i : i + MOST_ROWS]), length) for i in range(0, len(group), MOST_ROWS)]
     return tuple(groups)

@@ -17,7 +17,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.filled import Filled, filled, filled_length
+from dilated_attention.core.filled import MOST_ROWS, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
@@ -240,6 +240,13 @@ def test_what_is_not_filled_up() -> None:
     assert filled(of[:1]) == (Stack(of[0]),)
     same = [Document(0, 32 * i, 32, 32 * i, 32) for i in range(3)]
     assert filled([*same, Document(0, 96, 33, 96, 33)])[0] == Stack(same[0], 3, 0, 32, 32)
+
+
+def test_a_batch_is_no_larger_than_a_launch_can_be() -> None:
+    """Very many short documents, one token and two by turns, are several batches."""
+    bounds = torch.cumsum(torch.tensor([0, *(1, 2) * 40_000]), 0)
+    of = filled(read_documents(None, bounds, 120_000, 120_000))
+    assert [len(x.documents) for x in of if isinstance(x, Filled)] == [MOST_ROWS, 80_000 - MOST_ROWS]
 
 
 def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
