@@ -15,8 +15,9 @@ import attrs
 import numpy as np
 
 from .blocking import group_rows
+from .checks import MOST_POSITIONS
 from .geometry import Geometry
-from .layout import BlockLayout
+from .layout import BlockLayout, Layout
 from .pattern import Branch
 from .supports import branch_counts, branch_signature
 
@@ -244,13 +245,28 @@ def row_pairs(blocks: BlockLayout) -> IntArray:
     return rows
 
 
-def query_pairs(blocks: BlockLayout) -> IntArray:
+def query_pairs(layout: Layout, last: int) -> IntArray:
+    """Pairs that each of the last queries counts of causal self-attention over all heads; (at most `last`,) int64."""
+    length = layout.geometry.q_len
+    position = np.arange(max(0, length - last), length, dtype=np.int64)
+    found = np.zeros(position.size, dtype=np.int64)
+    for branch in layout.branches:
+        width = branch.segment_length or MOST_POSITIONS
+        place = position % width
+        offsets = [offset % branch.stride for offset in branch.offsets if offset is not None and offset < width]
+        heads = np.append(np.bincount(offsets), 0)  # of each residue; the last one of those that no head keeps
+        residue = np.minimum(place % branch.stride, heads.size - 1)
+        found += branch.weight * heads[residue] * (place // branch.stride + 1)
+    return found if layout.blocks is None else found + _queries_of_blocks(layout.blocks)[position]
+
+
+def _queries_of_blocks(blocks: BlockLayout) -> IntArray:
     """Pairs that each query counts over all query heads, each as often as it counts; (q_len,) int64."""
     size, rows, partial = blocks.block_size, entry_rows(blocks), np.flatnonzero(blocks.mask_ids >= 0)
     shared = _heads_of_entries(blocks)
-    full = np.where(blocks.mask_ids >= 0, 0, shared * blocks.weights * size)
-    found = np.zeros((blocks.row_ptr.shape[1] - 1, size), dtype=np.int64)
-    np.add.at(found, rows, full[:, None])
+    full = np.zeros((blocks.row_ptr.shape[1] - 1, 1), dtype=np.int64)
+    np.add.at(full[:, 0], rows, np.where(blocks.mask_ids >= 0, 0, shared * blocks.weights * size))
+    found = np.repeat(full, size, axis=1)
     of_masks = blocks.masks.sum(axis=2, dtype=np.int64)
     np.add.at(found, rows[partial], of_masks[blocks.mask_ids[partial]] * shared[partial, None])
     return found.ravel()[: blocks.geometry.q_len]

@@ -73,12 +73,20 @@ class Stack:
         """Keys of each."""
         return self.first.kv_len
 
+    @property
+    def lengths(self) -> None:
+        """Tokens of each, where they are fewer than it computes."""
+
     def gradient(self, x: Tensor) -> Tensor:
         """What comes home to `queries`."""
         return self.queries(x)
 
     def value_gradient(self, x: Tensor) -> Tensor:
         """What comes home to `query_values`."""
+        return self.query_values(x)
+
+    def row_lse(self, x: Tensor) -> Tensor:
+        """The rows' lse as their backward is to have it, of x (B, H, S)."""
         return self.query_values(x)
 
     def put_queries(self, total: Tensor, part: Tensor) -> None:

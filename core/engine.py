@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, NoReturn
 
@@ -116,7 +118,14 @@ class Engine:
         """
         if not self.config.is_causal or self.config.dropout_p or not keeps_prefixes(self.pattern):
             return False
-        return device.type != "cpu" or self.pattern.branches(Geometry.self_attention(1, self.config.num_heads)) is None
+        if device.type == "cpu":
+            return self._lowers_to_blocks
+        # A CUDA graph would keep copies of places that are gone when it is replayed.
+        return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    @cached_property
+    def _lowers_to_blocks(self) -> bool:
+        return self.pattern.branches(Geometry.self_attention(1, self.config.num_heads)) is None
 
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Lower the pattern for these lengths, or find it lowered; returns the layout.
@@ -221,13 +230,13 @@ class Engine:
         tables: Tensor | None,
         *,
         calls: int = 1,
-        counted: tuple[int, int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
 
         `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
         every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already;
-        `counted` are the tokens and pairs, if not all.
+        `lengths` are how many tokens of each batch row are counted, if not all.
         """
         if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -239,7 +248,8 @@ class Engine:
                 results = self._forward(bound, query, key, value, seed, tables)
         else:
             results = self._forward(bound, query, key, value, seed, tables)
-        self.forwards.add(calls, *(counted or (batch * q_len, batch * program.pairs)))
+        counted = (batch * q_len, batch * program.pairs) if lengths is None else program.counted(lengths)
+        self.forwards.add(calls, *counted)
         return results
 
     def _forward(
@@ -283,7 +293,7 @@ class Engine:
         tables: Tensor | None,
         *,
         calls: int = 1,
-        counted: tuple[int, int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         self._check_dlse(dlse)
@@ -301,7 +311,8 @@ class Engine:
             else:
                 dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
-        self.backwards.add(calls, *(counted or (batch * q_len, batch * program.pairs)))
+        counted = (batch * q_len, batch * program.pairs) if lengths is None else program.counted(lengths)
+        self.backwards.add(calls, *counted)
         return grads
 
     def _backward(

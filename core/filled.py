@@ -6,6 +6,7 @@ A length is then lowered (and compiled) for all documents that are about as long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from .documents import Document, Stack, stacked
 
-_FINEST, _COARSEST = 16, 256  # tokens
+MOST_ADDED = 256  # tokens by which a document is filled up are fewer
+MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
+_FINEST = 16
 _SHARE = 8  # of a document's length, at most, by which it is filled up
 
 
 def filled_length(length: int) -> int:
     """The length that a document is computed at: up to an eighth longer, or up to 16 tokens, never over 256."""
-    step = min(max((1 << (length.bit_length() - 1)) // _SHARE, _FINEST), _COARSEST)
+    step = min(max((1 << (length.bit_length() - 1)) // _SHARE, _FINEST), MOST_ADDED)
     return -(-length // step) * step
 
 
@@ -46,10 +49,16 @@ class _Places(NamedTuple):
         starts = [(d.row * length + d.q_start, d.row * length + d.kv_start, d.q_len) for d in documents]
         query, key, lengths = torch.tensor(starts, dtype=torch.int64, device="cpu").unsqueeze(-1).unbind(1)
         place = torch.arange(filled, device="cpu")
-        inside = place < lengths
+        inside = (place < lengths).flatten().nonzero().squeeze(1)
         place = torch.minimum(place, lengths - 1)
-        found = (query + place).flatten(), (key + place).flatten(), inside.flatten().nonzero().squeeze(1)
-        return cls(*(x.to(device) for x in (*found, ~inside[:, :, None, None])))
+        found = (query + place).flatten(), (key + place).flatten(), inside
+        together = torch.cat(found)
+        if device.type == "cuda":  # from elsewhere, the host would wait for all that is queued before
+            together = together.pin_memory()
+        together = together.to(device, non_blocking=device.type == "cuda")
+        queries, keys, inside = torch.split(together, [len(x) for x in found])
+        beyond = torch.ones(len(queries), dtype=torch.bool, device=device).index_fill_(0, inside, False)
+        return cls(queries, keys, inside, beyond.view(len(documents), filled, 1, 1))
 
 
 @attrs.frozen(eq=False)
@@ -77,7 +86,7 @@ class Filled:
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of each document."""
+        """Tokens of each, which are fewer than it computes."""
         return [document.q_len for document in self.documents]
 
     def queries(self, x: Tensor) -> Tensor:
@@ -100,6 +109,15 @@ class Filled:
         """As `query_values`, zeros where a document has ended."""
         return self.gradient(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
+    def row_lse(self, x: Tensor) -> Tensor:
+        """As `query_values`, +inf where a document has ended, so that p = exp(s - lse) is 0 there.
+
+        Such a row may see keys that the last token does not: by the lse of that one, p could be infinite there.
+        """
+        beyond = self._at(x.device, x.shape[2]).beyond
+        rows = self.queries(x.transpose(1, 2).unsqueeze(-1)).masked_fill_(beyond, math.inf)
+        return rows.squeeze(-1).transpose(1, 2)
+
     def put_queries(self, total: Tensor, part: Tensor) -> None:
         """Write (count, length, H, D) to where it belongs in total (B, S, H, D), which is contiguous."""
         places = self._at(total.device, total.shape[1])
@@ -119,8 +137,12 @@ class Filled:
         total.transpose(1, 2)[to // length, to % length] = values
 
     def _taken(self, x: Tensor, places: Tensor) -> Tensor:
-        rows = x[0] if x.shape[0] == 1 else x.flatten(0, 1)
-        return rows.index_select(0, places).view(len(self.documents), self.length, *x.shape[2:])
+        batch, length = x.shape[:2]
+        if batch == 1 or x.stride(0) == length * x.stride(1):  # rows of tokens without a copy
+            taken = (x[0] if batch == 1 else x.flatten(0, 1)).index_select(0, places)
+        else:
+            taken = x[places // length, places % length]
+        return taken.view(len(self.documents), self.length, *x.shape[2:])
 
     @staticmethod
     def _put(total: Tensor, part: Tensor, places: Tensor, inside: Tensor) -> None:
@@ -149,5 +171,8 @@ def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
     groups: list[Stack | Filled] = [*stacked(others)]
     for length, group in alike.items():
         exact = stacked(group)
-        groups.append(exact[0] if len(exact) == 1 and exact[0].q_len == length else Filled(tuple(group), length))
+        if len(exact) == 1 and exact[0].q_len == length:
+            groups.append(exact[0])
+        else:
+            groups += [Filled(tuple(group[i : i + MOST_ROWS]), length) for i in range(0, len(group), MOST_ROWS)]
     return tuple(groups)

@@ -119,10 +119,11 @@ class Joins(Protocol):
 class LayoutKernel(Protocol):
     """Computes a whole `LayoutPiece`; same shapes as `DenseKernel`, rows without keys give out 0 and lse -inf.
 
-    backward gets lse contiguous, as forward returns it. The kernel of a backend that declares `context_parallel` also
-    computes parts of rows (`LayoutPiece.is_part`): the layout then holds a shard's keys at their absolute positions
-    (`Geometry.whole_len` says how long the sequence is), and backward gets the out and lse of the *whole* rows, which
-    mean what they mean for `DenseKernel.backward`; lse is -inf only in rows that have no key at all.
+    backward gets lse contiguous, as forward returns it; but +inf in rows that only fill up a batch, whose dout and dlse
+    are 0 and which weigh nothing, whatever keys they have. The kernel of a backend that declares `context_parallel`
+    also computes parts of rows (`LayoutPiece.is_part`): the layout then holds a shard's keys at their absolute
+    positions (`Geometry.whole_len` says how long the sequence is), and backward gets the out and lse of the *whole*
+    rows, which mean what they mean for `DenseKernel.backward`; lse is -inf only in rows that have no key at all.
 
     If it declares `staged_blocks` too, it takes layouts of `blocks` alone whose keys are blocks copied together from
     anywhere: `blocks.cols` counts the copies, and what depends on positions (where keys end, causality) is in

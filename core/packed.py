@@ -47,14 +47,6 @@ def _read(
     return filled(documents) if engine.fills_documents(query.device) else stacked(documents)
 
 
-def _counted(engine: Engine, stack: Stack | Filled, device: torch.device) -> tuple[int, int] | None:
-    """Tokens and pairs of documents that are filled up."""
-    if isinstance(stack, Stack):
-        return None
-    program = engine._program(stack.length, stack.length, 0, 0, device)
-    return sum(stack.lengths), sum(map(program.prefix_pairs, stack.lengths))
-
-
 def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
     """A seed for each stack, the same in every pass."""
     if seed is None:
@@ -87,7 +79,7 @@ def _forward(
             own_seed,
             None if tables is None else tables[i],
             calls=int(i == 0),
-            counted=_counted(engine, stack, query.device),
+            lengths=stack.lengths,
         )
         stack.put_queries(out, part)
         stack.put_values(lse, part_lse)
@@ -119,13 +111,13 @@ def _backward(
             stack.keys(key),
             stack.keys(value),
             stack.queries(out),
-            stack.query_values(lse).contiguous(),
+            stack.row_lse(lse).contiguous(),
             stack.kv_len - stack.q_len,
             0,
             own_seed,
             None if tables is None else tables[i],
             calls=int(i == 0),
-            counted=_counted(engine, stack, query.device),
+            lengths=stack.lengths,
         )
         stack.put_queries(dq, grads[0])
         stack.put_keys(dk, grads[1])

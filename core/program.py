@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from .counting import branch_pairs, query_pairs
+from .counting import query_pairs
 from .dynamic_tables import DynamicTables, dynamic_pairs
-from .geometry import Geometry
+from .filled import MOST_ADDED
 from .layout import Layout
 from .pattern import LearnedPattern, Pattern, Sum, Union
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from .block_product import BlockProduct
-    from .pattern import IntArray
     from .schedule import Schedule
 
 
 def keeps_prefixes(pattern: Pattern) -> bool:
-    """Whether the queries of causal attention see the same keys if more tokens follow."""
+    """Whether the queries of causal attention see the same keys if more tokens follow.
+
+    A class promises that for itself alone: one that is derived from it may see other keys.
+    """
     named = pattern.unwrap()
-    return all(map(keeps_prefixes, named.of)) if isinstance(named, Union | Sum) else named.keeps_prefixes
+    if isinstance(named, Union | Sum):
+        return all(map(keeps_prefixes, named.of))
+    return bool(vars(type(named)).get("keeps_prefixes", False))
 
 
 @attrs.frozen(eq=False)
@@ -41,7 +47,7 @@ class Program:
     dynamic: DynamicTables | None = None
     prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
-    _of_prefixes: list[IntArray] = attrs.field(factory=list, init=False)
+    _of_prefixes: list[list[int]] = attrs.field(factory=list, init=False)
 
     @property
     def nbytes(self) -> int:
@@ -58,16 +64,13 @@ class Program:
             return self.layout.pairs
         return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
 
-    def prefix_pairs(self, length: int) -> int:
-        """What the first `length` queries count of as many keys, of a causal pattern that keeps prefixes."""
-        geometry = self.layout.geometry
-        short = Geometry.self_attention(length, geometry.num_heads, is_causal=True)
-        pairs = sum(branch_pairs(branch, short) for branch in self.layout.branches)
-        if self.layout.blocks is not None:
-            if not self._of_prefixes:
-                self._of_prefixes.append(np.cumsum(query_pairs(self.layout.blocks)))
-            pairs += int(self._of_prefixes[0][length - 1])
-        return pairs
+    def counted(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Tokens and pairs of causal documents that are filled up to this length, each by at most `MOST_ADDED`."""
+        if not self._of_prefixes:  # found once: every layer asks for the same, in both passes
+            per_query = query_pairs(self.layout, MOST_ADDED)
+            self._of_prefixes.append([self.pairs, *(self.pairs - np.cumsum(per_query[::-1])).tolist()])
+        of_prefixes, filled_up = self._of_prefixes[0], self.layout.geometry.q_len
+        return sum(lengths), sum(of_prefixes[filled_up - length] for length in lengths)
 
     def bound(self, tables: Tensor) -> Program:
         """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""

@@ -15,11 +15,13 @@ from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.backends.fused.walks import make_tables
+from dilated_attention.core import reference
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES, LayoutPiece
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import attend, intern
+from dilated_attention.core.packed import attend_documents
 from dilated_attention.exchange import plan
 from dilated_attention.exchange.shards import Shards
 
@@ -290,3 +292,26 @@ def test_a_rank_computes_its_own_keys_and_received_blocks(
     shards = Shards(17, 2, num_heads, 1, is_causal)
     found = worst(pattern, shards, kernel=kernel, takes_staged=True, through_lse=True, dtype=torch.float32, head_dim=16)
     assert found < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
+@pytest.mark.parametrize("pattern", [Dilated((8, 32), (1, 2)), Random(2, 8)], ids=str)
+def test_documents_that_are_filled_up(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind an end weigh nothing, however large the scores of what they see."""
+    monkeypatch.setattr(Engine, "fills_documents", lambda self, device: True)
+    config = AttentionConfig(num_heads=2, head_dim=16, pattern=pattern, is_causal=True)
+    fused = FusedKernel("interpreted, documents", TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))), NEVER)
+    engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
+    tensors = inputs(Geometry.self_attention(35, 2, is_causal=True), batch=1, head_dim=16, dtype=torch.float32)
+    tensors = [*(x.detach().mul(20).requires_grad_() for x in tensors[:2]), tensors[2]]
+    bounds = torch.tensor([0, 17, 35])
+    of_call: dict[str, Any] = {"key_padding_mask": None, "cu_seqlens": bounds}
+    query, key, value = tensors
+    out, lse = attend_documents(query, key, value, engine, seed=None, gate=None, recompute=False, **of_call)
+    actual = with_gradients(out, lse, tensors, through_lse=True)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    query, key, value = wide
+    out, lse = reference.attention(query, key, value, pattern=pattern, is_causal=True, **of_call)
+    expected = with_gradients(out, lse, wide, through_lse=True)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert error(a, e) < 1e-4, (name, error(a, e))

@@ -10,15 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import packing
 from dilated_attention import Attention, Dilated, Full, Global, Learned, Local, Pattern, Random, Strided
 from dilated_attention.core import reference
-from dilated_attention.core.documents import Document, Stack
+from dilated_attention.core.counting import branch_pairs, query_pairs
+from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.filled import Filled, filled, filled_length
+from dilated_attention.core.filled import MOST_ROWS, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Branch
 from dilated_attention.core.program import Program, keeps_prefixes
 from dilated_attention.core.schedule import Schedule
 
@@ -66,7 +70,23 @@ def test_learned_patterns_promise_nothing() -> None:
 @given(pattern=patterns(), length=st.integers(1, 60), more=st.integers(0, 30))
 def test_pairs_of_prefixes(pattern: Pattern, length: int, more: int) -> None:
     long, short = (lower(pattern, Geometry.self_attention(n, 4, is_causal=True)) for n in (length + more, length))
-    assert Program(long, Schedule((), 0)).prefix_pairs(length) == short.pairs
+    assert Program(long, Schedule((), 0)).counted([length, length]) == (2 * length, 2 * short.pairs)
+
+
+@settings(deadline=None)
+@given(
+    width=st.none() | st.integers(1, 70),
+    stride=st.integers(1, 9),
+    offsets=st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=6),
+    length=st.integers(1, 60),
+)
+def test_pairs_of_queries(width: int | None, stride: int, offsets: list[int | None], length: int) -> None:
+    """Of any branch that a plug-in may have, offsets beyond the stride among them."""
+    branch, heads = Branch(width, stride, tuple(offsets), 2), len(offsets)
+    layout = Layout(Full(), Geometry.self_attention(length, heads, is_causal=True), (branch,), None)
+    shorter = [branch_pairs(branch, Geometry.self_attention(n, heads, is_causal=True)) for n in range(length + 1)]
+    assert np.array_equal(query_pairs(layout, 256), np.diff(shorter))
+    assert np.array_equal(query_pairs(layout, 5), np.diff(shorter)[-5:])
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 300, 1000, 4095, 4096, 4097, 100_000])
@@ -129,6 +149,87 @@ def test_lengths_that_are_alike_are_lowered_once(always: None) -> None:
     assert attention.counters().layouts.misses == before + 1
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("pattern", [Dilated((16, 32), (1, 2)), Strided(3), Random(2, 8)], ids=str)
+def test_large_scores_of_keys_that_no_token_sees(always: None, pattern: Pattern, backend: str) -> None:
+    """Behind its end a document has rows that see other keys than its last token does, and must not weigh them."""
+    attention = build(pattern=pattern, dtype="float64", backend=backend)
+    tensors = [(40 * x.detach()).requires_grad_() for x in batch_of(1, 171, dtype=torch.float64)]
+
+    def oracle(*given: torch.Tensor, **fields: Any) -> Any:
+        return reference.attention(*given, pattern=pattern, is_causal=True, cu_seqlens=fields["cu_seqlens"])
+
+    for name, a, e in zip(
+        NAMES, five(attention, tensors, None, BOUNDS), five(oracle, tensors, None, BOUNDS), strict=True
+    ):
+        assert error(a, e) < 1e-11, name
+
+
+def test_a_derived_class_promises_for_itself() -> None:
+    class Other(Local):
+        """May see what it likes."""
+
+    assert keeps_prefixes(Local((9, 0)))
+    assert not keeps_prefixes(Other((9, 0)))
+
+
+def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be copied there from memory that is another's when it is replayed."""
+    engine, card = build()._engine, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert engine.fills_documents(card)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not engine.fills_documents(card)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing_where_lengths_are_its_own() -> None:
+    attention = build(device="cuda")
+    tensors = [x.detach().cuda().requires_grad_() for x in batch_of(1, 171)]
+    for mode in ("default", "error"):  # once what is made of a length is there
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out, lse = attention(*tensors, return_lse=True, cu_seqlens=BOUNDS)
+            torch.autograd.grad([out, lse], tensors, [torch.ones_like(out), torch.ones_like(lse)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padded_rows_of_any_strides_are_not_copied_whole(always: None) -> None:
+    """Heads before tokens, as many models have them: only the documents' tokens are taken."""
+    attention = build(pattern=BLOCKS, dtype="float64", tensor_layout="bhsd")
+    mask = CASES["padded"][0]
+    tensors = batch_of(len(ROWS), 70, dtype=torch.float64)
+    swapped = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in tensors]
+    taken: list[int] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.clone.default:
+                taken.append(result.numel())
+            return result
+
+    stack = next(x for x in filled(read_documents(mask, None, 70, 70)) if isinstance(x, Filled))
+    view = swapped[0].detach().transpose(1, 2)
+    with Watch():  # type: ignore[no-untyped-call]
+        found = stack.queries(view)
+    assert torch.equal(found, stack.queries(view.contiguous()))
+    assert not taken
+    expected = five(build(pattern=BLOCKS, dtype="float64"), tensors, mask, None)
+    actual = five(attention, swapped, mask, None)
+    assert error(actual[1], expected[1]) < 1e-12
+
+
+def test_a_pass_finds_a_length_once(always: None) -> None:
+    attention = build(pattern=BLOCKS, dtype="float64", scale=0.55)
+    five(attention, batch_of(1, 171, dtype=torch.float64), None, BOUNDS)
+    lengths = filled(read_documents(None, BOUNDS, 171, 171))
+    counters = attention.counters().layouts
+    assert counters.misses == len(lengths)
+    assert counters.hits == len(lengths)  # of the backward
+
+
 def test_what_is_not_filled_up() -> None:
     of = [
         Document(0, 0, 20, 0, 20),
@@ -140,6 +241,13 @@ def test_what_is_not_filled_up() -> None:
     assert filled(of[:1]) == (Stack(of[0]),)
     same = [Document(0, 32 * i, 32, 32 * i, 32) for i in range(3)]
     assert filled([*same, Document(0, 96, 33, 96, 33)])[0] == Stack(same[0], 3, 0, 32, 32)
+
+
+def test_a_batch_is_no_larger_than_a_launch_can_be() -> None:
+    """Very many short documents, one token and two by turns, are several batches."""
+    bounds = torch.cumsum(torch.tensor([0, *(1, 2) * 40_000]), 0)
+    of = filled(read_documents(None, bounds, 120_000, 120_000))
+    assert [len(x.documents) for x in of if isinstance(x, Filled)] == [MOST_ROWS, 80_000 - MOST_ROWS]
 
 
 def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
