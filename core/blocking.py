@@ -144,6 +144,7 @@ def _lower_head(
     """The blocks of `head` (and of all heads alike)."""
     support, constant = _certain(pattern.block_support(grid, head, geometry), grid, geometry)
     masks.take(ENTRY_BYTES * support.rows.size)
+    _check_weight(int(constant.max(initial=0)))
     weights = support.multiplicity.astype(np.int32)
     mask_ids = np.full(weights.size, -1, dtype=np.int32)
     cut, partial = np.flatnonzero((weights == 0) & (constant > 0)), np.flatnonzero((weights == 0) & (constant == 0))
@@ -155,7 +156,6 @@ def _lower_head(
         first, inverse = kinds.find(pattern, low, grid.block_size, head, geometry)
         found = _evaluate(pattern, low[0][first], low[1][first], head, geometry, masks)
         weights[partial], mask_ids[partial] = found[0][inverse], found[1][inverse]
-    _check_weight(int(weights.max(initial=0)))
     table = _Table(support.rows.astype(np.int32), support.cols.astype(np.int32), weights, mask_ids)
     kept = (weights > 0) | (mask_ids >= 0)
     if kept.all():
@@ -195,7 +195,6 @@ def _cut(
     constant: IntArray, query_low: IntArray, key_low: IntArray, geometry: Geometry, masks: _MaskPool
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """As `_evaluate`, of blocks that are constant but for the diagonal and the tensors' ends: no pattern is asked."""
-    _check_weight(int(constant.max()))
     table = np.concatenate([constant[:, None], _cuts(query_low, key_low, masks.block_size, geometry)], axis=-1)
     first, inverse = group_rows(table)
     found = np.array([masks.cut(*table[index].tolist()) for index in first], dtype=np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 
+import attrs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import BlockLayout, Layout
 from dilated_attention.core.lowering import layout_kinds, lower
-from dilated_attention.core.pattern import Branch, Full, Pattern, Sum, Union
+from dilated_attention.core.pattern import Branch, Full, KeySpans, Pattern, Sum, Union
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
@@ -178,6 +179,27 @@ def test_a_layout_beyond_the_limit_is_refused_with_both_numbers() -> None:
 def test_more_than_255_occurrences_are_refused() -> None:
     with pytest.raises(ConfigError, match="at most 255 times, this pattern does so 300 times"):
         lower(Sum((Local(3),) * 300), Geometry.self_attention(40))
+
+
+class Often(Pattern):
+    """Counts every pair more often than any mask or int32 holds, and says so."""
+
+    kind = "often"
+
+    def multiplicity(self, query: Dense, key: Dense, head: Dense, geometry: Geometry) -> Dense:
+        return (1 << 32) + 1 + 0 * (query + key + head)
+
+    def key_spans(self, query_low: Dense, query_high: Dense, head: int, geometry: Geometry) -> KeySpans:
+        spans = Full().key_spans(query_low, query_high, head, geometry)
+        return attrs.evolve(spans, multiplicity=(1 << 32) + 1)
+
+
+@pytest.mark.parametrize(("length", "is_causal"), [(16, False), (16, True), (3, False)])
+def test_constant_blocks_that_count_too_often_are_refused(length: int, is_causal: bool) -> None:
+    """Whole ones, which would wrap around to once, and those that the diagonal or an end cuts."""
+    geometry = Geometry.self_attention(length, is_causal=is_causal)
+    with pytest.raises(ConfigError, match="at most 255 times, this pattern does so 4294967297 times"):
+        lower(Often(), geometry, block_size=8)
 
 
 def test_block_size_must_be_positive() -> None:
