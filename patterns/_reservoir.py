@@ -22,19 +22,7 @@ _SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32))
 _LOW_HALF: Final = np.uint64(0xFFFFFFFF)
 
 
-def _keeps() -> bool:
-    """Whether there is a folder in which compiled code can be kept for other processes."""
-    try:
-        njit(cache=True)(_keeps)  # compiles nothing
-    except RuntimeError:
-        return False
-    return True
-
-
-_compiled = njit(nogil=True, cache=_keeps())
-
-
-@_compiled
+@njit(nogil=True)
 def _hash(x: np.uint64) -> np.uint64:
     """A bijection of 64 bits that spreads every input bit over all output bits."""
     x = (x ^ (x >> _SHIFTS[0])) * _MULTIPLIERS[0]
@@ -42,7 +30,7 @@ def _hash(x: np.uint64) -> np.uint64:
     return x ^ (x >> _SHIFTS[2])
 
 
-@_compiled
+@njit(nogil=True)
 def _below(state: np.uint64, bound: np.uint64) -> tuple[np.uint64, np.uint64]:
     """The next state, and an integer uniform on 0 ... bound - 1 (bound < 2**32; Lemire, TOMACS 2019)."""
     threshold = (_LOW_HALF + np.uint64(1)) % bound
@@ -53,7 +41,7 @@ def _below(state: np.uint64, bound: np.uint64) -> tuple[np.uint64, np.uint64]:
             return state, product >> _SHIFTS[3]
 
 
-@_compiled
+@njit(nogil=True)
 def draw_rows(
     seed: np.uint64,
     heads: NDArray[np.int64],
@@ -96,7 +84,7 @@ def draw_rows(
             _collect(taken[: allowed[i]], sample)
 
 
-@_compiled
+@njit(nogil=True)
 def _insertion_sort(values: NDArray[np.int32]) -> None:
     for i in range(1, values.size):
         value, place = values[i], i
@@ -106,7 +94,7 @@ def _insertion_sort(values: NDArray[np.int32]) -> None:
         values[place] = value
 
 
-@_compiled
+@njit(nogil=True)
 def _collect(taken: NDArray[np.bool_], sample: NDArray[np.int32]) -> None:
     """Write the indices of all set marks in ascending order, and clear the marks."""
     place = 0

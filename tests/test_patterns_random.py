@@ -28,7 +28,6 @@ from dilated_attention.patterns.random import Random
 from dilated_attention.registry.build import build_attention
 
 from . import strategies
-from .distributions import run
 
 MASK = (1 << 64) - 1
 GOLDEN = ([16, 72, 75, 99], [14, 42, 44, 50])
@@ -274,22 +273,3 @@ def test_presets_are_the_algebra() -> None:
         presets.bigbird(window_blocks=2)
     with pytest.raises(ConfigError, match="window_size must be even"):
         presets.longformer(window_size=5)
-
-
-_WITHOUT_A_FOLDER = """
-import numba.core.caching as caching
-getattr(caching, "CacheImpl", getattr(caching, "_CacheImpl", None))._locator_classes = []
-from dilated_attention import Random
-from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.lowering import lower
-from dilated_attention.patterns import _reservoir
-layout = lower(Random(2, 16, seed=3), Geometry.self_attention(100, 2, is_causal=True))
-print(_reservoir._keeps(), layout.digest)
-"""
-
-
-def test_compiled_code_is_kept_where_a_folder_can_be_written() -> None:
-    """As in a container whose file system cannot: the same draw, compiled in each process."""
-    done = run(None, "-c", _WITHOUT_A_FOLDER)
-    here = lower(Random(2, 16, seed=3), Geometry.self_attention(100, 2, is_causal=True))
-    assert done.stdout.split() == ["False", here.digest], done.stderr
