@@ -100,7 +100,7 @@ class _MaskPool:
             place = np.arange(self.block_size)
             allowed = (place[:, None] < queries) & (place < keys) & (place <= place[:, None] + apart)
             whole = np.count_nonzero(allowed) == queries * self.block_size
-            mask = self.add((allowed * constant).astype(np.uint8)) if allowed.any() and not whole else -1
+            mask = self.add(allowed * np.uint8(constant)) if allowed.any() and not whole else -1
             self._cuts[kind] = constant if whole else 0, mask
         return self._cuts[kind]
 
