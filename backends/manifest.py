@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ..core.geometry import Geometry
+from ..core.geometry import one_token
 from ..registry.hooks import hookimpl
 from ..registry.specs import BackendSpec, Range, Request
 
@@ -173,10 +173,7 @@ def _fuses(request: Request) -> bool:
         return False  # not until blocks that a gate names have run on a card
     if "block" in layouts:  # in float32 branches lose more than blocks gain
         return is_half or (head_dim <= 64 and "branch" not in layouts)
-    geometry = Geometry(
-        q_len=1, kv_len=1, num_heads=config.num_heads, num_kv_heads=config.kv_heads, is_causal=config.is_causal
-    )
-    branches, _ = split(request.pattern, geometry)
+    branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
     fewest = 2 if head_dim <= 64 else 3
     return is_half and len(branches) >= fewest and (head_dim <= 128 or head_dim == 256)

@@ -202,8 +202,7 @@ class BlockProduct:
         size = self.block_size
         x = functional.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
         x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
-        x = x.flatten(0, 1).unsqueeze(0) if self.one_index else x
-        return x.float() if x.dtype in _HALF and not x.is_cuda else x
+        return _widened(x.flatten(0, 1).unsqueeze(0) if self.one_index else x)
 
     def _source(self, x: Tensor) -> Callable[[int, Tensor], Tensor]:
         """What takes blocks of x (B, T, K, D) for a batch row at an index (I, c), as `_take` does.
@@ -222,8 +221,7 @@ class BlockProduct:
             head = index.flatten()[:, None] // rows
             # Past the end there is the last key again, which masks hide.
             at = (index.flatten()[:, None] % rows * size + place).clamp(max=length - 1)
-            taken = x[head // heads + row, at, head % heads].view(index.shape[0], -1, head_dim)
-            return taken.float() if x.dtype in _HALF and not x.is_cuda else taken
+            return _widened(x[head // heads + row, at, head % heads].view(index.shape[0], -1, head_dim))
 
         return take
 
@@ -245,6 +243,11 @@ class BlockProduct:
         """The inverse of `_blocks`: (B, S, H, D) as a view."""
         batch, length, heads, head_dim = like.shape
         return blocks.view(batch, heads, -1, head_dim)[:, :, :length].transpose(1, 2)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """float32 for halves on CPU, where `torch.bmm` takes no out_dtype."""
+    return x.float() if x.dtype in _HALF and not x.is_cuda else x
 
 
 def _take(blocks: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .block_product import bmm
 from .checks import require_int
 from .composer import accumulator_dtype
 from .errors import ConfigError
-from .geometry import Geometry
+from .geometry import Geometry, one_token
 from .pattern import Pattern
 from .tracing import span
 
@@ -42,9 +42,7 @@ class Reach:
 
     def __init__(self, config: AttentionConfig, pattern: Pattern) -> None:
         self._pattern = pattern.unwrap()
-        self._geometry = Geometry(
-            q_len=1, kv_len=1, num_heads=config.num_heads, num_kv_heads=config.kv_heads, is_causal=True
-        )
+        self._geometry = one_token(config.num_heads, config.kv_heads, is_causal=True)
         self._groups = self._pattern.head_groups(config.num_heads, config.kv_heads)
         some = np.arange(_FAR // 2, _FAR // 2 + 1024, dtype=np.int64)
         self.keeps_all = all(bool(kept.all()) for kept in self.kept([some] * config.kv_heads, _FAR))

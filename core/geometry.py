@@ -82,6 +82,11 @@ class Geometry:
         return cls(q_len=seq_len, kv_len=seq_len, num_heads=num_heads, num_kv_heads=num_heads, is_causal=is_causal)
 
 
+def one_token(num_heads: int, num_kv_heads: int, is_causal: bool) -> Geometry:
+    """A single token of these heads: where it matters how a pattern is lowered, and no length does."""
+    return Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
+
+
 def joined_groups(*groups: Sequence[Hashable]) -> tuple[int, ...]:
     """Heads that are together in each of several groupings, numbered from 0 in order of appearance."""
     seen: dict[tuple[Hashable, ...], int] = {}

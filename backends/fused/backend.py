@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ...core.geometry import Geometry
+from ...core.geometry import one_token
 from ...core.lowering import lower
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
@@ -65,12 +65,6 @@ def _shape(request: Request) -> tuple[tuple[Branch, ...], int]:
     config, pattern = request.config, request.pattern.unwrap()
     if isinstance(pattern, LearnedPattern):
         return (), pattern.block_size
-    geometry = Geometry(
-        q_len=1,
-        kv_len=1,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
-        is_causal=config.is_causal,
-    )
+    geometry = one_token(config.num_heads, config.kv_heads, config.is_causal)
     layout = lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
     return layout.branches, 0 if layout.blocks is None else layout.blocks.block_size
