@@ -7,7 +7,7 @@ from typing import Final
 
 from ..core.geometry import one_token
 from ..registry.hooks import hookimpl
-from ..registry.specs import BackendSpec, Range, Request
+from ..registry.specs import BackendSpec, Range, Request, compute_capability
 
 # What every kernel for dense pieces of PyTorch's strided tensors brings, core's composer having done the rest.
 _DENSE: Final = {
@@ -39,7 +39,7 @@ _WHOLE: Final = {
 }
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
-_OLDEST_OF_TRITON: Final = 80  # compute capability 8.0, by its own list of supported hardware
+_OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
 
 SDPA = BackendSpec(
@@ -186,8 +186,8 @@ def _suits_flex(request: Request) -> bool:
     """
     from ..core.lowering import table_block_size
 
-    config, arch = request.config, request.device.arch.removeprefix("sm_").rstrip("af")
-    if not arch.isdecimal() or int(arch) < _OLDEST_OF_TRITON:
+    config = request.config
+    if compute_capability(request.device.arch) < _OLDEST_OF_TRITON:
         return False
     is_known = config.seq_len is not None and "context_parallel" not in request.needs
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches

@@ -11,6 +11,7 @@ from ..core.checks import require_choice
 from ..core.errors import ConfigError
 from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
+from ..registry.specs import compute_capability
 from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
 from .joining import joining
 
@@ -68,25 +69,19 @@ def _forced_kernel(request: Request) -> str | None:
     return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
 
 
-def _capability(arch: str) -> tuple[int, int]:
-    """(9, 0) of "sm_90", whatever letter follows."""
-    digits = "".join(c for c in arch.removeprefix("sm_") if c.isdigit())
-    return int(digits[:-1]), int(digits[-1])
-
-
 def _is_served(arch: str, served: list[str]) -> bool:
     """True where PyTorch carries machine code that runs on `arch`: the same major version, no newer minor one."""
-    major, minor = _capability(arch)
+    major, minor = compute_capability(arch)
     return any(
         (major, minor) >= known and known[0] == major
-        for known in (_capability(name) for name in served if name.startswith("sm_"))
+        for known in (compute_capability(name) for name in served if name.startswith("sm_"))
     )
 
 
 def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     """Why one of the CUDA kernels cannot take the request."""
     config = request.config
-    major, _ = _capability(request.device.arch)
+    major, _ = compute_capability(request.device.arch)
     half = config.dtype in _HALVES
     oldest, widest, multiple = {"cudnn": (9, 128, 8), "flash": (8, 256, 8), "efficient": (5, None, 8 if half else 4)}[
         name

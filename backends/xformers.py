@@ -16,6 +16,7 @@ import torch
 from ..core.checks import require_choice
 from ..core.errors import ConfigError
 from ..core.refusal import Refusal
+from ..registry.specs import compute_capability
 from .joining import joining
 from .libraries import checked_options, first_line, labelled
 
@@ -77,7 +78,7 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     from xformers._cpp_lib import _built_with_cuda
 
     config = request.config
-    capability = _capability(request.device.arch)
+    capability = compute_capability(request.device.arch)
     if not _built_with_cuda:
         yield Refusal("not_installed", "xformers for CUDA", "one whose library did not load", "python -m xformers.info")
     for operator in _operators(name) if config.requires_grad else _operators(name)[:1]:
@@ -100,12 +101,6 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     multiple = 4 if config.dtype == "float32" else 8
     if config.head_dim % multiple:
         yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple} ({name})", "pad with zeros")
-
-
-def _capability(arch: str) -> tuple[int, int]:
-    """(9, 0) of "sm_90"."""
-    digits = arch.removeprefix("sm_")
-    return int(digits[:-1]), int(digits[-1])
 
 
 def _kernel(name: str) -> XformersKernel:

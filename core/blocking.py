@@ -70,7 +70,7 @@ class _MaskPool:
     limit_bytes: int | None
     used_bytes: int = 0
     ids: dict[bytes, int] = attrs.field(factory=dict)
-    _cuts: dict[tuple[int, ...], tuple[int, int]] = attrs.field(factory=dict)
+    _cuts: dict[tuple[int, ...], int] = attrs.field(factory=dict)
 
     def take(self, nbytes: int) -> None:
         """Account for `nbytes` more, or raise `ConfigError`."""
@@ -90,18 +90,16 @@ class _MaskPool:
             known = self.ids[content] = len(self.ids)
         return known
 
-    def cut(self, constant: int, queries: int, keys: int, apart: int) -> tuple[int, int]:
-        """Weight and mask number of a block of so many queries and keys, the first of them so far apart.
+    def cut(self, constant: int, queries: int, keys: int, apart: int) -> int:
+        """The number of the mask of a block of so many queries and keys, the first of them so far apart.
 
-        Where causality lets it, every pair counts `constant` times. Weight 0 and mask -1 where none does.
+        Where causality lets it, every pair counts `constant` times.
         """
         kind = constant, queries, keys, apart
         if kind not in self._cuts:
             place = np.arange(self.block_size)
             allowed = (place[:, None] < queries) & (place < keys) & (place <= place[:, None] + apart)
-            whole = np.count_nonzero(allowed) == queries * self.block_size
-            mask = self.add(allowed * np.uint8(constant)) if allowed.any() and not whole else -1
-            self._cuts[kind] = constant if whole else 0, mask
+            self._cuts[kind] = self.add(allowed * np.uint8(constant))
         return self._cuts[kind]
 
     def stack(self) -> NDArray[np.uint8]:
@@ -150,7 +148,7 @@ def _lower_head(
     cut, partial = np.flatnonzero((weights == 0) & (constant > 0)), np.flatnonzero((weights == 0) & (constant == 0))
     if cut.size:
         low = grid.query_low[support.rows[cut]], grid.key_low[support.cols[cut]]
-        weights[cut], mask_ids[cut] = _cut(constant[cut], *low, geometry, masks)
+        mask_ids[cut] = _cut(constant[cut], *low, geometry, masks)
     if partial.size:
         low = grid.query_low[support.rows[partial]], grid.key_low[support.cols[partial]]
         first, inverse = kinds.find(pattern, low, grid.block_size, head, geometry)
@@ -193,12 +191,14 @@ def _certain(support: BlockSupport, grid: BlockGrid, geometry: Geometry) -> tupl
 
 def _cut(
     constant: IntArray, query_low: IntArray, key_low: IntArray, geometry: Geometry, masks: _MaskPool
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """As `_evaluate`, of blocks that are constant but for the diagonal and the tensors' ends: no pattern is asked."""
+) -> NDArray[np.int32]:
+    """Masks of blocks that are constant but where the diagonal or the end of the keys cuts them: no pattern is asked.
+
+    Each has a pair: `_certain` drops those in the future.
+    """
     table = np.concatenate([constant[:, None], _cuts(query_low, key_low, masks.block_size, geometry)], axis=-1)
     first, inverse = group_rows(table)
-    found = np.array([masks.cut(*table[index].tolist()) for index in first], dtype=np.int32)
-    return found[inverse, 0], found[inverse, 1]
+    return np.array([masks.cut(*table[index].tolist()) for index in first], dtype=np.int32)[inverse]
 
 
 def _cuts(query_low: IntArray, key_low: IntArray, size: int, geometry: Geometry) -> IntArray:

@@ -6,7 +6,7 @@ Shapes: B batch, S query length, T key length, H heads, D head_dim, N documents.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import attrs
@@ -34,6 +34,11 @@ class Document:
     kv_len: int
 
 
+def of_values(take: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of x (B, H, S) as (count, H, length) what `take` does of (B, S, H, D)."""
+    return take(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+
+
 @attrs.frozen
 class Stack:
     """Documents of equal lengths at equal distances: one batched call on views, nothing copied.
@@ -57,11 +62,11 @@ class Stack:
 
     def query_values(self, x: Tensor) -> Tensor:
         """The queries' part of x (B, H, S) as (count, H, q_len)."""
-        return self.queries(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return of_values(self.queries, x)
 
     def key_values(self, x: Tensor) -> Tensor:
         """The keys' part of x (B, H, T) as (count, H, kv_len)."""
-        return self.keys(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return of_values(self.keys, x)
 
     @property
     def q_len(self) -> int:

@@ -125,7 +125,7 @@ class DynamicTables:
         base = (base * k_rows).view(batch, heads, 1, 1)
         for rows, cut, whole in self.groups:
             blocks = tables[:, :, :, : cut + whole].index_select(2, rows)
-            masks = mask_kinds(self.geometry, self.block_size, rows[:, None], blocks[..., :cut])
+            masks = mask_kinds(geometry, self.block_size, rows[:, None], blocks[..., :cut])
             yield ItemClass(
                 (item + rows).flatten(), (base + blocks).flatten(0, 2), masks.flatten(0, 2), log_weights=None
             )

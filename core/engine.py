@@ -26,7 +26,7 @@ from .errors import ConfigError
 from .geometry import Geometry
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
 from .layout import Layout
-from .lowering import lower
+from .lowering import layout_kinds, lower
 from .pattern import LearnedPattern, Pattern
 from .program import Program, keeps_prefixes
 from .received import received_from
@@ -125,7 +125,8 @@ class Engine:
 
     @cached_property
     def _lowers_to_blocks(self) -> bool:
-        return self.pattern.branches(Geometry.self_attention(1, self.config.num_heads)) is None
+        config = self.config
+        return "block" in layout_kinds(self.pattern, config.num_heads, config.kv_heads, config.is_causal)
 
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Lower the pattern for these lengths, or find it lowered; returns the layout.
@@ -248,8 +249,7 @@ class Engine:
                 results = self._forward(bound, query, key, value, seed, tables)
         else:
             results = self._forward(bound, query, key, value, seed, tables)
-        counted = (batch * q_len, batch * program.pairs) if lengths is None else program.counted(lengths)
-        self.forwards.add(calls, *counted)
+        self.forwards.add(calls, *program.counted(batch, lengths))
         return results
 
     def _forward(
@@ -311,8 +311,7 @@ class Engine:
             else:
                 dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
-        counted = (batch * q_len, batch * program.pairs) if lengths is None else program.counted(lengths)
-        self.backwards.add(calls, *counted)
+        self.backwards.add(calls, *program.counted(batch, lengths))
         return grads
 
     def _backward(

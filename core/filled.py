@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .documents import Document, Stack, stacked
+from .documents import Document, Stack, of_values, stacked
 
 MOST_ADDED = 256  # tokens by which a document is filled up are fewer
 MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
@@ -99,24 +99,22 @@ class Filled:
 
     def query_values(self, x: Tensor) -> Tensor:
         """The queries' part of x (B, H, S) as (count, H, length)."""
-        return self.queries(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return of_values(self.queries, x)
 
     def gradient(self, x: Tensor) -> Tensor:
         """As `queries`, zeros where a document has ended: nothing is to come home from there."""
-        return self.queries(x).masked_fill_(self._at(x.device, x.shape[1]).beyond, 0.0)
+        return self._ended(x, 0.0)
 
     def value_gradient(self, x: Tensor) -> Tensor:
         """As `query_values`, zeros where a document has ended."""
-        return self.gradient(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        return of_values(self.gradient, x)
 
     def row_lse(self, x: Tensor) -> Tensor:
         """As `query_values`, +inf where a document has ended, so that p = exp(s - lse) is 0 there.
 
         Such a row may see keys that the last token does not: by the lse of that one, p could be infinite there.
         """
-        beyond = self._at(x.device, x.shape[2]).beyond
-        rows = self.queries(x.transpose(1, 2).unsqueeze(-1)).masked_fill_(beyond, math.inf)
-        return rows.squeeze(-1).transpose(1, 2)
+        return of_values(lambda rows: self._ended(rows, math.inf), x)
 
     def put_queries(self, total: Tensor, part: Tensor) -> None:
         """Write (count, length, H, D) to where it belongs in total (B, S, H, D), which is contiguous."""
@@ -135,6 +133,10 @@ class Filled:
         to = places.queries.index_select(0, places.inside)
         values = part.transpose(1, 2).flatten(0, 1).index_select(0, places.inside)
         total.transpose(1, 2)[to // length, to % length] = values
+
+    def _ended(self, x: Tensor, value: float) -> Tensor:
+        """As `queries`, with this value where a document has ended."""
+        return self.queries(x).masked_fill_(self._at(x.device, x.shape[1]).beyond, value)
 
     def _taken(self, x: Tensor, places: Tensor) -> Tensor:
         batch, length = x.shape[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import attrs
@@ -47,7 +48,6 @@ class Program:
     dynamic: DynamicTables | None = None
     prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
-    _of_prefixes: list[list[int]] = attrs.field(factory=list, init=False)
 
     @property
     def nbytes(self) -> int:
@@ -64,13 +64,21 @@ class Program:
             return self.layout.pairs
         return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
 
-    def counted(self, lengths: Sequence[int]) -> tuple[int, int]:
-        """Tokens and pairs of causal documents that are filled up to this length, each by at most `MOST_ADDED`."""
-        if not self._of_prefixes:  # found once: every layer asks for the same, in both passes
-            per_query = query_pairs(self.layout, MOST_ADDED)
-            self._of_prefixes.append([self.pairs, *(self.pairs - np.cumsum(per_query[::-1])).tolist()])
-        of_prefixes, filled_up = self._of_prefixes[0], self.layout.geometry.q_len
-        return sum(lengths), sum(of_prefixes[filled_up - length] for length in lengths)
+    def counted(self, batch: int, lengths: Sequence[int] | None) -> tuple[int, int]:
+        """Tokens and pairs of a call: of all of its batch rows, or of causal documents of these lengths.
+
+        Documents are filled up to this length, each by at most `MOST_ADDED`.
+        """
+        q_len = self.layout.geometry.q_len
+        if lengths is None:
+            return batch * q_len, batch * self.pairs
+        return sum(lengths), sum(self._prefix_pairs[q_len - length] for length in lengths)
+
+    @cached_property
+    def _prefix_pairs(self) -> list[int]:
+        """Pairs of all queries, of all but the last one, and so on; every layer asks for the same, in both passes."""
+        per_query = query_pairs(self.layout, MOST_ADDED)
+        return [self.pairs, *(self.pairs - np.cumsum(per_query[::-1])).tolist()]
 
     def bound(self, tables: Tensor) -> Program:
         """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""

@@ -157,6 +157,14 @@ class PatternSpec:
     api_version: int = API_VERSION
 
 
+def compute_capability(arch: str) -> tuple[int, int]:
+    """(9, 0) of "sm_90", whatever letter follows; (0, 0) of what is no CUDA architecture."""
+    if not arch.startswith("sm_"):
+        return 0, 0
+    digits = "".join(c for c in arch if c.isdigit())
+    return int(digits[:-1]), int(digits[-1])
+
+
 @attrs.frozen(kw_only=True)
 class Device:
     """What was found out, once, about the device that an attention is built for.

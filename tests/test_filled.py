@@ -70,7 +70,7 @@ def test_learned_patterns_promise_nothing() -> None:
 @given(pattern=patterns(), length=st.integers(1, 60), more=st.integers(0, 30))
 def test_pairs_of_prefixes(pattern: Pattern, length: int, more: int) -> None:
     long, short = (lower(pattern, Geometry.self_attention(n, 4, is_causal=True)) for n in (length + more, length))
-    assert Program(long, Schedule((), 0)).counted([length, length]) == (2 * length, 2 * short.pairs)
+    assert Program(long, Schedule((), 0)).counted(2, [length, length]) == (2 * length, 2 * short.pairs)
 
 
 @settings(deadline=None)

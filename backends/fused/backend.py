@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ...core.geometry import one_token
-from ...core.lowering import lower
+from ...core.lowering import split, table_block_size
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
 from ..libraries import checked_options, compiler_refusals, labelled
@@ -61,10 +61,10 @@ class TritonBackend:
 
 
 def _shape(request: Request) -> tuple[tuple[Branch, ...], int]:
-    """The branches of a layout, and how large its blocks are, or 0: as a single token has them."""
+    """The branches of a layout, and how large its blocks are, or 0."""
     config, pattern = request.config, request.pattern.unwrap()
     if isinstance(pattern, LearnedPattern):
         return (), pattern.block_size
-    geometry = one_token(config.num_heads, config.kv_heads, config.is_causal)
-    layout = lower(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-    return layout.branches, 0 if layout.blocks is None else layout.blocks.block_size
+    heads = config.num_heads, config.kv_heads, config.is_causal
+    branches, rest = split(request.pattern, one_token(*heads))
+    return branches, 0 if rest is None else table_block_size(request.pattern, *heads)
