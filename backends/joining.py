@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from .libraries import can_compile
+from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
     from ..core.kernel import DenseKernel, DensePiece
@@ -110,6 +110,7 @@ class JoiningKernel:
                 BLOCK_D=block_d,
                 BLOCK_M=block_m,
                 num_warps=4,
+                **FP_FUSION,
             )
         self._launched.add(_variant(name, results[0], len(places)))
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # What Hopper's bulk copies (TMA) and 128-bit loads need of addresses and strides.
 ALIGNMENT_BYTES: Final = 16
+# Given at every launch of a Triton kernel of ours: Triton 3.9 warns where it is not, and 3.10 then rounds twice.
+FP_FUSION: Final = {"enable_fp_fusion": True}
 
 
 def checked_options(request: Request, backend: str, known: Iterable[str] = ()) -> Mapping[str, Any]:

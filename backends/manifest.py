@@ -170,7 +170,7 @@ def _fuses(request: Request) -> bool:
     config, layouts = request.config, request.needs["layouts"]
     head_dim, is_half = config.head_dim, config.dtype in _HALVES
     if "dynamic_tables" in request.needs:
-        return False  # not until blocks that a gate names have run on a card
+        return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
     if "block" in layouts:  # in float32 branches lose more than blocks gain
         return is_half or (head_dim <= 64 and "branch" not in layouts)
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))

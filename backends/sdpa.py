@@ -9,8 +9,11 @@ import torch
 
 from ..core.checks import require_choice
 from ..core.errors import ConfigError
+from ..core.geometry import Geometry
 from ..core.kernel import DenseKernel
+from ..core.lowering import split
 from ..core.refusal import Refusal
+from ..core.schedule import schedule
 from ..registry.specs import compute_capability
 from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
 from .joining import joining
@@ -28,7 +31,7 @@ class SdpaBackend:
 
     def refusals(self, request: Request) -> list[Refusal]:
         """What device, dtype, head_dim and options rule out, beyond the capabilities of the manifest."""
-        forced = _forced_kernel(request)
+        names = _candidates(request)
         if request.device.type == "cpu":
             return []
         served = torch.cuda.get_arch_list()
@@ -39,7 +42,7 @@ class SdpaBackend:
         if config.deterministic and config.requires_grad and not torch.are_deterministic_algorithms_enabled():
             remedy = "call torch.use_deterministic_algorithms(True) before building"
             return [Refusal("deterministic", "a deterministic backward", "PyTorch's switch for it is off", remedy)]
-        found = {name: list(_kernel_refusals(name, request)) for name in ([forced] if forced else _CUDA_KERNELS)}
+        found = {name: list(_kernel_refusals(name, request)) for name in names}
         if any(not reasons for reasons in found.values()):
             return []
         return [reason for reasons in found.values() for reason in reasons]
@@ -50,12 +53,13 @@ class SdpaBackend:
 
     def build(self, request: Request) -> DenseKernel:
         """The fastest kernel that takes the request, or the forced one."""
-        forced = _forced_kernel(request)
+        names = _candidates(request)
         if request.device.type == "cpu":
             return CpuFlash()
-        for name in [forced] if forced else _CUDA_KERNELS:
+        for name in names:
             if not any(_kernel_refusals(name, request)):
-                return joining(_CUDA_KERNELS[name])
+                kernel = CudaCudnn(shapes=_shapes(request)) if name == "cudnn" else _CUDA_KERNELS[name]
+                return joining(kernel)
         raise ConfigError("sdpa was asked to build what it refused")
 
 
@@ -67,6 +71,27 @@ def _forced_kernel(request: Request) -> str | None:
     if request.device.type == "cpu":
         raise ConfigError("backend_options['sdpa']['kernel'] chooses among CUDA kernels; there is one kernel on cpu")
     return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
+
+
+def _candidates(request: Request) -> list[str]:
+    """The CUDA kernels to choose among: the forced one, or all; without cuDNN, which plans anew, for any length."""
+    forced = _forced_kernel(request)
+    if forced is not None:
+        return [forced]
+    return [name for name in _CUDA_KERNELS if name != "cudnn" or request.config.seq_len is not None]
+
+
+def _shapes(request: Request) -> frozenset[tuple[int, int]] | None:
+    """Queries and keys of the rectangles of a call of the known length; None for any, also where ranks have shares."""
+    config = request.config
+    if config.seq_len is None or "context_parallel" in request.needs:
+        return None
+    length, heads, kv_heads = config.seq_len, config.num_heads, config.kv_heads
+    geometry = Geometry(
+        q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=config.is_causal
+    )
+    branches, _ = split(request.pattern, geometry)
+    return frozenset((call.query.count, call.key.count) for call in schedule(branches, geometry).calls)
 
 
 def _is_served(arch: str, served: list[str]) -> bool:

@@ -56,7 +56,7 @@ class BackendRow:
         distribution: the installed package that it comes from.
         version: of that package.
         detail: the cause, where it is broken; else what was noted about it: a slow import of its plugin, or that it
-            would be chosen if seq_len were given.
+            would be chosen, or would take another kernel, if seq_len were given.
     """
 
     name: str

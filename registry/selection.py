@@ -67,15 +67,18 @@ def select(request: Request, registry: Registry) -> Selection:
         verdicts = {name: _alone(verdict, request) for name, verdict in verdicts.items()}
     usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
     faults: list[PluginRow] = []
-    preferred = ""
+    at_a_length: dict[str, str] = {}  # what would change if the length were known
     if request.config.backend == AUTO:
         order, faults = registry.rank(request, usable)
         chosen = verdicts[order[0]] if order else None
-        preferred = _first_at_a_length(request, registry, usable)
+        if preferred := _first_at_a_length(request, registry, usable):
+            at_a_length[preferred] = "" if preferred == order[0] else "would be chosen if seq_len were given"
     else:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
         chosen = chosen if chosen.accepts else None
+    if chosen is not None and (kernel := _kernel_at_a_length(chosen, request)) not in ("", chosen.kernel):
+        at_a_length[chosen.registered.spec.name] = f"would take its kernel {kernel!r} if seq_len were given"
     companion = None
     if chosen is not None and _needs_companion(chosen.registered.spec, request):
         ranked, more = registry.rank(request, dense)
@@ -83,7 +86,7 @@ def select(request: Request, registry: Registry) -> Selection:
         faults += [fault for fault in more if fault not in faults]
     rest = tuple(name for name in verdicts if name not in order)
     rows = [_row(verdicts[name], request, registry, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
-    rows = [_preferred(row) if row.name == preferred and row.status == "usable" else row for row in rows]
+    rows = [_told(row, at_a_length.get(row.name, "")) for row in rows]
     broken = [row for row in rows if row.status == "broken"] + list(plugin_rows((*registry.plugins, *faults)))
     if registry.strict and broken:
         raise PluginError("; ".join(f"{row.name} of {row.distribution} {row.version}: {row.detail}" for row in broken))
@@ -91,18 +94,26 @@ def select(request: Request, registry: Registry) -> Selection:
     return Selection(chosen=chosen, rows=tuple(rows), companion=companion)
 
 
+def _at_a_length(request: Request) -> Request:
+    config = attrs.evolve(request.config, seq_len=_ANY_LENGTH * request.config.ring_size)
+    return attrs.evolve(request, config=config)
+
+
 def _first_at_a_length(request: Request, registry: Registry, usable: Sequence[BackendSpec]) -> str:
     """Which would be the best ranked if the length were known; "" where it is, or where none is usable."""
     if request.config.seq_len is not None or not usable:
         return ""
-    config = attrs.evolve(request.config, seq_len=_ANY_LENGTH * request.config.ring_size)
-    order, _ = registry.rank(attrs.evolve(request, config=config), usable)
+    order, _ = registry.rank(_at_a_length(request), usable)
     return order[0]
 
 
-def _preferred(row: BackendRow) -> BackendRow:
-    told = "would be chosen if seq_len were given"
-    return attrs.evolve(row, detail=f"{row.detail}; {told}" if row.detail else told)
+def _kernel_at_a_length(verdict: Verdict, request: Request) -> str:
+    """Which kernel an accepting backend would take if the length were known; "" where it is, or where it refuses."""
+    return "" if request.config.seq_len is not None else judge(verdict.registered, _at_a_length(request)).kernel
+
+
+def _told(row: BackendRow, what: str) -> BackendRow:
+    return attrs.evolve(row, detail="; ".join(word for word in (row.detail, what) if word))
 
 
 def takes_dense(spec: BackendSpec) -> bool:

@@ -347,6 +347,7 @@ def test_it_replays_in_a_graph_and_compiles() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
 @pytest.mark.parametrize(("block_size", "head_dim"), [(128, 64), (128, 128), (64, 64), (16, 256)])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_blocks_that_a_gate_names(block_size: int, head_dim: int, is_causal: bool) -> None:
@@ -359,7 +360,8 @@ def test_blocks_that_a_gate_names(block_size: int, head_dim: int, is_causal: boo
     fused.gate.load_state_dict(plain.gate.state_dict())
     geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
     tensors = on_card(geometry, "bfloat16", head_dim)
-    found, expected = (ours(attention, tensors, geometry, through_lse=True) for attention in (fused, plain))
+    through_lse = head_dim <= 64  # what `sdpa` has a kernel for
+    found, expected = (ours(attention, tensors, geometry, through_lse=through_lse) for attention in (fused, plain))
     for name, a, e in zip(NAMES, found, expected, strict=True):
         assert error(a, e) < 1e-2, (name, error(a, e))
     check_graph(fused, geometry)

@@ -183,6 +183,7 @@ def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_waits_for_nothing_where_lengths_are_its_own() -> None:
     attention = build(device="cuda")
     tensors = [x.detach().cuda().requires_grad_() for x in batch_of(1, 171)]

@@ -17,7 +17,7 @@ import torch
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import Pass, Tile, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -29,7 +29,9 @@ RARE = Dilated(segment_lengths=(64, 128, 2048), dilation_rates=(1, 2, 64))  # a 
 NEVER = 1 << 30
 ALWAYS = 0
 
-on_the_card = pytest.mark.skipif(not version("triton").startswith("3.6."), reason="they are made for Triton 3.6")
+on_the_card = pytest.mark.skipif(
+    not can_be_fed(64, torch.bfloat16, version("triton")), reason="not tested with this release of Triton"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,9 @@ on_the_card = pytest.mark.skipif(not version("triton").startswith("3.6."), reaso
         (32, torch.bfloat16, "3.6.0", False),
         (256, torch.bfloat16, "3.6.0", False),
         (64, torch.float32, "3.6.0", False),
-        (64, torch.bfloat16, "3.7.0", False),
+        (64, torch.bfloat16, "3.5.1", False),
+        (64, torch.bfloat16, "3.10.0", False),
+        (64, torch.bfloat16, "3.7.1+git1a2b3c4d", True),
         (64, torch.bfloat16, "3.60.0", False),
     ],
 )
@@ -128,11 +132,12 @@ def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_copied() -> None:
 
 
 @pytest.mark.slow
-def test_they_compile_for_hopper_and_keep_their_overlap(tmp_path: Path) -> None:
-    """With the Triton that they are made for, installed for it alone."""
+@pytest.mark.parametrize("release", GLUON_RELEASES)
+def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: Path) -> None:
+    """With every Triton that they serve, installed for it alone."""
     python = tmp_path / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "triton==3.6.0"], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", f"triton=={release}.*"], check=True)
     tiles: list[list[Any]] = []
     for width, is_causal in itertools.product((64, 128), (True, False)):
         sizes = TileSizes.of(width, torch.bfloat16, is_causal=is_causal, fed=True)

@@ -42,7 +42,9 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": LONGNET | WINDOW, "dtype": "float32"}, False),
         ({"pattern": LONGNET | LONGNET}, True),  # as many branches as they are lowered to
         ({"pattern": Full() + Full() + Full()}, False),
-        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, True),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2), "dtype": "float32", "head_dim": 128}, True),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2), "dtype": "float32", "head_dim": 256}, False),
     ],
 )
 def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, Any], is_first: bool) -> None:

@@ -121,11 +121,10 @@ def _keys_steps_behind(
 ):  # fmt: skip
     """As `_keys_steps`; p and ds of a step are multiplied with the next one's scores and dp, under its exponentials.
 
-    Steps are of as few columns as its registers hold, and waits between their products would be longer than these. k
-    is an operand from registers: else the time depends on how many stages there are (docs/performance.md).
+    Steps are of as few columns as its registers hold, and waits between their products would be longer than these.
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
-    k, v = gl.convert_layout(x, gl.DotOperandLayout(0, product(BLOCK_N), 2)), in_shared(y)
+    k, v = in_shared(x), in_shared(y)
     fence_async_shared()
     p = gl.zeros([ROWS, BLOCK_N], x.dtype, operand)
     ds = p

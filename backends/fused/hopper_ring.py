@@ -33,6 +33,7 @@ NOTHING = gl.constexpr(0)
 PAIRS = gl.constexpr(1)
 LEVELS = gl.constexpr(2)
 _THREADS = gl.constexpr(128)  # of four warps
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # renamed in Triton 3.8
 
 
 @gluon.constexpr_function
@@ -94,9 +95,9 @@ def _copy_rows(
     """Begin to copy rows (N, D) that all exist to shared memory; zeros beyond head_dim."""
     pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
     if HEAD_DIM == BLOCK_D:
-        async_copy.async_copy_global_to_shared(to, pointers)
+        _copy(to, pointers)
     else:
-        async_copy.async_copy_global_to_shared(to, pointers, mask=(column < HEAD_DIM)[None, :])
+        _copy(to, pointers, mask=(column < HEAD_DIM)[None, :])
 
 
 @gluon.jit
@@ -139,13 +140,13 @@ def feed_step(
     _copy_rows(x_tiles.index(slot), x_base, rows, stride_x, HEAD_DIM, BLOCK_D, WIDE)
     _copy_rows(y_tiles.index(slot), y_base, rows, stride_y, HEAD_DIM, BLOCK_D, WIDE)
     if BESIDES == PAIRS:
-        async_copy.async_copy_global_to_shared(besides.index(slot), base_besides + rows_besides)
+        _copy(besides.index(slot), base_besides + rows_besides)
     if BESIDES == LEVELS:
         if WIDE:
             rows_besides = rows_besides.to(gl.int64)
         column = gl.arange(0, LEVEL_COLUMNS, gl.SliceLayout(0, LEVELS_IN_MEMORY))
         pointers = gl.multiple_of(base_besides + (rows_besides[:, None] * LEVEL_COLUMNS + column[None, :]), [1, 16])
-        async_copy.async_copy_global_to_shared(besides.index(slot), pointers)
+        _copy(besides.index(slot), pointers)
     async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
 
 

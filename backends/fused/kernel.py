@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.pattern import LearnedPattern
 from ...core.tracing import span
+from ..libraries import FP_FUSION
 from . import gradient_kernels
 from .block_tables import KnownBlocks
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
@@ -116,7 +117,9 @@ class FusedKernel:
             (*row_sums.shape, gradient_kernels.LEVEL_COLUMNS.value), dtype=torch.bfloat16, device=query.device
         )
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
-        gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS)
+        gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](
+            row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS, **FP_FUSION
+        )
         dk, dv = self._of_keys("gradients", dout, query, key, value, levels, piece, (sums,))
         return torch.mul(sums, piece.scale, out=torch.empty_like(query, memory_format=torch.contiguous_format)), dk, dv
 
@@ -146,6 +149,7 @@ class FusedKernel:
             HEAD_DIM=head_dim,
             BLOCK_D=padded(head_dim),
             BLOCK_M=STATS_ROWS,
+            **FP_FUSION,
         )
         return stats.view(torch.int64).squeeze(-1)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
+from ..libraries import FP_FUSION
 from . import kernels
 from .runs import DeviceTables, Runs
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
@@ -82,6 +83,7 @@ def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str
         "BLOCK_N": tile.columns,
         "WIDE": any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
         "num_warps": tile.warps,
+        **FP_FUSION,
     }
     if tile.parts:
         options |= {"STAGES": tile.stages, "maxnreg": tile.begin}
@@ -236,6 +238,7 @@ def _largest(key: Tensor) -> Tensor:
         HEAD_DIM=head_dim,
         BLOCK_D=padded(head_dim),
         BLOCK_M=STATS_ROWS,
+        **FP_FUSION,
     )
     return largest.view(torch.float32)
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..libraries import FP_FUSION
 from .run_kernels import list_runs
 from .tiles import Tile, ceil_div
 from .walks import Tables
@@ -72,6 +73,7 @@ class Runs:
             BLOCK_N=tile.columns,
             SHIFTS=host.shifts,
             PARTS=tile.parts,
+            **FP_FUSION,
         )
         return made
 

@@ -10,6 +10,8 @@ import torch
 Pass = Literal["forward", "queries", "keys", "gradients"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
 
+# Releases of Triton with which the kernels in Gluon have passed their tests; it changes from one to the next.
+GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
 _FEWEST: Final = 24  # registers that warps can give the others but for
 
 
@@ -24,8 +26,9 @@ def padded(head_dim: int) -> int:
 
 
 def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
-    """Whether the kernels for Hopper have passed their tests for this, and with this Triton: Gluon changes."""
-    return version.startswith("3.6.") and dtype != torch.float32 and 32 < head_dim <= 128
+    """Whether there are kernels for Hopper for this, that have passed their tests with this release of Triton."""
+    release = ".".join(version.split(".")[:2])
+    return release in GLUON_RELEASES and dtype != torch.float32 and 32 < head_dim <= 128
 
 
 @attrs.frozen
@@ -144,7 +147,7 @@ class TileSizes:
         if head_dim > 64:
             queries = Tile.by_ring(64, 4, 232)
             branches = Tiles(Tile.by_ring(128, 2, 240), queries, Tile.by_ring(32, 4, 232))
-            return cls(branches, Tiles(Tile.by_ring(128, 3, 232), queries, Tile.by_ring(32, 6, 240)), unfed.few, unfed)
+            return cls(branches, Tiles(Tile.by_ring(128, 3, 232), queries, Tile.by_ring(32, 4, 240)), unfed.few, unfed)
         forward, two = Tile.by_ring(64, 4, 104, split=True), Tile.by_ring(64, 4, 232, split=True)
         keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
         gradients = Tile.by_ring(64, 4, 208, adds=True)
