@@ -89,8 +89,8 @@ class CudaCudnn:
     """cuDNN's fused attention: bfloat16 and float16 on sm_90 and newer, head_dim a multiple of 8 up to 128.
 
     It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2. So
-    do rectangles that are none of `shapes`: for every new one cuDNN plans first, for some 60 ms, which generation would
-    wait for at every token.
+    do rectangles that are none of `shapes`: for every new one cuDNN plans first, for 30 to 70 ms, for which generation
+    would wait at every token.
 
     Attributes:
         shapes: how many queries and keys it is for; None for any.

@@ -87,9 +87,7 @@ def _shapes(request: Request) -> frozenset[tuple[int, int]] | None:
     if config.seq_len is None or "context_parallel" in request.needs:
         return None
     length, heads, kv_heads = config.seq_len, config.num_heads, config.kv_heads
-    geometry = Geometry(
-        q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=config.is_causal
-    )
+    geometry = Geometry(q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=config.is_causal)
     branches, _ = split(request.pattern, geometry)
     return frozenset((call.query.count, call.key.count) for call in schedule(branches, geometry).calls)
 

@@ -23,10 +23,10 @@ from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
-from .geometry import Geometry
+from .geometry import Geometry, one_token
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
 from .layout import Layout
-from .lowering import layout_kinds, lower
+from .lowering import layout_kinds, lower, split
 from .pattern import LearnedPattern, Pattern
 from .program import Program, keeps_prefixes
 from .received import received_from
@@ -114,14 +114,25 @@ class Engine:
     def fills_documents(self, device: torch.device) -> bool:
         """Whether a document may be computed as the beginning of a longer one, which saves lowering and launches.
 
-        On a CPU it costs more than it saves but where lowering is slow: with blocks.
+        It costs more than it saves where a document is a single call of a dense kernel, and on a CPU but where lowering
+        is slow: with blocks.
         """
         if not self.config.is_causal or self.config.dropout_p or not keeps_prefixes(self.pattern):
             return False
         if device.type == "cpu":
             return self._lowers_to_blocks
+        if self._is_one_call:
+            return False
         # A CUDA graph would keep copies of places that are gone when it is replayed.
         return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    @cached_property
+    def _is_one_call(self) -> bool:
+        """Whether a dense kernel is handed whole sequences."""
+        config = self.config
+        branches, rest = split(self.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
+        is_whole = [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+        return self._composer is not None and rest is None and is_whole
 
     @cached_property
     def _lowers_to_blocks(self) -> bool:

@@ -22,6 +22,7 @@ from dilated_attention.core.kernel import CALL_AXES, LayoutPiece
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.packed import attend_documents
+from dilated_attention.core.pattern import Branch
 from dilated_attention.exchange import plan
 from dilated_attention.exchange.shards import Shards
 
@@ -154,9 +155,14 @@ def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
 
 
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        launches, "make_tables", lambda *a, **k: make_tables(*a, **k, merge_from=1)
-    )  # short segments, weighted all the same
+    def tables(
+        branches: tuple[Branch, ...], causal: bool, transposed: bool, span: int, on: torch.device
+    ) -> DeviceTables:
+        """Short segments, weighted all the same."""
+        made = make_tables(branches, is_causal=causal, transposed=transposed, span=span, merge_from=1)
+        return DeviceTables.of(made, on)
+
+    monkeypatch.setattr(launches, "known_tables", tables)
     check_interpreted(LONGNET, Geometry.self_attention(19, 2, is_causal=True))
     # Not causal; the inner two do not nest, the outer two do.
     check_interpreted(Dilated((5, 8, 16), (1, 2, 2)), Geometry.self_attention(19, 1))

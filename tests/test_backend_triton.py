@@ -24,7 +24,8 @@ from dilated_attention import (
     explain,
 )
 from dilated_attention.backends.fused import walks
-from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables
+from dilated_attention.backends.fused.launches import known_tables
+from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables, roomy_span
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.pattern import Branch
@@ -84,9 +85,10 @@ def counted(tables: Tables, rows: range, columns: range, head: int) -> np.ndarra
     st.booleans(),
     st.sampled_from([1, 1 << 30]),
     st.sampled_from([1, 4, 128]),
+    st.booleans(),
 )
 def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
-    pattern: Pattern, is_causal: bool, transposed: bool, merge_from: int, rows: int
+    pattern: Pattern, is_causal: bool, transposed: bool, merge_from: int, rows: int, roomy: bool
 ) -> None:
     length, heads = 41, 6
     geometry = Geometry.self_attention(length, heads, is_causal=is_causal)
@@ -94,7 +96,8 @@ def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
     with pytest.MonkeyPatch.context() as patched:  # tiles so small that which rates go by classes varies
         patched.setattr(walks, "_ROWS", rows)
         patched.setattr(walks, "_COLUMNS", 1)
-        tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=length, merge_from=merge_from)
+        span = roomy_span(branches, length) if roomy else length
+        tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=span, merge_from=merge_from)
     assert tables.period <= MAX_PERIOD
     place = np.arange(length)
     for head in range(heads):
@@ -103,6 +106,19 @@ def test_the_walks_count_every_pair_as_often_as_the_pattern_does(
             expected = expected * (place[None, :] <= place[:, None])
         actual = counted(tables, range(length), range(length), head)
         assert np.array_equal(actual.T if transposed else actual, expected)
+
+
+def test_lengths_that_are_about_the_same_share_their_tables() -> None:
+    branches = Branch(256, 1, (0,)), Branch(1000, 3, (0,)), Branch(None, 64, (0,))
+    spans = [roomy_span(branches, length) for length in range(1, 3000)]
+    assert all(length <= span <= length + length // 8 + 1 for length, span in enumerate(spans, start=1))
+    assert len(set(spans)) < 100
+    for end in (256, 1000):  # what one segment holds, one segment still holds
+        assert max(spans[:end]) == end
+    assert roomy_span(branches, 131_072) == 131_072
+    made = [known_tables(branches, True, False, roomy_span(branches, n), torch.device("cpu")) for n in (701, 704, 705)]
+    assert made[0] is made[1]
+    assert made[0] is not made[2]
 
 
 @settings(max_examples=40, deadline=None)

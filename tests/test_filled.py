@@ -182,6 +182,14 @@ def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not engine.fills_documents(card)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [(Full(), False), (Full() + Full(), False), (Dilated((16, 64), (1, 2)), True), (BLOCKS, True)],
+)
+def test_a_document_that_is_one_dense_call_is_left_as_it_is(pattern: Pattern, expected: bool) -> None:
+    assert build(pattern=pattern)._engine.fills_documents(torch.device("cuda")) is expected
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_waits_for_nothing_where_lengths_are_its_own() -> None:

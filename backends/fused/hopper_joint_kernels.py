@@ -11,14 +11,18 @@ Letters as in `addressing`.
 
 from __future__ import annotations
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import hopper_block_kernels as of_blocks
 from .addressing import AS_THEY_ARE, next_run
@@ -44,6 +48,22 @@ from .hopper_steps import where_met
 
 _PARTS = gl.constexpr(2)
 _HANDED = gl.constexpr(2)  # steps that a part may be ahead of the warps that add
+_SUM_BOXES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4))
+
+
+def box_of_sums(sums, rows, width):
+    """How so many rows of one head are found in sums (B, S, H, D); what reaches beyond them is not added."""
+    return TensorDescriptor.from_tensor(sums, [1, rows, 1, width], _SUM_BOXES.value)
+
+
+@builtin
+def _reduce(box, place, tile, _semantic=None):
+    """What Triton calls `tma.async_atomic_add` from 3.8 on."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, box.handle, place, tile.handle)
+
+
+_add_tile = getattr(tma, "async_atomic_add", _reduce)
 
 
 @gluon.constexpr_function
@@ -301,32 +321,37 @@ def _block_part(
 
 
 @gluon.jit
-def _add_block_queries(
-    given, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr,
-):  # fmt: skip
-    """Adds what both parts find in every step to dq of its columns."""
-    first_hand, second_hand, keys, blocks, base, stride, length = given
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, _sums_in_memory(BLOCK_D)))
+def _add_block_queries(given, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr):
+    """Adds what both parts find in every step to dq of its columns, by copies that go on beside the next step.
+
+    Columns of a step are neighbours here, so that one copy adds them, by TMA: those of a run may be far apart.
+    """
+    first_hand, second_hand, keys, blocks, sums, batch, head = given
+    tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, BLOCK_D], _SUM_BOXES)
     for number in range(blocks[5]):
-        rows = of_blocks.first_of_step(blocks, number, BLOCK, BLOCK_N) + offset
+        row = of_blocks.first_of_step(blocks, number, BLOCK, BLOCK_N)
         dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
         dq = _add_product(dq, first_hand, number, keys.index(0))
         dq = _add_product(dq, second_hand, number, keys.index(1))
-        _add_rows(base, rows, stride, rows < length, dq, HEAD_DIM, BLOCK_D, WIDE)
+        tile = tiles.index(number % 2)
+        tma.store_wait(1)  # for what was added from this tile
+        tile.reshape([BLOCK_N, BLOCK_D]).store(dq)
+        fence_async_shared()
+        _add_tile(sums, [batch, row, head, 0], tile)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients(
-    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums, dk_ptr, dv_ptr,
     head_table, starts, cols, biases, mask_ids, masks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `gradients`, over a table of blocks."""
+    """As `gradients`, over a table of blocks; `sums` is a `box_of_sums`."""
     head, batch, first, inside, blocks = of_blocks.place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
     )  # fmt: skip
@@ -344,12 +369,12 @@ def block_gradients(
     )  # fmt: skip
     levels_base = levels_ptr + (batch * num_heads + head) * q_len * LEVEL_COLUMNS
     feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), q_len)
-    add = (first_hand, second_hand, keys, blocks, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss, q_len)
+    add = (first_hand, second_hand, keys, blocks, sums, batch.to(gl.int32), head.to(gl.int32))
     gl.warp_specialize(
         [
             (_block_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
             (_block_part, ((ring, second_hand, ones, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_add_block_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, BLOCK)),
+            (_add_block_queries, (add, BLOCK_D, BLOCK_N, BLOCK)),
             (of_blocks.feed_blocks, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4, 4],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -15,7 +16,7 @@ from ..libraries import FP_FUSION
 from . import kernels
 from .runs import DeviceTables, Runs
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
-from .walks import make_tables
+from .walks import make_tables, roomy_span
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -38,6 +39,7 @@ OF_BLOCKS: Final[dict[Pass, tuple[str, str]]] = {
     "gradients": ("joint_kernels", "block_gradients"),
 }
 _BY_COLUMNS: Final = ("keys", "gradients")  # whose tiles are of keys
+_SUMS: Final = 5  # the place of the sums of dq among the tensors of gradients in one launch
 STATS_ROWS: Final = 64  # a program of the kernels that only read rows
 LEVEL_ROWS: Final = 256  # and of the one that only reads what is kept of them
 # From this many pairs a key on, reading all keys once more costs less than the running maximum that it saves.
@@ -129,6 +131,14 @@ def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(stride for x in strided for stride in x.stride()[:3])
 
 
+@lru_cache(maxsize=64)
+def known_tables(
+    branches: tuple[Branch, ...], is_causal: bool, transposed: bool, span: int, device: torch.device
+) -> DeviceTables:
+    """The tables for branches over positions below `span`, kept: lengths that are new at every call share them."""
+    return DeviceTables.of(make_tables(branches, is_causal=is_causal, transposed=transposed, span=span), device)
+
+
 class BranchPart:
     """All branches of a layout.
 
@@ -154,17 +164,14 @@ class BranchPart:
                 f"{MAX_POSITION:,}; use another backend"
             )
         self.name = ", ".join(branch_name(branch.segment_length, branch.stride) for branch in branches)
-        span = 0 if min(positions) < 0 else geometry.seq_len
+        span = 0 if min(positions) < 0 else roomy_span(branches, geometry.seq_len)
         self.passes = tiles.passes
         self._geometry = geometry
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=False)
         pairs = sum(branch_pairs(branch, geometry) for branch in branches)
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
-        by_rows, by_columns = (
-            DeviceTables.of(make_tables(branches, is_causal=geometry.is_causal, transposed=side, span=span), device)
-            for side in (False, True)
-        )
+        by_rows, by_columns = (known_tables(branches, geometry.is_causal, side, span, device) for side in (False, True))
         queries = geometry.q_offset, geometry.q_offset + geometry.q_len
         keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
         self._limits = (*queries, *keys)
@@ -296,6 +303,13 @@ class BlockPart:
         constants = {} if which in _BY_COLUMNS else {"ADDS": adds}
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
+        if which == "gradients":
+            sums = pointers[_SUMS]
+            box = import_module(".hopper_joint_kernels", __package__).box_of_sums(
+                sums, tile.columns, padded(sums.shape[3])
+            )
+            pointers = (*pointers[:_SUMS], box, *pointers[_SUMS + 1 :])
+            strided = tuple(x for x in strided if x is not sums)
         self._kernels[which][(tiles * query.shape[2], query.shape[0])](
             *pointers,
             *tables.tensors,

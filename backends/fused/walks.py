@@ -118,6 +118,16 @@ def period_of(branches: Sequence[Branch]) -> int:
     return math.lcm(1, *(branch.stride for branch in branches if branch.segment_length is None))
 
 
+def roomy_span(branches: Sequence[Branch], span: int) -> int:
+    """A bound of the positions below `span`, the same for others that are about as many, with which tables do for both.
+
+    Up to an eighth above, or where a segment ends: those that hold all positions then still do.
+    """
+    step = max(1 << span.bit_length() >> 4, 1)
+    ends = (branch.segment_length for branch in branches if branch.segment_length is not None)
+    return min([-(-span // step) * step, *(end for end in ends if end >= span)])
+
+
 def _repeats(branch: Branch, span: int) -> bool:
     """Whether a place modulo the rate is the position modulo the rate, in every segment that holds positions."""
     length = branch.segment_length

@@ -1,0 +1,5 @@
+"""Its compiler."""
+
+from typing import Any
+
+ir: Any

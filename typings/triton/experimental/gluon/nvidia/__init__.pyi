@@ -1,0 +1,1 @@
+"""What the host gives to kernels on NVIDIA's cards."""
