@@ -186,7 +186,10 @@ def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
     ("pattern", "expected"),
     [(Full(), False), (Full() + Full(), False), (Dilated((16, 64), (1, 2)), True), (BLOCKS, True)],
 )
-def test_a_document_that_is_one_dense_call_is_left_as_it_is(pattern: Pattern, expected: bool) -> None:
+def test_a_document_that_is_one_dense_call_is_left_as_it_is(
+    pattern: Pattern, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert build(pattern=pattern)._engine.fills_documents(torch.device("cuda")) is expected
 
 
