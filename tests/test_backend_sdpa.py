@@ -70,6 +70,26 @@ def test_other_shapes_than_those_of_the_known_length_are_not_planned_for(
         assert attention_ops(kernel, *shape) == FLASH, shape
 
 
+WITH_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch cannot index fake tensors of a card")
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", pytest.param("efficient", marks=WITH_CUDA)])
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(77, 300, 2), (300, 300, 8), (1, 5, 4)])
+def test_every_kernel_calls_its_operators_as_this_pytorch_has_them(
+    name: str, queries: int, keys: int, kv_heads: int
+) -> None:
+    """Without a card: what they return has the shapes and dtypes that core relies on."""
+    kernel: Any = SdpaBackend().build(request(num_kv_heads=kv_heads, backend_options={"sdpa": {"kernel": name}}))
+    with FakeTensorMode():
+        query, dout = (torch.empty(2, queries, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        key, value = (torch.empty(2, keys, kv_heads, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        piece = DensePiece(is_causal=queries == keys, scale=0.5)
+        out, lse = kernel.forward(query, key, value, piece)
+        grads = kernel.backward(dout, query, key, value, out, lse, piece)
+    assert [(x.shape, x.dtype) for x in (out, *grads)] == [(x.shape, x.dtype) for x in (query, query, key, value)]
+    assert (lse.shape, lse.dtype) == ((2, 8, queries), torch.float32)
+
+
 def test_cudnn_is_for_a_known_length_or_by_name() -> None:
     assert verdict("sdpa").kernel == "flash"
     assert verdict("sdpa", seq_len=4096).kernel == "cudnn"
