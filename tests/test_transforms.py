@@ -119,6 +119,7 @@ def test_compiled_gradients_of_padded_calls() -> None:
         assert torch.equal(a, e)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch 2.15's own, where forward mode is first used
 def test_what_cannot_be_transformed_is_refused() -> None:
     attention, (query, key, value) = build(), tensors(2)
     with pytest.raises(NotImplementedError, match="no second derivative"):
@@ -173,6 +174,7 @@ def test_a_vectorized_jacobian() -> None:
     assert torch.equal(jacobian(sums, key, vectorize=True), jacobian(sums, key))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
 @pytest.mark.parametrize("pattern", ALL, ids=repr)
 def test_second_derivatives_are_refused(pattern: Pattern, call: dict[str, Any]) -> None:
