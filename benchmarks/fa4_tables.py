@@ -36,7 +36,7 @@ def tables(case: BenchCase, device: str) -> Peer | None:
     by_rows, by_columns = (listed(blocks, device, transposed=side) for side in (False, True))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = _Attend.apply(query, key, value, by_rows, by_columns)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attend.apply(query, key, value, by_rows, by_columns)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
     return Peer("FA4 block tables", attend, kernel="flash-attn-4")

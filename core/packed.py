@@ -265,7 +265,7 @@ def attend_documents(
         out, lse = torch.ops.dilated_attention.attend_documents.default(*tensors, engine.key, tables, recompute)
         return out, lse
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out, lse = _AttendDocuments.apply(  # type: ignore[no-untyped-call]
+        out, lse = _AttendDocuments.apply(  # type: ignore[no-untyped-call, unused-ignore]
             query, key, value, (engine, stacks, seed, tables, recompute, key_padding_mask, cu_seqlens)
         )
         return out, lse

@@ -83,7 +83,7 @@ def transformed(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
 
 def apply(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:
     """`transformed`, outside a trace of torch.compile or as a node of its graph."""
-    out, lse = _Forward.apply(operators, *args)  # type: ignore[no-untyped-call]
+    out, lse = _Forward.apply(operators, *args)  # type: ignore[no-untyped-call, unused-ignore]
     return out, lse
 
 
@@ -132,7 +132,7 @@ class _Forward(torch.autograd.Function):
         query, key, value, *tensors, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(query) if dout is None else dout
         saved = (dout, dlse, query, key, value, out, lse, *tensors)
-        grads = _Backward.apply(ctx.operators, *saved, *ctx.rest)  # type: ignore[no-untyped-call]
+        grads = _Backward.apply(ctx.operators, *saved, *ctx.rest)  # type: ignore[no-untyped-call, unused-ignore]
         return (None, *grads, *(None,) * ctx.unused)
 
     @staticmethod

@@ -163,7 +163,7 @@ class RingEngine(Engine):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            out, lse = _RingAttend.apply(query, key, value, (self, recompute))  # type: ignore[no-untyped-call]
+            out, lse = _RingAttend.apply(query, key, value, (self, recompute))  # type: ignore[no-untyped-call, unused-ignore]
             return out, lse
         out, lse, _ = self.ring_forward(query, key, value)
         return out, lse

@@ -60,7 +60,7 @@ def draw_rows(
         row_ptr: (n + 1,), ascending; row i gets 1 to allowed[i] columns.
         cols: (row_ptr[n],), the result.
     """
-    taken = np.zeros(max(1, allowed.max()), dtype=np.bool_)
+    taken = np.zeros(max(1, int(allowed.max())), dtype=np.bool_)
     for i in range(rows.size):
         own, sample = rows[i], cols[row_ptr[i] : row_ptr[i + 1]]
         state = _hash(_hash(_hash(seed + _STEP) ^ np.uint64(heads[i])) ^ np.uint64(own))

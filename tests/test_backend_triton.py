@@ -194,11 +194,8 @@ def test_a_rare_branch_makes_no_tile_walk_whole_segments(monkeypatch: pytest.Mon
                 rows = start + np.arange(tile * period)
                 rows = rows[np.isin(rows % period, residues[first : first + size])]
                 for some in np.array_split(rows, size):
-                    met += (
-                        (np.stack([counted(tables, range(p, p + 1), range(length), 0)[0] for p in some]) > 0)
-                        .any(0)
-                        .sum()
-                    )
+                    counts = np.stack([counted(tables, range(p, p + 1), range(length), 0)[0] for p in some])
+                    met += int((counts > 0).any(0).sum())
         return met
 
     def tables_of(rates: tuple[Branch, ...]) -> Tables:
