@@ -43,7 +43,8 @@ def of_values(take: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Stack:
     """Documents of equal lengths at equal distances: one batched call on views, nothing copied.
 
-    Document i is `first` moved by i * row_step batch rows, i * q_step queries and i * kv_step keys.
+    Document i is `first` moved by i * row_step batch rows, i * q_step queries and i * kv_step keys. Where `lengths` are
+    given, it has so many tokens, and what follows them is computed in vain.
     """
 
     first: Document
@@ -51,6 +52,7 @@ class Stack:
     row_step: int = 0
     q_step: int = 0
     kv_step: int = 0
+    lengths: tuple[int, ...] | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         """The queries' part of x (B, S, H, D) as (count, q_len, H, D)."""
@@ -77,10 +79,6 @@ class Stack:
     def kv_len(self) -> int:
         """Keys of each."""
         return self.first.kv_len
-
-    @property
-    def lengths(self) -> None:
-        """Tokens of each, where they are fewer than it computes."""
 
     def gradient(self, x: Tensor) -> Tensor:
         """What comes home to `queries`."""

@@ -7,7 +7,7 @@ A length is then lowered (and compiled) for all documents that are about as long
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -18,6 +18,7 @@ from .documents import Document, Stack, of_values, stacked
 
 MOST_ADDED = 256  # tokens by which a document is filled up are fewer
 MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
+MOST_TOKENS = 1 << 16  # that are copied together: the copies of longer calls take no more memory
 _FINEST = 16
 _SHARE = 8  # of a document's length, at most, by which it is filled up
 
@@ -29,110 +30,113 @@ def filled_length(length: int) -> int:
 
 
 class _Places(NamedTuple):
-    """Where the tokens of copies come from: (count * length,) int64 over all batch rows.
+    """Where the tokens of copies come from: (N,) int64 over all batch rows.
 
     Attributes:
         queries: of each token; of the last one where a document has ended.
         keys: likewise.
         inside: the tokens of documents, counted over the copies.
-        beyond: (count, length, 1, 1) bool, where a document has ended.
+        homes: where the queries of these come from, and go home to.
+        key_homes: likewise their keys.
+        beyond: (1, N, 1, 1) bool, where a document has ended.
     """
 
     queries: Tensor
     keys: Tensor
     inside: Tensor
+    homes: Tensor
+    key_homes: Tensor
     beyond: Tensor
 
     @classmethod
-    def of(cls, documents: Sequence[Document], filled: int, device: torch.device, length: int) -> _Places:
-        """Of documents that are filled up, in batch rows of so many tokens."""
-        starts = [(d.row * length + d.q_start, d.row * length + d.kv_start, d.q_len) for d in documents]
-        query, key, lengths = torch.tensor(starts, dtype=torch.int64, device="cpu").unsqueeze(-1).unbind(1)
-        place = torch.arange(filled, device="cpu")
-        inside = (place < lengths).flatten().nonzero().squeeze(1)
-        place = torch.minimum(place, lengths - 1)
-        found = (query + place).flatten(), (key + place).flatten(), inside
+    def of(cls, batches: Sequence[tuple[Sequence[Document], int]], device: torch.device, length: int) -> _Places:
+        """Of documents that are filled up to the length of their batch, in batch rows of so many tokens."""
+        listed = [
+            (d.row * length + d.q_start, d.row * length + d.kv_start, d.q_len, filled)
+            for documents, filled in batches
+            for d in documents
+        ]
+        of_each = torch.tensor(listed, dtype=torch.int64, device="cpu")
+        filled = of_each[:, 3]
+        query, key, tokens, _ = of_each.repeat_interleave(filled, dim=0).unbind(1)
+        place = torch.arange(len(query), device="cpu") - (filled.cumsum(0) - filled).repeat_interleave(filled)
+        inside = (place < tokens).nonzero().squeeze(1)
+        place = torch.minimum(place, tokens - 1)
+        query, key = query + place, key + place
+        found = query, key, inside, query[inside], key[inside]
         together = torch.cat(found)
         if device.type == "cuda":  # from elsewhere, the host would wait for all that is queued before
             together = together.pin_memory()
         together = together.to(device, non_blocking=device.type == "cuda")
-        queries, keys, inside = torch.split(together, [len(x) for x in found])
+        queries, keys, inside, homes, key_homes = torch.split(together, [len(x) for x in found])
         beyond = torch.ones(len(queries), dtype=torch.bool, device=device).index_fill_(0, inside, False)
-        return cls(queries, keys, inside, beyond.view(len(documents), filled, 1, 1))
+        return cls(queries, keys, inside, homes, key_homes, beyond.view(1, -1, 1, 1))
 
 
 @attrs.frozen(eq=False)
 class Filled:
-    """Documents as one batched call on copies; the same protocol as `Stack`.
+    """Documents copied one behind the other, each filled up: (1, N, H, D), of which `stacks` are batches.
 
     Attributes:
-        documents: whose queries and keys are equally many.
-        length: of each copy.
+        batches: documents whose queries and keys are equally many, and the length of their copies.
     """
 
-    documents: tuple[Document, ...]
-    length: int
+    batches: tuple[tuple[tuple[Document, ...], int], ...]
     _places: dict[tuple[torch.device, int], _Places] = attrs.field(factory=dict, init=False, repr=False)
 
     @property
-    def q_len(self) -> int:
-        """Queries of each."""
-        return self.length
-
-    @property
-    def kv_len(self) -> int:
-        """Keys of each."""
-        return self.length
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each, which are fewer than it computes."""
-        return [document.q_len for document in self.documents]
+    def stacks(self) -> tuple[Stack, ...]:
+        """The batches, in the copies."""
+        start, stacks = 0, []
+        for documents, length in self.batches:
+            first = Document(0, start, length, start, length)
+            tokens = tuple(document.q_len for document in documents)
+            stacks.append(Stack(first, len(documents), q_step=length, kv_step=length, lengths=tokens))
+            start += length * len(documents)
+        return tuple(stacks)
 
     def queries(self, x: Tensor) -> Tensor:
-        """The queries' part of x (B, S, H, D) as (count, length, H, D)."""
+        """The queries' part of x (B, S, H, D)."""
         return self._taken(x, self._at(x.device, x.shape[1]).queries)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The keys' part of x (B, T, H, D) as (count, length, H, D)."""
+        """The keys' part of x (B, T, H, D)."""
         return self._taken(x, self._at(x.device, x.shape[1]).keys)
-
-    def query_values(self, x: Tensor) -> Tensor:
-        """The queries' part of x (B, H, S) as (count, H, length)."""
-        return of_values(self.queries, x)
 
     def gradient(self, x: Tensor) -> Tensor:
         """As `queries`, zeros where a document has ended: nothing is to come home from there."""
         return self._ended(x, 0.0)
 
     def value_gradient(self, x: Tensor) -> Tensor:
-        """As `query_values`, zeros where a document has ended."""
+        """As `gradient`, of x (B, H, S) as (1, H, N)."""
         return of_values(self.gradient, x)
 
     def row_lse(self, x: Tensor) -> Tensor:
-        """As `query_values`, +inf where a document has ended, so that p = exp(s - lse) is 0 there.
+        """Of lse (B, H, S) as (1, H, N), +inf where a document has ended, so that p = exp(s - lse) is 0 there.
 
         Such a row may see keys that the last token does not: by the lse of that one, p could be infinite there.
         """
         return of_values(lambda rows: self._ended(rows, math.inf), x)
 
     def put_queries(self, total: Tensor, part: Tensor) -> None:
-        """Write (count, length, H, D) to where it belongs in total (B, S, H, D), which is contiguous."""
+        """Write (1, N, H, D) to where it belongs in total (B, S, H, D), which is contiguous."""
         places = self._at(total.device, total.shape[1])
-        self._put(total.flatten(0, 1), part, places.queries, places.inside)
+        total.flatten(0, 1).index_copy_(0, places.homes, part[0].index_select(0, places.inside))
 
     def put_keys(self, total: Tensor, part: Tensor) -> None:
         """As `put_queries`, to total (B, T, H, D)."""
         places = self._at(total.device, total.shape[1])
-        self._put(total.flatten(0, 1), part, places.keys, places.inside)
+        total.flatten(0, 1).index_copy_(0, places.key_homes, part[0].index_select(0, places.inside))
 
     def put_values(self, total: Tensor, part: Tensor) -> None:
-        """Write (count, H, length) to where it belongs in total (B, H, S)."""
+        """Write (1, H, N) to where it belongs in total (B, H, S)."""
         length = total.shape[2]
         places = self._at(total.device, length)
-        to = places.queries.index_select(0, places.inside)
-        values = part.transpose(1, 2).flatten(0, 1).index_select(0, places.inside)
-        total.transpose(1, 2)[to // length, to % length] = values
+        values = part[0].index_select(1, places.inside)
+        if total.shape[0] == 1:
+            total[0].index_copy_(1, places.homes, values)
+        else:
+            total.transpose(1, 2)[places.homes // length, places.homes % length] = values.transpose(0, 1)
 
     def _ended(self, x: Tensor, value: float) -> Tensor:
         """As `queries`, with this value where a document has ended."""
@@ -144,17 +148,13 @@ class Filled:
             taken = (x[0] if batch == 1 else x.flatten(0, 1)).index_select(0, places)
         else:
             taken = x[places // length, places % length]
-        return taken.view(len(self.documents), self.length, *x.shape[2:])
-
-    @staticmethod
-    def _put(total: Tensor, part: Tensor, places: Tensor, inside: Tensor) -> None:
-        total.index_copy_(0, places.index_select(0, inside), part.flatten(0, 1).index_select(0, inside))
+        return taken.unsqueeze(0)
 
     def _at(self, device: torch.device, length: int) -> _Places:
         """For tensors of so many tokens a batch row on that device."""
         key = device, length
         if key not in self._places:
-            self._places[key] = _Places.of(self.documents, self.length, *key)
+            self._places[key] = _Places.of(self.batches, *key)
         return self._places[key]
 
 
@@ -170,11 +170,28 @@ def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
             alike.setdefault(filled_length(document.kv_len), []).append(document)
         else:
             others.append(document)
-    groups: list[Stack | Filled] = [*stacked(others)]
+    found: list[Stack | Filled] = [*stacked(others)]
+    batches: list[tuple[tuple[Document, ...], int]] = []
     for length, group in alike.items():
         exact = stacked(group)
         if len(exact) == 1 and exact[0].q_len == length:
-            groups.append(exact[0])
+            found.append(exact[0])
         else:
-            groups += [Filled(tuple(group[i : i + MOST_ROWS]), length) for i in range(0, len(group), MOST_ROWS)]
-    return tuple(groups)
+            most = max(1, min(MOST_ROWS, MOST_TOKENS // length))
+            batches += [(tuple(group[i : i + most]), length) for i in range(0, len(group), most)]
+    return (*found, *_together(batches))
+
+
+def _together(batches: Sequence[tuple[tuple[Document, ...], int]]) -> Iterator[Filled]:
+    """As few copies as hold no more than `MOST_TOKENS` each."""
+    taken: list[tuple[tuple[Document, ...], int]] = []
+    tokens = 0
+    for batch in batches:
+        more = len(batch[0]) * batch[1]
+        if taken and tokens + more > MOST_TOKENS:
+            yield Filled(tuple(taken))
+            taken, tokens = [], 0
+        taken.append(batch)
+        tokens += more
+    if taken:
+        yield Filled(tuple(taken))

@@ -63,24 +63,24 @@ def _forward(
     stacks: Stacks,
     seed: Tensor | None,
     tables: Tables,
+    *,
+    calls: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, S, H, D) and lse (B, H, S), contiguous."""
+    """Return out (B, S, H, D) and lse (B, H, S), contiguous; counters count `calls` more."""
     batch, length, heads, _ = query.shape
     out = query.new_zeros(query.shape)
     dtype = accumulator_dtype(query.dtype)
     lse = torch.full((batch, heads, length), -math.inf, dtype=dtype, device=query.device)
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
-        part, part_lse = engine.forward(
-            stack.queries(query),
-            stack.keys(key),
-            stack.keys(value),
-            stack.kv_len - stack.q_len,
-            0,
-            own_seed,
-            None if tables is None else tables[i],
-            calls=int(i == 0),
-            lengths=stack.lengths,
-        )
+        taken = stack.queries(query), stack.keys(key), stack.keys(value)
+        own_calls = calls if i == 0 else 0
+        if isinstance(stack, Filled):
+            part, part_lse = _forward(engine, *taken, stack.stacks, None, None, calls=own_calls)
+        else:
+            own_tables = None if tables is None else tables[i]
+            part, part_lse = engine.forward(
+                *taken, stack.kv_len - stack.q_len, 0, own_seed, own_tables, calls=own_calls, lengths=stack.lengths
+            )
         stack.put_queries(out, part)
         stack.put_values(lse, part_lse)
     return out, lse
@@ -98,13 +98,15 @@ def _backward(
     stacks: Stacks,
     seed: Tensor | None,
     tables: Tables,
+    *,
+    calls: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv, contiguous; without `out` and `lse` they are computed again."""
+    """Return dq, dk and dv, contiguous; without `out` and `lse` they are computed again. `calls` as for `_forward`."""
     if out is None or lse is None:  # activation checkpointing
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
-        grads = engine.backward(
+        taken = (
             stack.gradient(dout),
             None if dlse is None else stack.value_gradient(dlse).contiguous(),
             stack.queries(query),
@@ -112,13 +114,15 @@ def _backward(
             stack.keys(value),
             stack.queries(out),
             stack.row_lse(lse).contiguous(),
-            stack.kv_len - stack.q_len,
-            0,
-            own_seed,
-            None if tables is None else tables[i],
-            calls=int(i == 0),
-            lengths=stack.lengths,
         )
+        own_calls = calls if i == 0 else 0
+        if isinstance(stack, Filled):
+            grads = _backward(engine, *taken, stack.stacks, None, None, calls=own_calls)
+        else:
+            own_tables = None if tables is None else tables[i]
+            grads = engine.backward(
+                *taken, stack.kv_len - stack.q_len, 0, own_seed, own_tables, calls=own_calls, lengths=stack.lengths
+            )
         stack.put_queries(dq, grads[0])
         stack.put_keys(dk, grads[1])
         stack.put_keys(dv, grads[2])
@@ -311,8 +315,6 @@ def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stac
     """The blocks that a gate chooses in each stack."""
     if gate is None:
         return None
-    shifts = [stack.kv_len - stack.q_len for stack in stacks]
     query, key = query.detach(), key.detach()
-    return [
-        gate(stack.queries(query), stack.keys(key), q_offset=shift) for stack, shift in zip(stacks, shifts, strict=True)
-    ]
+    whole = [stack for stack in stacks if isinstance(stack, Stack)]  # all: what a gate chooses keeps no prefixes
+    return [gate(stack.queries(query), stack.keys(key), q_offset=stack.kv_len - stack.q_len) for stack in whole]

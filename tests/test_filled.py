@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.filled import MOST_ROWS, Filled, filled, filled_length
+from dilated_attention.core.filled import MOST_ROWS, MOST_TOKENS, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
@@ -133,6 +134,19 @@ def exactly(pattern: Pattern, mask: torch.Tensor | None, bounds: torch.Tensor | 
     return attention
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_copies_of_few_tokens_give_the_same(always: None, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, bounds = CASES[case]
+    shape = (1, 171) if mask is None else (len(ROWS), 70)
+    tensors = batch_of(*shape, dtype=torch.float64)
+    attention = build(pattern=BLOCKS, dtype="float64")
+    whole = five(attention, tensors, mask, bounds)
+    monkeypatch.setattr("dilated_attention.core.filled.MOST_TOKENS", 64)
+    assert len(filled(read_documents(mask, bounds, shape[1], shape[1]))) > 2
+    for name, a, e in zip(NAMES, five(attention, tensors, mask, bounds), whole, strict=True):
+        assert torch.equal(a, e), name
+
+
 def test_lengths_that_are_alike_are_lowered_once(always: None) -> None:
     """And strided tensors, as of one projection for all three, need no copy of theirs."""
     attention = build(pattern=BLOCKS, num_kv_heads=4, scale=0.3)
@@ -236,10 +250,15 @@ def test_padded_rows_of_any_strides_are_not_copied_whole(always: None) -> None:
 def test_a_pass_finds_a_length_once(always: None) -> None:
     attention = build(pattern=BLOCKS, dtype="float64", scale=0.55)
     five(attention, batch_of(1, 171, dtype=torch.float64), None, BOUNDS)
-    lengths = filled(read_documents(None, BOUNDS, 171, 171))
+    lengths = {stack.kv_len for stack in batches(filled(read_documents(None, BOUNDS, 171, 171)))}
     counters = attention.counters().layouts
-    assert counters.misses == len(lengths)
+    assert counters.misses == len(lengths) > 1
     assert counters.hits == len(lengths)  # of the backward
+
+
+def batches(of: Sequence[Stack | Filled]) -> list[Stack]:
+    """All of them, in copies or not."""
+    return [stack for x in of for stack in (x.stacks if isinstance(x, Filled) else (x,))]
 
 
 def test_what_is_not_filled_up() -> None:
@@ -249,7 +268,10 @@ def test_what_is_not_filled_up() -> None:
         Document(0, 41, 5, 41, 9),
         Document(0, 50, 90, 50, 90),
     ]
-    assert [(type(x), x.kv_len) for x in filled(of)] == [(Stack, 9), (Filled, 32), (Filled, 96)]
+    alone, together = filled(of)
+    assert alone == Stack(of[2])
+    assert isinstance(together, Filled)
+    assert [(stack.kv_len, stack.lengths) for stack in together.stacks] == [(32, (20, 21)), (96, (90,))]
     assert filled(of[:1]) == (Stack(of[0]),)
     same = [Document(0, 32 * i, 32, 32 * i, 32) for i in range(3)]
     assert filled([*same, Document(0, 96, 33, 96, 33)])[0] == Stack(same[0], 3, 0, 32, 32)
@@ -259,7 +281,23 @@ def test_a_batch_is_no_larger_than_a_launch_can_be() -> None:
     """Very many short documents, one token and two by turns, are several batches."""
     bounds = torch.cumsum(torch.tensor([0, *(1, 2) * 40_000]), 0)
     of = filled(read_documents(None, bounds, 120_000, 120_000))
-    assert [len(x.documents) for x in of if isinstance(x, Filled)] == [MOST_ROWS, 80_000 - MOST_ROWS]
+    assert sum(stack.count for stack in batches(of)) == 80_000
+    for stack in batches(of):
+        assert stack.count <= MOST_ROWS
+        assert stack.count * stack.kv_len <= MOST_TOKENS
+    assert len(of) == len(batches(of)) == 80_000 * 16 // MOST_TOKENS + 1
+
+
+def test_copies_are_bounded_and_few() -> None:
+    """Of long documents one by one, of short ones as many as fit, in whole batches."""
+    lengths = [*range(100, 1500, 10), 200_000, 100, *range(4100, 9000, 100)]
+    bounds = torch.tensor([0, *np.cumsum(lengths)])
+    of = filled(read_documents(None, bounds, int(bounds[-1]), int(bounds[-1])))
+    copies = [x for x in of if isinstance(x, Filled)]
+    tokens = [sum(stack.count * stack.kv_len for stack in x.stacks) for x in copies]
+    assert all(few <= MOST_TOKENS or len(x.stacks) == 1 for few, x in zip(tokens, copies, strict=True))
+    assert sum(tokens) < 1.13 * sum(lengths)
+    assert len(copies) <= 2 + 2 * sum(lengths) // MOST_TOKENS
 
 
 def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
