@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import DensePiece
+from ..core.kernel import DenseKernel, DensePiece
 
 _aten = torch.ops.aten
 _Grads = tuple[Tensor, Tensor, Tensor]
@@ -89,23 +89,20 @@ class CudaCudnn:
     """cuDNN's fused attention: bfloat16 and float16 on sm_90 and newer, head_dim a multiple of 8 up to 128.
 
     It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2. So
-    do rectangles that are none of `shapes`: for every new one cuDNN plans first, for 30 to 70 ms, for which generation
-    would wait at every token.
-
-    Attributes:
-        shapes: how many queries and keys it is for; None for any.
+    do calls of other lengths than the one that an attention is built for: for all sizes and strides that it has not
+    met, cuDNN plans first, for 30 to 70 ms, for which generation would wait at every token.
     """
 
     name: str = "cudnn"
-    shapes: frozenset[tuple[int, int]] | None = None
 
-    def _takes(self, query: Tensor, key: Tensor) -> bool:
-        shape = query.shape[1], key.shape[1]
-        return shape != (1, 1) and (self.shapes is None or shape in self.shapes)
+    @property
+    def other_lengths(self) -> DenseKernel:
+        """As `ForOneLength`."""
+        return CudaFlash()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
-        if not self._takes(query, key):
+        if query.shape[1] == key.shape[1] == 1:
             return CudaFlash().forward(query, key, value, piece)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
             *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, False, scale=piece.scale
@@ -116,7 +113,7 @@ class CudaCudnn:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
-        if not self._takes(query, key):
+        if query.shape[1] == key.shape[1] == 1:
             return CudaFlash().backward(dout, query, key, value, out, lse, piece)
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(

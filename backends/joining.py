@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core.kernel import ForOneLength
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ _Variant = tuple[str, int, int, torch.dtype, torch.device]
 
 def joining(kernel: DenseKernel) -> DenseKernel:
     """The kernel with `Joins` besides, where Triton is installed and finds what it compiles its launchers with."""
-    return JoiningKernel(kernel) if can_compile() else kernel
+    if not can_compile():
+        return kernel
+    if isinstance(kernel, ForOneLength):
+        return JoiningForOneLength(kernel, JoiningKernel(kernel.other_lengths))
+    return JoiningKernel(kernel)
 
 
 @attrs.frozen
@@ -113,6 +118,17 @@ class JoiningKernel:
                 **FP_FUSION,
             )
         self._launched.add(_variant(name, results[0], len(places)))
+
+
+@attrs.frozen
+class JoiningForOneLength(JoiningKernel):
+    """A `JoiningKernel` whose kernel is a `ForOneLength`.
+
+    Attributes:
+        other_lengths: as that says.
+    """
+
+    other_lengths: DenseKernel
 
 
 def _variant(name: str, like: Tensor, count: int) -> _Variant:

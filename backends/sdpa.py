@@ -9,11 +9,8 @@ import torch
 
 from ..core.checks import require_choice
 from ..core.errors import ConfigError
-from ..core.geometry import Geometry
 from ..core.kernel import DenseKernel
-from ..core.lowering import split
 from ..core.refusal import Refusal
-from ..core.schedule import schedule
 from ..registry.specs import compute_capability
 from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
 from .joining import joining
@@ -58,8 +55,7 @@ class SdpaBackend:
             return CpuFlash()
         for name in names:
             if not any(_kernel_refusals(name, request)):
-                kernel = CudaCudnn(shapes=_shapes(request)) if name == "cudnn" else _CUDA_KERNELS[name]
-                return joining(kernel)
+                return joining(_CUDA_KERNELS[name])
         raise ConfigError("sdpa was asked to build what it refused")
 
 
@@ -74,22 +70,12 @@ def _forced_kernel(request: Request) -> str | None:
 
 
 def _candidates(request: Request) -> list[str]:
-    """The CUDA kernels to choose among: the forced one, or all; without cuDNN, which plans anew, for any length."""
+    """The CUDA kernels to choose among: the forced one, or all, cuDNN's where it would get calls (`ForOneLength`)."""
     forced = _forced_kernel(request)
     if forced is not None:
         return [forced]
-    return [name for name in _CUDA_KERNELS if name != "cudnn" or request.config.seq_len is not None]
-
-
-def _shapes(request: Request) -> frozenset[tuple[int, int]] | None:
-    """Queries and keys of the rectangles of a call of the known length; None for any, also where ranks have shares."""
-    config = request.config
-    if config.seq_len is None or "context_parallel" in request.needs:
-        return None
-    length, heads, kv_heads = config.seq_len, config.num_heads, config.kv_heads
-    geometry = Geometry(q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=config.is_causal)
-    branches, _ = split(request.pattern, geometry)
-    return frozenset((call.query.count, call.key.count) for call in schedule(branches, geometry).calls)
+    has_one_length = request.config.seq_len is not None and "branch" in request.needs["layouts"]
+    return [name for name in _CUDA_KERNELS if name != "cudnn" or has_one_length]
 
 
 def _is_served(arch: str, served: list[str]) -> bool:

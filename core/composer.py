@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -22,10 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from .joining import are_joined, launches_of
-from .kernel import WIDENING, DenseKernel, DensePiece, Joins
+from .kernel import WIDENING, DenseKernel, DensePiece, ForOneLength, Joins
 from .schedule import Call, Rows, Schedule
 from .slabs import Slab, is_stack, slabs_of, stacks_by_rows
 from .tracing import span
+
+if TYPE_CHECKING:
+    from .config import AttentionConfig
 
 _JOINING = "pieces joined"
 
@@ -360,3 +364,24 @@ class Composer:
             lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
             self._pieces[call.is_causal],
         )
+
+
+@attrs.frozen
+class Composers:
+    """A `Composer` for calls of the length that an attention is built for, and one for all others."""
+
+    seq_len: int | None
+    own: Composer
+    others: Composer
+
+    @classmethod
+    def of(cls, kernel: DenseKernel, scale: float, config: AttentionConfig) -> Composers:
+        """Of the kernel that a backend built."""
+        own = others = Composer(kernel, scale, config.deterministic)
+        if isinstance(kernel, ForOneLength) and config.seq_len is not None:
+            others = attrs.evolve(own, kernel=kernel.other_lengths)
+        return cls(config.seq_len, own, others)
+
+    def for_call(self, q_len: int, kv_len: int) -> Composer:
+        """That of a call of so many queries and keys, over all ranks."""
+        return self.own if q_len == kv_len == self.seq_len else self.others

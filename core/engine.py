@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .block_product import BlockProduct
 from .cache import ByteLRU
-from .composer import Composer, delta_of, merge_, widen_rows
+from .composer import Composers, delta_of, merge_, widen_rows
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
@@ -76,9 +76,9 @@ class Engine:
         self.scale = config.scale if config.scale is not None else 1.0 / math.sqrt(config.head_dim)
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self._layout_kernel: LayoutKernel | None = kernel if takes_layout else None  # type: ignore[assignment]
-        self._composer: Composer | None = None
+        self._composers: Composers | None = None
         if not takes_layout:
-            self._composer = Composer(kernel, self.scale, config.deterministic)  # type: ignore[arg-type]
+            self._composers = Composers.of(kernel, self.scale, config)  # type: ignore[arg-type]
         self.has_dlse = has_dlse
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], Program] = ByteLRU(config.limits.pattern_cache_bytes)
@@ -132,7 +132,7 @@ class Engine:
         config = self.config
         branches, rest = split(self.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
         is_whole = [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
-        return self._composer is not None and rest is None and is_whole
+        return self._composers is not None and rest is None and is_whole
 
     @cached_property
     def _lowers_to_blocks(self) -> bool:
@@ -277,13 +277,14 @@ class Engine:
         if self._layout_kernel is not None:
             out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
-        assert self._composer is not None
+        assert self._composers is not None
+        composer = self._composers.for_call(query.shape[1], key.shape[1])
         if program.blocks is None:
-            out, lse = self._composer.forward(query, key, value, program.schedule)
+            out, lse = composer.forward(query, key, value, program.schedule)
         else:
             out, lse = program.blocks.forward(query, key, value)
             if program.schedule.calls:
-                dense, dense_lse = self._composer.forward(query, key, value, program.schedule)
+                dense, dense_lse = composer.forward(query, key, value, program.schedule)
                 merge_(out, lse, dense, dense_lse)
         if out.dtype != query.dtype:
             out = out.to(query.dtype)
@@ -336,19 +337,18 @@ class Engine:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._composer is not None
+        assert self._composers is not None
+        composer = self._composers.for_call(query.shape[1], key.shape[1])
         if program.blocks is not None or program.schedule.cover == 0:
             lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
         grads = None
         if program.schedule.calls:
             if dlse is None:
-                grads = self._composer.backward(dout, query, key, value, out, lse, program.schedule)
+                grads = composer.backward(dout, query, key, value, out, lse, program.schedule)
             else:
                 wide_dout, wide_query, wide_out = widen_rows(dout, dlse, query, out)
                 wide_key, wide_value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
-                wide = self._composer.backward(
-                    wide_dout, wide_query, wide_key, wide_value, wide_out, lse, program.schedule
-                )
+                wide = composer.backward(wide_dout, wide_query, wide_key, wide_value, wide_out, lse, program.schedule)
                 dq, dk, dv = (grad[..., : query.shape[3]] for grad in wide)
                 grads = dq, dk, dv
         if program.blocks is not None:

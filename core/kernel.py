@@ -116,6 +116,18 @@ class Joins(Protocol):
         """Write the sum (B, S, H, D) of the pieces; rows in none get 0."""
 
 
+@runtime_checkable
+class ForOneLength(Protocol):
+    """What a `DenseKernel` may be: one that prepares for every new shape of tensors, longer than most calls take.
+
+    Where an attention was built for a `seq_len`, it gets the calls of that length alone.
+    """
+
+    @property
+    def other_lengths(self) -> DenseKernel:
+        """What gets all others."""
+
+
 class LayoutKernel(Protocol):
     """Computes a whole `LayoutPiece`; same shapes as `DenseKernel`, rows without keys give out 0 and lse -inf.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.cache import ByteLRU
-from ..core.composer import Composer
+from ..core.composer import Composers
 from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError
@@ -101,7 +101,7 @@ class RingEngine(Engine):
         traits: dict[str, Any] = {"has_dlse": has_dlse, "call_axes": frozenset(), **names}
         super().__init__(config, pattern, kernel, takes_layout=isinstance(kernel, RingKernel), **traits)
         if isinstance(kernel, RingKernel):
-            self._composer = Composer(kernel.dense, self.scale, config.deterministic)
+            self._composers = Composers.of(kernel.dense, self.scale, config)
         self.local_axes = call_axes
         self.communicator = communicator
         self.plan_key = self.key
@@ -220,8 +220,9 @@ class RingEngine(Engine):
         self, shards: Shards, hops: bool, device: torch.device, sent: tuple[IntArray, ...] | None
     ) -> _Program:
         limits, rank, kernel = self.config.limits, self.communicator.rank, self.kernel
-        assert self._composer is not None
-        compute = Compute(self._composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
+        assert self._composers is not None
+        composer = self._composers.for_call(shards.seq_len, shards.seq_len)
+        compute = Compute(composer, device, getattr(torch, self.config.dtype), limits.workspace_bytes)
         if isinstance(kernel, RingKernel):
             compute = attrs.evolve(compute, layout_kernel=kernel.layout, takes_staged=kernel.takes_staged)
         selective = travelling = None

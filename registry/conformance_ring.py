@@ -82,9 +82,10 @@ def staged_blocks(subject: Subject) -> Iterator[Finding]:
 def _compute(subject: Subject) -> Compute:
     """How a ring computes with the kernel that was built."""
     engine: Any = subject.attention._engine
-    composer, whole = engine._composer, None
-    if composer is None:
+    if engine._composers is None:
         composer, whole = Composer(ExactDense(), engine.scale, subject.case.deterministic), engine.kernel
+    else:
+        composer, whole = engine._composers.own, None
     return Compute(composer, torch.device(subject.case.device), subject.torch_dtype, Limits().workspace_bytes, whole)
 
 

@@ -77,8 +77,10 @@ def select(request: Request, registry: Registry) -> Selection:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
         chosen = chosen if chosen.accepts else None
-    if chosen is not None and (kernel := _kernel_at_a_length(chosen, request)) not in ("", chosen.kernel):
-        at_a_length[chosen.registered.spec.name] = f"would take its kernel {kernel!r} if seq_len were given"
+    if chosen is not None and not any(at_a_length.values()):
+        kernel = _kernel_at_a_length(chosen, request)
+        if kernel not in ("", chosen.kernel):
+            at_a_length[chosen.registered.spec.name] = f"would take its kernel {kernel!r} if seq_len were given"
     companion = None
     if chosen is not None and _needs_companion(chosen.registered.spec, request):
         ranked, more = registry.rank(request, dense)
@@ -109,7 +111,10 @@ def _first_at_a_length(request: Request, registry: Registry, usable: Sequence[Ba
 
 def _kernel_at_a_length(verdict: Verdict, request: Request) -> str:
     """Which kernel an accepting backend would take if the length were known; "" where it is, or where it refuses."""
-    return "" if request.config.seq_len is not None else judge(verdict.registered, _at_a_length(request)).kernel
+    try:
+        return "" if request.config.seq_len is not None else judge(verdict.registered, _at_a_length(request)).kernel
+    except ConfigError:  # at a length that nobody has asked for
+        return ""
 
 
 def _told(row: BackendRow, what: str) -> BackendRow:

@@ -222,7 +222,11 @@ class Request:
 
 
 class Backend(Protocol):
-    """The target of a `BackendSpec`. It is asked only about requests that its capabilities admit."""
+    """The target of a `BackendSpec`. It is asked only about requests that its capabilities admit.
+
+    `refusals` and `pin` are asked about others than the user's too: what would be near it and, where no seq_len is
+    given, what a length would change.
+    """
 
     def refusals(self, request: Request) -> Iterable[Refusal]:
         """Every finer reason against this request; none means that it will be computed exactly."""

@@ -34,7 +34,9 @@ POINTERS = {
     "masks": "*u8",
     "biases": "*fp32",
 }
-BOXES = {"sums": "fp32[1, 64, 1, 64],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)"}
+BOXES = {
+    "sums": "fp32[1, {BLOCK_N}, 1, {BLOCK_D}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)"
+}
 FLOATS = ("scale", "grad_scale")
 ALIGNED = ("num_heads", "q_high", "k_high", "period")  # multiples of 16, as of any length that is measured
 
@@ -50,7 +52,7 @@ def kernel(folder: str, module: str, name: str) -> Any:
 def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers: int) -> tuple[int, str]:
     """Bytes of shared memory, and what ptxas says of it."""
     kinds = {name: POINTERS.get(name, "fp32" if name in FLOATS else "i32") for name in fn.arg_names}
-    kinds |= {name: f"tensordesc<{BOXES[name]}>" for name in kinds if name in BOXES}
+    kinds |= {name: f"tensordesc<{BOXES[name].format(**constants)}>" for name in kinds if name in BOXES}
     signature = kinds | dict.fromkeys(constants, "constexpr")
     values = {(i,): constants[name] for i, name in enumerate(fn.arg_names) if name in constants}
     divisible = {

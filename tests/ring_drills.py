@@ -164,7 +164,9 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
     elif late == "while preparing":
         RankProgram.read = sudden[how]  # type: ignore[method-assign]
     elif how == "raise":
-        object.__setattr__(ring_engine(attention)._composer, "_kernel", FailingKernel())
+        composers = ring_engine(attention)._composers
+        assert composers is not None
+        object.__setattr__(composers.others, "_kernel", FailingKernel())
     else:
         sudden[how]()
 

@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels `sdpa` takes on a card: cuDNN's for the shapes of a known length, no other."""
+"""Which of PyTorch's kernels `sdpa` takes on a card: cuDNN's for calls of a known length, and no others."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dilated_attention import Dilated, Full, Pattern
+from dilated_attention import AttentionConfig, Dilated, Full, Local, Pattern
+from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.backends.sdpa import SdpaBackend
-from dilated_attention.core.kernel import DensePiece
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.kernel import CALL_AXES, DensePiece, ForOneLength, Joins
+from dilated_attention.core.ops import attend, intern
+from dilated_attention.core.packed import attend_documents
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.selection import select
 
@@ -51,25 +56,6 @@ def attention_ops(kernel: Any, queries: int, keys: int) -> list[str]:
 CUDNN, FLASH = ([f"{name}_attention", f"{name}_attention_backward"] for name in ("cudnn", "flash"))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "shapes", "others"),
-    [
-        (Full(), [(1000, 1000)], [(999, 999), (1, 1000), (1, 1), (1000, 999)]),
-        (Dilated((300, 1000), (1, 2)), [(300, 300), (100, 100), (500, 500)], [(200, 200), (1, 300), (1000, 1000)]),
-    ],
-    ids=str,
-)
-def test_other_shapes_than_those_of_the_known_length_are_not_planned_for(
-    pattern: Pattern, shapes: list[tuple[int, int]], others: list[tuple[int, int]]
-) -> None:
-    kernel = SdpaBackend().build(request(pattern=pattern, seq_len=1000))
-    assert kernel.name == "cudnn"
-    for shape in shapes:
-        assert attention_ops(kernel, *shape) == CUDNN, shape
-    for shape in others:
-        assert attention_ops(kernel, *shape) == FLASH, shape
-
-
 WITH_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch cannot index fake tensors of a card")
 
 
@@ -94,11 +80,70 @@ def test_cudnn_is_for_a_known_length_or_by_name() -> None:
     assert verdict("sdpa").kernel == "flash"
     assert verdict("sdpa", seq_len=4096).kernel == "cudnn"
     assert verdict("sdpa", seq_len=4096, head_dim=256).kernel == "flash"
+    assert verdict("sdpa", seq_len=4096, pattern=Local(64)).kernel == "flash"  # core's blocks, which no kernel sees
     named: dict[str, Any] = {"backend_options": {"sdpa": {"kernel": "cudnn"}}}
     assert verdict("sdpa", **named).kernel == "cudnn"
-    kernel = SdpaBackend().build(request(**named))
-    assert attention_ops(kernel, 77, 300) == CUDNN
-    assert attention_ops(kernel, 1, 1) == FLASH
+
+
+def test_other_lengths_are_not_planned_for() -> None:
+    kernel: Any = SdpaBackend().build(request(seq_len=1000))
+    assert isinstance(kernel, ForOneLength)
+    assert attention_ops(kernel, 1000, 1000) == CUDNN
+    assert attention_ops(kernel, 1, 1) == attention_ops(kernel.other_lengths, 999, 999) == FLASH
+    assert isinstance(kernel.other_lengths, Joins) is isinstance(kernel, Joins)
+    assert not isinstance(SdpaBackend().build(request()), ForOneLength)
+
+
+class Told:
+    """Computes as the CPU's kernel, and tells of every piece."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told, self.kernel = name, told, CpuFlash()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        self.told.append(self.name)
+        return self.kernel.forward(query, key, value, piece)
+
+    def backward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.told.append(self.name)
+        return self.kernel.backward(*args)
+
+
+class ToldOfOne(Told):
+    """For one length."""
+
+    @property
+    def other_lengths(self) -> Told:
+        return Told("other", self.told)
+
+
+@pytest.mark.parametrize("seq_len", [64, None])
+@pytest.mark.parametrize("pattern", [Full(), Dilated((16, 32), (1, 2)), Dilated((16, 32), (1, 2)) + Local(5)], ids=str)
+def test_a_kernel_for_one_length_gets_calls_of_that_alone(pattern: Pattern, seq_len: int | None) -> None:
+    """Also where others have the same segments, several at a time or fewer: all that they need is another number."""
+    told: list[str] = []
+    config = AttentionConfig(num_heads=2, head_dim=8, pattern=pattern, is_causal=True, seq_len=seq_len)
+    traits: dict[str, Any] = {"takes_layout": False, "has_dlse": True, "call_axes": frozenset(CALL_AXES)}
+    engine = intern(Engine(config, pattern, ToldOfOne("own", told), **traits))
+
+    def kernels_of(length: int, bounds: list[int] | None = None) -> set[str]:
+        told.clear()
+        query, key, value = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
+        if bounds is None:
+            rest: dict[str, Any] = {"q_offset": 0, "kv_offset": 0, "seed": None, "tables": None, "recompute": False}
+            out, _ = attend(query, key, value, engine, **rest)
+        else:
+            of_call: dict[str, Any] = {"key_padding_mask": None, "cu_seqlens": torch.tensor(bounds)}
+            out, _ = attend_documents(query, key, value, engine, seed=None, gate=None, recompute=False, **of_call)
+        out.sum().backward()  # type: ignore[no-untyped-call]
+        return set(told)
+
+    others = {"own" if seq_len is None else "other"}
+    assert kernels_of(64) == {"own"}
+    for length in (16, 32, 63, 128):
+        assert kernels_of(length) == others
+    assert kernels_of(64, [0, 16, 48, 64]) == others
+    assert kernels_of(128, [0, 64, 128]) == {"own"}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +152,7 @@ def test_cudnn_is_for_a_known_length_or_by_name() -> None:
         ({}, "would take its kernel 'cudnn' if seq_len were given"),
         ({"seq_len": 4096}, ""),
         ({"head_dim": 256}, ""),
+        ({"pattern": Local(64)}, ""),
         ({"backend_options": {"sdpa": {"kernel": "flash"}}}, ""),
     ],
 )
@@ -115,3 +161,10 @@ def test_the_plan_says_that_a_length_would_bring_another_kernel(fields: dict[str
     (row,) = (row for row in rows if row.name == "sdpa")
     assert row.status == "chosen"
     assert row.detail == told
+
+
+def test_a_backend_that_is_chosen_anyway_needs_no_length() -> None:
+    rows = select(request(seq_len=None), default_registry()).rows
+    details = {row.name: row.detail for row in rows}
+    assert [row.name for row in rows if row.status == "chosen"] == ["sdpa"]
+    assert details["sdpa"] == "would take its kernel 'cudnn' if seq_len were given"

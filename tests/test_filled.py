@@ -198,13 +198,14 @@ def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [(Full(), False), (Full() + Full(), False), (Dilated((16, 64), (1, 2)), True), (BLOCKS, True)],
+    [(Full(), False), (Full() + Full(), False), (Full() + BLOCKS, True), (Dilated((16,), (1,)), True), (BLOCKS, True)],
 )
 def test_a_document_that_is_one_dense_call_is_left_as_it_is(
     pattern: Pattern, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert build(pattern=pattern)._engine.fills_documents(torch.device("cuda")) is expected
+    assert build(pattern=pattern, backend="reference")._engine.fills_documents(torch.device("cuda"))
 
 
 @pytest.mark.gpu

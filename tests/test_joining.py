@@ -15,7 +15,7 @@ from dilated_attention import Attention, Dilated, Full, Pattern, Strided
 from dilated_attention.backends import joining
 from dilated_attention.backends.aten import CudaFlash
 from dilated_attention.backends.joining import MAX_LENGTH, JoiningKernel, reciprocal
-from dilated_attention.core.composer import Composer
+from dilated_attention.core.composer import Composers
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.joining import are_joined, launches_of
 from dilated_attention.core.kernel import Joins
@@ -186,7 +186,7 @@ def built(
 def in_turns(attention: Attention) -> None:
     """Let it merge piece by piece from now on."""
     engine: Any = attention._engine
-    engine._composer = Composer(engine.kernel.kernel, engine.scale, engine.config.deterministic)
+    engine._composers = Composers.of(engine.kernel.kernel, engine.scale, engine.config)
 
 
 def peak_bytes(attention: Attention, tensors: list[Tensor], geometry: Geometry) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
@@ -136,7 +137,8 @@ def known_tables(
     branches: tuple[Branch, ...], is_causal: bool, transposed: bool, span: int, device: torch.device
 ) -> DeviceTables:
     """The tables for branches over positions below `span`, kept: lengths that are new at every call share them."""
-    return DeviceTables.of(make_tables(branches, is_causal=is_causal, transposed=transposed, span=span), device)
+    with _disable_current_modes():  # no fake tensors among those that are kept
+        return DeviceTables.of(make_tables(branches, is_causal=is_causal, transposed=transposed, span=span), device)
 
 
 class BranchPart:

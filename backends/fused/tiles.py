@@ -10,7 +10,7 @@ import torch
 Pass = Literal["forward", "queries", "keys", "gradients"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
 
-# Releases of Triton with which the kernels in Gluon have passed their tests; it changes from one to the next.
+# Releases of Triton that the kernels in Gluon serve: which tests they passed with each is in docs/performance.md.
 GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
 _FEWEST: Final = 24  # registers that warps can give the others but for
 
@@ -26,7 +26,7 @@ def padded(head_dim: int) -> int:
 
 
 def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
-    """Whether there are kernels for Hopper for this, that have passed their tests with this release of Triton."""
+    """Whether there are kernels for Hopper for this, which serve this release of Triton."""
     release = ".".join(version.split(".")[:2])
     return release in GLUON_RELEASES and dtype != torch.float32 and 32 < head_dim <= 128
 

@@ -114,6 +114,7 @@ class RingSettings:
             dtype=self.dtype,
             device=self.device,
             is_causal=True,
+            seq_len=tokens,
             backend=backend,
             context_parallel=ContextParallel(size=size, timeout_s=self.timeout_s),
             limits=Limits(exchange_buffer_bytes=1) if hops else Limits(),
