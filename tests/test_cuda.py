@@ -88,6 +88,23 @@ def test_every_kernel_agrees_with_the_oracle(
         compare(pattern, geometry, dtype, kernel, head_dim)
 
 
+@pytest.mark.parametrize("pattern", [Full(), LONGNET], ids=str)
+def test_lengths_that_were_and_were_not_built_for(pattern: Pattern) -> None:
+    """Of cuDNN's kernel, the first; of FlashAttention-2 the others, which take no time to plan."""
+    attention = build_attention(
+        pattern=pattern, num_heads=4, head_dim=64, is_causal=True, dtype="bfloat16", device="cuda", backend="sdpa",
+        seq_len=512,
+    )  # fmt: skip
+    assert attention.plan.kernel == "cudnn"
+    for length in (512, 300, 64):
+        geometry = Geometry.self_attention(length, 4, is_causal=True)
+        drawn = inputs(geometry, batch=2, head_dim=64, dtype=torch.bfloat16)
+        tensors = [x.detach().cuda().requires_grad_() for x in drawn]
+        actual = ours(attention, tensors, geometry, through_lse=True)
+        for name, a, e in zip(NAMES, actual, oracle(pattern, tensors, geometry, through_lse=True), strict=True):
+            assert error(a, e) < 1e-2, (length, name)
+
+
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_offsets_and_unequal_lengths(kernel: str) -> None:
     for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
