@@ -88,17 +88,10 @@ class CudaFlash:
 class CudaCudnn:
     """cuDNN's fused attention: bfloat16 and float16 on sm_90 and newer, head_dim a multiple of 8 up to 128.
 
-    It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2. So
-    do calls of other lengths than the one that an attention is built for: for all sizes and strides that it has not
-    met, cuDNN plans first, for 30 to 70 ms, for which generation would wait at every token.
+    It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2.
     """
 
     name: str = "cudnn"
-
-    @property
-    def other_lengths(self) -> DenseKernel:
-        """As `ForOneLength`."""
-        return CudaFlash()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
@@ -131,6 +124,17 @@ class CudaCudnn:
             scale=piece.scale,
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@attrs.frozen
+class CudaCudnnForOneLength(CudaCudnn):
+    """cuDNN's for the length that an attention is built for, FlashAttention-2 for others.
+
+    For all sizes and strides that it has not met cuDNN plans first, for 30 to 70 ms: generation would wait for that at
+    every token.
+    """
+
+    other_lengths: DenseKernel = CudaFlash()
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ from ..core.errors import ConfigError
 from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
 from ..registry.specs import compute_capability
-from .aten import CpuFlash, CudaCudnn, CudaEfficient, CudaFlash
+from .aten import CpuFlash, CudaCudnn, CudaCudnnForOneLength, CudaEfficient, CudaFlash
 from .joining import joining
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class SdpaBackend:
             return CpuFlash()
         for name in names:
             if not any(_kernel_refusals(name, request)):
-                return joining(_CUDA_KERNELS[name])
+                is_chosen = name == "cudnn" and _forced_kernel(request) is None
+                return joining(CudaCudnnForOneLength() if is_chosen else _CUDA_KERNELS[name])
         raise ConfigError("sdpa was asked to build what it refused")
 
 

@@ -382,6 +382,6 @@ class Composers:
             others = attrs.evolve(own, kernel=kernel.other_lengths)
         return cls(config.seq_len, own, others)
 
-    def for_call(self, q_len: int, kv_len: int) -> Composer:
-        """That of a call of so many queries and keys, over all ranks."""
-        return self.own if q_len == kv_len == self.seq_len else self.others
+    def for_call(self, q_len: int, kv_len: int, is_filled: bool = False) -> Composer:
+        """That of a call of so many queries and keys, over all ranks; `is_filled`: of documents that have fewer."""
+        return self.own if q_len == kv_len == self.seq_len and not is_filled else self.others

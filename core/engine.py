@@ -257,28 +257,23 @@ class Engine:
         bound = program if tables is None else program.bound(tables)
         if profiler._is_profiler_enabled:  # as `span` asks, of which 0.2 us show in a tiny call
             with span(self._forward_name):
-                results = self._forward(bound, query, key, value, seed, tables)
+                results = self._forward(bound, query, key, value, seed, tables, lengths is not None)
         else:
-            results = self._forward(bound, query, key, value, seed, tables)
+            results = self._forward(bound, query, key, value, seed, tables, lengths is not None)
         self.forwards.add(calls, *program.counted(batch, lengths))
         return results
 
     def _forward(
-        self,
-        program: Program,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seed: Tensor | None,
-        tables: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, program: Program, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, tables: Tensor | None,
+        is_filled: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not (program.pairs and query.numel()):
             return empty_results(query)
         if self._layout_kernel is not None:
             out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
         assert self._composers is not None
-        composer = self._composers.for_call(query.shape[1], key.shape[1])
+        composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
         if program.blocks is None:
             out, lse = composer.forward(query, key, value, program.schedule)
         else:
@@ -321,24 +316,17 @@ class Engine:
                 piece = self._piece(bound, seed, tables)
                 dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
             else:
-                dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse)
+                dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse, lengths is not None)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
         self.backwards.add(calls, *program.counted(batch, lengths))
         return grads
 
     def _backward(
-        self,
-        program: Program,
-        dout: Tensor,
-        dlse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, program: Program, dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+        out: Tensor, lse: Tensor, is_filled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         assert self._composers is not None
-        composer = self._composers.for_call(query.shape[1], key.shape[1])
+        composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
         if program.blocks is not None or program.schedule.cover == 0:
             lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
         grads = None

@@ -18,7 +18,8 @@ from .documents import Document, Stack, of_values, stacked
 
 MOST_ADDED = 256  # tokens by which a document is filled up are fewer
 MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
-MOST_TOKENS = 1 << 16  # that are copied together: the copies of longer calls take no more memory
+MOST_TOKENS = 1 << 16  # of a batch
+TOKENS_TOGETHER = 1 << 13  # of batches that are copied together, which saves launches and takes memory
 _FINEST = 16
 _SHARE = 8  # of a document's length, at most, by which it is filled up
 
@@ -183,12 +184,12 @@ def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
 
 
 def _together(batches: Sequence[tuple[tuple[Document, ...], int]]) -> Iterator[Filled]:
-    """As few copies as hold no more than `MOST_TOKENS` each."""
+    """As few copies as hold no more than `TOKENS_TOGETHER` each, but for a batch that is larger."""
     taken: list[tuple[tuple[Document, ...], int]] = []
     tokens = 0
     for batch in batches:
         more = len(batch[0]) * batch[1]
-        if taken and tokens + more > MOST_TOKENS:
+        if taken and tokens + more > TOKENS_TOGETHER:
             yield Filled(tuple(taken))
             taken, tokens = [], 0
         taken.append(batch)

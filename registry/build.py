@@ -10,7 +10,7 @@ import attrs
 
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
-from ..core.kernel import CALL_AXES, WIDENING
+from ..core.kernel import CALL_AXES, WIDENING, ForOneLength
 from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
@@ -304,7 +304,10 @@ def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
     except PLUGIN_FAULTS as error:  # said with its origin; another backend is not tried in its place
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
-    lacking = [part for part in ("name", "forward", "backward") if not hasattr(kernel, part)]
+    parts = ("name", "forward", "backward")
+    lacking = [part for part in parts if not hasattr(kernel, part)]
+    if isinstance(kernel, ForOneLength):
+        lacking += [f"other_lengths.{part}" for part in parts if not hasattr(kernel.other_lengths, part)]
     if lacking:
         name, origin = registered.spec.name, registered.source.origin
         raise PluginError(f"backend {name!r} of {origin} built {kernel!r}, a kernel without {', '.join(lacking)}")

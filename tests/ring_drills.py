@@ -166,7 +166,8 @@ def fault(kind: str, attention: Attention, seconds: float) -> None:
     elif how == "raise":
         composers = ring_engine(attention)._composers
         assert composers is not None
-        object.__setattr__(composers.others, "_kernel", FailingKernel())
+        for composer in (composers.own, composers.others):
+            object.__setattr__(composer, "_kernel", FailingKernel())
     else:
         sudden[how]()
 

@@ -83,6 +83,8 @@ def test_cudnn_is_for_a_known_length_or_by_name() -> None:
     assert verdict("sdpa", seq_len=4096, pattern=Local(64)).kernel == "flash"  # core's blocks, which no kernel sees
     named: dict[str, Any] = {"backend_options": {"sdpa": {"kernel": "cudnn"}}}
     assert verdict("sdpa", **named).kernel == "cudnn"
+    for seq_len in (None, 4096):
+        assert not isinstance(SdpaBackend().build(request(seq_len=seq_len, **named)), ForOneLength)  # for any length
 
 
 def test_other_lengths_are_not_planned_for() -> None:
@@ -119,7 +121,9 @@ class ToldOfOne(Told):
 
 @pytest.mark.parametrize("seq_len", [64, None])
 @pytest.mark.parametrize("pattern", [Full(), Dilated((16, 32), (1, 2)), Dilated((16, 32), (1, 2)) + Local(5)], ids=str)
-def test_a_kernel_for_one_length_gets_calls_of_that_alone(pattern: Pattern, seq_len: int | None) -> None:
+def test_a_kernel_for_one_length_gets_calls_of_that_alone(
+    pattern: Pattern, seq_len: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where others have the same segments, several at a time or fewer: all that they need is another number."""
     told: list[str] = []
     config = AttentionConfig(num_heads=2, head_dim=8, pattern=pattern, is_causal=True, seq_len=seq_len)
@@ -144,6 +148,9 @@ def test_a_kernel_for_one_length_gets_calls_of_that_alone(pattern: Pattern, seq_
         assert kernels_of(length) == others
     assert kernels_of(64, [0, 16, 48, 64]) == others
     assert kernels_of(128, [0, 64, 128]) == {"own"}
+    if seq_len is not None:  # filled up, documents are as many as there happen to be
+        monkeypatch.setattr(Engine, "fills_documents", lambda self, device: True)
+        assert kernels_of(180, [0, 60, 121, 180]) == others
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.filled import MOST_ROWS, MOST_TOKENS, Filled, filled, filled_length
+from dilated_attention.core.filled import MOST_ROWS, MOST_TOKENS, TOKENS_TOGETHER, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
@@ -142,6 +142,7 @@ def test_copies_of_few_tokens_give_the_same(always: None, case: str, monkeypatch
     attention = build(pattern=BLOCKS, dtype="float64")
     whole = five(attention, tensors, mask, bounds)
     monkeypatch.setattr("dilated_attention.core.filled.MOST_TOKENS", 64)
+    monkeypatch.setattr("dilated_attention.core.filled.TOKENS_TOGETHER", 64)
     assert len(filled(read_documents(mask, bounds, shape[1], shape[1]))) > 2
     for name, a, e in zip(NAMES, five(attention, tensors, mask, bounds), whole, strict=True):
         assert torch.equal(a, e), name
@@ -296,9 +297,9 @@ def test_copies_are_bounded_and_few() -> None:
     of = filled(read_documents(None, bounds, int(bounds[-1]), int(bounds[-1])))
     copies = [x for x in of if isinstance(x, Filled)]
     tokens = [sum(stack.count * stack.kv_len for stack in x.stacks) for x in copies]
-    assert all(few <= MOST_TOKENS or len(x.stacks) == 1 for few, x in zip(tokens, copies, strict=True))
+    assert all(few <= TOKENS_TOGETHER or len(x.stacks) == 1 for few, x in zip(tokens, copies, strict=True))
     assert sum(tokens) < 1.13 * sum(lengths)
-    assert len(copies) <= 2 + 2 * sum(lengths) // MOST_TOKENS
+    assert len(copies) < sum(len(x.stacks) for x in copies) < len(lengths)
 
 
 def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
