@@ -28,7 +28,7 @@ class SdpaBackend:
 
     def refusals(self, request: Request) -> list[Refusal]:
         """What device, dtype, head_dim and options rule out, beyond the capabilities of the manifest."""
-        names = _candidates(request)
+        candidates = _candidates(request)
         if request.device.type == "cpu":
             return []
         served = torch.cuda.get_arch_list()
@@ -39,7 +39,7 @@ class SdpaBackend:
         if config.deterministic and config.requires_grad and not torch.are_deterministic_algorithms_enabled():
             remedy = "call torch.use_deterministic_algorithms(True) before building"
             return [Refusal("deterministic", "a deterministic backward", "PyTorch's switch for it is off", remedy)]
-        found = {name: list(_kernel_refusals(name, request)) for name in names}
+        found = {name: list(_kernel_refusals(name, request)) for name in candidates}
         if any(not reasons for reasons in found.values()):
             return []
         return [reason for reasons in found.values() for reason in reasons]
@@ -50,13 +50,12 @@ class SdpaBackend:
 
     def build(self, request: Request) -> DenseKernel:
         """The fastest kernel that takes the request, or the forced one."""
-        names = _candidates(request)
+        candidates = _candidates(request)
         if request.device.type == "cpu":
             return CpuFlash()
-        for name in names:
+        for name, kernel in candidates.items():
             if not any(_kernel_refusals(name, request)):
-                is_chosen = name == "cudnn" and _forced_kernel(request) is None
-                return joining(CudaCudnnForOneLength() if is_chosen else _CUDA_KERNELS[name])
+                return joining(kernel)
         raise ConfigError("sdpa was asked to build what it refused")
 
 
@@ -70,13 +69,14 @@ def _forced_kernel(request: Request) -> str | None:
     return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
 
 
-def _candidates(request: Request) -> list[str]:
-    """The CUDA kernels to choose among: the forced one, or all, cuDNN's where it would get calls (`ForOneLength`)."""
+def _candidates(request: Request) -> dict[str, DenseKernel]:
+    """The CUDA kernels to choose among: the forced one, for any length, or all, cuDNN's where it would get calls."""
     forced = _forced_kernel(request)
     if forced is not None:
-        return [forced]
+        return {forced: _CUDA_KERNELS[forced]}
+    chosen = _CUDA_KERNELS | {"cudnn": CudaCudnnForOneLength()}
     has_one_length = request.config.seq_len is not None and "branch" in request.needs["layouts"]
-    return [name for name in _CUDA_KERNELS if name != "cudnn" or has_one_length]
+    return {name: kernel for name, kernel in chosen.items() if name != "cudnn" or has_one_length}
 
 
 def _is_served(arch: str, served: list[str]) -> bool:

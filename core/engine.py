@@ -121,10 +121,9 @@ class Engine:
             return False
         if device.type == "cpu":
             return self._lowers_to_blocks
-        if self._is_one_call:
-            return False
         # A CUDA graph would keep copies of places that are gone when it is replayed.
-        return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        is_kept = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return not (is_kept or self._is_one_call)
 
     @cached_property
     def _is_one_call(self) -> bool:
@@ -264,9 +263,15 @@ class Engine:
         return results
 
     def _forward(
-        self, program: Program, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, tables: Tensor | None,
+        self,
+        program: Program,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seed: Tensor | None,
+        tables: Tensor | None,
         is_filled: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         if not (program.pairs and query.numel()):
             return empty_results(query)
         if self._layout_kernel is not None:
@@ -322,9 +327,17 @@ class Engine:
         return grads
 
     def _backward(
-        self, program: Program, dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-        out: Tensor, lse: Tensor, is_filled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        program: Program,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        is_filled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert self._composers is not None
         composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
         if program.blocks is not None or program.schedule.cover == 0:

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from .documents import Document, Stack, of_values, stacked
+from .geometry import about_as_long
 
 MOST_ADDED = 256  # tokens by which a document is filled up are fewer
-MOST_ROWS = (1 << 16) - 1  # of a batch: blocks of a launch along the second dimension of its grid, on CUDA
-MOST_TOKENS = 1 << 16  # of a batch
+MOST_TOKENS = 1 << 16  # of a batch, which has fewer rows than CUDA has blocks along the second dimension of a grid
 TOKENS_TOGETHER = 1 << 13  # of batches that are copied together, which saves launches and takes memory
 _FINEST = 16
-_SHARE = 8  # of a document's length, at most, by which it is filled up
 
 
 def filled_length(length: int) -> int:
     """The length that a document is computed at: up to an eighth longer, or up to 16 tokens, never over 256."""
-    step = min(max((1 << (length.bit_length() - 1)) // _SHARE, _FINEST), MOST_ADDED)
-    return -(-length // step) * step
+    return about_as_long(length, _FINEST, MOST_ADDED)
 
 
 class _Places(NamedTuple):
@@ -76,18 +74,19 @@ class _Places(NamedTuple):
 
 @attrs.frozen(eq=False)
 class Filled:
-    """Documents copied one behind the other, each filled up: (1, N, H, D), of which `stacks` are batches.
+    """Documents copied one behind the other, each filled up: (1, N, H, D).
 
     Attributes:
         batches: documents whose queries and keys are equally many, and the length of their copies.
+        stacks: the batches, in the copies.
     """
 
     batches: tuple[tuple[tuple[Document, ...], int], ...]
+    stacks: tuple[Stack, ...] = attrs.field(init=False, repr=False)
     _places: dict[tuple[torch.device, int], _Places] = attrs.field(factory=dict, init=False, repr=False)
 
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The batches, in the copies."""
+    @stacks.default
+    def _find_stacks(self) -> tuple[Stack, ...]:
         start, stacks = 0, []
         for documents, length in self.batches:
             first = Document(0, start, length, start, length)
@@ -178,7 +177,7 @@ def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
         if len(exact) == 1 and exact[0].q_len == length:
             found.append(exact[0])
         else:
-            most = max(1, min(MOST_ROWS, MOST_TOKENS // length))
+            most = max(1, MOST_TOKENS // length)
             batches += [(tuple(group[i : i + most]), length) for i in range(0, len(group), most)]
     return (*found, *_together(batches))
 

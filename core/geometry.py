@@ -87,6 +87,15 @@ def one_token(num_heads: int, num_kv_heads: int, is_causal: bool) -> Geometry:
     return Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
 
 
+def about_as_long(length: int, least: int, most: int) -> int:
+    """`length` or up to an eighth more, of which there are few: in steps of an eighth of a power of two.
+
+    Steps are never smaller than `least` nor larger than `most`.
+    """
+    step = min(max(1 << length.bit_length() >> 4, least), most)
+    return -(-length // step) * step
+
+
 def joined_groups(*groups: Sequence[Hashable]) -> tuple[int, ...]:
     """Heads that are together in each of several groupings, numbered from 0 in order of appearance."""
     seen: dict[tuple[Hashable, ...], int] = {}

@@ -67,20 +67,13 @@ def select(request: Request, registry: Registry) -> Selection:
         verdicts = {name: _alone(verdict, request) for name, verdict in verdicts.items()}
     usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
     faults: list[PluginRow] = []
-    at_a_length: dict[str, str] = {}  # what would change if the length were known
     if request.config.backend == AUTO:
         order, faults = registry.rank(request, usable)
         chosen = verdicts[order[0]] if order else None
-        if preferred := _first_at_a_length(request, registry, usable):
-            at_a_length[preferred] = "" if preferred == order[0] else "would be chosen if seq_len were given"
     else:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
         chosen = chosen if chosen.accepts else None
-    if chosen is not None and not any(at_a_length.values()):
-        kernel = _kernel_at_a_length(chosen, request)
-        if kernel not in ("", chosen.kernel):
-            at_a_length[chosen.registered.spec.name] = f"would take its kernel {kernel!r} if seq_len were given"
     companion = None
     if chosen is not None and _needs_companion(chosen.registered.spec, request):
         ranked, more = registry.rank(request, dense)
@@ -88,7 +81,9 @@ def select(request: Request, registry: Registry) -> Selection:
         faults += [fault for fault in more if fault not in faults]
     rest = tuple(name for name in verdicts if name not in order)
     rows = [_row(verdicts[name], request, registry, is_chosen=verdicts[name] is chosen) for name in (*order, *rest)]
-    rows = [_told(row, at_a_length.get(row.name, "")) for row in rows]
+    if chosen is not None and request.config.seq_len is None:
+        name, told = _at_a_length(request, registry, usable, chosen)
+        rows = [_told(row, told) if row.name == name and told else row for row in rows]
     broken = [row for row in rows if row.status == "broken"] + list(plugin_rows((*registry.plugins, *faults)))
     if registry.strict and broken:
         raise PluginError("; ".join(f"{row.name} of {row.distribution} {row.version}: {row.detail}" for row in broken))
@@ -96,29 +91,26 @@ def select(request: Request, registry: Registry) -> Selection:
     return Selection(chosen=chosen, rows=tuple(rows), companion=companion)
 
 
-def _at_a_length(request: Request) -> Request:
+def _at_a_length(
+    request: Request, registry: Registry, usable: Sequence[BackendSpec], chosen: Verdict
+) -> tuple[str, str]:
+    """What would change if the length were known: a backend, and what is to be said of it, "" if nothing would."""
     config = attrs.evolve(request.config, seq_len=_ANY_LENGTH * request.config.ring_size)
-    return attrs.evolve(request, config=config)
-
-
-def _first_at_a_length(request: Request, registry: Registry, usable: Sequence[BackendSpec]) -> str:
-    """Which would be the best ranked if the length were known; "" where it is, or where none is usable."""
-    if request.config.seq_len is not None or not usable:
-        return ""
-    order, _ = registry.rank(_at_a_length(request), usable)
-    return order[0]
-
-
-def _kernel_at_a_length(verdict: Verdict, request: Request) -> str:
-    """Which kernel an accepting backend would take if the length were known; "" where it is, or where it refuses."""
+    known, name = attrs.evolve(request, config=config), chosen.registered.spec.name
+    if request.config.backend == AUTO:
+        (first, *_), _ = registry.rank(known, usable)
+        if first != name:
+            return first, "would be chosen if seq_len were given"
     try:
-        return "" if request.config.seq_len is not None else judge(verdict.registered, _at_a_length(request)).kernel
+        kernel = judge(chosen.registered, known).kernel
     except ConfigError:  # at a length that nobody has asked for
-        return ""
+        return name, ""
+    is_other = kernel not in ("", chosen.kernel)  # "": it refuses
+    return name, f"would take its kernel {kernel!r} if seq_len were given" if is_other else ""
 
 
 def _told(row: BackendRow, what: str) -> BackendRow:
-    return attrs.evolve(row, detail="; ".join(word for word in (row.detail, what) if word))
+    return attrs.evolve(row, detail=f"{row.detail}; {what}" if row.detail else what)
 
 
 def takes_dense(spec: BackendSpec) -> bool:

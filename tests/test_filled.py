@@ -19,7 +19,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.filled import MOST_ROWS, MOST_TOKENS, TOKENS_TOGETHER, Filled, filled, filled_length
+from dilated_attention.core.filled import MOST_TOKENS, TOKENS_TOGETHER, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
 from dilated_attention.core.lowering import lower
@@ -285,7 +285,7 @@ def test_a_batch_is_no_larger_than_a_launch_can_be() -> None:
     of = filled(read_documents(None, bounds, 120_000, 120_000))
     assert sum(stack.count for stack in batches(of)) == 80_000
     for stack in batches(of):
-        assert stack.count <= MOST_ROWS
+        assert stack.count <= 65_535
         assert stack.count * stack.kv_len <= MOST_TOKENS
     assert len(of) == len(batches(of)) == 80_000 * 16 // MOST_TOKENS + 1
 

@@ -18,6 +18,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.geometry import about_as_long
 from ...core.pattern import Branch
 
 # Rows are grouped by their position modulo the least common multiple of rates, up to this.
@@ -123,9 +124,8 @@ def roomy_span(branches: Sequence[Branch], span: int) -> int:
 
     Up to an eighth above, or where a segment ends: those that hold all positions then still do.
     """
-    step = max(1 << span.bit_length() >> 4, 1)
     ends = (branch.segment_length for branch in branches if branch.segment_length is not None)
-    return min([-(-span // step) * step, *(end for end in ends if end >= span)])
+    return min([about_as_long(span, 1, span), *(end for end in ends if end >= span)])
 
 
 def _repeats(branch: Branch, span: int) -> bool:
