@@ -19,11 +19,12 @@ from .checks import MOST_POSITIONS
 from .geometry import Geometry
 from .layout import BlockLayout, Layout
 from .pattern import Branch
-from .supports import branch_counts, branch_signature
+from .supports import branch_counts, branch_signature, ranges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .documents import Packing
     from .pattern import IntArray
 
 
@@ -117,6 +118,24 @@ def branch_pairs(branch: Branch, geometry: Geometry) -> int:
         for (offset,), heads in kinds.items()
         if offset is not None
     )
+
+
+def packing_pairs(branches: Sequence[Branch], packing: Packing, *, is_causal: bool) -> int:
+    """Counted pairs of all documents, each with positions and a pattern of its own, over all heads."""
+    _, _, q_len, _, kv_len = packing.places.T
+    total = 0
+    for branch in branches:
+        width = branch.segment_length or MOST_POSITIONS
+        first = (kv_len - q_len) // width
+        counts = (kv_len - 1) // width - first + 1
+        document, low = np.repeat(np.arange(len(counts)), counts), ranges(first, counts) * width
+        kinds = [offset for offset in branch.offsets if offset is not None and offset < width]
+        offsets, heads = np.unique(np.array(kinds, dtype=np.int64), return_counts=True)
+        cells = _Cells(low, low + width, branch.stride, (low + offsets[:, None]) % branch.stride)
+        end = kv_len[document]
+        pairs = cells.each(end - q_len[document], end, 0, end, is_causal=is_causal)
+        total += branch.weight * int(heads @ pairs.sum(axis=1))
+    return total
 
 
 def shard_pairs(branch: Branch, offset: int, length: int, size: int, *, is_causal: bool) -> IntArray:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import ConfigError
 from .transforms import no_forward_mode
+
+if TYPE_CHECKING:
+    from .pattern import IntArray
 
 _FARTHEST: Final = 1 << 60  # positions and sums of them fit int64
 
@@ -111,6 +116,49 @@ class Stack:
             (self.row_step * s_batch + step * s_row, s_row, s_head, s_dim),
             x.storage_offset() + self.first.row * s_batch + start * s_row,
         )
+
+
+@attrs.frozen(cache_hash=True)
+class Packing:
+    """All documents of a call, for a kernel that computes them together on the tensors of the call.
+
+    Attributes:
+        documents: those that hold a query.
+        batch: B, of the tensors.
+        q_len: S, likewise.
+        kv_len: T, likewise.
+    """
+
+    documents: tuple[Document, ...]
+    batch: int
+    q_len: int
+    kv_len: int
+
+    @cached_property
+    def places(self) -> IntArray:
+        """The fields of each document, (N, 5) int64."""
+        fields = [(d.row, d.q_start, d.q_len, d.kv_start, d.kv_len) for d in self.documents]
+        return np.array(fields, dtype=np.int64).reshape(-1, 5)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.places[:, 4].max(initial=0))
+
+    @cached_property
+    def queries(self) -> int:
+        """Queries that belong to a document."""
+        return int(self.places[:, 2].sum())
+
+    @cached_property
+    def keys(self) -> int:
+        """Keys that belong to a document with queries."""
+        return int(self.places[:, 4].sum())
+
+    @property
+    def covers(self) -> bool:
+        """Whether all queries and all keys belong to a document with queries."""
+        return (self.queries, self.keys) == (self.batch * self.q_len, self.batch * self.kv_len)
 
 
 def check_arguments(query: object, key: object, value: object, q_offset: object = None, kv_offset: object = 0) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,18 +22,20 @@ from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
-from .geometry import Geometry, one_token
-from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Prepares
+from .geometry import Geometry
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares
 from .layout import Layout
-from .lowering import layout_kinds, lower, split
+from .lowering import lower
 from .pattern import LearnedPattern, Pattern
-from .program import Program, keeps_prefixes
+from .program import Program
 from .received import received_from
 from .schedule import Schedule, schedule
 from .tracing import span
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from .documents import Packing
 
 
 class Engine:
@@ -73,6 +74,7 @@ class Engine:
         named = pattern.unwrap()
         self._learned = named if isinstance(named, LearnedPattern) else None
         self.kernel = kernel
+        self.takes_layout = takes_layout
         self.scale = config.scale if config.scale is not None else 1.0 / math.sqrt(config.head_dim)
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self._layout_kernel: LayoutKernel | None = kernel if takes_layout else None  # type: ignore[assignment]
@@ -111,33 +113,6 @@ class Engine:
             layouts=self.programs.counters,
         )
 
-    def fills_documents(self, device: torch.device) -> bool:
-        """Whether a document may be computed as the beginning of a longer one, which saves lowering and launches.
-
-        It costs more than it saves where a document is a single call of a dense kernel, and on a CPU but where lowering
-        is slow: with blocks.
-        """
-        if not self.config.is_causal or self.config.dropout_p or not keeps_prefixes(self.pattern):
-            return False
-        if device.type == "cpu":
-            return self._lowers_to_blocks
-        # A CUDA graph would keep copies of places that are gone when it is replayed.
-        is_kept = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return not (is_kept or self._is_one_call)
-
-    @cached_property
-    def _is_one_call(self) -> bool:
-        """Whether a dense kernel is handed whole sequences."""
-        config = self.config
-        branches, rest = split(self.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
-        is_whole = [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
-        return self._composers is not None and rest is None and is_whole
-
-    @cached_property
-    def _lowers_to_blocks(self) -> bool:
-        config = self.config
-        return "block" in layout_kinds(self.pattern, config.num_heads, config.kv_heads, config.is_causal)
-
     def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
         """Lower the pattern for these lengths, or find it lowered; returns the layout.
 
@@ -146,32 +121,50 @@ class Engine:
         """
         return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
 
-    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
-        key = (q_len, kv_len, q_offset, kv_offset, device)
+    def _program(
+        self,
+        q_len: int,
+        kv_len: int,
+        q_offset: int,
+        kv_offset: int,
+        device: torch.device,
+        packing: Packing | None = None,
+    ) -> Program:
+        key = (q_len, kv_len, q_offset, kv_offset, device) if packing is None else (packing, device)
         found = self.programs.get(key)
         if found is not None:
             return found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            what, first = f"seq_len {q_len}", f"attention.prepare({q_len}, kv_len={kv_len})"
+            if packing is not None:
+                what, first = f"a call of {len(packing.documents)} documents", "the attention with them once"
             raise ConfigError(
-                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
-                f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
+                f"{what} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a CUDA "
+                f"graph is captured; call {first} before the capture"
             )
         with span(self.range_name("lower")), _disable_current_modes():  # no fake tensors among those that are kept
-            return self.programs.get_or_make(key, lambda: self._make_program(*key))
+            made = (q_len, kv_len, q_offset, kv_offset, device, packing)
+            return self.programs.get_or_make(key, lambda: self._make_program(*made))
 
-    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
-        config = self.config
+    def _make_program(
+        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, packing: Packing | None
+    ) -> Program:
+        config, kernel = self.config, self._layout_kernel
         self._check_call(q_len, kv_len, q_offset, kv_offset)
-        geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
-        if self._layout_kernel is None:
+        lengths = (q_len, kv_len, q_offset, kv_offset)
+        geometry = self._geometry(*(lengths if packing is None else (packing.longest, packing.longest, 0, 0)))
+        if kernel is None:
             return self._composed(geometry, device)
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        program = Program(layout, Schedule((), 0))
-        if isinstance(self._layout_kernel, Prepares) and program.pairs:
-            return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
-        return program
+        program, prepared = Program(layout, Schedule((), 0), packing=packing), 0
+        if packing is not None:
+            assert isinstance(kernel, Packs)
+            prepared = kernel.prepare_packing(layout, packing, device)
+        elif isinstance(kernel, Prepares) and program.pairs:
+            prepared = kernel.prepare(layout, device)
+        return attrs.evolve(program, prepared_bytes=prepared)
 
     def _composed(self, geometry: Geometry, device: torch.device) -> Program:
         """The program that core itself runs, with dense pieces and blocks."""
@@ -242,17 +235,19 @@ class Engine:
         *,
         calls: int = 1,
         lengths: Sequence[int] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return out, in the inputs' dtype, and lse, both contiguous; rows without keys give 0 and -inf.
 
         `tables` (B, H, R, k) int64 names the blocks of a learned pattern (`Gate.forward`), and is None for
         every other. `calls` is what counters count it as: 0 for what belongs to a call that is counted already;
-        `lengths` are how many tokens of each batch row are counted, if not all.
+        `lengths` are how many tokens of each batch row are counted, if not all. With a `packing` each of its documents
+        is a sequence of its own, and there are no offsets.
         """
         if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         batch, q_len, _, _ = query.shape
-        program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
+        program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device, packing)
         bound = program if tables is None else program.bound(tables)
         if profiler._is_profiler_enabled:  # as `span` asks, of which 0.2 us show in a tiny call
             with span(self._forward_name):
@@ -306,6 +301,7 @@ class Engine:
         *,
         calls: int = 1,
         lengths: Sequence[int] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         self._check_dlse(dlse)
@@ -313,7 +309,7 @@ class Engine:
             if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
                 dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
             batch, q_len, _, _ = query.shape
-            program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device)
+            program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device, packing)
             bound = program if tables is None else program.bound(tables)
             if not (program.pairs and query.numel()):
                 dq, dk, dv = empty_gradients(query, key, value)
@@ -397,4 +393,5 @@ class Engine:
             dropout_p=self.config.dropout_p if seed is not None else 0.0,
             seed=seed,
             tables=tables,
+            packing=program.packing,
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .documents import Packing
     from .layout import Layout
     from .slabs import Place
 
@@ -66,6 +67,7 @@ class LayoutPiece:
     seed: Tensor | None = None
     tables: Tensor | None = None
     is_part: bool = False
+    packing: Packing | None = None
 
 
 class DenseKernel(Protocol):
@@ -173,6 +175,18 @@ class Prepares(Protocol):
 
         Returns how many bytes of it are kept for as long as the layout lives: the cache of layouts counts them.
         """
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """What a `LayoutKernel` may have besides: it computes all documents of a call in one go (`LayoutPiece.packing`).
+
+    Tensors are then those of the call. Queries in no document get out 0, lse -inf and gradients 0, and so do keys;
+    whatever stands there, NaN included, is in no result.
+    """
+
+    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device) -> int:
+        """As `Prepares.prepare`, when these documents are first met."""
 
 
 @runtime_checkable

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .arranged import Arranged, arranged
 from .composer import accumulator_dtype
-from .documents import Stack, read_documents, stacked
+from .documents import Packing, Stack, read_documents, stacked
 from .errors import ConfigError
-from .filled import Filled, filled
+from .filled import Filled
 from .ops import attend_backward_fake, attend_fake, engine_of, without_autocast
 from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
@@ -35,16 +36,15 @@ _LIBRARY.define(
 )
 
 Tables = Sequence[Tensor] | None
-Stacks = Sequence[Stack | Filled]
 _OPERATORS = Operators("attend_documents", "attend_documents_backward", ("seed", "key_padding_mask", "cu_seqlens"))
 
 
 def _read(
     engine: Engine, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor
-) -> Stacks:
+) -> Arranged:
     """The documents as the engine computes them."""
     documents = read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1])
-    return filled(documents) if engine.fills_documents(query.device) else stacked(documents)
+    return arranged(documents, engine, query, key)
 
 
 def _seeds(seed: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -60,13 +60,16 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    stacks: Stacks,
+    stacks: Arranged,
     seed: Tensor | None,
     tables: Tables,
     *,
     calls: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, S, H, D) and lse (B, H, S), contiguous; counters count `calls` more."""
+    if isinstance(stacks, Packing):
+        shift = stacks.kv_len - stacks.q_len
+        return engine.forward(query, key, value, shift, 0, None, None, calls=calls, packing=stacks)
     batch, length, heads, _ = query.shape
     out = query.new_zeros(query.shape)
     dtype = accumulator_dtype(query.dtype)
@@ -95,7 +98,7 @@ def _backward(
     value: Tensor,
     out: Tensor | None,
     lse: Tensor | None,
-    stacks: Stacks,
+    stacks: Arranged,
     seed: Tensor | None,
     tables: Tables,
     *,
@@ -104,6 +107,11 @@ def _backward(
     """Return dq, dk and dv, contiguous; without `out` and `lse` they are computed again. `calls` as for `_forward`."""
     if out is None or lse is None:  # activation checkpointing
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
+    if isinstance(stacks, Packing):
+        shift = stacks.kv_len - stacks.q_len
+        return engine.backward(
+            dout, dlse, query, key, value, out, lse, shift, 0, None, None, calls=calls, packing=stacks
+        )
     dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
         taken = (
@@ -311,10 +319,11 @@ def _check_varlen(engine: Engine, key_padding_mask: Tensor | None) -> None:
         )
 
 
-def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Stacks) -> Tables:
+def _tables(gate: Callable[..., Tensor] | None, query: Tensor, key: Tensor, stacks: Arranged) -> Tables:
     """The blocks that a gate chooses in each stack."""
     if gate is None:
         return None
+    assert not isinstance(stacks, Packing)  # which has no blocks
     query, key = query.detach(), key.detach()
     whole = [stack for stack in stacks if isinstance(stack, Stack)]  # all: what a gate chooses keeps no prefixes
     return [gate(stack.queries(query), stack.keys(key), q_offset=stack.kv_len - stack.q_len) for stack in whole]

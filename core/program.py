@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from .counting import query_pairs
+from .counting import packing_pairs, query_pairs
 from .dynamic_tables import DynamicTables, dynamic_pairs
 from .filled import MOST_ADDED
 from .layout import Layout
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .block_product import BlockProduct
+    from .documents import Packing
     from .schedule import Schedule
 
 
@@ -39,13 +40,14 @@ class Program:
     """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
 
     Where blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them. A batch row
-    counts `pairs` over all query heads.
+    counts `pairs` over all query heads; with a `packing` it is all documents of a call that do.
     """
 
     layout: Layout
     schedule: Schedule
     blocks: BlockProduct | None = None
     dynamic: DynamicTables | None = None
+    packing: Packing | None = None  # a layout of branches alone, for each document
     prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
 
@@ -60,6 +62,8 @@ class Program:
         pattern = self.layout.pattern.unwrap()
         if isinstance(pattern, LearnedPattern):
             return dynamic_pairs(pattern, self.layout.geometry)
+        if self.packing is not None:
+            return packing_pairs(self.layout.branches, self.packing, is_causal=self.layout.geometry.is_causal)
         if not self.schedule.calls:
             return self.layout.pairs
         return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
@@ -70,6 +74,8 @@ class Program:
         Documents are filled up to this length, each by at most `MOST_ADDED`.
         """
         q_len = self.layout.geometry.q_len
+        if self.packing is not None:
+            return self.packing.queries, self.pairs
         if lengths is None:
             return batch * q_len, batch * self.pairs
         return sum(lengths), sum(self._prefix_pairs[q_len - length] for length in lengths)

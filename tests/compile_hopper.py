@@ -26,7 +26,9 @@ GluonASTSource: Any = importlib.import_module("triton.experimental.gluon._runtim
 POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16"),
     **dict.fromkeys(("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues"), "*i32"),
-    **dict.fromkeys(("walks", "run_start", "runs", "totals", "head_table", "starts", "cols", "mask_ids"), "*i32"),
+    **dict.fromkeys(
+        ("walks", "run_start", "runs", "totals", "documents", "head_table", "starts", "cols", "mask_ids"), "*i32"
+    ),
     **dict.fromkeys(("lse_ptr", "largest_ptr", "sums_ptr"), "*fp32"),
     "out_ptr": "*bf16",
     "stats_ptr": "*i64",
@@ -68,17 +70,19 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
 
 
 def main(folder: str, tiles: str) -> None:
-    """Each tile, for the head_dims, tables and sizes of tensors that compile apart."""
+    """Each tile, for the head_dims, tables and sizes of tensors that compile apart, over branches also of documents."""
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for module, name, width, columns, stages, warps, registers, begin, feeding, adding, split, parts in json.loads(
         tiles
     ):
         fn = kernel(folder, module, name)
-        for head_dim, shifts, wide in ((width, True, False), (width - 16, False, True)):
+        variants = [(width, True, False, False), (width - 16, False, True, False), (width, True, False, True)]
+        for head_dim, shifts, wide, packed in variants if "PACKED" in fn.arg_names else variants[:2]:
             constants = {
                 "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
                 "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,
                 "PART_REGISTERS": registers, "FEED_REGISTERS": feeding, "ADD_REGISTERS": adding,
+                "PACKED": packed,
             }  # fmt: skip
             taken = {key: value for key, value in constants.items() if key in fn.arg_names}
             shared, said = compile_for_hopper(fn, taken, warps, begin)

@@ -13,9 +13,9 @@ from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Globa
 from dilated_attention.backends.fused import gradient_kernels, launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
-from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
+from dilated_attention.backends.fused.tiles import Pass, Tile, Tiles, TileSizes
 from dilated_attention.backends.fused.walks import make_tables
-from dilated_attention.core import reference
+from dilated_attention.core import arranged, reference
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES, LayoutPiece
@@ -300,24 +300,75 @@ def test_a_rank_computes_its_own_keys_and_received_blocks(
     assert found < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
-@pytest.mark.parametrize("pattern", [Dilated((8, 32), (1, 2)), Random(2, 8)], ids=str)
-def test_documents_that_are_filled_up(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows behind an end weigh nothing, however large the scores of what they see."""
-    monkeypatch.setattr(Engine, "fills_documents", lambda self, device: True)
-    config = AttentionConfig(num_heads=2, head_dim=16, pattern=pattern, is_causal=True)
-    fused = FusedKernel("interpreted, documents", TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))), NEVER)
+def check_documents(
+    pattern: Pattern,
+    *,
+    mask: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+    q_len: int = 0,
+    is_causal: bool = True,
+    factor: float = 1.0,
+    bound_from: int = NEVER,
+    limit: float = 1e-5,
+) -> None:
+    """Out, lse and all gradients, through lse too, in float32 against the oracle; NaN where no document is."""
+    kv_len = int(bounds[-1]) if mask is None and bounds is not None else (0 if mask is None else mask.shape[1])
+    geometry = Geometry(q_len=q_len or kv_len, kv_len=kv_len, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+    config = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16, pattern=pattern, is_causal=is_causal)
+    name = f"interpreted, documents, bounded from {bound_from}"
+    fused = FusedKernel(name, TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))), bound_from)
     engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
-    tensors = inputs(Geometry.self_attention(35, 2, is_causal=True), batch=1, head_dim=16, dtype=torch.float32)
-    tensors = [*(x.detach().mul(20).requires_grad_() for x in tensors[:2]), tensors[2]]
-    bounds = torch.tensor([0, 17, 35])
-    of_call: dict[str, Any] = {"key_padding_mask": None, "cu_seqlens": bounds}
+    tensors = inputs(geometry, batch=1 if mask is None else len(mask), head_dim=16, dtype=torch.float32)
+    tensors = [*(x.detach().mul(factor).requires_grad_() for x in tensors[:2]), tensors[2]]
+    if mask is not None:
+        for x in tensors:
+            x.data[mask[:, kv_len - x.shape[1] :]] = math.nan
+    of_call: dict[str, Any] = {"key_padding_mask": mask, "cu_seqlens": bounds}
     query, key, value = tensors
     out, lse = attend_documents(query, key, value, engine, seed=None, gate=None, recompute=False, **of_call)
     actual = with_gradients(out, lse, tensors, through_lse=True)
-    wide = [x.detach().double().requires_grad_() for x in tensors]
+    wide = [x.detach().nan_to_num().double().requires_grad_() for x in tensors]
     query, key, value = wide
-    out, lse = reference.attention(query, key, value, pattern=pattern, is_causal=True, **of_call)
+    out, lse = reference.attention(query, key, value, pattern=pattern, is_causal=is_causal, **of_call)
     expected = with_gradients(out, lse, wide, through_lse=True)
     for name, a, e in zip(NAMES, actual, expected, strict=True):
-        assert error(a, e) < 1e-4, (name, error(a, e))
+        assert error(a, e) < limit, (name, error(a, e))
+
+
+LATER = torch.arange(41) < torch.tensor([[0], [7], [41], [30], [19]])  # padding before the tokens
+EARLIER = LATER.flip(1)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of the largest key, which is then not used
+@pytest.mark.parametrize(
+    ("pattern", "of_call"),
+    [
+        (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 0, 17, 19, 52])}),
+        (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0}),
+        (Dilated((7, 12), (2, 3)), {"mask": EARLIER}),
+        (Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}),
+        (Dilated((8, 16), (1, 2)), {"mask": LATER, "q_len": 12}),
+        (Full(), {"mask": EARLIER, "q_len": 27, "bound_from": 0}),
+        (Dilated((8, 16), (1, 2)), {"mask": LATER, "bound_from": 0}),
+    ],
+    ids=["packed", "all pairs", "rates that do not divide", "rare", "fewer queries", "full", "bounded"],
+)
+def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with positions and a pattern of its own, none by itself."""
+    launched: list[str] = []
+    run = launches.BranchPart.run
+
+    def told(self: launches.BranchPart, which: Pass, *args: Any, **by: Any) -> None:
+        launched.append(which)
+        run(self, which, *args, **by)
+
+    monkeypatch.setattr(launches.BranchPart, "run", told)
+    check_documents(pattern, **of_call)
+    assert launched == ["forward", "queries", "keys"]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
+def test_documents_that_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind an end weigh nothing, however large the scores of what they see."""
+    monkeypatch.setattr(arranged, "fills_documents", lambda engine, device: True)
+    check_documents(Random(2, 8), bounds=torch.tensor([0, 17, 35]), factor=20, limit=1e-4)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dilated_attention import AttentionConfig, Dilated, Full, Local, Pattern
 from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.backends.sdpa import SdpaBackend
+from dilated_attention.core import arranged
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.kernel import CALL_AXES, DensePiece, ForOneLength, Joins
 from dilated_attention.core.ops import attend, intern
@@ -149,7 +150,7 @@ def test_a_kernel_for_one_length_gets_calls_of_that_alone(
     assert kernels_of(64, [0, 16, 48, 64]) == others
     assert kernels_of(128, [0, 64, 128]) == {"own"}
     if seq_len is not None:  # filled up, documents are as many as there happen to be
-        monkeypatch.setattr(Engine, "fills_documents", lambda self, device: True)
+        monkeypatch.setattr(arranged, "fills_documents", lambda engine, device: True)
         assert kernels_of(180, [0, 60, 121, 180]) == others
 
 

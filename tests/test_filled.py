@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import packing
 from dilated_attention import Attention, Dilated, Full, Global, Learned, Local, Pattern, Random, Strided
-from dilated_attention.core import reference
+from dilated_attention.core import arranged, reference
 from dilated_attention.core.counting import branch_pairs, query_pairs
 from dilated_attention.core.documents import Document, Stack, read_documents
-from dilated_attention.core.engine import Engine
 from dilated_attention.core.filled import MOST_TOKENS, TOKENS_TOGETHER, Filled, filled, filled_length
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
@@ -44,7 +43,7 @@ CASES: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a card."""
     monkeypatch.setattr(
-        Engine, "fills_documents", lambda self, _: self.config.is_causal and keeps_prefixes(self.pattern)
+        arranged, "fills_documents", lambda engine, _: engine.config.is_causal and keeps_prefixes(engine.pattern)
     )
 
 
@@ -127,7 +126,7 @@ def counted(attention: Attention) -> tuple[int, ...]:
 def exactly(pattern: Pattern, mask: torch.Tensor | None, bounds: torch.Tensor | None) -> Attention:
     """The same work, each length as it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "fills_documents", lambda self, device: False)
+        patch.setattr(arranged, "fills_documents", lambda engine, device: False)
         attention = build(pattern=pattern, dtype="float64", scale=0.7)
         shape = (1, 171) if mask is None else (len(ROWS), 70)
         five(attention, batch_of(*shape, dtype=torch.float64), mask, bounds)
@@ -192,9 +191,9 @@ def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would be copied there from memory that is another's when it is replayed."""
     engine, card = build()._engine, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert engine.fills_documents(card)
+    assert arranged.fills_documents(engine, card)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not engine.fills_documents(card)
+    assert not arranged.fills_documents(engine, card)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +204,8 @@ def test_a_document_that_is_one_dense_call_is_left_as_it_is(
     pattern: Pattern, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert build(pattern=pattern)._engine.fills_documents(torch.device("cuda")) is expected
-    assert build(pattern=pattern, backend="reference")._engine.fills_documents(torch.device("cuda"))
+    assert arranged.fills_documents(build(pattern=pattern)._engine, torch.device("cuda")) is expected
+    assert arranged.fills_documents(build(pattern=pattern, backend="reference")._engine, torch.device("cuda"))
 
 
 @pytest.mark.gpu

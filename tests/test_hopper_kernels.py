@@ -18,6 +18,7 @@ from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
 from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed
+from dilated_attention.core.documents import Document, Packing
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -152,8 +153,9 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     script, folder = ROOT / "tests" / "compile_hopper.py", ROOT / "backends" / "fused"
     command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
-    assert len(lines) == 2 * len(tiles) == 26
-    for line, asked in zip(lines, (tile for tile in tiles for _ in range(2)), strict=True):
+    asked_for = [tile for tile in tiles for _ in range(2 if "block" in tile[0] + tile[1] else 3)]
+    assert len(lines) == 33
+    for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
         assert int(spilled) <= 640, line
@@ -170,6 +172,14 @@ def draw(dtype: torch.dtype, *shape: int, shift: int = 0) -> torch.Tensor:
     return packed[..., head_dim + shift :]
 
 
+def within(packing: Packing, length: int, start: int, count: int) -> torch.Tensor:
+    """(B, length) bool, where documents are; `start` and `count` are columns of `Packing.places`."""
+    found = torch.zeros((packing.batch, length), dtype=torch.bool, device="cuda")
+    for place in packing.places:
+        found[place[0], place[start] : place[start] + place[count]] = True
+    return found
+
+
 def compare(
     pattern: Pattern,
     geometry: Geometry,
@@ -181,15 +191,22 @@ def compare(
     shift: int = 0,
     times: float = 1.1,
     deterministic: bool = False,
+    packing: Packing | None = None,
 ) -> None:
-    """Out, lse and gradients, against float32: as near as the kernels in Triton are, but for that factor."""
+    """Out, lse and gradients, against float32: as near as the kernels in Triton are, but for that factor.
+
+    With a packing whatever belongs to none of its documents is NaN.
+    """
     layout = lower(pattern, geometry)
     rows, keys = (2, geometry.q_len, geometry.num_heads), (2, geometry.kv_len, geometry.num_kv_heads)
     dout, key, value = torch.randn((*rows, head_dim), device="cuda").to(dtype), *(
         draw(dtype, *keys, head_dim, shift=n * shift) for n in (1, 3)
     )  # fmt: skip
     query = draw(dtype, *rows, head_dim, shift=shift) * factor
-    piece = LayoutPiece(layout=layout, scale=head_dim**-0.5, deterministic=deterministic)
+    if packing is not None:
+        for x, at in ((query, (1, 2)), (dout, (1, 2)), (key, (3, 4)), (value, (3, 4))):
+            x[~within(packing, x.shape[1], *at)] = torch.nan
+    piece = LayoutPiece(layout=layout, scale=head_dim**-0.5, deterministic=deterministic, packing=packing)
     fed = TileSizes.of(head_dim, dtype, is_causal=geometry.is_causal, fed=True)
     assert layout.blocks is None or fed.within(layout.blocks.block_size).forward.parts
     exact = TileSizes.of(head_dim, torch.float32, is_causal=geometry.is_causal)
@@ -221,6 +238,22 @@ def test_branches(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal
         q_len=700, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal, q_offset=90, kv_offset=7
     )
     compare(pattern, geometry, dtype, head_dim)
+
+
+@pytest.mark.gpu
+@on_the_card
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [LONGNET, RAGGED, RARE, Full()], ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
+def test_documents(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal: bool, deterministic: bool) -> None:
+    """In rows that they do not fill, some with more keys than queries."""
+    documents = (Document(0, 0, 1, 3, 1), Document(0, 5, 300, 9, 300), Document(0, 320, 140, 330, 500),
+                 Document(1, 20, 901, 40, 950))  # fmt: skip
+    packing = Packing(documents, 2, 1000, 1000)
+    geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic)
+    compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic, bound_from=ALWAYS)
 
 
 @pytest.mark.gpu

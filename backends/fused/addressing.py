@@ -41,11 +41,31 @@ def tile_and_head(num_heads):
 
 
 @triton.jit
+def sequence_of(
+    documents, block, low, high, low_column, high_column, origin, positions, PACKED: tl.constexpr
+):  # fmt: skip
+    """Which sequence a block of tiles is of, where each has so many `positions`: see `runs.documents_of`.
+
+    Returns its batch row, the places of its first row and its first column in there, the positions from and up to
+    which it has rows and columns, and the one that the rows of this block are counted from.
+    """
+    batch, first, first_column = tl.program_id(1).to(tl.int64), 0, 0
+    origin += block * positions
+    if PACKED:
+        place = documents + block * 8
+        batch, first = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64)
+        first_column = tl.load(place + 2).to(tl.int64)
+        low, high = tl.load(place + 3), tl.load(place + 4)
+        low_column, high_column, origin = tl.load(place + 5), tl.load(place + 6), tl.load(place + 7)
+    return batch, first, first_column, low, high, low_column, high_column, origin
+
+
+@triton.jit
 def tile_of_rows(
     kind, tile, slot_group, slot_index, group_size, group_start, residues, low, high, origin, period, groups,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile, of those at the positions from `low` up to `high`.
+    """The rows of a tile, of those at the positions from `low` up to `high`; its block's are counted from `origin`.
 
     Returns the place of its group in the tables, the positions (M,) of its rows, ascending, and which are valid.
     """
@@ -55,7 +75,7 @@ def tile_of_rows(
     start = tl.load(group_start + table)
     element = tl.load(slot_index + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
     residue = tl.load(residues + kind * period + start + element % size)
-    position = origin + (tile // period) * BLOCK_M * period + (element // size) * period + residue
+    position = origin + (element // size) * period + residue
     return table, position, (position >= low) & (position < high)
 
 

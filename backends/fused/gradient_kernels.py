@@ -14,6 +14,7 @@ from .addressing import (
     load_rows,
     next_run,
     place_of_runs,
+    sequence_of,
     store_rows,
     tile_and_head,
     tile_of_rows,
@@ -102,16 +103,20 @@ def query_gradient_tile(
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head = tile_and_head(num_heads)
-    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    kind, length = tl.load(head_kind + head), q_high - q_low
+    batch, first_row, first_column, q_low, q_high, k_low, k_high, origin = sequence_of(
+        documents, tile // period, q_low, q_high, k_low, k_high, origin, BLOCK_M * period, PACKED
+    )  # fmt: skip
     table, position, valid = tile_of_rows(
         kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
         BLOCK_M,
@@ -120,13 +125,13 @@ def gradients_of_queries(
     runs += place
     walks += table * most_walks * 9
     biases += table * most_walks
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + first_column * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + first_column * stride_vs
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + first_row * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh + first_row * stride_gs
     q = load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
-    row = (batch * num_heads + head) * (q_high - q_low) + position - q_low
+    row = (batch * num_heads + head) * length + first_row + position - q_low
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -147,7 +152,7 @@ def gradients_of_queries(
         left -= BLOCK_N
         full -= BLOCK_N
         bound -= BLOCK_N
-    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(o_base, position - q_low, stride_os, valid, dq * grad_scale, HEAD_DIM, BLOCK_D)
 
 
@@ -174,16 +179,20 @@ def key_gradient_tile(
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
     tile, head = tile_and_head(num_heads)
-    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    kind, length = tl.load(head_kind + head), q_high - q_low
+    batch, first_row, first_column, k_low, k_high, q_low, q_high, origin = sequence_of(
+        documents, tile // period, k_low, k_high, q_low, q_high, origin, BLOCK_M * period, PACKED
+    )  # fmt: skip
     table, position, valid = tile_of_rows(
         kind, tile, slot_group, slot_index, group_size, group_start, residues, k_low, k_high, origin, period, groups,
         BLOCK_M,
@@ -192,13 +201,13 @@ def gradients_of_keys(
     runs += place
     walks += table * most_walks * 9
     biases += table * most_walks
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + first_column * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh + first_column * stride_gs
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + first_row * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + first_row * stride_vs
     k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
+    stats_base = stats_ptr + (batch * num_heads + head) * length + first_column
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -219,6 +228,6 @@ def gradients_of_keys(
         left -= BLOCK_N
         full -= BLOCK_N
         bound -= BLOCK_N
-    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh
+    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(dk_ptr + place_out, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

@@ -70,27 +70,29 @@ def _queries_part(
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `gradient_kernels.gradients_of_queries`, of tiles of 128 rows."""
-    head, batch, rows, walked = place_of_program(
+    head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
-        runs, totals, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
+        runs, totals, documents, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks,
+        block_runs, PARTS, PACKED,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_column * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_column * stride_vs
     part = (
-        ring, walked, rows, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
-        dout_ptr + batch * stride_gb + head * stride_gh, stride_gs,
-        stats_ptr + (batch * num_heads + head) * (q_high - q_low),
-        dq_ptr + batch * stride_ob + head * stride_oh, stride_os, scale, grad_scale,
+        ring, walked, rows, q_ptr + batch * stride_qb + head * stride_qh + first_row * stride_qs, stride_qs,
+        dout_ptr + batch * stride_gb + head * stride_gh + first_row * stride_gs, stride_gs,
+        stats_ptr + (batch * num_heads + head) * (q_high - q_low) + first_row,
+        dq_ptr + batch * stride_ob + head * stride_oh + first_row * stride_os, stride_os, scale, grad_scale,
     )  # fmt: skip
     feed = (ring, walked, (k_base, stride_ks, v_base, stride_vs, stats_ptr))
     gl.warp_specialize(
@@ -170,25 +172,28 @@ def _keys_part(
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `gradient_kernels.gradients_of_keys`, of tiles of 64 rows a part."""
-    head, batch, rows, walked = place_of_program(
+    head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
-        runs, totals, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
+        runs, totals, documents, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks,
+        block_runs, PARTS, PACKED,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low)
-    place = batch * stride_ob + head * stride_oh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_row * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_row * stride_vs
+    q_base = q_ptr + batch * stride_qb + head * stride_qh + first_column * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head * stride_gh + first_column * stride_gs
+    stats_base = stats_ptr + (batch * num_heads + head) * (q_high - q_low) + first_column
+    place = batch * stride_ob + head * stride_oh + first_row * stride_os
     part = (
         ring, walked, rows, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
         scale, grad_scale,

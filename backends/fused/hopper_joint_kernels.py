@@ -253,34 +253,38 @@ def _add_queries(
 def gradients(
     q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_sb, stride_ss, stride_sh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 128 keys, as `gradients_of_keys`, and what they add to `sums_ptr`: dq (B, S, H, D) unscaled."""
-    head, batch, rows, walked = place_of_program(
+    head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
-        runs, totals, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks, block_runs, _PARTS,
+        runs, totals, documents, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks,
+        block_runs, _PARTS, PACKED,
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()
     keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
     first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    levels_base = levels_ptr + (batch * num_heads + head) * (q_high - q_low) * LEVEL_COLUMNS
-    place = batch * stride_ob + head * stride_oh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_row * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_row * stride_vs
+    q_base = q_ptr + batch * stride_qb + head * stride_qh + first_column * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head * stride_gh + first_column * stride_gs
+    levels_base = levels_ptr + ((batch * num_heads + head) * (q_high - q_low) + first_column) * LEVEL_COLUMNS
+    place = batch * stride_ob + head * stride_oh + first_row * stride_os
     both = (
         keys, walked, rows, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
         scale, grad_scale,
     )  # fmt: skip
     feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, levels_base))
-    add = (first_hand, second_hand, keys, walked, sums_ptr + batch * stride_sb + head * stride_sh, stride_ss)
+    sums_base = sums_ptr + batch * stride_sb + head * stride_sh + first_column * stride_ss
+    add = (first_hand, second_hand, keys, walked, sums_base, stride_ss)
     gl.warp_specialize(
         [
             (_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),

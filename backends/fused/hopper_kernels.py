@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from .addressing import AS_THEY_ARE, columns, next_run, place_of_runs, tile_and_head
+from .addressing import AS_THEY_ARE, columns, next_run, place_of_runs, sequence_of, tile_and_head
 from .hopper_ring import (
     NOTHING,
     ROWS,
@@ -31,24 +31,27 @@ from .hopper_steps import attend_columns, bounded, finish_attending, no_sums, sc
 @gluon.jit
 def place_of_program(
     num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs,
-    totals, low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
-    PARTS: gl.constexpr,
+    totals, documents, low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
+    PARTS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Of this program: head, batch row, where its rows are, and what they walk."""
+    """Of this program: head, batch row, its sequence's first row and column in there, its rows, and what they walk."""
     tile, head = tile_and_head(num_heads)
     kind = gl.load(head_kind + head)
     group = kind * groups + gl.load(slot_group + kind * period + tile % period)
     place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs, PARTS)
     slot = kind * period + tile % period
+    batch, first_row, first_column, low, high, low_column, high_column, origin = sequence_of(
+        documents, tile // period, low, high, low_column, high_column, origin, (PARTS * ROWS) * period, PACKED
+    )  # fmt: skip
     rows = (
-        origin + (tile // period) * (PARTS * ROWS) * period, gl.load(slot_index + slot) * (PARTS * ROWS),
+        origin, gl.load(slot_index + slot) * (PARTS * ROWS),
         gl.load(group_size + group), residues + kind * period + gl.load(group_start + group), period, low, high,
     )  # fmt: skip
     walked = (
         walks + group * most_walks * 9, biases + group * most_walks, runs + place, totals + total_place,
         low_column, high_column,
     )  # fmt: skip
-    return head.to(gl.int64), gl.program_id(1).to(gl.int64), rows, walked
+    return head.to(gl.int64), batch, first_row, first_column, rows, walked
 
 
 @gluon.jit
@@ -186,25 +189,27 @@ def _attend_part(
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, BOUNDED: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, BOUNDED: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `kernels.attend`, of tiles of 128 rows."""
-    head, batch, rows, walked = place_of_program(
+    head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
-        runs, totals, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks, block_runs, PARTS,
+        runs, totals, documents, q_low, q_high, k_low, k_high, origin, period, groups, most_walks, blocks,
+        block_runs, PARTS, PACKED,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_column * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_column * stride_vs
     part = (
-        ring, walked, rows, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
-        out_ptr + batch * stride_ob + head * stride_oh, stride_os,
-        lse_ptr + (batch * num_heads + head) * (q_high - q_low),
+        ring, walked, rows, q_ptr + batch * stride_qb + head * stride_qh + first_row * stride_qs, stride_qs,
+        out_ptr + batch * stride_ob + head * stride_oh + first_row * stride_os, stride_os,
+        lse_ptr + (batch * num_heads + head) * (q_high - q_low) + first_row,
         largest_ptr + batch * (num_heads // group_heads) + key_head, scale,
     )  # fmt: skip
     feed = (ring, walked, (k_base, stride_ks, v_base, stride_vs, k_ptr))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from .named_blocks import NamedBlocks
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
+    from ...core.documents import Packing
     from ...core.kernel import LayoutPiece
     from ...core.layout import Layout
     from .launches import Blocks
@@ -44,26 +46,30 @@ class FusedKernel:
         self.tiles = tiles
         self._bound_from = bound_from
         self._is_fed = any(both.of(which).parts for both in (tiles.branches, tiles.blocks) for which in both.passes)
-        self._parts: WeakKeyDictionary[Layout, dict[torch.device, tuple[Part, ...]]] = WeakKeyDictionary()
+        self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None], tuple[Part, ...]]]
+        self._parts = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
         return sum(part.nbytes for part in self.parts(layout, device))
 
-    def parts(self, layout: Layout, device: torch.device) -> tuple[Part, ...]:
-        """The parts of a layout with their tables on the device; made once."""
-        known = self._parts.setdefault(layout, {})
-        if device not in known:
+    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device) -> int:
+        """As `Packs.prepare_packing`."""
+        return sum(part.nbytes for part in self.parts(layout, device, packing))
+
+    def parts(self, layout: Layout, device: torch.device, packing: Packing | None = None) -> tuple[Part, ...]:
+        """The parts of a layout with their tables on the device, of all documents of a packing; made once."""
+        known, key = self._parts.setdefault(layout, {}), (device, packing)
+        if key not in known:
             found: list[Part] = []
             if layout.branches:
-                found.append(
-                    BranchPart(layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from)
-                )
+                tiles, bound_from = self.tiles.branches, self._bound_from
+                found.append(BranchPart(layout.branches, layout.geometry, tiles, device, bound_from, packing))
             blocks = _blocks_of(layout, device)
             if blocks is not None:
                 found.append(BlockPart(blocks, self.tiles.within(blocks.block_size), self._bound_from))
-            known[device] = tuple(found)
-        return known[device]
+            known[key] = tuple(found)
+        return known[key]
 
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
@@ -73,12 +79,12 @@ class FusedKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         batch, length, heads, _ = query.shape
-        parts = self.parts(piece.layout, query.device)
+        parts = self.parts(piece.layout, query.device, piece.packing)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
         for part in parts:
-            out = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device)
-            lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+            out = _room(query.shape, _part_dtype(query, parts), query.device, piece)
+            lse = _room((batch, heads, length), torch.float32, query.device, piece, -math.inf)
             scales = (abs(piece.scale) * _LOG2_E,)
             with span(part.name):
                 part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales, named=piece.tables)
@@ -109,7 +115,9 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Adds.gradients`."""
         is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
-        if is_exact or any("gradients" not in part.passes for part in self.parts(piece.layout, query.device)):
+        if is_exact or any(
+            "gradients" not in part.passes for part in self.parts(piece.layout, query.device, piece.packing)
+        ):
             dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
             return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
         sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -125,7 +133,7 @@ class FusedKernel:
 
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
         """As `Adds.merge`."""
-        (part,) = self.parts(piece.layout, query.device)
+        (part,) = self.parts(piece.layout, query.device, piece.packing)
         query, key, value = self._taken(piece, query, key, value)
         with span(part.name):
             scales = (abs(piece.scale) * _LOG2_E,)
@@ -164,11 +172,11 @@ class FusedKernel:
         dq: Tensor | None = None,
     ) -> Tensor:
         """As `Adds.gradients_of_queries`."""
-        parts, total = self.parts(piece.layout, query.device), dq
+        parts, total = self.parts(piece.layout, query.device, piece.packing), dq
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
         for part in parts:
-            into = torch.empty(query.shape, dtype=_part_dtype(query, parts), device=query.device) if dq is None else dq
+            into = _room(query.shape, _part_dtype(query, parts), query.device, piece) if dq is None else dq
             pointers, strided = (query, key, value, dout, row_sums, into), (query, key, value, dout, into)
             with span(f"{part.name}, gradients of queries"):
                 part.run("queries", pointers, strided, scales, adds=dq is not None, named=piece.tables)
@@ -195,7 +203,7 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor]:
         """dk and dv of a pass, which takes `of_rows` and also writes to `more`."""
         batch, kv_len, kv_heads, head_dim = key.shape
-        heads, parts = query.shape[2], self.parts(piece.layout, query.device)
+        heads, parts = query.shape[2], self.parts(piece.layout, query.device, piece.packing)
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, abs(piece.scale)
         # Query heads that share a key-value head write apart and are summed after.
@@ -203,7 +211,7 @@ class FusedKernel:
         sums: list[Tensor] = []
         for part in parts:
             shape = batch, kv_len, heads, head_dim
-            grads = [torch.empty(shape, dtype=key_dtype, device=key.device) for _ in range(2)]
+            grads = [_room(shape, key_dtype, key.device, piece) for _ in range(2)]
             pointers = (query, key, value, dout, of_rows, *more, *grads)
             with span(f"{part.name}, gradients of {'all' if which == 'gradients' else 'keys'}"):
                 part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales, named=piece.tables)
@@ -221,6 +229,15 @@ def _blocks_of(layout: Layout, device: torch.device) -> Blocks | None:
     if isinstance(pattern, LearnedPattern):
         return NamedBlocks.of(pattern, layout.geometry, device)
     return None if layout.blocks is None else KnownBlocks.of(layout.blocks, device)
+
+
+def _room(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, piece: LayoutPiece, rest: float = 0.0
+) -> Tensor:
+    """For what is written of a piece; `rest` where it writes nothing, which is outside of documents."""
+    if piece.packing is None or piece.packing.covers:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.full(shape, rest, dtype=dtype, device=device)
 
 
 def _part_dtype(x: Tensor, parts: tuple[Part, ...]) -> torch.dtype:

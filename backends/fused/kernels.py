@@ -14,6 +14,7 @@ from .addressing import (
     load_rows,
     next_run,
     place_of_runs,
+    sequence_of,
     store_rows,
     tile_and_head,
     tile_of_rows,
@@ -104,15 +105,19 @@ def _attend_runs(
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, BOUNDED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head = tile_and_head(num_heads)
-    batch, kind = tl.program_id(1).to(tl.int64), tl.load(head_kind + head)
+    kind, length = tl.load(head_kind + head), q_high - q_low
+    batch, first_row, first_column, q_low, q_high, k_low, k_high, origin = sequence_of(
+        documents, tile // period, q_low, q_high, k_low, k_high, origin, BLOCK_M * period, PACKED
+    )  # fmt: skip
     table, position, valid = tile_of_rows(
         kind, tile, slot_group, slot_index, group_size, group_start, residues, q_low, q_high, origin, period, groups,
         BLOCK_M,
@@ -120,9 +125,9 @@ def attend(
     place, total_place = place_of_runs(kind, tile, run_start, blocks, period, block_runs)
     runs += place
     total = tl.load(totals + total_place)
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + first_row * stride_qs
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + first_column * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + first_column * stride_vs
     q = load_rows(q_base, position - q_low, stride_qs, valid, HEAD_DIM, BLOCK_D)
     walks += table * most_walks * 9
     biases += table * most_walks
@@ -149,9 +154,9 @@ def attend(
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
-    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(o_base, position - q_low, stride_os, valid, out, HEAD_DIM, BLOCK_D)
-    lse_base = lse_ptr + (batch * num_heads + head) * (q_high - q_low)
+    lse_base = lse_ptr + (batch * num_heads + head) * length + first_row
     tl.store(lse_base + position - q_low, lse, mask=valid)
 
 

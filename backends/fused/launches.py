@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...core.counting import branch_pairs
+from ...core.counting import branch_pairs, packing_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from ..libraries import FP_FUSION
 from . import kernels
-from .runs import DeviceTables, Runs
+from .runs import DeviceTables, Runs, documents_of
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables, roomy_span
 
 if TYPE_CHECKING:
     from triton import JITFunction
 
+    from ...core.documents import Packing
     from ...core.geometry import Geometry
     from ...core.pattern import Branch
     from .block_tables import BlockTables
@@ -142,7 +143,7 @@ def known_tables(
 
 
 class BranchPart:
-    """All branches of a layout.
+    """All branches of a layout, or those of all documents of a call.
 
     Where they hold many pairs, the forward pass first finds the largest key of each head: with that bound of the
     scores the softmax needs no running maximum. Float16 has too few exponents for it.
@@ -158,6 +159,7 @@ class BranchPart:
         tiles: Tiles,
         device: torch.device,
         bound_from: int,
+        packing: Packing | None = None,
     ) -> None:
         positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
         if max(map(abs, positions)) >= MAX_POSITION:
@@ -171,18 +173,29 @@ class BranchPart:
         self._geometry = geometry
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=False)
-        pairs = sum(branch_pairs(branch, geometry) for branch in branches)
-        self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
+        if packing is None:
+            pairs, keys_met = sum(branch_pairs(branch, geometry) for branch in branches), geometry.kv_len
+        else:
+            pairs, keys_met = packing_pairs(branches, packing, is_causal=geometry.is_causal), packing.keys
+        self._bounds = pairs >= bound_from * keys_met * geometry.num_kv_heads
         by_rows, by_columns = (known_tables(branches, geometry.is_causal, side, span, device) for side in (False, True))
         queries = geometry.q_offset, geometry.q_offset + geometry.q_len
         keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
-        self._limits = (*queries, *keys)
-        self._listed = {
-            which: (by_columns, Runs.of(by_columns, tiles.of(which), keys, queries))
-            if which in _BY_COLUMNS
-            else (by_rows, Runs.of(by_rows, tiles.of(which), queries, keys))
-            for which in tiles.passes
-        }
+        # Of the tensors: kernels then find in `Runs.documents` where each document's are.
+        self._limits = (*queries, *keys) if packing is None else (0, packing.q_len, 0, packing.kv_len)
+
+        def listed(which: Pass) -> tuple[DeviceTables, Runs]:
+            transposed, tile = which in _BY_COLUMNS, tiles.of(which)
+            tables = by_columns if transposed else by_rows
+            rows, columns = (keys, queries) if transposed else (queries, keys)
+            documents = None
+            if packing is not None:
+                period = tables.host.period
+                documents = documents_of(packing, tile.rows * period, period, transposed=transposed)
+            return tables, Runs.of(tables, tile, rows, columns, documents)
+
+        self._is_packed = packing is not None
+        self._listed = {which: listed(which) for which in tiles.passes}
         self.nbytes = by_rows.nbytes + by_columns.nbytes + sum(runs.nbytes for _, runs in self._listed.values())
 
     def run(
@@ -200,12 +213,13 @@ class BranchPart:
         assert named is None
         query, tile = pointers[0], self._tiles.of(which)
         tables, runs = self._listed[which]
-        constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts}
+        constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts, "PACKED": self._is_packed}
         if tile.parts and not tile.adds:
             constants["PARTS"] = tile.parts
         if which == "forward":
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
-        self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], query.shape[0])](
+        batch = 1 if self._is_packed else query.shape[0]
+        self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], batch)](
             *pointers,
             tables.head_kind,
             *tables.rows,
@@ -214,6 +228,7 @@ class BranchPart:
             runs.start,
             runs.runs,
             runs.totals,
+            runs.documents,
             *_strides(strided),
             *self._limits,
             runs.origin,

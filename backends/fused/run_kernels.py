@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import AS_THEY_ARE, FAR, ceil_div, columns, floor_div, place_of_runs, tile_of_rows
+from .addressing import (
+    AS_THEY_ARE,
+    FAR,
+    ceil_div,
+    columns,
+    floor_div,
+    place_of_runs,
+    sequence_of,
+    tile_of_rows,
+)
 
 
 @triton.jit
@@ -21,11 +30,15 @@ def _segments(walk, first, last, SHIFTS: tl.constexpr):
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def list_runs(
     slot_group, slot_index, group_size, group_start, residues, walks, counts, run_start, runs, totals,
-    low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
+    documents, low, high, low_column, high_column, origin, period, groups, most_walks, blocks, block_runs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTS: tl.constexpr, PARTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """The runs of one tile of one kind of head, and how many steps of N columns they take: grid (tiles, kinds)."""
     tile, kind = tl.program_id(0), tl.program_id(1)
+    _batch, _first, _first_column, low, high, low_column, high_column, origin = sequence_of(
+        documents, tile // period, low, high, low_column, high_column, origin, BLOCK_M * period, PACKED
+    )  # fmt: skip
     table, position, valid = tile_of_rows(
         kind, tile, slot_group, slot_index, group_size, group_start, residues, low, high, origin, period, groups,
         BLOCK_M,

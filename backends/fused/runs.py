@@ -5,6 +5,8 @@ A kernel then goes through all columns of a tile in one loop, whose loads are un
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from ..libraries import FP_FUSION
 from .run_kernels import list_runs
 from .tiles import Tile, ceil_div
 from .walks import Tables
+
+if TYPE_CHECKING:
+    from ...core.documents import Packing
 
 
 @attrs.frozen(eq=False)
@@ -31,6 +36,7 @@ class Runs:
         runs: (N, T, R, 4) int32: the walk, its segment, the columns that some row of the tile meets, and those that
             every row does.
         totals: (N, T, P) int32, steps of a tile of columns that the runs take.
+        documents: (T, 8) int32, as `documents_of` gives them, or nothing where all blocks are of one sequence.
     """
 
     blocks: int
@@ -39,14 +45,22 @@ class Runs:
     start: Tensor
     runs: Tensor
     totals: Tensor
+    documents: Tensor
 
     @classmethod
-    def of(cls, tables: DeviceTables, tile: Tile, rows: tuple[int, int], columns: tuple[int, int]) -> Runs:
-        """List them for rows and columns at these positions (from, up to)."""
+    def of(
+        cls,
+        tables: DeviceTables,
+        tile: Tile,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        documents: NDArray[np.int32] | None = None,
+    ) -> Runs:
+        """List them for rows and columns at these positions (from, up to); of documents, no farther than these."""
         host, device = tables.host, tables.counts.device
         kinds = host.counts.shape[0]
         origin = rows[0] // host.period * host.period
-        blocks = ceil_div(rows[1] - origin, tile.rows * host.period)
+        blocks = ceil_div(rows[1] - origin, tile.rows * host.period) if documents is None else len(documents)
         start, block_runs = host.places_of_runs(tile.rows, rows[1] - rows[0])
         made = cls(
             blocks,
@@ -55,6 +69,7 @@ class Runs:
             torch.from_numpy(start).to(device),
             torch.empty((kinds, blocks, block_runs, 4 + 2 * tile.parts), dtype=torch.int32, device=device),
             torch.empty((kinds, blocks, host.period, 1 + tile.parts), dtype=torch.int32, device=device),
+            torch.from_numpy(np.empty((0, 8), dtype=np.int32) if documents is None else documents).to(device),
         )
         list_runs[(blocks * host.period, kinds)](
             *tables.rows,
@@ -63,6 +78,7 @@ class Runs:
             made.start,
             made.runs,
             made.totals,
+            made.documents,
             *rows,
             *columns,
             origin,
@@ -73,6 +89,7 @@ class Runs:
             BLOCK_N=tile.columns,
             SHIFTS=host.shifts,
             PARTS=tile.parts,
+            PACKED=documents is not None,
             **FP_FUSION,
         )
         return made
@@ -80,7 +97,23 @@ class Runs:
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        return sum(x.nbytes for x in (self.start, self.runs, self.totals))
+        return sum(x.nbytes for x in (self.start, self.runs, self.totals, self.documents))
+
+
+def documents_of(packing: Packing, positions: int, period: int, *, transposed: bool) -> NDArray[np.int32]:
+    """The document of each block of tiles, which has rows at so many `positions` from a multiple of `period` on.
+
+    Returns (T, 8): its batch row, the places of its first row and its first column in there, the positions from and up
+    to which it has rows, likewise columns, and the position that this block's are counted from.
+    """
+    row, q_start, q_len, kv_start, kv_len = packing.places.T
+    queries, keys = (q_start, kv_len - q_len, kv_len), (kv_start, np.zeros_like(kv_len), kv_len)
+    (first, low, high), columns = (keys, queries) if transposed else (queries, keys)
+    origin = low // period * period
+    blocks = -((origin - high) // positions)
+    fields = np.stack([row, first, columns[0], low, high, *columns[1:], origin], axis=1).repeat(blocks, axis=0)
+    fields[:, 7] += positions * (np.arange(len(fields)) - (blocks.cumsum() - blocks).repeat(blocks))
+    return fields.astype(np.int32)
 
 
 @attrs.frozen(eq=False)

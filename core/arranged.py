@@ -1,0 +1,64 @@
+"""How the documents of a call are computed: together in one go, as a few batches, or one length after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .documents import Document, Packing, Stack, stacked
+from .filled import Filled, filled
+from .geometry import one_token
+from .kernel import Packs
+from .lowering import layout_kinds, split
+from .program import keeps_prefixes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .engine import Engine
+
+Arranged = Packing | Sequence[Stack | Filled]
+
+
+def arranged(documents: Sequence[Document], engine: Engine, query: Tensor, key: Tensor) -> Arranged:
+    """The documents of tensors (B, S, H, D) and (B, T, K, D) as the engine computes them."""
+    stacks = stacked(documents)
+    if len(stacks) < 2:
+        return stacks
+    if packs(engine):
+        return Packing(tuple(documents), query.shape[0], query.shape[1], key.shape[1])
+    return filled(documents) if fills_documents(engine, query.device) else stacks
+
+
+def packs(engine: Engine) -> bool:
+    """Whether its kernel computes all documents in one go: of branches, which are the same for every length."""
+    config = engine.config
+    if not isinstance(engine.kernel, Packs) or config.dropout_p:
+        return False
+    return layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal) == {"branch"}
+
+
+def fills_documents(engine: Engine, device: torch.device) -> bool:
+    """Whether a document may be computed as the beginning of a longer one, which saves lowering and launches.
+
+    It costs more than it saves where a document is a single call of a dense kernel, and on a CPU but where lowering
+    is slow: with blocks.
+    """
+    config = engine.config
+    if not config.is_causal or config.dropout_p or not keeps_prefixes(engine.pattern):
+        return False
+    if device.type == "cpu":
+        return "block" in layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal)
+    # A CUDA graph would keep copies of places that are gone when it is replayed.
+    is_kept = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not (is_kept or _is_one_call(engine))
+
+
+def _is_one_call(engine: Engine) -> bool:
+    """Whether a dense kernel is handed whole sequences."""
+    config = engine.config
+    branches, rest = split(engine.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
+    is_whole = [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+    return not engine.takes_layout and rest is None and is_whole
