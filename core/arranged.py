@@ -27,17 +27,23 @@ def arranged(documents: Sequence[Document], engine: Engine, query: Tensor, key: 
     stacks = stacked(documents)
     if len(stacks) < 2:
         return stacks
-    if packs(engine):
+    if packs(engine, documents):
         return Packing(tuple(documents), query.shape[0], query.shape[1], key.shape[1])
     return filled(documents) if fills_documents(engine, query.device) else stacks
 
 
-def packs(engine: Engine) -> bool:
-    """Whether its kernel computes all documents in one go: of branches, which are the same for every length."""
+def packs(engine: Engine, documents: Sequence[Document]) -> bool:
+    """Whether its kernel computes all of them in one go, each as the beginning of a longer sequence.
+
+    Branches are the same for every length; of blocks that holds for causal patterns that keep prefixes.
+    """
     config = engine.config
     if not isinstance(engine.kernel, Packs) or config.dropout_p:
         return False
-    return layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal) == {"branch"}
+    if _kinds(engine) == {"branch"}:
+        return True
+    are_whole = all(document.q_len == document.kv_len for document in documents)
+    return config.is_causal and keeps_prefixes(engine.pattern) and are_whole
 
 
 def fills_documents(engine: Engine, device: torch.device) -> bool:
@@ -50,10 +56,15 @@ def fills_documents(engine: Engine, device: torch.device) -> bool:
     if not config.is_causal or config.dropout_p or not keeps_prefixes(engine.pattern):
         return False
     if device.type == "cpu":
-        return "block" in layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal)
+        return "block" in _kinds(engine)
     # A CUDA graph would keep copies of places that are gone when it is replayed.
     is_kept = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return not (is_kept or _is_one_call(engine))
+
+
+def _kinds(engine: Engine) -> frozenset[str]:
+    config = engine.config
+    return layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal)
 
 
 def _is_one_call(engine: Engine) -> bool:

@@ -22,12 +22,12 @@ from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
-from .geometry import Geometry
+from .geometry import Geometry, about_as_long
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares
 from .layout import Layout
 from .lowering import lower
 from .pattern import LearnedPattern, Pattern
-from .program import Program
+from .program import Program, packed_program, shared_program
 from .received import received_from
 from .schedule import Schedule, schedule
 from .tracing import span
@@ -131,13 +131,12 @@ class Engine:
         packing: Packing | None = None,
     ) -> Program:
         key = (q_len, kv_len, q_offset, kv_offset, device) if packing is None else (packing, device)
-        found = self.programs.get(key)
-        if found is not None:
+        if (found := self.programs.get(key)) is not None:
             return found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             what, first = f"seq_len {q_len}", f"attention.prepare({q_len}, kv_len={kv_len})"
             if packing is not None:
-                what, first = f"a call of {len(packing.documents)} documents", "the attention with them once"
+                what, first = f"a call of {len(packing.documents)} documents", "the attention with them"
             raise ConfigError(
                 f"{what} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a CUDA "
                 f"graph is captured; call {first} before the capture"
@@ -151,20 +150,24 @@ class Engine:
     ) -> Program:
         config, kernel = self.config, self._layout_kernel
         self._check_call(q_len, kv_len, q_offset, kv_offset)
-        lengths = (q_len, kv_len, q_offset, kv_offset)
-        geometry = self._geometry(*(lengths if packing is None else (packing.longest, packing.longest, 0, 0)))
+        if packing is not None:
+            assert isinstance(kernel, Packs)
+            length = about_as_long(packing.longest, 1, packing.longest)
+            geometry = self._geometry(length, length, 0, 0)
+            shared = self.programs.get_or_make(
+                ("documents", length), lambda: shared_program(self.pattern, geometry, config.limits.layout_bytes)
+            )
+            return packed_program(shared, packing, kernel, device)
+        geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
         if kernel is None:
             return self._composed(geometry, device)
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        program, prepared = Program(layout, Schedule((), 0), packing=packing), 0
-        if packing is not None:
-            assert isinstance(kernel, Packs)
-            prepared = kernel.prepare_packing(layout, packing, device)
-        elif isinstance(kernel, Prepares) and program.pairs:
-            prepared = kernel.prepare(layout, device)
-        return attrs.evolve(program, prepared_bytes=prepared)
+        program = Program(layout, Schedule((), 0))
+        if isinstance(kernel, Prepares) and program.pairs:
+            program = attrs.evolve(program, prepared_bytes=kernel.prepare(layout, device))
+        return program
 
     def _composed(self, geometry: Geometry, device: torch.device) -> Program:
         """The program that core itself runs, with dense pieces and blocks."""

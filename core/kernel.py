@@ -58,6 +58,10 @@ class LayoutPiece:
             backends that declare dynamic_tables.
         is_part: the layout has a part of each row's keys; backward's out and lse are those of the whole row. Given
             only to backends that declare context_parallel.
+        packing: the documents of the call, each of which is a sequence of its own: its tokens see what the first tokens
+            of the layout see, up to the document's end. The layout is of one sequence with as many queries as keys,
+            no shorter than any of them; where it has blocks it is causal, and documents have as many queries as
+            keys. Given only to kernels that are `Packs`.
     """
 
     layout: Layout

@@ -367,8 +367,38 @@ def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monk
     assert launched == ["forward", "queries", "keys"]
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("of_call", [{"bounds": torch.tensor([0, 0, 17, 19, 52])}, {"mask": LATER}, {"mask": EARLIER}],
+                         ids=["packed", "padded before", "padded behind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Random(2, 16, seed=3),
+        Local((20, 0)) | Global(3),
+        Dilated((8, 16), (1, 2)) + Random(1, 16),
+        Random(1, 16) + Local(9),
+    ],
+    ids=["random", "masks", "branches", "weights"],
+)
+def test_blocks_of_documents_in_one_launch(
+    pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one table, which ends behind them."""
+    launched: list[str] = []
+    run = launches.BlockPart.run
+
+    def told(self: launches.BlockPart, which: Pass, *args: Any, **by: Any) -> None:
+        launched.append(which)
+        run(self, which, *args, **by)
+
+    monkeypatch.setattr(launches.BlockPart, "run", told)
+    check_documents(pattern, **of_call, factor=3)
+    assert launched == ["forward", "queries", "keys"]
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
 def test_documents_that_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind an end weigh nothing, however large the scores of what they see."""
+    monkeypatch.setattr(arranged, "packs", lambda engine, documents: False)
     monkeypatch.setattr(arranged, "fills_documents", lambda engine, device: True)
     check_documents(Random(2, 8), bounds=torch.tensor([0, 17, 35]), factor=20, limit=1e-4)

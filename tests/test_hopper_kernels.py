@@ -153,8 +153,8 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     script, folder = ROOT / "tests" / "compile_hopper.py", ROOT / "backends" / "fused"
     command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
-    asked_for = [tile for tile in tiles for _ in range(2 if "block" in tile[0] + tile[1] else 3)]
-    assert len(lines) == 33
+    asked_for = [tile for tile in tiles for _ in range(3)]
+    assert len(lines) == 39
     for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
@@ -198,7 +198,10 @@ def compare(
     With a packing whatever belongs to none of its documents is NaN.
     """
     layout = lower(pattern, geometry)
-    rows, keys = (2, geometry.q_len, geometry.num_heads), (2, geometry.kv_len, geometry.num_kv_heads)
+    q_len, kv_len = geometry.q_len, geometry.kv_len
+    if packing is not None:
+        q_len, kv_len = packing.q_len, packing.kv_len
+    rows, keys = (2, q_len, geometry.num_heads), (2, kv_len, geometry.num_kv_heads)
     dout, key, value = torch.randn((*rows, head_dim), device="cuda").to(dtype), *(
         draw(dtype, *keys, head_dim, shift=n * shift) for n in (1, 3)
     )  # fmt: skip
@@ -252,6 +255,26 @@ def test_documents(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causa
                  Document(1, 20, 901, 40, 950))  # fmt: skip
     packing = Packing(documents, 2, 1000, 1000)
     geometry = Geometry(q_len=1000, kv_len=1000, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic)
+    compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic, bound_from=ALWAYS)
+
+
+@pytest.mark.gpu
+@on_the_card
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    "pattern",
+    [Random(density=0.3, block_size=128), Random(density=0.3, block_size=256), Local((300, 0)) | Global(3),
+     LONGNET + Local((100, 0)), Local((300, 0)) + Local((500, 0))],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
+def test_blocks_of_documents(dtype: torch.dtype, head_dim: int, pattern: Pattern, deterministic: bool) -> None:
+    """Which end within blocks, at their ends, and before the table does."""
+    documents = (Document(0, 0, 1, 0, 1), Document(0, 5, 300, 5, 300), Document(0, 320, 640, 320, 640),
+                 Document(1, 20, 965, 20, 965))  # fmt: skip
+    packing = Packing(documents, 2, 1000, 1000)
+    geometry = Geometry(q_len=1100, kv_len=1100, num_heads=4, num_kv_heads=2, is_causal=True)
     compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic)
     compare(pattern, geometry, dtype, head_dim, packing=packing, deterministic=deterministic, bound_from=ALWAYS)
 

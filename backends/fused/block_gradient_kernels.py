@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
-from .block_kernels import blocks_of_row, counts_of, rows_of_program
+from .block_kernels import counts_of, rows_of_program
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -18,26 +18,31 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head: grid (tiles * heads, batch); ADDS adds it to what is there."""
-    block_row, inside, row, head, batch = rows_of_program(num_heads, BLOCK, BLOCK_M)
+    length = q_len
+    inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        BLOCK, BLOCK_M, PACKED, False,
+    )  # fmt: skip
     valid = row < q_len
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + place * stride_vs
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + place * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh + place * stride_gs
     q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
-    lse, delta = unpack(tl.load(stats_ptr + (batch * num_heads + head) * q_len + row, mask=valid, other=0))
+    stats_base = stats_ptr + (batch * num_heads + head) * length + place
+    lse, delta = unpack(tl.load(stats_base + row, mask=valid, other=0))
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
@@ -57,7 +62,7 @@ def block_gradients_of_queries(
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
-    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
     if ADDS:
         if last > first:
             dq += load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
@@ -69,27 +74,31 @@ def block_gradients_of_queries(
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
-    block_row, inside, row, head, batch = rows_of_program(num_heads, BLOCK, BLOCK_M)
+    length = q_len
+    inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        BLOCK, BLOCK_M, PACKED, PACKED,
+    )  # fmt: skip
     valid = row < k_len
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + place * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh + place * stride_gs
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + place * stride_vs
     k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    stats_base = stats_ptr + (batch * num_heads + head) * q_len
+    stats_base = stats_ptr + (batch * num_heads + head) * length + place
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
@@ -100,16 +109,21 @@ def block_gradients_of_keys(
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
-        column = tl.minimum(tl.load(cols + entry) * BLOCK + within, q_len - 1)
+        met = tl.load(cols + entry) * BLOCK + within
+        column = tl.minimum(met, q_len - 1)
         q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = unpack(tl.load(stats_base + column))
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
-        count = counts_of(masks, tl.load(mask_ids + entry), within, inside, BLOCK).trans()
+        mask = tl.load(mask_ids + entry)
+        count = counts_of(masks, tl.maximum(mask, 0), within, inside, BLOCK).trans()
+        if PACKED:  # a document ends where the table may not
+            count = tl.where(mask < 0, tl.exp2(tl.load(biases + entry)), count)
+            count = tl.where((met < q_len)[None, :], count, 0.0)
         p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[None, :]) * count
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
-    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh
+    place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
     store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

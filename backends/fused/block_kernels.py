@@ -16,20 +16,56 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def rows_of_program(num_heads, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of this program: block row, rows (M,) within the block, rows (M,) of the tensor, head, batch row."""
-    tile, head = tile_and_head(num_heads)
-    parts = BLOCK // BLOCK_M
-    inside = (tile % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tile // parts, inside, (tile // parts) * BLOCK + inside, head, tl.program_id(1).to(tl.int64)
+def sequence_of_row(documents, number, q_len, k_len, PACKED: tl.constexpr):
+    """Which sequence a program's block row is of: see `packed_blocks`.
+
+    Returns its batch row, the place of its first token in there, which block row of the sequence this is, and how many
+    queries and keys the sequence has.
+    """
+    batch, first, block_row = tl.program_id(1).to(tl.int64), 0, number
+    if PACKED:
+        place = documents + number * 4
+        batch, first, block_row = tl.load(place).to(tl.int64), tl.load(place + 1).to(tl.int64), tl.load(place + 2)
+        q_len = tl.load(place + 3)
+        k_len = q_len
+    return batch, first, block_row, q_len, k_len
 
 
 @triton.jit
-def blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables):
-    """Where the blocks of a block row begin, those of them with a mask, and the next row's: see `BlockTables`."""
+def blocks_of_row(
+    head_table, starts, ends, head, block_row, number, numbers, block_rows, batch_tables, IN_ORDER: tl.constexpr
+):  # fmt: skip
+    """Where the blocks of a block row begin, those of them with a mask, and where they end: see `BlockTables`.
+
+    IN_ORDER blocks with and without a mask are not apart, and end as the program's `number` of so many says.
+    """
     table = tl.load(head_table + tl.program_id(1) * batch_tables + head).to(tl.int64)
-    place = starts + 2 * (table * block_rows + block_row)
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    if IN_ORDER:
+        first = tl.load(starts + table * block_rows + block_row)
+        masked, last = first, tl.load(ends + table * numbers + number)
+    else:
+        place = starts + 2 * (table * block_rows + block_row)
+        first, masked, last = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    return first, masked, last
+
+
+@triton.jit
+def rows_of_program(
+    documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PACKED: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Of this program: rows (M,) within the block and of the sequence, head, what `sequence_of_row` and
+    `blocks_of_row` say.
+    """
+    tile, head = tile_and_head(num_heads)
+    parts: tl.constexpr = BLOCK // BLOCK_M
+    inside = (tile % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, place, block_row, q_len, k_len = sequence_of_row(documents, tile // parts, q_len, k_len, PACKED)
+    numbers = tl.num_programs(0) // num_heads // parts
+    first, masked, last = blocks_of_row(
+        head_table, starts, ends, head, block_row, tile // parts, numbers, block_rows, batch_tables, IN_ORDER
+    )  # fmt: skip
+    return inside, block_row * BLOCK + inside, head, batch, place, q_len, k_len, first, masked, last
 
 
 @triton.jit
@@ -52,25 +88,28 @@ def merge(out, lse, out_more, lse_more):
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def attend_blocks(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks, ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
-    block_row, inside, row, head, batch = rows_of_program(num_heads, BLOCK, BLOCK_M)
+    length = q_len
+    inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        BLOCK, BLOCK_M, PACKED, False,
+    )  # fmt: skip
     valid = row < q_len
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh
+    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + place * stride_qs
+    k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + place * stride_vs
     q = load_rows(q_base, row, stride_qs, valid, HEAD_DIM, BLOCK_D)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, block_row, block_rows, batch_tables)
     for step in range((masked - first) * parts):
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
@@ -98,8 +137,8 @@ def attend_blocks(
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     out /= counted[:, None]
-    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    lse_place = lse_ptr + (batch * num_heads + head) * q_len + row
+    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
+    lse_place = lse_ptr + (batch * num_heads + head) * length + place + row
     if ADDS:
         if last > first:
             there = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import attrs
 import numpy as np
@@ -29,16 +30,28 @@ class BlockTables:
             mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32; masks
             (M, b, b) uint8, rows of queries, columns of keys.
         batch_tables: 0; or H where every batch row has tables of its own, and head_table is (B·H,).
+        packed: where the block rows of documents are, and where their blocks end (see `packed_blocks`), or None.
+        programs: block rows that are computed; R but for documents.
     """
 
     block_size: int
     block_rows: int
     tensors: tuple[Tensor, ...]
     batch_tables: int = 0
+    packed: tuple[Tensor, Tensor] | None = None
+    programs: int = attrs.field(default=attrs.Factory(lambda self: self.block_rows, takes_self=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return sum(x.nbytes for x in self.tensors)
 
     @classmethod
-    def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool) -> BlockTables:
-        """Sort the blocks by table, row and whether they have a mask."""
+    def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False) -> BlockTables:
+        """Sort the blocks by table, row and whether they have a mask.
+
+        Where they are to be `in_order` of their columns they are not told apart by that, and starts is (T·R + 1,).
+        """
         tables, rows = layout.row_ptr.shape[0], layout.row_ptr.shape[1] - 1
         counts = np.diff(layout.row_ptr, axis=1).ravel()
         table = np.repeat(np.arange(tables), np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel())
@@ -49,10 +62,10 @@ class BlockTables:
             row, col = col, row
             rows = -(-layout.geometry.kv_len // layout.block_size)
         masked = mask_ids >= 0
-        key = 2 * (table * rows + row) + masked
+        key = table * rows + row if in_order else 2 * (table * rows + row) + masked
         order = np.argsort(key, kind="stable")
-        starts = np.searchsorted(key[order], np.arange(2 * tables * rows + 1))
-        weights = np.maximum(layout.weights[order], 1)
+        starts = np.searchsorted(key[order], np.arange((1 if in_order else 2) * tables * rows + 1))
+        weights = np.where(masked, 1, layout.weights)[order]
         arrays: tuple[NDArray[np.generic], ...] = (
             layout.head_table,
             starts.astype(np.int32),
@@ -64,6 +77,18 @@ class BlockTables:
         padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
         tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
         return cls(layout.block_size, rows, tensors)
+
+
+# Of each table of blocks that is alive: what kernels read of it, by device, direction and order.
+_KNOWN: WeakKeyDictionary[BlockLayout, dict[tuple[torch.device, bool, bool], BlockTables]] = WeakKeyDictionary()
+
+
+def known_blocks(layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False) -> BlockTables:
+    """`BlockTables.of` these, made once."""
+    known, kind = _KNOWN.setdefault(layout, {}), (device, transposed, in_order)
+    if kind not in known:
+        known[kind] = BlockTables.of(layout, device, transposed=transposed, in_order=in_order)
+    return known[kind]
 
 
 @attrs.frozen(eq=False)
@@ -87,13 +112,13 @@ class KnownBlocks:
     @classmethod
     def of(cls, layout: BlockLayout, device: torch.device) -> KnownBlocks:
         """Of all its blocks."""
-        by_rows, by_columns = (BlockTables.of(layout, device, transposed=side) for side in (False, True))
+        by_rows, by_columns = (known_blocks(layout, device, transposed=side) for side in (False, True))
         return cls(layout.geometry, layout.block_size, layout.pairs, by_rows, by_columns)
 
     @property
     def nbytes(self) -> int:
         """Memory of both."""
-        return sum(x.nbytes for tables in (self.by_rows, self.by_columns) for x in tables.tensors)
+        return self.by_rows.nbytes + self.by_columns.nbytes
 
     def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
         """One of them."""

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .addressing import AS_THEY_ARE
 from .gradient_kernels import unpack
-from .hopper_block_kernels import PARTS, bias_and_scores, feed_blocks, place_of_program
+from .hopper_block_kernels import PARTS, bias_and_scores, bias_and_scores_in_order, feed_blocks, place_of_program
 from .hopper_ring import (
     NOTHING,
     PAIRS,
@@ -67,25 +67,29 @@ def _queries_part(
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, ADDS: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, PACKED: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_gradient_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
+    head, batch, place, queries, keys, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
+        batch_tables, BLOCK, BLOCK_N, PACKED, False,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + place * stride_vs
     part = (
-        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
-        dout_ptr + batch * stride_gb + head * stride_gh, stride_gs, stats_ptr + (batch * num_heads + head) * q_len,
-        dq_ptr + batch * stride_ob + head * stride_oh, stride_os, q_len, scale, grad_scale,
+        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh + place * stride_qs, stride_qs,
+        dout_ptr + batch * stride_gb + head * stride_gh + place * stride_gs, stride_gs,
+        stats_ptr + (batch * num_heads + head) * q_len + place,
+        dq_ptr + batch * stride_ob + head * stride_oh + place * stride_os, stride_os, queries, scale, grad_scale,
     )  # fmt: skip
-    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), k_len)
+    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), keys)
     gl.warp_specialize(
         [
             (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
@@ -99,8 +103,8 @@ def block_gradients_of_queries(
 
 @gluon.jit
 def _keys_steps(
-    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK: gl.constexpr,
+    x, y, ring, blocks, inside, queries, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of rows x of k and y of v: the sums over all steps."""
     k, v = in_shared(x), in_shared(y)
@@ -112,7 +116,10 @@ def _keys_steps(
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        if PACKED:
+            bias, scores = bias_and_scores_in_order(scores, blocks, number, inside, queries, scale, BLOCK, BLOCK_N)
+        else:
+            bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
         dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         free_step(ring, number, STAGES)
@@ -121,8 +128,8 @@ def _keys_steps(
 
 @gluon.jit
 def _keys_steps_behind(
-    x, y, ring, blocks, inside, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK: gl.constexpr,
+    x, y, ring, blocks, inside, queries, scale, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """As `_keys_steps`; p and ds of a step are multiplied with the next one's scores and dp, under its exponentials.
 
@@ -146,7 +153,10 @@ def _keys_steps_behind(
         dp = begin_product(v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(3, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        if PACKED:
+            bias, scores = bias_and_scores_in_order(scores, blocks, number, inside, queries, scale, BLOCK, BLOCK_N)
+        else:
+            bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
         weights = gl.exp2(scores * scale + (bias - lse)[None, :])
         dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
         if number > 0:
@@ -166,19 +176,21 @@ def _keys_steps_behind(
 @gluon.jit
 def _keys_part(
     given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the rows of a part."""
-    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, scale,
-     grad_scale) = given  # fmt: skip
+    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, queries,
+     scale, grad_scale) = given  # fmt: skip
     row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     inside += PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
     if BLOCK_D > 64:
-        dk, dv = _keys_steps_behind(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
+        dk, dv = _keys_steps_behind(
+            x, y, ring, blocks, inside, queries, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK, PACKED
+        )  # fmt: skip
     else:
-        dk, dv = _keys_steps(x, y, ring, blocks, inside, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK)
+        dk, dv = _keys_steps(x, y, ring, blocks, inside, queries, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK, PACKED)
     store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 
@@ -186,31 +198,34 @@ def _keys_part(
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_gradient_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
-    head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
+    head, batch, place, queries, keys, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
+        batch_tables, BLOCK, BLOCK_N, PACKED, PACKED,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    place = batch * stride_ob + head * stride_oh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + place * stride_vs
+    q_base = q_ptr + batch * stride_qb + head * stride_qh + place * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head * stride_gh + place * stride_gs
+    stats_base = stats_ptr + (batch * num_heads + head) * q_len + place
+    place = batch * stride_ob + head * stride_oh + place * stride_os
     part = (
         ring, blocks, first, inside, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place, stride_os,
-        k_len, scale, grad_scale,
+        keys, queries, scale, grad_scale,
     )  # fmt: skip
-    stats_base = stats_ptr + (batch * num_heads + head) * q_len
-    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), q_len)
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), queries)
     gl.warp_specialize(
         [
-            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
             (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],

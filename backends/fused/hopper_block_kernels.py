@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .addressing import AS_THEY_ARE, tile_and_head
-from .block_kernels import blocks_of_row, merge
+from .block_kernels import blocks_of_row, merge, sequence_of_row
 from .hopper_ring import (
     NOTHING,
     ROWS,
@@ -44,19 +44,25 @@ PARTS = gl.constexpr(2)
 
 @gluon.jit
 def place_of_program(
-    num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables,
-    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+    num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
+    batch_tables, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
-    """Of this program: head, batch row, its first row in the tensor and in the block, and its blocks."""
+    """Of this program: head, batch row, the place of its sequence's first token in there, that sequence's queries and
+    keys, the program's first row in the sequence and in the block, and its blocks.
+    """
     tile, head = tile_and_head(num_heads)
     tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
     steps: gl.constexpr = BLOCK // BLOCK_N
-    first, masked, last = blocks_of_row(head_table, starts, head, tile // tiles, block_rows, batch_tables)
+    number, numbers = tile // tiles, gl.num_programs(0) // num_heads // tiles
+    batch, place, block_row, q_len, k_len = sequence_of_row(documents, number, q_len, k_len, PACKED)
+    first, masked, last = blocks_of_row(
+        head_table, starts, ends, head, block_row, number, numbers, block_rows, batch_tables, IN_ORDER
+    )  # fmt: skip
     blocks = (
         cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
     )  # fmt: skip
     inside = (tile % tiles) * (PARTS * ROWS)
-    return head.to(gl.int64), gl.program_id(1).to(gl.int64), (tile // tiles) * BLOCK + inside, inside, blocks
+    return head.to(gl.int64), batch, place, q_len, k_len, block_row * BLOCK + inside, inside, blocks
 
 
 @gluon.jit
@@ -100,6 +106,24 @@ def bias_and_scores(
         else:
             counts = gl.load(place + (inside[:, None] * BLOCK + column[None, :]))
         scores = counted(scores, counts.to(gl.float32), scale)
+    return bias, scores
+
+
+@gluon.jit
+def bias_and_scores_in_order(scores, blocks, number, inside, length, scale, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
+    """As `bias_and_scores`, transposed, of blocks in order, of which only the first `length` columns are met."""
+    _cols, biases, mask_ids, masks, _full, _total = blocks
+    steps: gl.constexpr = BLOCK // BLOCK_N
+    entry = number // steps
+    bias, mask = gl.load(biases + entry), gl.load(mask_ids + entry)
+    met = length - first_of_step(blocks, number, BLOCK, BLOCK_N)
+    if (mask >= 0) | (met < BLOCK_N):
+        offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))
+        column = (number % steps) * BLOCK_N + offset
+        place = masks + gl.maximum(mask, 0).to(gl.int64) * (BLOCK * BLOCK)
+        counts = gl.load(place + (column[None, :] * BLOCK + inside[:, None])).to(gl.float32)
+        counts = gl.where(mask < 0, 1.0, counts)
+        scores = counted(scores, gl.where((offset < met)[None, :], counts, 0.0), scale)
     return bias, scores
 
 
@@ -200,25 +224,28 @@ def _attend_part(
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
-    head, batch, first, inside, blocks = place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
+    head, batch, place, queries, keys, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
+        batch_tables, BLOCK, BLOCK_N, PACKED, False,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + place * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + place * stride_vs
     part = (
-        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh, stride_qs,
-        out_ptr + batch * stride_ob + head * stride_oh, stride_os, lse_ptr + (batch * num_heads + head) * q_len,
-        largest_ptr + batch * (num_heads // group_heads) + key_head, q_len, scale,
+        ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh + place * stride_qs, stride_qs,
+        out_ptr + batch * stride_ob + head * stride_oh + place * stride_os, stride_os,
+        lse_ptr + (batch * num_heads + head) * q_len + place,
+        largest_ptr + batch * (num_heads // group_heads) + key_head, queries, scale,
     )  # fmt: skip
-    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, k_ptr), k_len)
+    feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, k_ptr), keys)
     gl.warp_specialize(
         [
             (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),

@@ -1,4 +1,4 @@
-"""All gradients in one launch, for Hopper, in Gluon: over branches and over tables of blocks, with dq summed in memory.
+"""All gradients in one launch, for Hopper, in Gluon, with dq summed in memory: over branches, and what blocks share.
 
 Scores and their exponentials are then computed once in place of twice: five products in place of seven. Two parts of 64
 keys have dk and dv to themselves, as in `hopper_gradient_kernels`. What they find of ds they hand on through shared
@@ -11,20 +11,15 @@ Letters as in `addressing`.
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import hopper_block_kernels as of_blocks
 from .addressing import AS_THEY_ARE, next_run
 from .gradient_kernels import LEVEL_COLUMNS
 from .hopper_kernels import after_step, feed_runs, next_step, place_of_program, rows_of_part
@@ -46,24 +41,8 @@ from .hopper_ring import (
 )
 from .hopper_steps import where_met
 
-_PARTS = gl.constexpr(2)
+PARTS = gl.constexpr(2)
 _HANDED = gl.constexpr(2)  # steps that a part may be ahead of the warps that add
-_SUM_BOXES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4))
-
-
-def box_of_sums(sums, rows, width):
-    """How so many rows of one head are found in sums (B, S, H, D); what reaches beyond them is not added."""
-    return TensorDescriptor.from_tensor(sums, [1, rows, 1, width], _SUM_BOXES.value)
-
-
-@builtin
-def _reduce(box, place, tile, _semantic=None):
-    """What Triton calls `tma.async_atomic_add` from 3.8 on."""
-    place = _semantic._convert_to_ir_values(place, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, box.handle, place, tile.handle)
-
-
-_add_tile = getattr(tma, "async_atomic_add", _reduce)
 
 
 @gluon.constexpr_function
@@ -73,7 +52,7 @@ def _sums_in_memory(width):
 
 
 @gluon.jit
-def _make_hand(dtype: gl.constexpr, BLOCK_N: gl.constexpr):
+def make_hand(dtype: gl.constexpr, BLOCK_N: gl.constexpr):
     """Tiles of ds of a part, and barriers: which are ready, and which are free."""
     tiles = gl.allocate_shared_memory(dtype, [_HANDED, ROWS, BLOCK_N], TILES)
     ready, free = make_barriers(_HANDED, 1, 1)
@@ -92,7 +71,7 @@ def _hand_on(hand, number, ds):
 
 
 @gluon.jit
-def _own_rows(
+def own_rows(
     keys, rows, exists, k_base, stride_k, v_base, stride_v, PART: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -107,7 +86,7 @@ def _own_rows(
 
 
 @gluon.jit
-def _make_ones():
+def make_ones():
     """Rows (64, 16) that sum the levels of scores, and those of dp."""
     column = gl.arange(0, LEVEL_COLUMNS, gl.SliceLayout(0, LEVELS_IN_MEMORY))[None, :]
     column += gl.zeros([ROWS, 1], gl.int32, LEVELS_IN_MEMORY)
@@ -119,7 +98,7 @@ def _make_ones():
 
 
 @gluon.jit
-def _begin_step(k, q, v, dout, levels, ones, BLOCK_N: gl.constexpr):
+def begin_step(k, q, v, dout, levels, ones, BLOCK_N: gl.constexpr):
     """k·q - lse / scale and v·dout - delta (64, N): the first has come, the second is under way."""
     none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
     scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -130,7 +109,7 @@ def _begin_step(k, q, v, dout, levels, ones, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _finish_step(
+def finish_step(
     ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """dk and dv with a step of which p is there and dp is under way; `done` counts steps of the part."""
@@ -146,7 +125,7 @@ def _finish_step(
 
 
 @gluon.jit
-def _add_product(dq, hand, number, k):
+def add_product(dq, hand, number, k):
     """dq (N, D) and dsᵀ·k of a part and its step `number`."""
     tiles, ready, free = hand
     slot = number % _HANDED
@@ -198,7 +177,7 @@ def _part(
     low, totals = rows[5], walked[3]
     row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
-    k, v, dk = _own_rows(
+    k, v, dk = own_rows(
         keys, row - low, exists, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
     )  # fmt: skip
     dv = dk
@@ -206,12 +185,12 @@ def _part(
     number, left, mine, full, bias = 0, 0, 0, 0, 0.0
     for done in range(gl.load(totals + 1 + PART)):
         walked, number, left, mine, full, bound, bias = next_step(
-            ring, walked, position, valid, number, left, mine, full, bound, bias, PART, _PARTS, BLOCK_N, STAGES, SHIFTS
+            ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
         q, dout, levels = wait_for_step(ring, number, STAGES)
-        scores, dp = _begin_step(k, q, v, dout, levels, ones, BLOCK_N)
+        scores, dp = begin_step(k, q, v, dout, levels, ones, BLOCK_N)
         p = where_met(gl.exp2(scores * scale + bias), 0.0, full, bound, SPLIT)
-        dk, dv = _finish_step(ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
+        dk, dv = finish_step(ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
@@ -234,13 +213,13 @@ def _add_queries(
             begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, 0, True, low, high, SHIFTS)
             first = gl.load(runs + 4)
             second = gl.load(runs + 6)
-            runs += 4 + 2 * _PARTS
+            runs += 4 + 2 * PARTS
         dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
         if first > 0:
-            dq = _add_product(dq, first_hand, first_done, keys.index(0))
+            dq = add_product(dq, first_hand, first_done, keys.index(0))
             first_done += 1
         if second > 0:
-            dq = _add_product(dq, second_hand, second_done, keys.index(1))
+            dq = add_product(dq, second_hand, second_done, keys.index(1))
             second_done += 1
         _add_rows(base, begin + offset * step, stride, offset < left, dq, HEAD_DIM, BLOCK_D, WIDE)
         begin += BLOCK_N * step
@@ -265,12 +244,12 @@ def gradients(
     head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
         runs, totals, documents, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks,
-        block_runs, _PARTS, PACKED,
+        block_runs, PARTS, PACKED,
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()
-    keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
-    first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
+    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()
+    keys = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], TILES)
+    first_hand, second_hand = make_hand(dtype, BLOCK_N), make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
     k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_row * stride_ks
     v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_row * stride_vs
@@ -290,96 +269,7 @@ def gradients(
             (_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
             (_part, ((ring, second_hand, ones, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
             (_add_queries, (add, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE, SHIFTS)),
-            (feed_runs, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, _PARTS)),
-        ],
-        [4, 4, 4],
-        [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],
-    )
-
-
-@gluon.jit
-def _block_part(
-    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of the rows of a part."""
-    ring, hand, ones, both = given
-    (keys, blocks, first, inside, length, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale,
-     grad_scale) = both  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
-    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
-    k, v, dk = _own_rows(
-        keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
-    )  # fmt: skip
-    dv = dk
-    for number in range(blocks[5]):
-        q, dout, levels = wait_for_step(ring, number, STAGES)
-        scores, dp = _begin_step(k, q, v, dout, levels, ones, BLOCK_N)
-        bias, scores = of_blocks.bias_and_scores(
-            scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N
-        )  # fmt: skip
-        p = gl.exp2(scores * scale + bias)
-        dk, dv = _finish_step(ring, hand, number, number, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
-    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
-    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
-
-
-@gluon.jit
-def _add_block_queries(given, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr):
-    """Adds what both parts find in every step to dq of its columns, by copies that go on beside the next step.
-
-    Columns of a step are neighbours here, so that one copy adds them, by TMA: those of a run may be far apart.
-    """
-    first_hand, second_hand, keys, blocks, sums, batch, head = given
-    tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, BLOCK_D], _SUM_BOXES)
-    for number in range(blocks[5]):
-        row = of_blocks.first_of_step(blocks, number, BLOCK, BLOCK_N)
-        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
-        dq = _add_product(dq, first_hand, number, keys.index(0))
-        dq = _add_product(dq, second_hand, number, keys.index(1))
-        tile = tiles.index(number % 2)
-        tma.store_wait(1)  # for what was added from this tile
-        tile.reshape([BLOCK_N, BLOCK_D]).store(dq)
-        fence_async_shared()
-        _add_tile(sums, [batch, row, head, 0], tile)
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=AS_THEY_ARE)
-def block_gradients(
-    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums, dk_ptr, dv_ptr,
-    head_table, starts, cols, biases, mask_ids, masks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """As `gradients`, over a table of blocks; `sums` is a `box_of_sums`."""
-    head, batch, first, inside, blocks = of_blocks.place_of_program(
-        num_heads, head_table, starts, cols, biases, mask_ids, masks, block_rows, batch_tables, BLOCK, BLOCK_N
-    )  # fmt: skip
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, _PARTS), _make_ones()
-    keys = gl.allocate_shared_memory(dtype, [_PARTS, ROWS, BLOCK_D], TILES)
-    first_hand, second_hand = _make_hand(dtype, BLOCK_N), _make_hand(dtype, BLOCK_N)
-    key_head = head // group_heads
-    k_base, v_base = k_ptr + batch * stride_kb + key_head * stride_kh, v_ptr + batch * stride_vb + key_head * stride_vh
-    q_base, g_base = q_ptr + batch * stride_qb + head * stride_qh, dout_ptr + batch * stride_gb + head * stride_gh
-    place = batch * stride_ob + head * stride_oh
-    both = (
-        keys, blocks, first, inside, k_len, k_base, stride_ks, v_base, stride_vs, dk_ptr + place, dv_ptr + place,
-        stride_os, scale, grad_scale,
-    )  # fmt: skip
-    levels_base = levels_ptr + (batch * num_heads + head) * q_len * LEVEL_COLUMNS
-    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), q_len)
-    add = (first_hand, second_hand, keys, blocks, sums, batch.to(gl.int32), head.to(gl.int32))
-    gl.warp_specialize(
-        [
-            (_block_part, ((ring, first_hand, ones, both), 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_block_part, ((ring, second_hand, ones, both), 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            (_add_block_queries, (add, BLOCK_D, BLOCK_N, BLOCK)),
-            (of_blocks.feed_blocks, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            (feed_runs, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
         ],
         [4, 4, 4],
         [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],

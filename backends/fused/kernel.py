@@ -17,6 +17,7 @@ from . import gradient_kernels
 from .block_tables import KnownBlocks
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .named_blocks import NamedBlocks
+from .packed_blocks import PackedBlocks
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class FusedKernel:
             if layout.branches:
                 tiles, bound_from = self.tiles.branches, self._bound_from
                 found.append(BranchPart(layout.branches, layout.geometry, tiles, device, bound_from, packing))
-            blocks = _blocks_of(layout, device)
+            blocks = _blocks_of(layout, device, packing)
             if blocks is not None:
                 found.append(BlockPart(blocks, self.tiles.within(blocks.block_size), self._bound_from))
             known[key] = tuple(found)
@@ -223,8 +224,10 @@ class FusedKernel:
         return dk.to(key.dtype), dv.to(value.dtype)
 
 
-def _blocks_of(layout: Layout, device: torch.device) -> Blocks | None:
-    """The blocks of a layout, if it has any."""
+def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None) -> Blocks | None:
+    """The blocks of a layout, if it has any, for all documents of a packing."""
+    if packing is not None and layout.blocks is not None:
+        return PackedBlocks.of(layout.blocks, packing, device)
     pattern = layout.pattern.unwrap()
     if isinstance(pattern, LearnedPattern):
         return NamedBlocks.of(pattern, layout.geometry, device)

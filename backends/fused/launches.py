@@ -38,7 +38,7 @@ OF_BLOCKS: Final[dict[Pass, tuple[str, str]]] = {
     "forward": ("block_kernels", "attend_blocks"),
     "queries": ("block_gradient_kernels", "block_gradients_of_queries"),
     "keys": ("block_gradient_kernels", "block_gradients_of_keys"),
-    "gradients": ("joint_kernels", "block_gradients"),
+    "gradients": ("joint_block_kernels", "block_gradients"),
 }
 _BY_COLUMNS: Final = ("keys", "gradients")  # whose tiles are of keys
 _SUMS: Final = 5  # the place of the sums of dq among the tensors of gradients in one launch
@@ -316,29 +316,30 @@ class BlockPart:
         geometry, query = self._blocks.geometry, pointers[0]
         tile = self._tiles.of(which)
         tables = self._blocks.tables(named, transposed=which in _BY_COLUMNS)
-        tiles = tables.block_rows * (tables.block_size // tile.rows)
+        tiles, is_packed = tables.programs * (tables.block_size // tile.rows), tables.packed is not None
         constants = {} if which in _BY_COLUMNS else {"ADDS": adds}
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         if which == "gradients":
             sums = pointers[_SUMS]
-            box = import_module(".hopper_joint_kernels", __package__).box_of_sums(
+            box = import_module(".hopper_joint_block_kernels", __package__).box_of_sums(
                 sums, tile.columns, padded(sums.shape[3])
             )
             pointers = (*pointers[:_SUMS], box, *pointers[_SUMS + 1 :])
             strided = tuple(x for x in strided if x is not sums)
-        self._kernels[which][(tiles * query.shape[2], query.shape[0])](
+        self._kernels[which][(tiles * query.shape[2], 1 if is_packed else query.shape[0])](
             *pointers,
             *tables.tensors,
+            *(tables.packed or tables.tensors[:2]),  # any, where nothing is read of them
             *_strides(strided),
-            geometry.q_len,
-            geometry.kv_len,
+            *((query.shape[1], pointers[1].shape[1]) if is_packed else (geometry.q_len, geometry.kv_len)),
             *scales,
             query.shape[2],
             geometry.group_size,
             tables.block_rows,
             tables.batch_tables,
             BLOCK=tables.block_size,
+            PACKED=is_packed,
             **constants,
             **_options(query, strided, tile),
         )

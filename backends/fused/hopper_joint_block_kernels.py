@@ -1,0 +1,155 @@
+"""All gradients in one launch over tables of blocks, for Hopper, in Gluon: as `hopper_joint_kernels` over branches.
+
+Letters as in `addressing`; rows and blocks as in `hopper_block_kernels`.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .addressing import AS_THEY_ARE
+from .gradient_kernels import LEVEL_COLUMNS
+from .hopper_block_kernels import (
+    bias_and_scores,
+    bias_and_scores_in_order,
+    feed_blocks,
+    first_of_step,
+    place_of_program,
+)
+from .hopper_joint_kernels import PARTS, add_product, begin_step, finish_step, make_hand, make_ones, own_rows
+from .hopper_ring import (
+    LEVELS,
+    ROWS,
+    TILES,
+    make_ring,
+    product,
+    rows_in_memory,
+    store_rows,
+    wait_for_step,
+)
+
+_SUM_BOXES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4))
+
+
+def box_of_sums(sums, rows, width):
+    """How so many rows of one head are found in sums (B, S, H, D); what reaches beyond them is not added."""
+    return TensorDescriptor.from_tensor(sums, [1, rows, 1, width], _SUM_BOXES.value)
+
+
+@builtin
+def _reduce(box, place, tile, _semantic=None):
+    """What Triton calls `tma.async_atomic_add` from 3.8 on."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, box.handle, place, tile.handle)
+
+
+_add_tile = getattr(tma, "async_atomic_add", _reduce)
+
+
+@gluon.jit
+def _block_part(
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of the rows of a part."""
+    ring, hand, ones, both = given
+    (keys, blocks, first, inside, length, queries, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o,
+     scale, grad_scale) = both  # fmt: skip
+    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    k, v, dk = own_rows(
+        keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
+    )  # fmt: skip
+    dv = dk
+    for number in range(blocks[5]):
+        q, dout, levels = wait_for_step(ring, number, STAGES)
+        scores, dp = begin_step(k, q, v, dout, levels, ones, BLOCK_N)
+        if PACKED:
+            bias, scores = bias_and_scores_in_order(
+                scores, blocks, number, inside + of_scores, queries, scale, BLOCK, BLOCK_N
+            )  # fmt: skip
+        else:
+            bias, scores = bias_and_scores(
+                scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N
+            )  # fmt: skip
+        p = gl.exp2(scores * scale + bias)
+        dk, dv = finish_step(ring, hand, number, number, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
+    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@gluon.jit
+def _add_block_queries(
+    given, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr
+):  # fmt: skip
+    """Adds what both parts find in every step to dq of its columns, by copies that go on beside the next step.
+
+    Columns of a step are neighbours here, so that one copy adds them, by TMA: those of a run may be far apart.
+    """
+    first_hand, second_hand, keys, blocks, sums, batch, start, head, queries = given
+    tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, BLOCK_D], _SUM_BOXES)
+    for number in range(blocks[5]):
+        row = first_of_step(blocks, number, BLOCK, BLOCK_N)
+        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
+        dq = add_product(dq, first_hand, number, keys.index(0))
+        dq = add_product(dq, second_hand, number, keys.index(1))
+        if row + BLOCK_N > queries if PACKED else False:  # what follows is another document's: no NaN may reach it
+            offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, product(BLOCK_D)))
+            dq = gl.where((row + offset < queries)[:, None], dq, 0.0)
+        tile = tiles.index(number % 2)
+        tma.store_wait(1)  # for what was added from this tile
+        tile.reshape([BLOCK_N, BLOCK_D]).store(dq)
+        fence_async_shared()
+        _add_tile(sums, [batch, (start + row).to(gl.int32), head, 0], tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=AS_THEY_ARE)
+def block_gradients(
+    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums, dk_ptr, dv_ptr,
+    head_table, starts, cols, biases, mask_ids, masks, ends, documents,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK: gl.constexpr, PACKED: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `gradients`, over a table of blocks; `sums` is a `box_of_sums`."""
+    head, batch, start, queries, key_rows, first, inside, blocks = place_of_program(
+        num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
+        batch_tables, BLOCK, BLOCK_N, PACKED, PACKED,
+    )  # fmt: skip
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()
+    keys = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], TILES)
+    first_hand, second_hand = make_hand(dtype, BLOCK_N), make_hand(dtype, BLOCK_N)
+    key_head = head // group_heads
+    k_base = k_ptr + batch * stride_kb + key_head * stride_kh + start * stride_ks
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh + start * stride_vs
+    q_base = q_ptr + batch * stride_qb + head * stride_qh + start * stride_qs
+    g_base = dout_ptr + batch * stride_gb + head * stride_gh + start * stride_gs
+    place = batch * stride_ob + head * stride_oh + start * stride_os
+    both = (
+        keys, blocks, first, inside, key_rows, queries, k_base, stride_ks, v_base, stride_vs,
+        dk_ptr + place, dv_ptr + place, stride_os, scale, grad_scale,
+    )  # fmt: skip
+    levels_base = levels_ptr + ((batch * num_heads + head) * q_len + start) * LEVEL_COLUMNS
+    feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), queries)
+    add = (first_hand, second_hand, keys, blocks, sums, batch.to(gl.int32), start, head.to(gl.int32), queries)
+    part, other = (ring, first_hand, ones, both), (ring, second_hand, ones, both)
+    gl.warp_specialize(
+        [
+            (_block_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+            (_block_part, (other, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+            (_add_block_queries, (add, BLOCK_D, BLOCK_N, BLOCK, PACKED)),
+            (feed_blocks, (feed, LEVELS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4, 4],
+        [PART_REGISTERS, ADD_REGISTERS, FEED_REGISTERS],
+    )

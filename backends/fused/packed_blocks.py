@@ -1,0 +1,85 @@
+"""Tables of blocks of all documents of a call: one table serves them all, each as far as it goes.
+
+What a query of a document sees depends on its position alone, so block row i of a document lists what block row i of
+the table lists: attention is causal, and nothing of that is behind the document's end. Keys are seen from queries
+behind them, so of their blocks a document has only the first ones, in the order of their queries, and of the last of
+these perhaps only the first rows. Nothing is listed anew for a document but where its rows of blocks are, and where
+those of its keys end.
+
+Shapes: R block rows of all documents, T tables, E blocks, b block size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from .block_tables import BlockTables, known_blocks
+
+if TYPE_CHECKING:
+    from ...core.documents import Packing
+    from ...core.geometry import Geometry
+    from ...core.layout import BlockLayout
+
+
+@attrs.frozen(eq=False)
+class PackedBlocks:
+    """A table of blocks for the documents of a call: `launches.Blocks`.
+
+    Attributes:
+        geometry: of the table: of a causal sequence no shorter than any of them.
+        block_size: b.
+        pairs: that the table counts.
+        by_rows: for queries.
+        by_columns: for keys, each key's blocks in the order of their queries.
+    """
+
+    geometry: Geometry
+    block_size: int
+    pairs: int
+    by_rows: BlockTables
+    by_columns: BlockTables
+
+    @classmethod
+    def of(cls, layout: BlockLayout, packing: Packing, device: torch.device) -> PackedBlocks:
+        """Of documents with as many queries as keys."""
+        row, start, length, _, _ = packing.places.T
+        rows = -(-length // layout.block_size)
+        fields = np.stack([row, start, np.zeros_like(row), length], axis=1).repeat(rows, axis=0)
+        fields[:, 2] = np.arange(len(fields)) - (rows.cumsum() - rows).repeat(rows)
+        documents = torch.from_numpy(fields.astype(np.int32)).to(device)
+        by_rows = known_blocks(layout, device, transposed=False)
+        by_columns = known_blocks(layout, device, transposed=True, in_order=True)
+        packed = _ends(by_columns, layout, documents), documents
+        return cls(
+            layout.geometry,
+            layout.block_size,
+            layout.pairs,
+            *(attrs.evolve(tables, packed=packed, programs=len(fields)) for tables in (by_rows, by_columns)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both, though documents of other calls share most of it."""
+        assert self.by_rows.packed is not None
+        return sum(x.nbytes for x in (self.by_rows, self.by_columns, *self.by_rows.packed))
+
+    def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
+        """One direction."""
+        assert named is None
+        return self.by_columns if transposed else self.by_rows
+
+
+def _ends(listed: BlockTables, layout: BlockLayout, documents: Tensor) -> Tensor:
+    """(T, R) int32, where the blocks of a row's keys end in their document."""
+    starts, cols = listed.tensors[1].long(), listed.tensors[2][: layout.cols.size].long()
+    tables, rows = layout.row_ptr.shape[0], listed.block_rows
+    # Each list after the other, the blocks of all are one ascending sequence of numbers.
+    of_block = torch.repeat_interleave(starts.diff(), output_size=len(cols)) * (rows + 1) + cols
+    of_row = torch.arange(tables, device=documents.device)[:, None] * rows + documents[:, 2]
+    behind = (documents[:, 3].long() + layout.block_size - 1) // layout.block_size
+    return torch.searchsorted(of_block, of_row * (rows + 1) + behind, out_int32=True)
