@@ -27,12 +27,11 @@ POINTERS = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16"),
     **dict.fromkeys(("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues"), "*i32"),
     **dict.fromkeys(("walks", "run_start", "runs", "totals", "documents"), "*i32"),
-    **dict.fromkeys(("head_table", "starts", "ends", "cols", "mask_ids"), "*i32"),
+    **dict.fromkeys(("head_table", "starts", "ends", "cols", "mask_ids", "masks"), "*i32"),
     **dict.fromkeys(("lse_ptr", "largest_ptr", "sums_ptr"), "*fp32"),
     "out_ptr": "*bf16",
     "stats_ptr": "*i64",
     "levels_ptr": "*bf16",
-    "masks": "*u8",
     "biases": "*fp32",
 }
 BOXES = {

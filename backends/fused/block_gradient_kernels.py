@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
-from .block_kernels import counts_of, rows_of_program
+from .block_kernels import lets_through, rows_of_program
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -18,7 +18,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    ends, documents,
+     ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
@@ -56,9 +56,9 @@ def block_gradients_of_queries(
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        count = counts_of(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
-        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[:, None]) * count
+        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
+        met = lets_through(masks, tl.load(mask_ids + entry), inside, within, False, BLOCK)
+        p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
@@ -74,7 +74,7 @@ def block_gradients_of_queries(
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
-    ends, documents,
+     ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
@@ -109,18 +109,17 @@ def block_gradients_of_keys(
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
-        met = tl.load(cols + entry) * BLOCK + within
-        column = tl.minimum(met, q_len - 1)
+        place_met = tl.load(cols + entry) * BLOCK + within
+        column = tl.minimum(place_met, q_len - 1)
         q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = unpack(tl.load(stats_base + column))
-        scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale
+        scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
         mask = tl.load(mask_ids + entry)
-        count = counts_of(masks, tl.maximum(mask, 0), within, inside, BLOCK).trans()
-        if PACKED:  # a document ends where the table may not
-            count = tl.where(mask < 0, tl.exp2(tl.load(biases + entry)), count)
-            count = tl.where((met < q_len)[None, :], count, 0.0)
-        p = tl.exp2(tl.where(count > 0, scores, -_INF) - lse[None, :]) * count
+        met = lets_through(masks, tl.maximum(mask, 0), inside, within, True, BLOCK)
+        if PACKED:  # blocks without a mask too, and a document ends where the table may not
+            met = ((mask < 0) | met) & (place_met < q_len)[None, :]
+        p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)

@@ -69,9 +69,12 @@ def rows_of_program(
 
 
 @triton.jit
-def counts_of(masks, mask, row, column, BLOCK: tl.constexpr):
-    """Multiplicities of a masked block at rows (M,) and columns (N,)."""
-    return tl.load(masks + mask.to(tl.int64) * BLOCK * BLOCK + row[:, None] * BLOCK + column[None, :]).to(tl.float32)
+def lets_through(masks, mask, inside, column, IS_TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
+    """Which pairs of rows `inside` (M,) and columns (N,) of a block its mask lets through: see `BlockTables`."""
+    words: tl.constexpr = (BLOCK + 31) // 32
+    line = (mask * 2 + (1 if IS_TRANSPOSED else 0)) * BLOCK + inside
+    word = tl.load(masks + line[:, None] * words + column[None, :] // 32)
+    return (word >> (column % 32)[None, :]) & 1 != 0
 
 
 @triton.jit
@@ -122,12 +125,12 @@ def attend_blocks(
         within = (step % parts) * BLOCK_N + offset
         column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale
-        count = counts_of(masks, tl.load(mask_ids + entry), inside, within, BLOCK)
-        scores = tl.where(count > 0, scores, -_INF)
+        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
+        met = lets_through(masks, tl.load(mask_ids + entry), inside, within, False, BLOCK)
+        scores = tl.where(met, scores, -_INF)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == -_INF, 0.0, new_max)
-        p = tl.exp2(scores - shift[:, None]) * count
+        p = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(row_max - shift)
         row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max

@@ -27,11 +27,14 @@ class BlockTables:
         block_size: b.
         block_rows: R.
         tensors: head_table (H,) int32; starts (2·T·R + 1,) int32, where each row's blocks and, among them, those with a
-            mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32; masks
-            (M, b, b) uint8, rows of queries, columns of keys.
+            mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32, -1
+            without a mask; masks (M, 2, b, b / 32) int32, 32 pairs in a number, the first in its lowest bit: the keys
+            of each query, and the queries of each key. A block whose pairs count differently stands there once for each
+            weight.
         batch_tables: 0; or H where every batch row has tables of its own, and head_table is (B·H,).
         packed: where the block rows of documents are, and where their blocks end (see `packed_blocks`), or None.
         programs: block rows that are computed; R but for documents.
+        blocks: E, where that is known; the tensors have 1 for none.
     """
 
     block_size: int
@@ -40,6 +43,7 @@ class BlockTables:
     batch_tables: int = 0
     packed: tuple[Tensor, Tensor] | None = None
     programs: int = attrs.field(default=attrs.Factory(lambda self: self.block_rows, takes_self=True))
+    blocks: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,26 +61,31 @@ class BlockTables:
         table = np.repeat(np.arange(tables), np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel())
         row = np.repeat(np.tile(np.arange(rows), tables), counts)
         col = layout.cols.astype(np.int64)
-        mask_ids, masks = _with_edges(layout, row, col)
+        ids, masks = _with_edges(layout, row, col)
+        planes = Planes.of(masks)
+        often = np.where(ids < 0, 1, planes.count[ids])
+        each = np.arange(len(ids)).repeat(often)  # the block of each plane
+        table, row, col, ids = table[each], row[each], col[each], ids[each]
+        plane = planes.first[ids] + np.arange(len(each)) - (often.cumsum() - often)[each]
+        plane = np.where(ids < 0, -1, plane)
+        weights = np.where(ids < 0, layout.weights[each], planes.weights[plane])
         if transposed:
             row, col = col, row
             rows = -(-layout.geometry.kv_len // layout.block_size)
-        masked = mask_ids >= 0
-        key = table * rows + row if in_order else 2 * (table * rows + row) + masked
+        key = table * rows + row if in_order else 2 * (table * rows + row) + (plane >= 0)
         order = np.argsort(key, kind="stable")
         starts = np.searchsorted(key[order], np.arange((1 if in_order else 2) * tables * rows + 1))
-        weights = np.where(masked, 1, layout.weights)[order]
         arrays: tuple[NDArray[np.generic], ...] = (
             layout.head_table,
             starts.astype(np.int32),
             col[order].astype(np.int32),
-            np.log2(weights).astype(np.float32),
-            mask_ids[order],
-            masks,
+            np.log2(weights[order]).astype(np.float32),
+            plane[order].astype(np.int32),
+            planes.bits,
         )
         padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
         tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
-        return cls(layout.block_size, rows, tensors)
+        return cls(layout.block_size, rows, tensors, blocks=len(order))
 
 
 # Of each table of blocks that is alive: what kernels read of it, by device, direction and order.
@@ -124,6 +133,44 @@ class KnownBlocks:
         """One of them."""
         assert named is None
         return self.by_columns if transposed else self.by_rows
+
+
+@attrs.frozen(eq=False)
+class Planes:
+    """Masks of multiplicities, told apart by weight: what pairs of a mask count so much are a plane.
+
+    Attributes:
+        bits: (P, 2, b, b / 32) int32, the planes as `BlockTables` has masks.
+        weights: (P,) int32, theirs.
+        first: (M + 1,) int64, the first plane of each mask.
+        count: (M + 1,) int64, how many it has.
+    """
+
+    bits: NDArray[np.int32]
+    weights: NDArray[np.int32]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, masks: NDArray[np.uint8]) -> Planes:
+        """Of masks (M, b, b)."""
+        planes, weights, count = [], [], np.zeros(len(masks) + 1, dtype=np.int64)
+        for i, mask in enumerate(masks):
+            values = np.flatnonzero(np.bincount(mask.ravel()))
+            planes += [mask == value for value in values if value]
+            weights += [value for value in values if value]
+            count[i] = np.count_nonzero(values)
+        met = np.array(planes, dtype=bool).reshape(-1, *masks.shape[1:])
+        return cls(bits_of(met), np.array([*weights, 1], dtype=np.int32), count.cumsum() - count, count)
+
+
+def bits_of(met: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Masks (M, b, b) of queries and keys as `BlockTables` has them, (M, 2, b, b / 32) rounded up."""
+    size = met.shape[-1]
+    both = np.stack([met, met.transpose(0, 2, 1)], axis=1)
+    whole = np.zeros((*both.shape[:-1], -(-size // 32) * 32), dtype=bool)
+    whole[..., :size] = both
+    return np.packbits(whole, axis=-1, bitorder="little").view("<i4").astype(np.int32)
 
 
 def _with_edges(

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .addressing import AS_THEY_ARE
 from .gradient_kernels import unpack
-from .hopper_block_kernels import PARTS, bias_and_scores, bias_and_scores_in_order, feed_blocks, place_of_program
+from .hopper_block_kernels import PARTS, bias_and_scores, feed_blocks, place_of_program
 from .hopper_ring import (
     NOTHING,
     PAIRS,
@@ -54,7 +54,9 @@ def _queries_part(
         k, v, _besides = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        bias, scores = bias_and_scores(scores, blocks, number, inside + of_scores, scale, False, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(
+            scores, blocks, number, inside + of_scores, 0, False, False, BLOCK, BLOCK_N
+        )  # fmt: skip
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         free_step(ring, number, STAGES)
     dq *= grad_scale
@@ -116,10 +118,7 @@ def _keys_steps(
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(1, deps=[scores])
-        if PACKED:
-            bias, scores = bias_and_scores_in_order(scores, blocks, number, inside, queries, scale, BLOCK, BLOCK_N)
-        else:
-            bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
         dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         free_step(ring, number, STAGES)
@@ -153,10 +152,7 @@ def _keys_steps_behind(
         dp = begin_product(v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
         scores = warpgroup_mma_wait(3, deps=[scores])
-        if PACKED:
-            bias, scores = bias_and_scores_in_order(scores, blocks, number, inside, queries, scale, BLOCK, BLOCK_N)
-        else:
-            bias, scores = bias_and_scores(scores, blocks, number, inside, scale, True, BLOCK, BLOCK_N)
+        bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
         weights = gl.exp2(scores * scale + (bias - lse)[None, :])
         dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
         if number > 0:

@@ -31,7 +31,6 @@ from .hopper_steps import (
     add_columns,
     begin_product,
     bounded,
-    counted,
     finish_attending,
     no_sums,
     scores_of,
@@ -88,42 +87,49 @@ def feed_blocks(
 
 
 @gluon.jit
-def bias_and_scores(
-    scores, blocks, number, inside, scale, IS_TRANSPOSED: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """The bias of a step, and its scores with the counts of its mask, of rows at `inside` (64,) of the block."""
-    _cols, biases, mask_ids, masks, full, _total = blocks
-    steps: gl.constexpr = BLOCK // BLOCK_N
-    entry = number // steps
-    bias = 0.0
-    if number < full:
-        bias = gl.load(biases + entry)
-    else:
-        column = (number % steps) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))
-        place = masks + gl.load(mask_ids + entry).to(gl.int64) * (BLOCK * BLOCK)
-        if IS_TRANSPOSED:
-            counts = gl.load(place + (column[None, :] * BLOCK + inside[:, None]))
-        else:
-            counts = gl.load(place + (inside[:, None] * BLOCK + column[None, :]))
-        scores = counted(scores, counts.to(gl.float32), scale)
-    return bias, scores
+def _mask_of_step(blocks, number, entry, IN_ORDER: gl.constexpr):
+    """The mask of a step, which has none before those that do unless blocks are IN_ORDER."""
+    mask = -1
+    if IN_ORDER or number >= blocks[4]:
+        mask = gl.load(blocks[2] + entry)
+    return mask
 
 
 @gluon.jit
-def bias_and_scores_in_order(scores, blocks, number, inside, length, scale, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr):
-    """As `bias_and_scores`, transposed, of blocks in order, of which only the first `length` columns are met."""
-    _cols, biases, mask_ids, masks, _full, _total = blocks
+def where_masked(
+    scores, masks, mask, inside, first, IS_TRANSPOSED: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr
+):  # fmt: skip
+    """Scores where a mask lets a pair through, else -inf: of rows at `inside` (64,) and columns from `first` on."""
+    words: gl.constexpr = BLOCK // 32
+    place = masks + ((mask * 2 + (1 if IS_TRANSPOSED else 0)) * BLOCK + inside) * words + first // 32
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))[None, :]
+    word = gl.load(place)[:, None]
+    for i in gl.static_range(1, BLOCK_N // 32):
+        word = gl.where(offset >= 32 * i, gl.load(place + i)[:, None], word)
+    return gl.where((word >> (offset & 31)) & 1 != 0, scores, -float("inf"))
+
+
+@gluon.jit
+def bias_and_scores(
+    scores, blocks, number, inside, length,
+    IS_TRANSPOSED: gl.constexpr, IN_ORDER: gl.constexpr, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The bias of a step, and its scores with its mask, of rows at `inside` (64,) of the block.
+
+    IN_ORDER blocks with and without a mask are not apart, and only the first `length` columns are met.
+    """
+    _cols, biases, _mask_ids, masks, _full, _total = blocks
     steps: gl.constexpr = BLOCK // BLOCK_N
     entry = number // steps
-    bias, mask = gl.load(biases + entry), gl.load(mask_ids + entry)
-    met = length - first_of_step(blocks, number, BLOCK, BLOCK_N)
-    if (mask >= 0) | (met < BLOCK_N):
-        offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))
-        column = (number % steps) * BLOCK_N + offset
-        place = masks + gl.maximum(mask, 0).to(gl.int64) * (BLOCK * BLOCK)
-        counts = gl.load(place + (column[None, :] * BLOCK + inside[:, None])).to(gl.float32)
-        counts = gl.where(mask < 0, 1.0, counts)
-        scores = counted(scores, gl.where((offset < met)[None, :], counts, 0.0), scale)
+    bias, mask = gl.load(biases + entry), _mask_of_step(blocks, number, entry, IN_ORDER)
+    if mask >= 0:
+        first = (number % steps) * BLOCK_N
+        scores = where_masked(scores, masks, mask, inside, first, IS_TRANSPOSED, BLOCK, BLOCK_N)
+    if IN_ORDER:
+        met = length - first_of_step(blocks, number, BLOCK, BLOCK_N)
+        if met < BLOCK_N:
+            offset = gl.arange(0, BLOCK_N, gl.SliceLayout(0, product(BLOCK_N)))
+            scores = gl.where((offset < met)[None, :], scores, -float("inf"))
     return bias, scores
 
 
@@ -133,7 +139,7 @@ def _weigh_step(
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """`weigh_columns` of a step."""
-    bias, scores = bias_and_scores(scores, blocks, number, inside, scale, False, BLOCK, BLOCK_N)
+    bias, scores = bias_and_scores(scores, blocks, number, inside, 0, False, False, BLOCK, BLOCK_N)
     return weigh_columns(scores, row_sum, row_max, scale, bias, 0, 0, dtype, FIXED, False, False, BLOCK_D)
 
 

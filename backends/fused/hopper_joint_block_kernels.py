@@ -16,7 +16,6 @@ from .addressing import AS_THEY_ARE
 from .gradient_kernels import LEVEL_COLUMNS
 from .hopper_block_kernels import (
     bias_and_scores,
-    bias_and_scores_in_order,
     feed_blocks,
     first_of_step,
     place_of_program,
@@ -69,14 +68,9 @@ def _block_part(
     for number in range(blocks[5]):
         q, dout, levels = wait_for_step(ring, number, STAGES)
         scores, dp = begin_step(k, q, v, dout, levels, ones, BLOCK_N)
-        if PACKED:
-            bias, scores = bias_and_scores_in_order(
-                scores, blocks, number, inside + of_scores, queries, scale, BLOCK, BLOCK_N
-            )  # fmt: skip
-        else:
-            bias, scores = bias_and_scores(
-                scores, blocks, number, inside + of_scores, scale, True, BLOCK, BLOCK_N
-            )  # fmt: skip
+        bias, scores = bias_and_scores(
+            scores, blocks, number, inside + of_scores, queries, True, PACKED, BLOCK, BLOCK_N
+        )  # fmt: skip
         p = gl.exp2(scores * scale + bias)
         dk, dv = finish_step(ring, hand, number, number, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
     store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.dynamic_tables import KINDS, dynamic_pairs, kept_blocks, mask_kinds, masks_of
-from .block_tables import BlockTables
+from .block_tables import BlockTables, bits_of
 
 if TYPE_CHECKING:
     from ...core.geometry import Geometry
@@ -34,7 +34,7 @@ class NamedBlocks:
         slots: (E,) int64, its column in the gate's table.
         is_masked: (E,) bool.
         starts: (2·R,) int64, where the blocks of each row begin, and those of them with a mask.
-        masks: (4·KINDS, b, b) uint8, as `masks_of`, then the same for the last row of blocks.
+        masks: (4·KINDS, 2, b, b / 32) int32 as in `BlockTables`, of `masks_of`, then of the same in the last block row.
     """
 
     geometry: Geometry
@@ -62,7 +62,7 @@ class NamedBlocks:
         starts = torch.stack([begins, begins + whole], dim=1).flatten()
         masks = masks_of(geometry, size)
         in_last = torch.arange(size, device="cpu")[:, None] < (geometry.q_len - 1) % size + 1
-        masks = torch.cat([masks, masks & in_last]).to(torch.uint8)
+        masks = torch.from_numpy(bits_of(torch.cat([masks, masks & in_last]).numpy()))
         moved = (x.to(device) for x in (rows, slots, is_masked, starts, masks))
         return cls(geometry, size, dynamic_pairs(pattern, geometry), *moved)
 

@@ -76,7 +76,7 @@ class PackedBlocks:
 
 def _ends(listed: BlockTables, layout: BlockLayout, documents: Tensor) -> Tensor:
     """(T, R) int32, where the blocks of a row's keys end in their document."""
-    starts, cols = listed.tensors[1].long(), listed.tensors[2][: layout.cols.size].long()
+    starts, cols = listed.tensors[1].long(), listed.tensors[2][: listed.blocks].long()
     tables, rows = layout.row_ptr.shape[0], listed.block_rows
     # Each list after the other, the blocks of all are one ascending sequence of numbers.
     of_block = torch.repeat_interleave(starts.diff(), output_size=len(cols)) * (rows + 1) + cols
