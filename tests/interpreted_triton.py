@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Learned, Local, Pattern, Random
-from dilated_attention.backends.fused import gradient_kernels, launches
+from dilated_attention.backends.fused import addressing, gradient_kernels, launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
 from dilated_attention.backends.fused.tiles import Pass, Tile, Tiles, TileSizes
@@ -108,6 +110,22 @@ def test_levels_of_rows_have_all_their_bits() -> None:
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.allclose(found, expected, rtol=3e-7, atol=0, equal_nan=True)
     assert not levels[:, 6:].any()
+
+
+@triton.jit
+def _tell_places(places: Any, num_heads: Any, leading: Any) -> None:
+    tile, head = addressing.tile_and_head_of_blocks(num_heads, leading)
+    tl.store(places + 2 * tl.program_id(0), tile)
+    tl.store(places + 2 * tl.program_id(0) + 1, head)
+
+
+@pytest.mark.parametrize("leading", [0, 2, 5])
+def test_leading_tiles_of_all_heads_come_first(leading: int) -> None:
+    places = torch.zeros((15, 2), dtype=torch.int32)
+    _tell_places[(15,)](places, 3, leading)
+    expected = [(tile, head) for head in range(3) for tile in range(leading)]
+    expected += [(tile, head) for head in range(3) for tile in range(leading, 5)]
+    assert [tuple(place) for place in places.tolist()] == expected
 
 
 @pytest.mark.parametrize("parts", [1, 2])

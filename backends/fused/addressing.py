@@ -14,7 +14,7 @@ FAR = tl.constexpr(1 << 30)
 # Numbers that kernels take as they are: one compiled for a length, or for counts of tables, would serve no other.
 AS_THEY_ARE = (
     "q_low", "q_high", "k_low", "k_high", "low", "high", "low_column", "high_column", "origin", "period", "groups",
-    "most_walks", "blocks", "block_runs", "block_rows", "batch_tables", "q_len", "k_len", "length",
+    "most_walks", "blocks", "block_runs", "block_rows", "batch_tables", "leading", "q_len", "k_len", "length",
 )  # fmt: skip
 
 
@@ -38,6 +38,17 @@ def tile_and_head(num_heads):
     """Which tile of which head a program computes: one head after another, so that programs at work share its keys."""
     tiles = tl.num_programs(0) // num_heads
     return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
+def tile_and_head_of_blocks(num_heads, leading):
+    """As `tile_and_head`, but the `leading` tiles of all heads, which have most to do, come before all others."""
+    tiles, program = tl.num_programs(0) // num_heads, tl.program_id(0)
+    others = program - leading * num_heads
+    width = tl.where(others < 0, leading, tiles - leading)
+    program = tl.where(others < 0, program, others)
+    head = program // width
+    return program - head * width + tl.where(others < 0, 0, leading), head
 
 
 @triton.jit

@@ -21,14 +21,14 @@ def block_gradients_of_queries(
      ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head: grid (tiles * heads, batch); ADDS adds it to what is there."""
     length = q_len
     inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
-        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
         BLOCK, BLOCK_M, PACKED, False,
     )  # fmt: skip
     valid = row < q_len
@@ -77,14 +77,14 @@ def block_gradients_of_keys(
      ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
     length = q_len
     inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
-        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
         BLOCK, BLOCK_M, PACKED, PACKED,
     )  # fmt: skip
     valid = row < k_len

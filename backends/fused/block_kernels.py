@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head
+from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head_of_blocks
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
@@ -51,14 +51,14 @@ def blocks_of_row(
 
 @triton.jit
 def rows_of_program(
-    documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+    documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PACKED: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Of this program: rows (M,) within the block and of the sequence, head, what `sequence_of_row` and
     `blocks_of_row` say.
     """
-    tile, head = tile_and_head(num_heads)
     parts: tl.constexpr = BLOCK // BLOCK_M
+    tile, head = tile_and_head_of_blocks(num_heads, leading * parts)
     inside = (tile % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch, place, block_row, q_len, k_len = sequence_of_row(documents, tile // parts, q_len, k_len, PACKED)
     numbers = tl.num_programs(0) // num_heads // parts
@@ -93,14 +93,14 @@ def merge(out, lse, out_more, lse_more):
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks, ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
+    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
     length = q_len
     inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
-        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, q_len, k_len,
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
         BLOCK, BLOCK_M, PACKED, False,
     )  # fmt: skip
     valid = row < q_len

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -15,6 +15,9 @@ from ...core.layout import BlockLayout
 
 if TYPE_CHECKING:
     from ...core.geometry import Geometry
+
+
+_MANY: Final = 4
 
 
 @attrs.frozen(eq=False)
@@ -35,6 +38,8 @@ class BlockTables:
         packed: where the block rows of documents are, and where their blocks end (see `packed_blocks`), or None.
         programs: block rows that are computed; R but for documents.
         blocks: E, where that is known; the tensors have 1 for none.
+        leading: the first block rows that have many times as many blocks as most, as where keys are seen by everyone:
+            what begins with them does not end with them.
     """
 
     block_size: int
@@ -44,6 +49,7 @@ class BlockTables:
     packed: tuple[Tensor, Tensor] | None = None
     programs: int = attrs.field(default=attrs.Factory(lambda self: self.block_rows, takes_self=True))
     blocks: int | None = None
+    leading: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +91,9 @@ class BlockTables:
         )
         padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
         tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
-        return cls(layout.block_size, rows, tensors, blocks=len(order))
+        of_row = np.bincount(table * rows + row, minlength=tables * rows).reshape(tables, rows).max(axis=0)
+        leading = int(np.argmin(np.append(of_row > _MANY * max(1.0, of_row.mean()), False)))
+        return cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)
 
 
 # Of each table of blocks that is alive: what kernels read of it, by device, direction and order.

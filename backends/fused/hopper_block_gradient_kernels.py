@@ -71,7 +71,7 @@ def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
     ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, ADDS: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
@@ -79,7 +79,7 @@ def block_gradients_of_queries(
     """As `block_gradient_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, BLOCK, BLOCK_N, PACKED, False,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, False,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
@@ -196,14 +196,14 @@ def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
     ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, PACKED: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_gradient_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, BLOCK, BLOCK_N, PACKED, PACKED,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .addressing import AS_THEY_ARE, tile_and_head
+from .addressing import AS_THEY_ARE, tile_and_head_of_blocks
 from .block_kernels import blocks_of_row, merge, sequence_of_row
 from .hopper_ring import (
     NOTHING,
@@ -44,14 +44,14 @@ PARTS = gl.constexpr(2)
 @gluon.jit
 def place_of_program(
     num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-    batch_tables, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
+    batch_tables, leading, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Of this program: head, batch row, the place of its sequence's first token in there, that sequence's queries and
     keys, the program's first row in the sequence and in the block, and its blocks.
     """
-    tile, head = tile_and_head(num_heads)
     tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
     steps: gl.constexpr = BLOCK // BLOCK_N
+    tile, head = tile_and_head_of_blocks(num_heads, leading * tiles)
     number, numbers = tile // tiles, gl.num_programs(0) // num_heads // tiles
     batch, place, block_row, q_len, k_len = sequence_of_row(documents, number, q_len, k_len, PACKED)
     first, masked, last = blocks_of_row(
@@ -231,7 +231,7 @@ def _attend_part(
 def attend_blocks(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr, head_table, starts, cols, biases, mask_ids, masks,
     ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables,
+    stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
@@ -239,7 +239,7 @@ def attend_blocks(
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, BLOCK, BLOCK_N, PACKED, False,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, False,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads

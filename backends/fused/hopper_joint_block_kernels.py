@@ -109,7 +109,7 @@ def block_gradients(
     head_table, starts, cols, biases, mask_ids, masks, ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables,
+    q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     BLOCK: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
@@ -117,7 +117,7 @@ def block_gradients(
     """As `gradients`, over a table of blocks; `sums` is a `box_of_sums`."""
     head, batch, start, queries, key_rows, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, BLOCK, BLOCK_N, PACKED, PACKED,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED,
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()

@@ -338,6 +338,7 @@ class BlockPart:
             geometry.group_size,
             tables.block_rows,
             tables.batch_tables,
+            tables.leading,
             BLOCK=tables.block_size,
             PACKED=is_packed,
             **constants,

@@ -51,15 +51,18 @@ class PackedBlocks:
         rows = -(-length // layout.block_size)
         fields = np.stack([row, start, np.zeros_like(row), length], axis=1).repeat(rows, axis=0)
         fields[:, 2] = np.arange(len(fields)) - (rows.cumsum() - rows).repeat(rows)
-        documents = torch.from_numpy(fields.astype(np.int32)).to(device)
         by_rows = known_blocks(layout, device, transposed=False)
         by_columns = known_blocks(layout, device, transposed=True, in_order=True)
-        packed = _ends(by_columns, layout, documents), documents
+        leads = fields[:, 2] < by_columns.leading
+        fields = np.concatenate([fields[leads], fields[~leads]])
+        documents = torch.from_numpy(fields.astype(np.int32)).to(device)
+        packed, leading = (_ends(by_columns, layout, documents), documents), int(leads.sum())
         return cls(
             layout.geometry,
             layout.block_size,
             layout.pairs,
-            *(attrs.evolve(tables, packed=packed, programs=len(fields)) for tables in (by_rows, by_columns)),
+            attrs.evolve(by_rows, packed=packed, programs=len(fields), leading=0),
+            attrs.evolve(by_columns, packed=packed, programs=len(fields), leading=leading),
         )
 
     @property
