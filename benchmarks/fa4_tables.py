@@ -1,6 +1,7 @@
-"""FlashAttention-4's block-sparse tables, as a baseline for patterns whose blocks of 128 all are full ones.
+"""FlashAttention-4 as a baseline: its tables where all blocks of 128 are full ones, and its sliding windows.
 
     dilated-attention bench --case 'random-32k-*' --backend triton --peer benchmarks.fa4_tables:tables
+    dilated-attention bench --case 'local-128k*' --backend triton --peer benchmarks.fa4_tables:windows
 
 The tables are made beforehand; needs flash-attn-4 and an sm_90 card.
 """
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dilated_attention import Local
 from dilated_attention.bench.cases import BenchCase
 from dilated_attention.bench.peers import Peer
 from dilated_attention.core.layout import BlockLayout
@@ -40,6 +42,21 @@ def tables(case: BenchCase, device: str) -> Peer | None:
         return out
 
     return Peer("FA4 block tables", attend, kernel="flash-attn-4")
+
+
+def windows(case: BenchCase, device: str) -> Peer | None:
+    """The peer for a causal case in which each query sees a window of keys that ends with its own."""
+    if not (isinstance(case.pattern, Local) and case.is_causal):
+        return None
+    from flash_attn.cute.interface import flash_attn_func
+
+    window = case.pattern.window_size
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = flash_attn_func(query, key, value, causal=True, window_size=window)[0]
+        return out
+
+    return Peer("FA4 windows", attend, kernel="flash-attn-4")
 
 
 def listed(blocks: BlockLayout, device: str, *, transposed: bool) -> BlockSparseTensorsTorch:

@@ -200,6 +200,11 @@ def _on_cuda() -> Iterator[BenchCase]:
             is_causal=False,
             **shape,
         )
+    for wide, head_dim in (("", 64), ("-d128", 128)):
+        yield BenchCase(
+            name=f"local-128k{wide}", pattern=Local((1023, 0)), gate_pattern=Local((127, 0)), seq_len=1 << 17,
+            head_dim=head_dim, is_causal=True, **shape,
+        )  # fmt: skip
     for name, length in (("local-global-32k", 1 << 15), ("local-global-128k", 1 << 17)):
         yield BenchCase(
             name=name, pattern=Local((4095, 0)) | Global(128), gate_pattern=Local((127, 0)) | Global(16),

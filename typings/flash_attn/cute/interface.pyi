@@ -1,9 +1,17 @@
-"""Forward and backward below autograd; tensors (B, S, H, D), lse (B, H, S)."""
+"""Attention, and its forward and backward below autograd; tensors (B, S, H, D), lse (B, H, S)."""
 
 from torch import Tensor
 
 from .block_sparsity import BlockSparseTensorsTorch
 
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ...,
+) -> tuple[Tensor, Tensor | None]: ...
 def _flash_attn_fwd(
     q: Tensor,
     k: Tensor,
