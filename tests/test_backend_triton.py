@@ -250,15 +250,17 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
         tables = {
             *("head_kind", "slot_group", "slot_index", "group_size", "group_start", "residues", "walks", "counts"),
             *("biases", "run_start", "runs", "totals", "head_table", "starts", "cols", "mask_ids", "masks"),
+            *("documents", "ends"),
         }
         params: Any = kernel.params
         free = {p.name for p in params if not p.is_constexpr and not p.do_not_specialize}
         assert {name for name in free if not name.endswith("_ptr")} <= compiled_for | tables
 
 
-def test_its_kernels_interpreted_on_a_cpu() -> None:
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_documents.py"])
+def test_its_kernels_interpreted_on_a_cpu(file: str) -> None:
     """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
-    run_interpreted("interpreted_triton.py")
+    run_interpreted(file)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""The fused kernels over documents under Triton's interpreter on the CPU; `test_backend_triton` runs this file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dilated_attention import AttentionConfig, Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention.backends.fused import launches
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.tiles import Pass, Tile, Tiles, TileSizes
+from dilated_attention.core import arranged, reference
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.ops import intern
+from dilated_attention.core.packed import attend_documents
+
+from .support import NAMES, error, inputs, with_gradients
+
+NEVER = 1 << 30
+
+
+def check_documents(
+    pattern: Pattern,
+    *,
+    mask: torch.Tensor | None = None,
+    bounds: torch.Tensor | None = None,
+    q_len: int = 0,
+    is_causal: bool = True,
+    factor: float = 1.0,
+    bound_from: int = NEVER,
+    limit: float = 1e-5,
+) -> None:
+    """Out, lse and all gradients, through lse too, in float32 against the oracle; NaN where no document is."""
+    kv_len = int(bounds[-1]) if mask is None and bounds is not None else (0 if mask is None else mask.shape[1])
+    geometry = Geometry(q_len=q_len or kv_len, kv_len=kv_len, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+    config = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16, pattern=pattern, is_causal=is_causal)
+    name = f"interpreted, documents, bounded from {bound_from}"
+    fused = FusedKernel(name, TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))), bound_from)
+    engine = intern(Engine(config, pattern, fused, takes_layout=True, has_dlse=True, call_axes=frozenset(CALL_AXES)))
+    tensors = inputs(geometry, batch=1 if mask is None else len(mask), head_dim=16, dtype=torch.float32)
+    tensors = [*(x.detach().mul(factor).requires_grad_() for x in tensors[:2]), tensors[2]]
+    if mask is not None:
+        for x in tensors:
+            x.data[mask[:, kv_len - x.shape[1] :]] = math.nan
+    of_call: dict[str, Any] = {"key_padding_mask": mask, "cu_seqlens": bounds}
+    query, key, value = tensors
+    out, lse = attend_documents(query, key, value, engine, seed=None, gate=None, recompute=False, **of_call)
+    actual = with_gradients(out, lse, tensors, through_lse=True)
+    wide = [x.detach().nan_to_num().double().requires_grad_() for x in tensors]
+    query, key, value = wide
+    out, lse = reference.attention(query, key, value, pattern=pattern, is_causal=is_causal, **of_call)
+    expected = with_gradients(out, lse, wide, through_lse=True)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert error(a, e) < limit, (name, error(a, e))
+
+
+LATER = torch.arange(41) < torch.tensor([[0], [7], [41], [30], [19]])  # padding before the tokens
+EARLIER = LATER.flip(1)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of the largest key, which is then not used
+@pytest.mark.parametrize(
+    ("pattern", "of_call"),
+    [
+        (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 0, 17, 19, 52])}),
+        (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0}),
+        (Dilated((7, 12), (2, 3)), {"mask": EARLIER}),
+        (Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}),
+        (Dilated((8, 16), (1, 2)), {"mask": LATER, "q_len": 12}),
+        (Full(), {"mask": EARLIER, "q_len": 27, "bound_from": 0}),
+        (Dilated((8, 16), (1, 2)), {"mask": LATER, "bound_from": 0}),
+    ],
+    ids=["packed", "all pairs", "rates that do not divide", "rare", "fewer queries", "full", "bounded"],
+)
+def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with positions and a pattern of its own, none by itself."""
+    launched: list[str] = []
+    run = launches.BranchPart.run
+
+    def told(self: launches.BranchPart, which: Pass, *args: Any, **by: Any) -> None:
+        launched.append(which)
+        run(self, which, *args, **by)
+
+    monkeypatch.setattr(launches.BranchPart, "run", told)
+    check_documents(pattern, **of_call)
+    assert launched == ["forward", "queries", "keys"]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("of_call", [{"bounds": torch.tensor([0, 0, 17, 19, 52])}, {"mask": LATER}, {"mask": EARLIER}],
+                         ids=["packed", "padded before", "padded behind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Random(2, 16, seed=3),
+        Local((20, 0)) | Global(3),
+        Dilated((8, 16), (1, 2)) + Random(1, 16),
+        Random(1, 16) + Local(9),
+    ],
+    ids=["random", "masks", "branches", "weights"],
+)
+def test_blocks_of_documents_in_one_launch(
+    pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one table, which ends behind them."""
+    launched: list[str] = []
+    run = launches.BlockPart.run
+
+    def told(self: launches.BlockPart, which: Pass, *args: Any, **by: Any) -> None:
+        launched.append(which)
+        run(self, which, *args, **by)
+
+    monkeypatch.setattr(launches.BlockPart, "run", told)
+    check_documents(pattern, **of_call, factor=3)
+    assert launched == ["forward", "queries", "keys"]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
+def test_documents_that_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind an end weigh nothing, however large the scores of what they see."""
+    monkeypatch.setattr(arranged, "packs", lambda engine, documents: False)
+    monkeypatch.setattr(arranged, "fills_documents", lambda engine, device: True)
+    check_documents(Random(2, 8), bounds=torch.tensor([0, 17, 35]), factor=20, limit=1e-4)
