@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -13,9 +14,11 @@ from dilated_attention.backends.fused import launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Pass, Tile, Tiles, TileSizes
 from dilated_attention.core import arranged, reference
+from dilated_attention.core.documents import read_documents
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import intern
 from dilated_attention.core.packed import attend_documents
 
@@ -49,6 +52,7 @@ def check_documents(
             x.data[mask[:, kv_len - x.shape[1] :]] = math.nan
     of_call: dict[str, Any] = {"key_padding_mask": mask, "cu_seqlens": bounds}
     query, key, value = tensors
+    before = engine.counters()
     out, lse = attend_documents(query, key, value, engine, seed=None, gate=None, recompute=False, **of_call)
     actual = with_gradients(out, lse, tensors, through_lse=True)
     wide = [x.detach().nan_to_num().double().requires_grad_() for x in tensors]
@@ -57,6 +61,12 @@ def check_documents(
     expected = with_gradients(out, lse, wide, through_lse=True)
     for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert error(a, e) < limit, (name, error(a, e))
+    found, documents = engine.counters(), read_documents(mask, bounds, q_len or kv_len, kv_len)
+    alone = [attrs.evolve(geometry, q_len=d.q_len, kv_len=d.kv_len, q_offset=d.kv_len - d.q_len) for d in documents]
+    tokens = sum(d.q_len for d in documents)
+    assert found.forward.tokens - before.forward.tokens == found.backward.tokens - before.backward.tokens == tokens
+    flops = 4 * 16 * sum(lower(pattern, own).pairs for own in alone)
+    assert found.forward.flops - before.forward.flops == flops
 
 
 LATER = torch.arange(41) < torch.tensor([[0], [7], [41], [30], [19]])  # padding before the tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...core.counting import branch_pairs, packing_pairs
+from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from ..libraries import FP_FUSION
@@ -168,35 +168,35 @@ class BranchPart:
                 f"{MAX_POSITION:,}; use another backend"
             )
         self.name = ", ".join(branch_name(branch.segment_length, branch.stride) for branch in branches)
-        span = 0 if min(positions) < 0 else roomy_span(branches, geometry.seq_len)
         self.passes = tiles.passes
-        self._geometry = geometry
+        self._group_size = geometry.group_size
+        q_low, k_low = geometry.q_offset, geometry.kv_offset
+        self._ends = q_low, q_low + geometry.q_len, k_low, k_low + geometry.kv_len
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=False)
-        if packing is None:
-            pairs, keys_met = sum(branch_pairs(branch, geometry) for branch in branches), geometry.kv_len
-        else:
-            pairs, keys_met = packing_pairs(branches, packing, is_causal=geometry.is_causal), packing.keys
-        self._bounds = pairs >= bound_from * keys_met * geometry.num_kv_heads
-        by_rows, by_columns = (known_tables(branches, geometry.is_causal, side, span, device) for side in (False, True))
-        queries = geometry.q_offset, geometry.q_offset + geometry.q_len
-        keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
-        # Of the tensors: kernels then find in `Runs.documents` where each document's are.
-        self._limits = (*queries, *keys) if packing is None else (0, packing.q_len, 0, packing.kv_len)
+        pairs = sum(branch_pairs(branch, geometry) for branch in branches)
+        self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
+        span = 0 if min(positions) < 0 else roomy_span(branches, geometry.seq_len)
+        self._tables = tuple(known_tables(branches, geometry.is_causal, side, span, device) for side in (False, True))
+        self._packing = packing
+        self._limits = self._ends if packing is None else (0, packing.q_len, 0, packing.kv_len)
+        self._listed: dict[Pass, Runs] = {}
+        # The next call may have other documents: what only deterministic gradients need waits until they are asked for.
+        ahead = tiles.passes if packing is None or tiles.gradients is None else ("forward", "gradients")
+        self.nbytes = sum(x.nbytes for x in self._tables) + sum(self._runs(which).nbytes for which in ahead)
 
-        def listed(which: Pass) -> tuple[DeviceTables, Runs]:
-            transposed, tile = which in _BY_COLUMNS, tiles.of(which)
-            tables = by_columns if transposed else by_rows
+    def _runs(self, which: Pass) -> Runs:
+        """Those of a pass, listed once."""
+        if which not in self._listed:
+            tile, transposed = self._tiles.of(which), which in _BY_COLUMNS
+            queries, keys = self._ends[:2], self._ends[2:]
             rows, columns = (keys, queries) if transposed else (queries, keys)
-            documents = None
-            if packing is not None:
+            tables, documents = self._tables[transposed], None
+            if self._packing is not None:
                 period = tables.host.period
-                documents = documents_of(packing, tile.rows * period, period, transposed=transposed)
-            return tables, Runs.of(tables, tile, rows, columns, documents)
-
-        self._is_packed = packing is not None
-        self._listed = {which: listed(which) for which in tiles.passes}
-        self.nbytes = by_rows.nbytes + by_columns.nbytes + sum(runs.nbytes for _, runs in self._listed.values())
+                documents = documents_of(self._packing, tile.rows * period, period, transposed=transposed)
+            self._listed[which] = Runs.of(tables, tile, rows, columns, documents)
+        return self._listed[which]
 
     def run(
         self,
@@ -212,13 +212,13 @@ class BranchPart:
         assert not adds
         assert named is None
         query, tile = pointers[0], self._tiles.of(which)
-        tables, runs = self._listed[which]
-        constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts, "PACKED": self._is_packed}
+        tables, runs, is_packed = self._tables[which in _BY_COLUMNS], self._runs(which), self._packing is not None
+        constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts, "PACKED": is_packed}
         if tile.parts and not tile.adds:
             constants["PARTS"] = tile.parts
         if which == "forward":
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
-        batch = 1 if self._is_packed else query.shape[0]
+        batch = 1 if is_packed else query.shape[0]
         self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], batch)](
             *pointers,
             tables.head_kind,
@@ -234,7 +234,7 @@ class BranchPart:
             runs.origin,
             *scales,
             query.shape[2],
-            self._geometry.group_size,
+            self._group_size,
             *tables.host.sizes,
             runs.blocks,
             runs.block_runs,
