@@ -175,7 +175,7 @@ def _fuses(request: Request) -> bool:
         return is_half or (head_dim <= 64 and "branch" not in layouts)
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
-    fewest = 2 if head_dim <= 64 else 3
+    fewest = 1 if config.varlen else 2 if head_dim <= 64 else 3  # of several lengths, whose launches are many else
     return is_half and len(branches) >= fewest and (head_dim <= 128 or head_dim == 256)
 
 

@@ -139,6 +139,9 @@ class AttentionConfig:
         tensor_layout: "bshd" for (batch, seq_len, heads, head_dim), "bhsd" for (batch, heads, seq_len, head_dim).
         seq_len: length that the choice is made for, where it is known; other lengths stay usable. Of the whole
             sequence, where ranks share it.
+        varlen: calls will hold sequences of several lengths (`key_padding_mask`, `cu_seqlens`). They are computed
+            without it too; with it a backend that takes none is refused at once, not at the call, and one whose
+            kernel computes all of them together is preferred.
         requires_grad: the attention will be differentiated.
         deterministic: the same bits on every run, forward and backward.
         activation_checkpointing: keep no intermediate of the attention for backward but its inputs.
@@ -162,6 +165,7 @@ class AttentionConfig:
     device: str | None = attrs.field(default=None, converter=_torch_name, validator=_device)
     tensor_layout: str = attrs.field(default="bshd", validator=_one_of("bshd", "bhsd"))
     seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    varlen: bool = attrs.field(default=False, validator=_boolean)
     requires_grad: bool = attrs.field(default=True, validator=_boolean)
     deterministic: bool = attrs.field(default=False, validator=_boolean)
     activation_checkpointing: bool = attrs.field(default=False, validator=_boolean)
@@ -182,6 +186,10 @@ class AttentionConfig:
             )
         if isinstance(self.pattern, Pattern):
             self.pattern.validate(self.num_heads, self.kv_heads)
+        if self.varlen and self.context_parallel is not None:
+            raise ConfigError(
+                "varlen=True with context_parallel: ranks share one sequence, not several; leave out one of the two"
+            )
         if self.ring_size > 1 and self.seq_len is not None and self.seq_len % self.ring_size:
             raise ConfigError(
                 f"seq_len must be a multiple of context_parallel.size, got {self.seq_len} and {self.ring_size}; "

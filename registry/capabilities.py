@@ -45,6 +45,8 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         needs["dropout"] = True
     if config.context_parallel is not None:  # of one rank too: `rebuild` may make them more
         needs["context_parallel"] = True
+    if config.varlen:
+        needs["varlen"] = True
     if config.requires_grad:
         needs["backward"] = True
     if config.deterministic:
@@ -178,6 +180,8 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
         return f"parts of a sequence that ranks share (context_parallel.size={config.ring_size})"
     if axis == "dropout":
         return f"dropout_p={config.dropout_p:g}"
+    if axis == "varlen":
+        return "sequences of several lengths (varlen=True)"
     if axis == "backward":
         return "gradients (requires_grad=True)"
     if axis == "deterministic":

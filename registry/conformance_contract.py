@@ -159,7 +159,7 @@ def _undeclared_requests(kit: Kit) -> Iterator[tuple[str, AttentionConfig, Devic
         "causal": {"is_causal": True},
         "dropout": {"dropout_p": 0.1},
     }
-    flags |= {"backward": {"requires_grad": True}}
+    flags |= {"backward": {"requires_grad": True}, "varlen": {"varlen": True}}
     changes += [change for axis, change in flags.items() if not covers(capabilities.get(axis, False), True)]
     for directions, grad in ((("forward",), False), (("forward", "backward"), True)):
         if not covers(capabilities.get("deterministic", ()), directions):

@@ -96,6 +96,8 @@ def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
         yield _Change(mends=("not_installed",), install=missing)
     if config.deterministic:
         yield _Change(mends=("deterministic",), fields={"deterministic": False})
+    if config.varlen:
+        yield _Change(mends=("varlen",), fields={"varlen": False})
     if config.dropout_p > 0:
         yield _Change(mends=("dropout",), fields={"dropout_p": 0.0})
     if config.requires_grad:

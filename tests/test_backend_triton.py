@@ -388,6 +388,7 @@ def test_auto_takes_it_for_several_branches_and_not_for_dense_attention() -> Non
     assert build_attention(pattern=CARD[0], **fields).plan.backend == "triton"
     assert build_attention(pattern=Local(window_size=64), **fields).plan.backend == "triton"
     assert build_attention(pattern=Full(), **fields).plan.backend != "triton"
+    assert build_attention(pattern=Full(), varlen=True, **fields).plan.backend == "triton"
     assert build_attention(pattern=CARD[0], **fields | {"dtype": "float32"}).plan.backend != "triton"
     assert build_attention(pattern=WINDOW, **fields | {"head_dim": 256}).plan.backend == "triton"
     assert build_attention(pattern=WINDOW, **fields | {"dtype": "float32"}).plan.backend == "triton"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dilated_attention.core.config import AttentionConfig
+from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.limits import Limits
 from dilated_attention.core.pattern import Full
@@ -57,6 +58,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "device": None,
         "tensor_layout": "bshd",
         "seq_len": None,
+        "varlen": False,
         "requires_grad": True,
         "deterministic": False,
         "activation_checkpointing": False,
@@ -101,6 +103,8 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"backend_options": {"sdpa": {"hook": print}}}, ["backend_options", "plain values"]),
         ({"pattern": "dilated"}, ["pattern", "'dilated'"]),
         ({"pattern": {"segment_lengths": [4]}}, ["kind", "segment_lengths"]),
+        ({"varlen": 1}, ["varlen", "True or False"]),
+        ({"varlen": True, "context_parallel": ContextParallel(size=2)}, ["varlen=True", "context_parallel"]),
         ({"context_parallel": "2"}, ["context_parallel", "ContextParallel(size=...)", "'2'"]),
         ({"limits": 5}, ["limits", "5"]),
         ({"pattern": Dilated((64, 64, 64), (1, 2, 4), heads="split"), "num_heads": 2}, ["heads"]),

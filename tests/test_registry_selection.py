@@ -178,6 +178,7 @@ def test_near_misses_are_the_smallest_changes(discover: Discover) -> None:
     assert near(dtype="bfloat16") == {"dtype": "float32"}
     assert near(deterministic=True) == {"deterministic": False}
     assert near(dropout_p=0.5) == {"dropout_p": 0.0}
+    assert near(varlen=True) == {"varlen": False}
     assert near(num_kv_heads=2) == {"num_kv_heads": 8}
     assert near(head_dim=48) == {"head_dim": 64}
     assert near(head_dim=100) == {"head_dim": 64}

@@ -150,6 +150,9 @@ def explain(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    varlen: Annotated[
+        bool | None, typer.Option("--varlen/--no-varlen", help="For padded rows and packed documents.")
+    ] = None,
     grad: Annotated[bool | None, typer.Option("--grad/--no-grad", help="To be differentiated.")] = None,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="The same bits on every run.")
@@ -179,6 +182,7 @@ def explain(
         device=device,
         is_causal=causal,
         dropout_p=dropout,
+        varlen=varlen,
         requires_grad=grad,
         deterministic=deterministic,
         backend=backend,
