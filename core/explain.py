@@ -79,6 +79,7 @@ def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
         f"head_dim {config['head_dim']}",
         f"{config['dtype']} on {device['torch_name']}" + (f" ({device['name']})" if device.get("name") else ""),
         "with gradients" if config["requires_grad"] else "without gradients",
+        "sequences of several lengths" if config.get("varlen") else "",  # older records have none
         f"dropout {config['dropout_p']:g}" if config["dropout_p"] else "",
         "deterministic" if config["deterministic"] else "",
     ]

@@ -26,6 +26,8 @@ def test_explain_prints_the_plan_of_the_flags(invoke: Invoke) -> None:
     assert lines[0].startswith("sdpa (aten flash for CPU) chosen")
     assert "causal dilated attention over 16,384 tokens: 8 heads, head_dim 64, float32 on cpu" in lines[1]
     assert "\x1b" not in done.stdout
+    assert "several lengths" not in done.stdout
+    assert "sequences of several lengths" in invoke("explain", *LONGNET, "--varlen", "--device", "cpu").stdout
     plan = AttentionPlan.from_json(invoke("explain", *LONGNET, "--causal", "--no-grad", "--json").stdout)
     assert plan.config["pattern"]["segment_lengths"] == [1024, 2048]
     assert plan.config["is_causal"]
