@@ -27,23 +27,24 @@ def arranged(documents: Sequence[Document], engine: Engine, query: Tensor, key: 
     stacks = stacked(documents)
     if len(stacks) < 2:
         return stacks
-    if packs(engine, documents):
+    if packs(engine, documents, query.device):
         return Packing(tuple(documents), query.shape[0], query.shape[1], key.shape[1])
     return filled(documents) if fills_documents(engine, query.device) else stacks
 
 
-def packs(engine: Engine, documents: Sequence[Document]) -> bool:
+def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -> bool:
     """Whether its kernel computes all of them in one go, each as the beginning of a longer sequence.
 
-    Branches are the same for every length; of blocks that holds for causal patterns that keep prefixes.
+    Patterns that keep prefixes promise that; of blocks it holds where attention is causal.
     """
     config = engine.config
-    if not isinstance(engine.kernel, Packs) or config.dropout_p:
+    if not isinstance(engine.kernel, Packs) or config.dropout_p or not keeps_prefixes(engine.pattern):
+        return False
+    if _is_captured(device):  # a graph would keep tables that are gone when it is replayed
         return False
     if _kinds(engine) == {"branch"}:
         return True
-    are_whole = all(document.q_len == document.kv_len for document in documents)
-    return config.is_causal and keeps_prefixes(engine.pattern) and are_whole
+    return config.is_causal and all((d.q_start, d.q_len) == (d.kv_start, d.kv_len) for d in documents)
 
 
 def fills_documents(engine: Engine, device: torch.device) -> bool:
@@ -58,8 +59,11 @@ def fills_documents(engine: Engine, device: torch.device) -> bool:
     if device.type == "cpu":
         return "block" in _kinds(engine)
     # A CUDA graph would keep copies of places that are gone when it is replayed.
-    is_kept = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (is_kept or _is_one_call(engine))
+    return not (_is_captured(device) or _is_one_call(engine))
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _kinds(engine: Engine) -> frozenset[str]:

@@ -89,6 +89,12 @@ class ByteLRU(Generic[K, V]):
                     self._making.pop(key, None)
         return value
 
+    def discard(self, key: K) -> None:
+        """Keep the value of `key` no longer, if it is kept."""
+        with self._lock:
+            value = self._values.pop(key, None)
+            self._bytes -= 0 if value is None else value.nbytes
+
     def _timed(self, make: Callable[[], V]) -> V:
         start = time.perf_counter()
         try:

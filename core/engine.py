@@ -22,12 +22,13 @@ from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
-from .geometry import Geometry, about_as_long
+from .geometry import Geometry
 from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares
 from .layout import Layout
 from .lowering import lower
+from .packings import Packings
 from .pattern import LearnedPattern, Pattern
-from .program import Program, packed_program, shared_program
+from .program import Program
 from .received import received_from
 from .schedule import Schedule, schedule
 from .tracing import span
@@ -84,6 +85,9 @@ class Engine:
         self.has_dlse = has_dlse
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], Program] = ByteLRU(config.limits.pattern_cache_bytes)
+        self._packings: Packings | None = None
+        if takes_layout and isinstance(kernel, Packs):
+            self._packings = Packings(self.programs, kernel, pattern, config)
         self.forwards, self.backwards = Tally(), Tally()
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
         origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
@@ -121,52 +125,46 @@ class Engine:
         """
         return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
 
-    def _program(
-        self,
-        q_len: int,
-        kv_len: int,
-        q_offset: int,
-        kv_offset: int,
-        device: torch.device,
-        packing: Packing | None = None,
-    ) -> Program:
-        key = (q_len, kv_len, q_offset, kv_offset, device) if packing is None else (packing, device)
-        if (found := self.programs.get(key)) is not None:
+    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
+        key = (q_len, kv_len, q_offset, kv_offset, device)
+        found = self.programs.get(key)
+        if found is not None:
             return found
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            what, first = f"seq_len {q_len}", f"attention.prepare({q_len}, kv_len={kv_len})"
-            if packing is not None:
-                what, first = f"a call of {len(packing.documents)} documents", "the attention with them"
             raise ConfigError(
-                f"{what} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while a CUDA "
-                f"graph is captured; call {first} before the capture"
+                f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
+                f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
             )
         with span(self.range_name("lower")), _disable_current_modes():  # no fake tensors among those that are kept
-            made = (q_len, kv_len, q_offset, kv_offset, device, packing)
-            return self.programs.get_or_make(key, lambda: self._make_program(*made))
+            return self.programs.get_or_make(key, lambda: self._make_program(*key))
 
-    def _make_program(
-        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, packing: Packing | None
-    ) -> Program:
-        config, kernel = self.config, self._layout_kernel
-        self._check_call(q_len, kv_len, q_offset, kv_offset)
+    def _for_call(self, query: Tensor, key: Tensor, q_offset: int, kv_offset: int, packing: Packing | None) -> Program:
         if packing is not None:
-            assert isinstance(kernel, Packs)
-            length = about_as_long(packing.longest, 1, packing.longest)
-            geometry = self._geometry(length, length, 0, 0)
-            shared = self.programs.get_or_make(
-                ("documents", length), lambda: shared_program(self.pattern, geometry, config.limits.layout_bytes)
-            )
-            return packed_program(shared, packing, kernel, device)
+            return self._packed(packing, query.device)
+        return self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+
+    def _packed(self, packing: Packing, device: torch.device) -> Program:
+        """The program of documents that the kernel computes together."""
+        found = self.programs.get((packing, device))
+        if found is not None:
+            return found
+        assert self._packings is not None
+        self._check_call(packing.q_len, packing.kv_len, packing.kv_len - packing.q_len, 0)
+        with span(self.range_name("lower")), _disable_current_modes():
+            return self._packings.program(packing, device)
+
+    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
+        config = self.config
+        self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
-        if kernel is None:
+        if self._layout_kernel is None:
             return self._composed(geometry, device)
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
         program = Program(layout, Schedule((), 0))
-        if isinstance(kernel, Prepares) and program.pairs:
-            program = attrs.evolve(program, prepared_bytes=kernel.prepare(layout, device))
+        if isinstance(self._layout_kernel, Prepares) and program.pairs:
+            return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
         return program
 
     def _composed(self, geometry: Geometry, device: torch.device) -> Program:
@@ -249,8 +247,8 @@ class Engine:
         """
         if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:  # all that kernels ask of strides
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        batch, q_len, _, _ = query.shape
-        program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device, packing)
+        batch = query.shape[0]
+        program = self._for_call(query, key, q_offset, kv_offset, packing)
         bound = program if tables is None else program.bound(tables)
         if profiler._is_profiler_enabled:  # as `span` asks, of which 0.2 us show in a tiny call
             with span(self._forward_name):
@@ -311,8 +309,8 @@ class Engine:
         with span(self._backward_name):
             if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
                 dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
-            batch, q_len, _, _ = query.shape
-            program = self._program(q_len, key.shape[1], q_offset, kv_offset, query.device, packing)
+            batch = query.shape[0]
+            program = self._for_call(query, key, q_offset, kv_offset, packing)
             bound = program if tables is None else program.bound(tables)
             if not (program.pairs and query.numel()):
                 dq, dk, dv = empty_gradients(query, key, value)

@@ -159,10 +159,7 @@ class Filled:
 
 
 def filled(documents: Sequence[Document]) -> tuple[Stack | Filled, ...]:
-    """All documents, those about as long as each other together; but as they are where they are one stack."""
-    stacks = stacked(documents)
-    if len(stacks) < 2:
-        return stacks
+    """All documents, those about as long as each other together."""
     alike: dict[int, list[Document]] = {}
     others = []
     for document in documents:

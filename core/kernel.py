@@ -61,7 +61,7 @@ class LayoutPiece:
         packing: the documents of the call, each of which is a sequence of its own: its tokens see what the first tokens
             of the layout see, up to the document's end. The layout is of one sequence with as many queries as keys,
             no shorter than any of them; where it has blocks it is causal, and documents have as many queries as
-            keys. Given only to kernels that are `Packs`.
+            keys, at the same places. Given only to kernels that are `Packs`.
     """
 
     layout: Layout
@@ -189,8 +189,8 @@ class Packs(Protocol):
     whatever stands there, NaN included, is in no result.
     """
 
-    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device) -> int:
-        """As `Prepares.prepare`, when these documents are first met."""
+    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device, *, deterministic: bool) -> int:
+        """As `Prepares.prepare`, when these documents are first met; pieces will be `deterministic` or not."""
 
 
 @runtime_checkable

@@ -67,7 +67,8 @@ class Pattern(ABC):
     """Who attends to whom. Subclasses are frozen attrs classes with a `kind` that names them in files."""
 
     kind: ClassVar[str]
-    keeps_prefixes: ClassVar[bool] = False  # queries of causal attention see the same keys if more tokens follow
+    # Queries of causal attention see the same keys if more tokens follow, and branches do not depend on lengths.
+    keeps_prefixes: ClassVar[bool] = False
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""

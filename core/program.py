@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from .counting import packing_pairs, query_pairs
+from .counting import query_pairs
 from .dynamic_tables import DynamicTables, dynamic_pairs
 from .filled import MOST_ADDED
 from .layout import Layout
-from .lowering import lower
 from .pattern import LearnedPattern, Pattern, Sum, Union
-from .schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
     from .block_product import BlockProduct
     from .documents import Packing
-    from .geometry import Geometry
-    from .kernel import Packs
     from .pattern import IntArray
+    from .schedule import Schedule
 
 
 def keeps_prefixes(pattern: Pattern) -> bool:
@@ -53,7 +49,7 @@ class Program:
     blocks: BlockProduct | None = None
     dynamic: DynamicTables | None = None
     packing: Packing | None = None  # documents, each of which is the beginning of what the layout says
-    pairs_before: IntArray | None = None  # (q_len + 1,), of the queries before each, where documents will ask for them
+    pairs_before: IntArray | None = None  # (q_len + 1,), of the layout's queries before each, where it has blocks
     prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
 
@@ -93,23 +89,3 @@ class Program:
     def bound(self, tables: Tensor) -> Program:
         """The program over the blocks that `tables` names; a kernel for whole layouts gets them as they are."""
         return self if self.dynamic is None else attrs.evolve(self, blocks=self.dynamic.bind(tables))
-
-
-def shared_program(pattern: Pattern, geometry: Geometry, limit_bytes: int) -> Program:
-    """What programs of documents share whose longest one is about as long as a sequence of this geometry."""
-    layout = lower(pattern, geometry, limit_bytes=limit_bytes)
-    before = None
-    if layout.blocks is not None:  # which are causal; branches are counted without a number for each query
-        before = np.append(0, query_pairs(layout, geometry.q_len).cumsum())
-    return Program(layout, Schedule((), 0), pairs_before=before, pairs=0)
-
-
-def packed_program(shared: Program, packing: Packing, kernel: Packs, device: torch.device) -> Program:
-    """The program of documents that the kernel computes together."""
-    layout = attrs.evolve(shared.layout)  # kernels keep what they make of it for as long as this one lives
-    if shared.pairs_before is None:
-        pairs = packing_pairs(layout.branches, packing, is_causal=layout.geometry.is_causal)
-    else:
-        pairs = int(shared.pairs_before[packing.places[:, 4]].sum())
-    prepared = kernel.prepare_packing(layout, packing, device)
-    return Program(layout, Schedule((), 0), packing=packing, prepared_bytes=prepared, pairs=pairs)

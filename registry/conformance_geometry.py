@@ -87,6 +87,11 @@ def documents(subject: Subject) -> Iterator[Finding]:
     results = padded.run(padded.inputs, key_padding_mask=mask)
     expected = padded.oracle(padded.inputs, through_lse=False, key_padding_mask=mask)
     yield from padded.compared(results, expected, "of padded rows")
+    if subject.case.is_causal and subject.takes("unequal_lengths"):  # as with a cache: the last places have queries
+        last = subject.at(batch=len(PADDED), q_len=PLACES // 2, kv_len=PLACES)
+        results = last.run(last.inputs, key_padding_mask=mask)
+        expected = last.oracle(last.inputs, through_lse=False, key_padding_mask=mask)
+        yield from last.compared(results, expected, "of padded rows with fewer queries")
     results = packed.run(packed.inputs, cu_seqlens=ends)
     expected = packed.oracle(packed.inputs, through_lse=False, cu_seqlens=ends)
     yield from packed.compared(results, expected, "of packed documents")

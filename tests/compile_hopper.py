@@ -68,14 +68,14 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
 
 
 def main(folder: str, tiles: str) -> None:
-    """Each tile, for the head_dims, tables and sizes of tensors that compile apart, over branches also of documents."""
+    """Each tile, for the head_dims, tables and sizes of tensors that compile apart, and of documents."""
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for module, name, width, columns, stages, warps, registers, begin, feeding, adding, split, parts in json.loads(
         tiles
     ):
         fn = kernel(folder, module, name)
         variants = [(width, True, False, False), (width - 16, False, True, False), (width, True, False, True)]
-        for head_dim, shifts, wide, packed in variants if "PACKED" in fn.arg_names else variants[:2]:
+        for head_dim, shifts, wide, packed in variants:
             constants = {
                 "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
                 "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,

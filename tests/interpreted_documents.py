@@ -67,6 +67,7 @@ def check_documents(
     assert found.forward.tokens - before.forward.tokens == found.backward.tokens - before.backward.tokens == tokens
     flops = 4 * 16 * sum(lower(pattern, own).pairs for own in alone)
     assert found.forward.flops - before.forward.flops == flops
+    assert 2 * (found.backward.flops - before.backward.flops) == 5 * flops
 
 
 LATER = torch.arange(41) < torch.tensor([[0], [7], [41], [30], [19]])  # padding before the tokens
@@ -130,9 +131,20 @@ def test_blocks_of_documents_in_one_launch(
     assert launched == ["forward", "queries", "keys"]
 
 
+def test_blocks_that_everyone_sees() -> None:
+    """Whose rows begin first."""
+    check_documents(Random(1, 16) | Global(16), bounds=torch.tensor([0, 200, 215]))
+
+
+@pytest.mark.parametrize("pattern", [Local((20, 0)), Random(2, 16), Dilated((8, 16), (1, 2))], ids=str)
+def test_queries_that_stand_elsewhere_than_their_keys(pattern: Pattern) -> None:
+    """Documents as long as their queries are many, behind the first keys: not one table for both."""
+    check_documents(pattern, mask=torch.arange(16) < torch.tensor([[8], [6]]), q_len=12)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that are left out after it
 def test_documents_that_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind an end weigh nothing, however large the scores of what they see."""
-    monkeypatch.setattr(arranged, "packs", lambda engine, documents: False)
+    monkeypatch.setattr(arranged, "packs", lambda engine, documents, device: False)
     monkeypatch.setattr(arranged, "fills_documents", lambda engine, device: True)
     check_documents(Random(2, 8), bounds=torch.tensor([0, 17, 35]), factor=20, limit=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -147,6 +149,10 @@ def test_tables_are_made_once_and_go_with_their_layout() -> None:
     blocks = blocks_of(PATTERNS[0], 90)
     assert known_blocks(blocks, CPU, transposed=True) is known_blocks(blocks, CPU, transposed=True)
     assert known_blocks(blocks, CPU, transposed=True) is not known_blocks(blocks, CPU, transposed=True, in_order=True)
+    kept = weakref.ref(known_blocks(blocks, CPU, transposed=True))
+    del blocks
+    gc.collect()
+    assert kept() is None
 
 
 @settings(deadline=None)

@@ -273,7 +273,6 @@ def test_what_is_not_filled_up() -> None:
     assert alone == Stack(of[2])
     assert isinstance(together, Filled)
     assert [(stack.kv_len, stack.lengths) for stack in together.stacks] == [(32, (20, 21)), (96, (90,))]
-    assert filled(of[:1]) == (Stack(of[0]),)
     same = [Document(0, 32 * i, 32, 32 * i, 32) for i in range(3)]
     assert filled([*same, Document(0, 96, 33, 96, 33)])[0] == Stack(same[0], 3, 0, 32, 32)
 

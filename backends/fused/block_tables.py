@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from ...core.geometry import Geometry
 
 
-_MANY: Final = 4
+_MANY: Final = 4  # times as many blocks as a row has on average: a program for them ends long after the others
+
+
+def moved(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """On the device, without waiting for what is queued there."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @attrs.frozen(eq=False)
@@ -90,7 +98,7 @@ class BlockTables:
             planes.bits,
         )
         padded = [array if array.size else np.zeros(1, dtype=array.dtype) for array in arrays]
-        tensors = tuple(torch.from_numpy(np.array(array)).to(device) for array in padded)
+        tensors = tuple(moved(np.array(array), device) for array in padded)
         of_row = np.bincount(table * rows + row, minlength=tables * rows).reshape(tables, rows).max(axis=0)
         leading = int(np.argmin(np.append(of_row > _MANY * max(1.0, of_row.mean()), False)))
         return cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)

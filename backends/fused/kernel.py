@@ -54,18 +54,25 @@ class FusedKernel:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
         return sum(part.nbytes for part in self.parts(layout, device))
 
-    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device) -> int:
+    def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device, *, deterministic: bool) -> int:
         """As `Packs.prepare_packing`."""
-        return sum(part.nbytes for part in self.parts(layout, device, packing))
+        return sum(part.nbytes for part in self.parts(layout, device, packing, deterministic=deterministic))
 
-    def parts(self, layout: Layout, device: torch.device, packing: Packing | None = None) -> tuple[Part, ...]:
+    def parts(
+        self,
+        layout: Layout,
+        device: torch.device,
+        packing: Packing | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> tuple[Part, ...]:
         """The parts of a layout with their tables on the device, of all documents of a packing; made once."""
         known, key = self._parts.setdefault(layout, {}), (device, packing)
         if key not in known:
             found: list[Part] = []
             if layout.branches:
-                tiles, bound_from = self.tiles.branches, self._bound_from
-                found.append(BranchPart(layout.branches, layout.geometry, tiles, device, bound_from, packing))
+                given = (layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from, packing)
+                found.append(BranchPart(*given, deterministic=deterministic))
             blocks = _blocks_of(layout, device, packing)
             if blocks is not None:
                 found.append(BlockPart(blocks, self.tiles.within(blocks.block_size), self._bound_from))

@@ -160,6 +160,8 @@ class BranchPart:
         device: torch.device,
         bound_from: int,
         packing: Packing | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
         if max(map(abs, positions)) >= MAX_POSITION:
@@ -181,12 +183,13 @@ class BranchPart:
         self._packing = packing
         self._limits = self._ends if packing is None else (0, packing.q_len, 0, packing.kv_len)
         self._listed: dict[Pass, Runs] = {}
-        # The next call may have other documents: what only deterministic gradients need waits until they are asked for.
-        ahead = tiles.passes if packing is None or tiles.gradients is None else ("forward", "gradients")
+        ahead = tiles.passes
+        if packing is not None and tiles.gradients is not None:  # the next call may have others: what this one needs
+            ahead = ("forward", "queries", "keys") if deterministic else ("forward", "gradients")
         self.nbytes = sum(x.nbytes for x in self._tables) + sum(self._runs(which).nbytes for which in ahead)
 
     def _runs(self, which: Pass) -> Runs:
-        """Those of a pass, listed once."""
+        """Those of a pass, listed once; of documents beyond `nbytes` where the same bits are wished for later."""
         if which not in self._listed:
             tile, transposed = self._tiles.of(which), which in _BY_COLUMNS
             queries, keys = self._ends[:2], self._ends[2:]
@@ -195,7 +198,8 @@ class BranchPart:
             if self._packing is not None:
                 period = tables.host.period
                 documents = documents_of(self._packing, tile.rows * period, period, transposed=transposed)
-            self._listed[which] = Runs.of(tables, tile, rows, columns, documents)
+            with _disable_current_modes():
+                self._listed[which] = Runs.of(tables, tile, rows, columns, documents)
         return self._listed[which]
 
     def run(

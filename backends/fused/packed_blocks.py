@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_tables import BlockTables, known_blocks
+from .block_tables import BlockTables, known_blocks, moved
 
 if TYPE_CHECKING:
     from ...core.documents import Packing
@@ -55,7 +55,7 @@ class PackedBlocks:
         by_columns = known_blocks(layout, device, transposed=True, in_order=True)
         leads = fields[:, 2] < by_columns.leading
         fields = np.concatenate([fields[leads], fields[~leads]])
-        documents = torch.from_numpy(fields.astype(np.int32)).to(device)
+        documents = moved(fields.astype(np.int32), device)
         packed, leading = (_ends(by_columns, layout, documents), documents), int(leads.sum())
         return cls(
             layout.geometry,

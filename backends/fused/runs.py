@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..libraries import FP_FUSION
+from .block_tables import moved
 from .run_kernels import list_runs
 from .tiles import Tile, ceil_div
 from .walks import Tables
@@ -66,10 +67,10 @@ class Runs:
             blocks,
             origin,
             block_runs,
-            torch.from_numpy(start).to(device),
+            moved(start, device),
             torch.empty((kinds, blocks, block_runs, 4 + 2 * tile.parts), dtype=torch.int32, device=device),
             torch.empty((kinds, blocks, host.period, 1 + tile.parts), dtype=torch.int32, device=device),
-            torch.from_numpy(np.empty((0, 8), dtype=np.int32) if documents is None else documents).to(device),
+            torch.empty((0, 8), dtype=torch.int32, device=device) if documents is None else moved(documents, device),
         )
         list_runs[(blocks * host.period, kinds)](
             *tables.rows,
@@ -130,14 +131,10 @@ class DeviceTables:
     @classmethod
     def of(cls, host: Tables, device: torch.device) -> DeviceTables:
         """Move them to the device."""
-
-        def move(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
         rows = (host.slot_group, host.slot_index, host.group_size, host.group_start, host.residues)
-        return cls(
-            host, move(host.head_kind), tuple(map(move, rows)), move(host.walks), move(host.bias), move(host.counts)
-        )
+        read = (host.head_kind, *rows, host.walks, host.bias, host.counts)
+        head_kind, *rows_read, walks, bias, counts = (moved(array, device) for array in read)
+        return cls(host, head_kind, tuple(rows_read), walks, bias, counts)
 
     @property
     def nbytes(self) -> int:

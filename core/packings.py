@@ -1,0 +1,105 @@
+"""Programs of documents that a kernel computes together: made of one lowered sequence, and kept for a while."""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ReferenceType, ref
+
+import attrs
+import numpy as np
+
+from .counting import packing_pairs, query_pairs
+from .errors import ConfigError
+from .geometry import Geometry, about_as_long
+from .lowering import lower
+from .program import Program
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cache import ByteLRU
+    from .config import AttentionConfig
+    from .documents import Packing
+    from .kernel import Packs
+    from .layout import Layout
+    from .pattern import IntArray, Pattern
+
+# Documents seldom come again: only what may still be under way is kept, several calls between forward and backward.
+KEPT: Final = 8
+
+
+class Packings:
+    """The programs of one configuration's documents.
+
+    Args:
+        programs: where they are kept, beside those of other calls.
+        kernel: computes them.
+        pattern: the configuration's, resolved.
+        config: the configuration.
+    """
+
+    def __init__(
+        self, programs: ByteLRU[tuple[Any, ...], Program], kernel: Packs, pattern: Pattern, config: AttentionConfig
+    ) -> None:
+        self._programs = programs
+        self._kernel = kernel
+        self._pattern = pattern
+        self._config = config
+        self._recent: deque[tuple[tuple[Any, ...], ReferenceType[Program]]] = deque()
+        self._lock = Lock()
+
+    def program(self, packing: Packing, device: torch.device) -> Program:
+        """That of these documents, found or made."""
+        key = (packing, device)
+        made = self._programs.get_or_make(key, lambda: self._make(packing, device))
+        with self._lock:
+            self._recent.append((key, ref(made)))
+            while len(self._recent) > KEPT:
+                old, _ = self._recent.popleft()
+                if all(old != other for other, _ in self._recent):
+                    self._programs.discard(old)
+        return made
+
+    def _make(self, packing: Packing, device: torch.device) -> Program:
+        layout, before = self._lowered(packing.longest)
+        if before is None:
+            pairs = packing_pairs(layout.branches, packing, is_causal=layout.geometry.is_causal)
+        else:
+            pairs = int(before[packing.places[:, 4]].sum())
+        deterministic = self._config.deterministic
+        prepared = self._kernel.prepare_packing(layout, packing, device, deterministic=deterministic)
+        schedule = Schedule((), 0)
+        return Program(layout, schedule, packing=packing, pairs_before=before, prepared_bytes=prepared, pairs=pairs)
+
+    def _lowered(self, longest: int) -> tuple[Layout, IntArray | None]:
+        """A layout that is no shorter, the same for many lengths, and the pairs of its queries where it has blocks."""
+        length = about_as_long(longest, 1, longest)
+        with self._lock:
+            known = [program for _, found in self._recent if (program := found()) is not None]
+        for program in known:
+            if longest <= program.layout.geometry.q_len <= length:
+                # A layout of its own: kernels keep what they make of it for as long as it lives.
+                return attrs.evolve(program.layout), program.pairs_before
+        try:
+            layout = self._lower(length)
+        except ConfigError:  # the little that is rounded up may be what Limits.layout_bytes has no room for
+            if length == longest:
+                raise
+            layout = self._lower(longest)
+        if layout.blocks is None:
+            return layout, None
+        return layout, np.append(0, query_pairs(layout, layout.geometry.q_len).cumsum())
+
+    def _lower(self, length: int) -> Layout:
+        config = self._config
+        geometry = Geometry(
+            q_len=length,
+            kv_len=length,
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            is_causal=config.is_causal,
+        )
+        return lower(self._pattern, geometry, limit_bytes=config.limits.layout_bytes)
