@@ -140,8 +140,8 @@ class AttentionConfig:
         seq_len: length that the choice is made for, where it is known; other lengths stay usable. Of the whole
             sequence, where ranks share it.
         varlen: calls will hold sequences of several lengths (`key_padding_mask`, `cu_seqlens`). They are computed
-            without it too; with it a backend that takes none is refused at once, not at the call, and one whose
-            kernel computes all of them together is preferred.
+            without it too; with it a backend that takes none is refused at once, not at the call, and `auto` prefers
+            the fused kernels, which compute all of them together, also for what others compute faster one by one.
         requires_grad: the attention will be differentiated.
         deterministic: the same bits on every run, forward and backward.
         activation_checkpointing: keep no intermediate of the attention for backward but its inputs.
