@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dilated_attention import Attention, ConfigError, Dilated, Limits, Local, Random, build_attention, preflight
+from dilated_attention import Attention, ConfigError, Dilated, Full, Limits, Local, Random, build_attention, preflight
 from dilated_attention.core.pattern import Pattern
 
 from .options import Case, Row, checked
@@ -21,7 +21,7 @@ Call = Callable[[], object]
 def rows(case: Case) -> Iterator[Callable[[], Row]]:
     """One maker a row, so that what a row holds is freed before the next."""
     makers = [_checkpointing, _checkpointing_in_a_layer, _deterministic, _no_gradient, _layout, _offsets_by]
-    makers += [_return_lse, _padding, _prepare, _seq_len, _compile, _dropout, _cache_bytes, _layout_bytes]
+    makers += [_return_lse, _padding, _varlen, _prepare, _seq_len, _compile, _dropout, _cache_bytes, _layout_bytes]
     makers += [_workspace_bytes, _exchange_bytes, _mask_bytes]
     if case.device == "cuda":
         makers += [_cuda_graph]
@@ -152,6 +152,19 @@ def _padding(case: Case) -> Row:
     return Row(
         option="`key_padding_mask`", measured="forward, a quarter padding", without=_forward(attention, inputs),
         chosen=_forward(attention, inputs, key_padding_mask=mask),
+    )  # fmt: skip
+
+
+def _varlen(case: Case) -> Row:
+    inputs = case.inputs()
+    bounds = torch.arange(0, case.seq_len + 1, case.seq_len // 32)
+    bounds[1:-1:2] += 3  # no two that follow each other are as long
+    ways = []
+    for attention in _pair(case, Full(), varlen=True):
+        ways.append(_training(lambda q, k, v, a=attention: a(q, k, v, cu_seqlens=bounds), inputs))
+    return Row(
+        option="`varlen=True`", measured="f+b of `Full`, 32 packed documents", without=ways[0], chosen=ways[1],
+        note="`auto` prefers kernels that compute all documents together",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def test_every_option_and_limit_has_a_row(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     tables = 2 if path.endswith(".md") else 1
     assert {
-        "dropout_p", "tensor_layout", "seq_len", "requires_grad", "deterministic", "activation_checkpointing",
+        "dropout_p", "tensor_layout", "seq_len", "requires_grad", "deterministic", "activation_checkpointing", "varlen",
     } == OPTIONS  # fmt: skip
     for name in OPTIONS:
         assert text.count(f"`{name}=") >= tables, name
