@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -84,17 +84,17 @@ def documents(subject: Subject) -> Iterator[Finding]:
     ends = torch.tensor([0, *PACKED], device=device).cumsum(0)
     padded = subject.at(batch=len(PADDED), q_len=PLACES, kv_len=PLACES)
     packed = subject.at(batch=1, q_len=length, kv_len=length)
-    results = padded.run(padded.inputs, key_padding_mask=mask)
-    expected = padded.oracle(padded.inputs, through_lse=False, key_padding_mask=mask)
-    yield from padded.compared(results, expected, "of padded rows")
+    yield from _as_alone(padded, "of padded rows", key_padding_mask=mask)
     if subject.case.is_causal and subject.takes("unequal_lengths"):  # as with a cache: the last places have queries
         last = subject.at(batch=len(PADDED), q_len=PLACES // 2, kv_len=PLACES)
-        results = last.run(last.inputs, key_padding_mask=mask)
-        expected = last.oracle(last.inputs, through_lse=False, key_padding_mask=mask)
-        yield from last.compared(results, expected, "of padded rows with fewer queries")
-    results = packed.run(packed.inputs, cu_seqlens=ends)
-    expected = packed.oracle(packed.inputs, through_lse=False, cu_seqlens=ends)
-    yield from packed.compared(results, expected, "of packed documents")
+        yield from _as_alone(last, "of padded rows with fewer queries", key_padding_mask=mask)
+    yield from _as_alone(packed, "of packed documents", cu_seqlens=ends)
+
+
+def _as_alone(subject: Subject, where: str, **given: Any) -> Iterator[Finding]:
+    results = subject.run(subject.inputs, **given)
+    expected = subject.oracle(subject.inputs, through_lse=False, **given)
+    yield from subject.compared(results, expected, where)
 
 
 def refused_calls(subject: Subject) -> Iterator[Finding]:

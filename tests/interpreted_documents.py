@@ -70,6 +70,19 @@ def check_documents(
     assert 2 * (found.backward.flops - before.backward.flops) == 5 * flops
 
 
+def launches_of(part: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What such parts launch from now on."""
+    launched: list[str] = []
+    run = part.run
+
+    def told(self: object, which: Pass, *args: Any, **by: Any) -> None:
+        launched.append(which)
+        run(self, which, *args, **by)
+
+    monkeypatch.setattr(part, "run", told)
+    return launched
+
+
 LATER = torch.arange(41) < torch.tensor([[0], [7], [41], [30], [19]])  # padding before the tokens
 EARLIER = LATER.flip(1)
 
@@ -90,14 +103,7 @@ EARLIER = LATER.flip(1)
 )
 def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with positions and a pattern of its own, none by itself."""
-    launched: list[str] = []
-    run = launches.BranchPart.run
-
-    def told(self: launches.BranchPart, which: Pass, *args: Any, **by: Any) -> None:
-        launched.append(which)
-        run(self, which, *args, **by)
-
-    monkeypatch.setattr(launches.BranchPart, "run", told)
+    launched = launches_of(launches.BranchPart, monkeypatch)
     check_documents(pattern, **of_call)
     assert launched == ["forward", "queries", "keys"]
 
@@ -119,14 +125,7 @@ def test_blocks_of_documents_in_one_launch(
     pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one table, which ends behind them."""
-    launched: list[str] = []
-    run = launches.BlockPart.run
-
-    def told(self: launches.BlockPart, which: Pass, *args: Any, **by: Any) -> None:
-        launched.append(which)
-        run(self, which, *args, **by)
-
-    monkeypatch.setattr(launches.BlockPart, "run", told)
+    launched = launches_of(launches.BlockPart, monkeypatch)
     check_documents(pattern, **of_call, factor=3)
     assert launched == ["forward", "queries", "keys"]
 

@@ -18,8 +18,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr, head_table, starts, cols, biases, mask_ids, masks,
-     ends, documents,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -74,8 +73,7 @@ def block_gradients_of_queries(
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
-     ends, documents,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,8 +107,8 @@ def block_gradients_of_keys(
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
-        place_met = tl.load(cols + entry) * BLOCK + within
-        column = tl.minimum(place_met, q_len - 1)
+        seen = tl.load(cols + entry) * BLOCK + within
+        column = tl.minimum(seen, q_len - 1)
         q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = unpack(tl.load(stats_base + column))
@@ -118,7 +116,7 @@ def block_gradients_of_keys(
         mask = tl.load(mask_ids + entry)
         met = lets_through(masks, tl.maximum(mask, 0), inside, within, True, BLOCK)
         if PACKED:  # blocks without a mask too, and a document ends where the table may not
-            met = ((mask < 0) | met) & (place_met < q_len)[None, :]
+            met = ((mask < 0) | met) & (seen < q_len)[None, :]
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)

@@ -50,21 +50,33 @@ def blocks_of_row(
 
 
 @triton.jit
+def row_of_program(
+    documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
+    TILES: tl.constexpr, PACKED: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Of this program, which is of one of so many tiles of a block row: head, which tile, what `sequence_of_row` says
+    of the row, and what `blocks_of_row` does.
+    """
+    tile, head = tile_and_head_of_blocks(num_heads, leading * TILES)
+    number, numbers = tile // TILES, tl.num_programs(0) // num_heads // TILES
+    batch, place, block_row, q_len, k_len = sequence_of_row(documents, number, q_len, k_len, PACKED)
+    first, masked, last = blocks_of_row(
+        head_table, starts, ends, head, block_row, number, numbers, block_rows, batch_tables, IN_ORDER
+    )  # fmt: skip
+    return head, tile % TILES, batch, place, block_row, q_len, k_len, first, masked, last
+
+
+@triton.jit
 def rows_of_program(
     documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PACKED: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Of this program: rows (M,) within the block and of the sequence, head, what `sequence_of_row` and
-    `blocks_of_row` say.
-    """
-    parts: tl.constexpr = BLOCK // BLOCK_M
-    tile, head = tile_and_head_of_blocks(num_heads, leading * parts)
-    inside = (tile % parts) * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch, place, block_row, q_len, k_len = sequence_of_row(documents, tile // parts, q_len, k_len, PACKED)
-    numbers = tl.num_programs(0) // num_heads // parts
-    first, masked, last = blocks_of_row(
-        head_table, starts, ends, head, block_row, tile // parts, numbers, block_rows, batch_tables, IN_ORDER
+    """Of this program: rows (M,) within the block and of the sequence, and the rest as `row_of_program`."""
+    head, tile, batch, place, block_row, q_len, k_len, first, masked, last = row_of_program(
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
+        BLOCK // BLOCK_M, PACKED, IN_ORDER,
     )  # fmt: skip
+    inside = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     return inside, block_row * BLOCK + inside, head, batch, place, q_len, k_len, first, masked, last
 
 

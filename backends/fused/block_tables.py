@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.layout import BlockLayout
+from ...core.supports import ranges
 
 if TYPE_CHECKING:
     from ...core.geometry import Geometry
@@ -59,11 +60,6 @@ class BlockTables:
     blocks: int | None = None
     leading: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the table."""
-        return sum(x.nbytes for x in self.tensors)
-
     @classmethod
     def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False) -> BlockTables:
         """Sort the blocks by table, row and whether they have a mask.
@@ -78,9 +74,8 @@ class BlockTables:
         ids, masks = _with_edges(layout, row, col)
         planes = Planes.of(masks)
         often = np.where(ids < 0, 1, planes.count[ids])
-        each = np.arange(len(ids)).repeat(often)  # the block of each plane
+        each, plane = np.arange(len(ids)).repeat(often), ranges(planes.first[ids], often)  # the block of each plane
         table, row, col, ids = table[each], row[each], col[each], ids[each]
-        plane = planes.first[ids] + np.arange(len(each)) - (often.cumsum() - often)[each]
         plane = np.where(ids < 0, -1, plane)
         weights = np.where(ids < 0, layout.weights[each], planes.weights[plane])
         if transposed:
@@ -142,8 +137,9 @@ class KnownBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Memory of both."""
-        return self.by_rows.nbytes + self.by_columns.nbytes
+        """Memory of both, each tensor once."""
+        read = (x for tables in (self.by_rows, self.by_columns) for x in (*tables.tensors, *(tables.packed or ())))
+        return sum(x.nbytes for x in {id(x): x for x in read}.values())
 
     def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
         """One of them."""

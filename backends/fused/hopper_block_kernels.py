@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .addressing import AS_THEY_ARE, tile_and_head_of_blocks
-from .block_kernels import blocks_of_row, merge, sequence_of_row
+from .addressing import AS_THEY_ARE
+from .block_kernels import merge, row_of_program
 from .hopper_ring import (
     NOTHING,
     ROWS,
@@ -49,18 +49,15 @@ def place_of_program(
     """Of this program: head, batch row, the place of its sequence's first token in there, that sequence's queries and
     keys, the program's first row in the sequence and in the block, and its blocks.
     """
-    tiles: gl.constexpr = BLOCK // (PARTS * ROWS)
-    steps: gl.constexpr = BLOCK // BLOCK_N
-    tile, head = tile_and_head_of_blocks(num_heads, leading * tiles)
-    number, numbers = tile // tiles, gl.num_programs(0) // num_heads // tiles
-    batch, place, block_row, q_len, k_len = sequence_of_row(documents, number, q_len, k_len, PACKED)
-    first, masked, last = blocks_of_row(
-        head_table, starts, ends, head, block_row, number, numbers, block_rows, batch_tables, IN_ORDER
+    head, tile, batch, place, block_row, q_len, k_len, first, masked, last = row_of_program(
+        documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
+        BLOCK // (PARTS * ROWS), PACKED, IN_ORDER,
     )  # fmt: skip
+    steps: gl.constexpr = BLOCK // BLOCK_N
     blocks = (
         cols + first, biases + first, mask_ids + first, masks, (masked - first) * steps, (last - first) * steps,
     )  # fmt: skip
-    inside = (tile % tiles) * (PARTS * ROWS)
+    inside = tile * (PARTS * ROWS)
     return head.to(gl.int64), batch, place, q_len, k_len, block_row * BLOCK + inside, inside, blocks
 
 

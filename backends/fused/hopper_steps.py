@@ -44,12 +44,6 @@ def where_met(x, otherwise: gl.constexpr, full, bound, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def counted(scores, counts, scale):
-    """Scores with the multiplicity of each pair, added as its logarithm; -inf where there is none."""
-    return scores + gl.log2(counts) / scale
-
-
-@gluon.jit
 def no_sums(BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
     """Out, row_sum and row_max of no columns."""
     out = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))

@@ -17,7 +17,7 @@ from . import gradient_kernels
 from .block_tables import KnownBlocks
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .named_blocks import NamedBlocks
-from .packed_blocks import PackedBlocks
+from .packed_blocks import packed_blocks
 from .tiles import TileSizes, ceil_div, padded
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class FusedKernel:
             known[key] = tuple(found)
         return known[key]
 
+    def _parts_of(self, piece: LayoutPiece, query: Tensor) -> tuple[Part, ...]:
+        return self.parts(piece.layout, query.device, piece.packing)
+
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
         given = (-query if piece.scale < 0 else query, *others)
@@ -87,7 +90,7 @@ class FusedKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         batch, length, heads, _ = query.shape
-        parts = self.parts(piece.layout, query.device, piece.packing)
+        parts = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
         for part in parts:
@@ -123,9 +126,7 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Adds.gradients`."""
         is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
-        if is_exact or any(
-            "gradients" not in part.passes for part in self.parts(piece.layout, query.device, piece.packing)
-        ):
+        if is_exact or any("gradients" not in part.passes for part in self._parts_of(piece, query)):
             dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
             return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
         sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
@@ -141,7 +142,7 @@ class FusedKernel:
 
     def merge(self, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> None:
         """As `Adds.merge`."""
-        (part,) = self.parts(piece.layout, query.device, piece.packing)
+        (part,) = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         with span(part.name):
             scales = (abs(piece.scale) * _LOG2_E,)
@@ -180,7 +181,7 @@ class FusedKernel:
         dq: Tensor | None = None,
     ) -> Tensor:
         """As `Adds.gradients_of_queries`."""
-        parts, total = self.parts(piece.layout, query.device, piece.packing), dq
+        parts, total = self._parts_of(piece, query), dq
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
         for part in parts:
@@ -211,7 +212,7 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor]:
         """dk and dv of a pass, which takes `of_rows` and also writes to `more`."""
         batch, kv_len, kv_heads, head_dim = key.shape
-        heads, parts = query.shape[2], self.parts(piece.layout, query.device, piece.packing)
+        heads, parts = query.shape[2], self._parts_of(piece, query)
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, abs(piece.scale)
         # Query heads that share a key-value head write apart and are summed after.
@@ -234,7 +235,7 @@ class FusedKernel:
 def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None) -> Blocks | None:
     """The blocks of a layout, if it has any, for all documents of a packing."""
     if packing is not None and layout.blocks is not None:
-        return PackedBlocks.of(layout.blocks, packing, device)
+        return packed_blocks(layout.blocks, packing, device)
     pattern = layout.pattern.unwrap()
     if isinstance(pattern, LearnedPattern):
         return NamedBlocks.of(pattern, layout.geometry, device)

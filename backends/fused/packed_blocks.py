@@ -18,63 +18,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_tables import BlockTables, known_blocks, moved
+from ...core.supports import ranges
+from .block_tables import BlockTables, KnownBlocks, known_blocks, moved
 
 if TYPE_CHECKING:
     from ...core.documents import Packing
-    from ...core.geometry import Geometry
     from ...core.layout import BlockLayout
 
 
-@attrs.frozen(eq=False)
-class PackedBlocks:
-    """A table of blocks for the documents of a call: `launches.Blocks`.
-
-    Attributes:
-        geometry: of the table: of a causal sequence no shorter than any of them.
-        block_size: b.
-        pairs: that the table counts.
-        by_rows: for queries.
-        by_columns: for keys, each key's blocks in the order of their queries.
-    """
-
-    geometry: Geometry
-    block_size: int
-    pairs: int
-    by_rows: BlockTables
-    by_columns: BlockTables
-
-    @classmethod
-    def of(cls, layout: BlockLayout, packing: Packing, device: torch.device) -> PackedBlocks:
-        """Of documents with as many queries as keys."""
-        row, start, length, _, _ = packing.places.T
-        rows = -(-length // layout.block_size)
-        fields = np.stack([row, start, np.zeros_like(row), length], axis=1).repeat(rows, axis=0)
-        fields[:, 2] = np.arange(len(fields)) - (rows.cumsum() - rows).repeat(rows)
-        by_rows = known_blocks(layout, device, transposed=False)
-        by_columns = known_blocks(layout, device, transposed=True, in_order=True)
-        leads = fields[:, 2] < by_columns.leading
-        fields = np.concatenate([fields[leads], fields[~leads]])
-        documents = moved(fields.astype(np.int32), device)
-        packed, leading = (_ends(by_columns, layout, documents), documents), int(leads.sum())
-        return cls(
-            layout.geometry,
-            layout.block_size,
-            layout.pairs,
-            attrs.evolve(by_rows, packed=packed, programs=len(fields), leading=0),
-            attrs.evolve(by_columns, packed=packed, programs=len(fields), leading=leading),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of both, though documents of other calls share most of it."""
-        assert self.by_rows.packed is not None
-        return sum(x.nbytes for x in (self.by_rows, self.by_columns, *self.by_rows.packed))
-
-    def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
-        """One direction."""
-        assert named is None
-        return self.by_columns if transposed else self.by_rows
+def packed_blocks(layout: BlockLayout, packing: Packing, device: torch.device) -> KnownBlocks:
+    """The tables for documents with as many queries as keys; `layout` is of a causal sequence no shorter than any."""
+    row, start, length, _, _ = packing.places.T
+    rows = -(-length // layout.block_size)
+    fields = np.stack([row, start, length], axis=1).repeat(rows, axis=0)
+    fields = np.insert(fields, 2, ranges(np.zeros_like(rows), rows), axis=1)
+    by_rows = known_blocks(layout, device, transposed=False)
+    by_columns = known_blocks(layout, device, transposed=True, in_order=True)
+    leads = fields[:, 2] < by_columns.leading
+    documents = moved(np.concatenate([fields[leads], fields[~leads]]).astype(np.int32), device)
+    packed, programs = (_ends(by_columns, layout, documents), documents), len(fields)
+    return KnownBlocks(
+        layout.geometry,
+        layout.block_size,
+        layout.pairs,
+        attrs.evolve(by_rows, packed=packed, programs=programs, leading=0),
+        attrs.evolve(by_columns, packed=packed, programs=programs, leading=int(leads.sum())),
+    )
 
 
 def _ends(listed: BlockTables, layout: BlockLayout, documents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...core.supports import ranges
 from ..libraries import FP_FUSION
 from .block_tables import moved
 from .run_kernels import list_runs
@@ -113,7 +114,7 @@ def documents_of(packing: Packing, positions: int, period: int, *, transposed: b
     origin = low // period * period
     blocks = -((origin - high) // positions)
     fields = np.stack([row, first, columns[0], low, high, *columns[1:], origin], axis=1).repeat(blocks, axis=0)
-    fields[:, 7] += positions * (np.arange(len(fields)) - (blocks.cumsum() - blocks).repeat(blocks))
+    fields[:, 7] += positions * ranges(np.zeros_like(blocks), blocks)
     return fields.astype(np.int32)
 
 
