@@ -13,7 +13,7 @@ import triton.language as tl
 
 from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Global, Learned, Local, Pattern, Random
 from dilated_attention.backends.fused import addressing, gradient_kernels, launches
-from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.kernel import FusedKernel, _prepare_rows
 from dilated_attention.backends.fused.runs import DeviceTables, Runs
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.backends.fused.walks import make_tables
@@ -108,6 +108,23 @@ def test_levels_of_rows_have_all_their_bits() -> None:
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.allclose(found, expected, rtol=3e-7, atol=0, equal_nan=True)
     assert not levels[:, 6:].any()
+
+
+@pytest.mark.parametrize("through_lse", [True, False])
+def test_rows_are_prepared_in_levels_as_in_pairs(through_lse: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn((2, 70, 3, 64), generator=generator)
+    dout, out = wide[..., :24], torch.randn((2, 70, 3, 24), generator=generator)
+    lse, dlse = (torch.randn((2, 3, 70), generator=generator) for _ in range(2))
+    lse[1, 2, 69] = -math.inf
+    kernel = FusedKernel("interpreted", TileSizes.alike(Tiles.alike(Tile(16, 16, 4, 1))))
+    pairs = kernel.row_sums(dout, out, lse, dlse if through_lse else None)
+    expected, levels = (torch.full((2, 3, 70, 16), 7, dtype=torch.bfloat16) for _ in range(2))
+    gradient_kernels.level_rows[(2,)](pairs, expected, 420, 0.3, BLOCK_M=256)
+    sums = torch.full((2, 70, 3, 24), math.nan)
+    _prepare_rows(dout, out, lse, dlse if through_lse else None, levels, sums, 0.3)
+    assert torch.equal(levels, expected)
+    assert torch.equal(sums, torch.zeros_like(sums))
 
 
 @triton.jit

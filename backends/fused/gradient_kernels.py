@@ -24,29 +24,6 @@ LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
 
 
-@triton.jit(do_not_specialize=AS_THEY_ARE)
-def prepare_rows(
-    dout_ptr, out_ptr, lse_ptr, dlse_ptr, stats_ptr, stride_gb, stride_gs, stride_gh,
-    stride_ob, stride_os, stride_oh, length, num_heads,
-    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Per row its lse in base 2, +inf without keys, and sum(dout * out) - dlse: grid (tiles * heads, batch)."""
-    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < length
-    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
-    dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-    out = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
-    delta = tl.sum(dout * out, 1)
-    place = (batch * num_heads + head) * length + row
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + place, mask=valid, other=0.0)
-    lse = tl.load(lse_ptr + place, mask=valid, other=0.0) * 1.4426950408889634
-    tl.store(stats_ptr + 2 * place, tl.where(lse == -_INF, _INF, lse), mask=valid)
-    tl.store(stats_ptr + 2 * place + 1, delta, mask=valid)
-
-
 @triton.jit
 def unpack(pair):
     """The two float32 of an int64: lse in base 2 and delta of a row, which one load brings."""
@@ -64,22 +41,61 @@ def _in_three(x):
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=AS_THEY_ARE)
-def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
-    """What products with ones take off scores and dp, (length, 16) bfloat16 of rows prepared: grid (tiles,).
+@triton.jit
+def _store_levels(levels_ptr, place, valid, lse, delta, scale):
+    """What products with ones take off scores and dp: a row of 16 bfloat16 at each place.
 
     The first three numbers of a row sum to -lse / scale, the next three to -delta, others are 0.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < length
-    lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
     a, b, c = _in_three(-lse / scale)
     d, e, f = _in_three(-delta)
     column = tl.arange(0, LEVEL_COLUMNS)[None, :]
     levels = tl.where(column < 1, a[:, None], tl.where(column < 2, b[:, None], c[:, None]))
     more = tl.where(column < 4, d[:, None], tl.where(column < 5, e[:, None], f[:, None]))
     levels = tl.where(column < 3, levels, tl.where(column < 6, more, 0.0))
-    tl.store(levels_ptr + row.to(tl.int64)[:, None] * LEVEL_COLUMNS + column, levels, mask=valid[:, None])
+    tl.store(levels_ptr + place.to(tl.int64)[:, None] * LEVEL_COLUMNS + column, levels, mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=AS_THEY_ARE)
+def prepare_rows(
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, kept_ptr, sums_ptr, stride_gb, stride_gs, stride_gh,
+    stride_ob, stride_os, stride_oh, length, num_heads, scale,
+    HAS_DLSE: tl.constexpr, IN_LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Keeps of each row its lse in base 2, +inf without keys, and sum(dout * out) - dlse: grid (tiles * heads, batch).
+
+    As pairs of float32; or IN_LEVELS, and then sums (B, S, H, D) are set to 0 besides.
+    """
+    tile, head, batch = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads, tl.program_id(1).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < length
+    g_base = dout_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)
+    delta = tl.sum(dout * out, 1)
+    place = (batch * num_heads + head) * length + row
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + place, mask=valid, other=0.0)
+    lse = tl.load(lse_ptr + place, mask=valid, other=0.0) * 1.4426950408889634
+    lse = tl.where(lse == -_INF, _INF, lse)
+    if IN_LEVELS:
+        _store_levels(kept_ptr, place, valid, lse, delta, scale)
+        s_base = sums_ptr + (batch * length * num_heads + head) * HEAD_DIM
+        store_rows(s_base, row, num_heads * HEAD_DIM, valid, tl.zeros_like(out), HEAD_DIM, BLOCK_D)
+    else:
+        tl.store(kept_ptr + 2 * place, lse, mask=valid)
+        tl.store(kept_ptr + 2 * place + 1, delta, mask=valid)
+
+
+@triton.jit(do_not_specialize=AS_THEY_ARE)
+def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
+    """Levels, as `prepare_rows` keeps them, of rows that it kept as pairs: grid (tiles,)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < length
+    lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
+    _store_levels(levels_ptr, row, valid, lse, delta, scale)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.pattern import LearnedPattern
 from ...core.tracing import span
-from ..libraries import FP_FUSION
 from . import gradient_kernels
 from .block_tables import KnownBlocks
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
+from .launching import launch
 from .named_blocks import NamedBlocks
 from .packed_blocks import packed_blocks
 from .tiles import TileSizes, ceil_div, padded
@@ -119,24 +119,41 @@ class FusedKernel:
         dlse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
-        return self.gradients(dout, query, key, value, self.row_sums(dout, out, lse, dlse), piece)
+        if not self._is_joint(piece, query):
+            return self.gradients(dout, query, key, value, self.row_sums(dout, out, lse, dlse), piece)
+        levels, sums = _levels(lse), torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        _prepare_rows(dout, out, lse, dlse, levels, sums, abs(piece.scale) * _LOG2_E)
+        return self._jointly(dout, query, key, value, levels, sums, piece)
 
     def gradients(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, row_sums: Tensor, piece: LayoutPiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Adds.gradients`."""
-        is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
-        if is_exact or any("gradients" not in part.passes for part in self._parts_of(piece, query)):
+        if not self._is_joint(piece, query):
             dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
             return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
-        sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-        levels = torch.empty(
-            (*row_sums.shape, gradient_kernels.LEVEL_COLUMNS.value), dtype=torch.bfloat16, device=query.device
-        )
+        levels, sums = _levels(row_sums), torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
-        gradient_kernels.level_rows[(ceil_div(rows, LEVEL_ROWS),)](
-            row_sums, levels, rows, scale, BLOCK_M=LEVEL_ROWS, **FP_FUSION
-        )
+        grid = (ceil_div(rows, LEVEL_ROWS),)
+        launch(gradient_kernels.level_rows, grid, (row_sums, levels), (rows, scale), {"BLOCK_M": LEVEL_ROWS})
+        return self._jointly(dout, query, key, value, levels, sums, piece)
+
+    def _is_joint(self, piece: LayoutPiece, query: Tensor) -> bool:
+        """Whether all gradients are of one launch for each part."""
+        is_exact = piece.deterministic or torch.are_deterministic_algorithms_enabled()
+        return not is_exact and all("gradients" in part.passes for part in self._parts_of(piece, query))
+
+    def _jointly(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        levels: Tensor,
+        sums: Tensor,
+        piece: LayoutPiece,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All gradients; that of the queries is added up in `sums`, which are 0 before."""
         dk, dv = self._of_keys("gradients", dout, query, key, value, levels, piece, (sums,))
         return torch.mul(sums, piece.scale, out=torch.empty_like(query, memory_format=torch.contiguous_format)), dk, dv
 
@@ -150,24 +167,8 @@ class FusedKernel:
 
     def row_sums(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor:
         """As `Adds.row_sums`: (B, H, S) pairs of float32 as int64, lse in base 2 and delta."""
-        batch, length, heads, head_dim = out.shape
         stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device)
-        gradient_kernels.prepare_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
-            dout,
-            out,
-            lse,
-            lse if dlse is None else dlse.contiguous(),
-            stats,
-            *dout.stride()[:3],
-            *out.stride()[:3],
-            length,
-            heads,
-            HAS_DLSE=dlse is not None,
-            HEAD_DIM=head_dim,
-            BLOCK_D=padded(head_dim),
-            BLOCK_M=STATS_ROWS,
-            **FP_FUSION,
-        )
+        _prepare_rows(dout, out, lse, dlse, stats, None, 1.0)
         return stats.view(torch.int64).squeeze(-1)
 
     def gradients_of_queries(
@@ -240,6 +241,27 @@ def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None) ->
     if isinstance(pattern, LearnedPattern):
         return NamedBlocks.of(pattern, layout.geometry, device)
     return None if layout.blocks is None else KnownBlocks.of(layout.blocks, device)
+
+
+def _levels(rows: Tensor) -> Tensor:
+    """Room for the levels of rows (B, H, S)."""
+    shape = (*rows.shape, gradient_kernels.LEVEL_COLUMNS.value)
+    return torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
+
+
+def _prepare_rows(
+    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, kept: Tensor, sums: Tensor | None, scale: float
+) -> None:
+    """Keep of rows what their gradients take: as pairs, or where there are sums in levels, for this scale."""
+    batch, length, heads, head_dim = out.shape
+    constants = {"HAS_DLSE": dlse is not None, "IN_LEVELS": sums is not None}
+    launch(
+        gradient_kernels.prepare_rows,
+        (ceil_div(length, STATS_ROWS) * heads, batch),
+        (dout, out, lse, lse if dlse is None else dlse.contiguous(), kept, kept if sums is None else sums),
+        (*dout.stride()[:3], *out.stride()[:3], length, heads, scale),
+        constants | {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": STATS_ROWS},
+    )
 
 
 def _room(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
-from ..libraries import FP_FUSION
 from . import kernels
+from .launching import launch
 from .runs import DeviceTables, Runs, documents_of
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables, roomy_span
@@ -80,20 +80,24 @@ class Part(Protocol):
 
 def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str, Any]:
     """What all kernels are compiled for."""
-    head_dim = query.shape[3]
+    is_wide = any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided)
+    return _options_of(tile, query.shape[3], query.dtype, is_wide)
+
+
+@cache
+def _options_of(tile: Tile, head_dim: int, dtype: torch.dtype, is_wide: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),
         "BLOCK_N": tile.columns,
-        "WIDE": any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided),
+        "WIDE": is_wide,
         "num_warps": tile.warps,
-        **FP_FUSION,
     }
     if tile.parts:
         options |= {"STAGES": tile.stages, "maxnreg": tile.begin}
         options |= {"PART_REGISTERS": tile.registers, "FEED_REGISTERS": tile.feeding}
         return options | ({"ADD_REGISTERS": tile.adding} if tile.adds else {})
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    precision = "ieee" if dtype == torch.float32 else "tf32"
     options |= {"BLOCK_M": tile.rows, "PRECISION": precision, "num_stages": tile.stages}
     return options | ({"maxnreg": tile.registers} if tile.registers else {})
 
@@ -223,7 +227,7 @@ class BranchPart:
         if which == "forward":
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         batch = 1 if is_packed else query.shape[0]
-        self._kernels[which][(runs.blocks * tables.host.period * query.shape[2], batch)](
+        pointers = (
             *pointers,
             tables.head_kind,
             *tables.rows,
@@ -233,6 +237,8 @@ class BranchPart:
             runs.runs,
             runs.totals,
             runs.documents,
+        )
+        numbers = (
             *_strides(strided),
             *self._limits,
             runs.origin,
@@ -242,9 +248,9 @@ class BranchPart:
             *tables.host.sizes,
             runs.blocks,
             runs.block_runs,
-            **constants,
-            **_options(query, strided, tile),
         )
+        grid = runs.blocks * tables.host.period * query.shape[2], batch
+        launch(self._kernels[which], grid, pointers, numbers, constants | _options(query, strided, tile))
 
 
 def _bounded(pointers: tuple[Tensor, ...], bounds: bool) -> tuple[tuple[Tensor, ...], bool]:
@@ -257,17 +263,9 @@ def _largest(key: Tensor) -> Tensor:
     """The largest squared norm of a key of each head, (B, K) float32."""
     batch, length, heads, head_dim = key.shape
     largest = torch.zeros((batch, heads), dtype=torch.int32, device=key.device)
-    kernels.largest_rows[(ceil_div(length, STATS_ROWS) * heads, batch)](
-        key,
-        largest,
-        *key.stride()[:3],
-        length,
-        heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_M=STATS_ROWS,
-        **FP_FUSION,
-    )
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": STATS_ROWS}
+    grid = ceil_div(length, STATS_ROWS) * heads, batch
+    launch(kernels.largest_rows, grid, (key, largest), (*key.stride()[:3], length, heads), constants)
     return largest.view(torch.float32)
 
 
@@ -317,11 +315,11 @@ class BlockPart:
         named: Tensor | None = None,
     ) -> None:
         """As `Part.run`."""
-        geometry, query = self._blocks.geometry, pointers[0]
+        geometry, (query, key, *_) = self._blocks.geometry, pointers
         tile = self._tiles.of(which)
         tables = self._blocks.tables(named, transposed=which in _BY_COLUMNS)
         tiles, is_packed = tables.programs * (tables.block_size // tile.rows), tables.packed is not None
-        constants = {} if which in _BY_COLUMNS else {"ADDS": adds}
+        constants: dict[str, Any] = {} if which in _BY_COLUMNS else {"ADDS": adds}
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         if which == "gradients":
@@ -331,20 +329,17 @@ class BlockPart:
             )
             pointers = (*pointers[:_SUMS], box, *pointers[_SUMS + 1 :])
             strided = tuple(x for x in strided if x is not sums)
-        self._kernels[which][(tiles * query.shape[2], 1 if is_packed else query.shape[0])](
-            *pointers,
-            *tables.tensors,
-            *(tables.packed or tables.tensors[:2]),  # any, where nothing is read of them
+        pointers = (*pointers, *tables.tensors, *(tables.packed or tables.tensors[:2]))  # any, where none is read
+        numbers = (
             *_strides(strided),
-            *((query.shape[1], pointers[1].shape[1]) if is_packed else (geometry.q_len, geometry.kv_len)),
+            *((query.shape[1], key.shape[1]) if is_packed else (geometry.q_len, geometry.kv_len)),
             *scales,
             query.shape[2],
             geometry.group_size,
             tables.block_rows,
             tables.batch_tables,
             tables.leading,
-            BLOCK=tables.block_size,
-            PACKED=is_packed,
-            **constants,
-            **_options(query, strided, tile),
         )
+        constants |= {"BLOCK": tables.block_size, "PACKED": is_packed}
+        grid = tiles * query.shape[2], 1 if is_packed else query.shape[0]
+        launch(self._kernels[which], grid, pointers, numbers, constants | _options(query, strided, tile))

@@ -7,6 +7,7 @@ class JITFunction:
     """A kernel, or a function that kernels call."""
 
     params: list[Any]
+    arg_names: list[str]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

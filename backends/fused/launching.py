@@ -1,0 +1,58 @@
+"""Launching a kernel again without asking Triton anew what it was compiled for, which takes longer than the launch.
+
+What Triton compiles a kernel for are dtypes, which addresses are multiples of 16, and of which numbers that is so or
+which are 1. Here numbers themselves are compared: equal ones are alike in that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+
+from ..libraries import FP_FUSION
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
+_MOST: Final = 1024  # launches that are known, where lengths are new at every call
+# Of a kernel on a device, a grid, and all that is given to it: what launches it, and the constants that it takes.
+_KNOWN: dict[tuple[Any, ...], tuple[Callable[..., object], tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    pointers: tuple[Any, ...],
+    numbers: tuple[float, ...],
+    constants: Mapping[str, Any],
+) -> None:
+    """As `kernel[grid](*pointers, *numbers, **constants, **FP_FUSION)`.
+
+    Args:
+        kernel: what is launched, on the current device.
+        grid: how many programs, in each dimension.
+        pointers: tensors of the current device, the first of them one, and descriptors of tensors that are told apart
+            by constants.
+        numbers: those of its arguments that are not compiled for.
+        constants: those that are, always in the same order, and the compiler's options.
+    """
+    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in pointers]
+    kinds = [
+        (x.dtype, address & 15) if isinstance(x, Tensor) else type(x)
+        for x, address in zip(pointers, given, strict=True)
+    ]
+    key = (id(kernel), pointers[0].get_device(), grid, *kinds, numbers, *constants.values())
+    known = _KNOWN.get(key)
+    if known is not None:
+        run, rest = known
+        run(*given, *numbers, *rest)
+        return
+    compiled = kernel[grid](*pointers, *numbers, **constants, **FP_FUSION)
+    if compiled is None:  # by the interpreter
+        return
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    names = kernel.arg_names[len(pointers) + len(numbers) :]
+    _KNOWN[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
