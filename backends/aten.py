@@ -52,24 +52,46 @@ def _no_dropout_state(device: torch.device) -> Tensor:
 
 @attrs.frozen
 class CudaFlash:
-    """FlashAttention-2 as compiled into PyTorch: bfloat16 and float16, head_dim a multiple of 8 up to 256."""
+    """FlashAttention-2 as compiled into PyTorch: bfloat16 and float16, head_dim a multiple of 8 up to 256, windows.
+
+    Called below PyTorch's `scaled_dot_product` operators, which pass no window on.
+    """
 
     name: str = "flash"
+    takes_windows: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention.default(
-            *_bhsd(query, key, value), 0.0, piece.is_causal, False, scale=piece.scale
+        left, right = piece.window or (None, None)
+        out, lse, *_ = _aten._flash_attention_forward.default(
+            query,
+            key,
+            value,
+            None,
+            None,
+            query.shape[1],
+            key.shape[1],
+            0.0,
+            piece.is_causal,
+            False,
+            scale=piece.scale,
+            window_size_left=left,
+            window_size_right=right,
         )
-        return out.transpose(1, 2), lse
+        return out, lse
 
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
         state = _no_dropout_state(query.device)
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward.default(
-            *_bhsd(dout, query, key, value, out),
+        left, right = piece.window or (None, None)
+        dq, dk, dv = _aten._flash_attention_backward.default(
+            dout,
+            query,
+            key,
+            value,
+            out,
             lse.contiguous(),
             None,
             None,
@@ -80,22 +102,26 @@ class CudaFlash:
             state,
             state,
             scale=piece.scale,
+            window_size_left=left,
+            window_size_right=right,
         )
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        return dq, dk, dv
 
 
 @attrs.frozen
 class CudaCudnn:
     """cuDNN's fused attention: bfloat16 and float16 on sm_90 and newer, head_dim a multiple of 8 up to 128.
 
-    It does not take a single query with a single key, as ragged segments may end in: those go to FlashAttention-2.
+    It does not take a single query with a single key, as ragged segments may end in, and PyTorch passes it no window:
+    those go to FlashAttention-2.
     """
 
     name: str = "cudnn"
+    takes_windows: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
-        if query.shape[1] == key.shape[1] == 1:
+        if piece.window is not None or query.shape[1] == key.shape[1] == 1:
             return CudaFlash().forward(query, key, value, piece)
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
             *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, False, scale=piece.scale
@@ -106,7 +132,7 @@ class CudaCudnn:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
-        if query.shape[1] == key.shape[1] == 1:
+        if piece.window is not None or query.shape[1] == key.shape[1] == 1:
             return CudaFlash().backward(dout, query, key, value, out, lse, piece)
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward.default(

@@ -34,8 +34,10 @@ _REMEDY: Final = (
     "'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'"
 )
 # What is passed by name; older builds lack some of it.
-_FORWARD_ARGUMENTS: Final = {"softmax_scale", "is_causal", "num_splits"}
-_BACKWARD_ARGUMENTS: Final = {"dq", "dk", "dv", "softmax_scale", "is_causal"}
+_NO_WINDOW: Final = (-1, -1)
+_WINDOW_ARGUMENTS: Final = {"window_size_left", "window_size_right"}
+_FORWARD_ARGUMENTS: Final = {"softmax_scale", "is_causal", "num_splits"} | _WINDOW_ARGUMENTS
+_BACKWARD_ARGUMENTS: Final = {"dq", "dk", "dv", "softmax_scale", "is_causal"} | _WINDOW_ARGUMENTS
 
 
 @attrs.frozen
@@ -143,6 +145,7 @@ class FlashAttention3:
     """A dense kernel: strided inputs are read where they lie, lse is float32 with natural logarithm."""
 
     operators: Operators
+    takes_windows: bool = True
 
     @property
     def name(self) -> str:
@@ -151,8 +154,14 @@ class FlashAttention3:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`. One split: its own choice of splits is for decoding."""
+        left, right = piece.window or _NO_WINDOW
         out, lse, *_ = self.operators.forward(
-            *aligned(query, key, value), softmax_scale=piece.scale, is_causal=piece.is_causal, num_splits=1
+            *aligned(query, key, value),
+            softmax_scale=piece.scale,
+            is_causal=piece.is_causal,
+            window_size_left=left,
+            window_size_right=right,
+            num_splits=1,
         )
         return out, lse
 
@@ -160,6 +169,7 @@ class FlashAttention3:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `DenseKernel`. Releases differ in what the operator returns, none in what it writes."""
+        left, right = piece.window or _NO_WINDOW
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         self.operators.backward(
             *aligned(dout, query, key, value, out),
@@ -169,5 +179,7 @@ class FlashAttention3:
             dv=dv,
             softmax_scale=piece.scale,
             is_causal=piece.is_causal,
+            window_size_left=left,
+            window_size_right=right,
         )
         return dq, dk, dv

@@ -67,12 +67,19 @@ class FlashAttention4:
     name: str
     run_forward: Callable[..., tuple[Tensor, ...]]
     run_backward: Callable[..., tuple[Tensor, ...]]
+    takes_windows: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`. The library launches on the current device, whatever its inputs are on."""
+        left, right = piece.window or (None, None)
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             out, lse, *_ = self.run_forward(
-                *aligned(query, key, value), softmax_scale=piece.scale, causal=piece.is_causal, return_lse=True
+                *aligned(query, key, value),
+                softmax_scale=piece.scale,
+                causal=piece.is_causal,
+                window_size_left=left,
+                window_size_right=right,
+                return_lse=True,
             )
         return out, lse
 
@@ -81,6 +88,7 @@ class FlashAttention4:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `DenseKernel`."""
         query, key, value, out, dout = aligned(query, key, value, out, dout)
+        left, right = piece.window or (None, None)
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             dq, dk, dv = self.run_backward(
                 query,
@@ -91,5 +99,7 @@ class FlashAttention4:
                 lse.contiguous(),
                 softmax_scale=piece.scale,
                 causal=piece.is_causal,
+                window_size_left=left,
+                window_size_right=right,
             )
         return dq, dk, dv

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import ForOneLength
+from ..core.kernel import ForOneLength, takes_windows
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class JoiningKernel:
     def name(self) -> str:
         """That of the kernel."""
         return self.kernel.name
+
+    @property
+    def takes_windows(self) -> bool:
+        """As the kernel does."""
+        return takes_windows(self.kernel)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..core.geometry import one_token
 from ..registry.hooks import hookimpl
 from ..registry.specs import BackendSpec, Range, Request, compute_capability
+
+if TYPE_CHECKING:
+    from ..core.bands import Band
 
 # What every kernel for dense pieces of PyTorch's strided tensors brings, core's composer having done the rest.
 _DENSE: Final = {
@@ -163,6 +166,16 @@ def dilated_attention_backends() -> Iterable[BackendSpec]:
     return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, REFERENCE)
 
 
+def _bands(request: Request) -> tuple[Band, ...]:
+    """Those of a pattern that dense kernels compute in a few calls: not once for each length, nor on several ranks."""
+    from ..core.bands import bands_of
+
+    config = request.config
+    if config.dtype not in _HALVES or config.varlen or "context_parallel" in request.needs:
+        return ()
+    return bands_of(request.pattern) or ()
+
+
 def _fuses(request: Request) -> bool:
     """Whether the fused kernels are the fastest for a request, by docs/performance.md, "What `auto` picks"."""
     from ..core.lowering import split  # brings numpy, which listing backends does without
@@ -171,8 +184,10 @@ def _fuses(request: Request) -> bool:
     head_dim, is_half = config.head_dim, config.dtype in _HALVES
     if "dynamic_tables" in request.needs:
         return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
-    if "block" in layouts:  # in float32 branches lose more than blocks gain
-        return is_half or (head_dim <= 64 and "branch" not in layouts)
+    if "block" in layouts:
+        if is_half:
+            return head_dim <= 128 or not _bands(request)
+        return head_dim <= 64 and "branch" not in layouts  # branches lose more than blocks gain
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
     fewest = 1 if config.varlen else 2 if head_dim <= 64 else 3  # of several lengths, whose launches are many else
@@ -182,7 +197,8 @@ def _fuses(request: Request) -> bool:
 def _suits_flex(request: Request) -> bool:
     """Whether `flex` beats the dense kernels: for blocks alone, not too small ones, of a known length.
 
-    It compiles for seconds at every new length; its rings have not run over several cards.
+    It compiles for seconds at every new length; its rings have not run over several cards. Windows are the dense
+    kernels' own.
     """
     from ..core.lowering import table_block_size
 
@@ -191,7 +207,7 @@ def _suits_flex(request: Request) -> bool:
         return False
     is_known = config.seq_len is not None and "context_parallel" not in request.needs
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
-    if not (has_blocks_alone and is_known and config.dtype in _HALVES):
+    if _bands(request) or not (has_blocks_alone and is_known and config.dtype in _HALVES):
         return False
     return table_block_size(request.pattern, config.num_heads, config.kv_heads, config.is_causal) >= _FINEST_OF_FLEX
 
@@ -200,11 +216,13 @@ def _suits_flex(request: Request) -> bool:
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for.
+    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's, and -4's.
     """
-    priorities = {spec.name: spec.priority for spec in candidates}
+    priorities, bands = {spec.name: spec.priority for spec in candidates}, _bands(request)
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
+    elif len(bands) == 1 and bands[0].is_window:
+        priorities |= {FA4.name: FA3.priority - 1, TRITON.name: FA3.priority - 2}
     if FLEX.name in priorities and _suits_flex(request):
         priorities[FLEX.name] = TRITON.priority - 1
     return sorted((spec.name for spec in candidates), key=lambda name: (-priorities[name], name))

@@ -155,7 +155,7 @@ class Composer:
         """
         calls = schedule.calls
         if schedule.is_whole:
-            return self._kernel.forward(query, key, value, self._pieces[calls[0].is_causal])
+            return self._kernel.forward(query, key, value, self._piece(calls[0]))
         joined = self._forward_joined(query, key, value, calls)
         if joined is not None:
             return joined
@@ -230,7 +230,7 @@ class Composer:
 
     def _forward(self, call: Call, slab: Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
-        out, lse = self._kernel.forward(*views, self._pieces[call.is_causal])
+        out, lse = self._kernel.forward(*views, self._piece(call))
         return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
 
     def backward(
@@ -239,7 +239,7 @@ class Composer:
         """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
         calls = schedule.calls
         if schedule.is_whole:
-            return self._kernel.backward(dout, query, key, value, out, lse, self._pieces[calls[0].is_causal])
+            return self._kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
         joined = self._backward_joined(dout, query, key, value, out, lse, calls)
         if joined is not None:
             return joined
@@ -362,8 +362,12 @@ class Composer:
             slab.view(value, call.key),
             slab.view(out, call.query),
             lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
-            self._pieces[call.is_causal],
+            self._piece(call),
         )
+
+    def _piece(self, call: Call) -> DensePiece:
+        piece = self._pieces[call.is_causal]
+        return piece if call.window is None else attrs.evolve(piece, window=call.window)
 
 
 @attrs.frozen

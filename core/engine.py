@@ -14,6 +14,7 @@ from torch.autograd import profiler
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .band_calls import dense_schedule
 from .block_product import BlockProduct
 from .cache import ByteLRU
 from .composer import Composers, delta_of, merge_, widen_rows
@@ -23,7 +24,7 @@ from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares
+from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares, takes_windows
 from .layout import Layout
 from .lowering import lower
 from .packings import Packings
@@ -169,19 +170,20 @@ class Engine:
 
     def _composed(self, geometry: Geometry, device: torch.device) -> Program:
         """The program that core itself runs, with dense pieces and blocks."""
-        config = self.config
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
-        layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
-        blocks = None
-        if layout.blocks is not None:
-            blocks = BlockProduct.prepare(
-                layout.blocks,
-                scale=self.scale,
-                device=device,
-                dtype=getattr(torch, config.dtype),
-                workspace_bytes=config.limits.workspace_bytes,
-            )
+        layout = lower(self.pattern, geometry, limit_bytes=self.config.limits.layout_bytes)
+        calls = dense_schedule(layout, windows=self.takes_layout or takes_windows(self.kernel))
+        if calls is not None:
+            return Program(layout, calls)
+        assert layout.blocks is not None
+        blocks = BlockProduct.prepare(
+            layout.blocks,
+            scale=self.scale,
+            device=device,
+            dtype=getattr(torch, self.config.dtype),
+            workspace_bytes=self.config.limits.workspace_bytes,
+        )
         return Program(layout, schedule(layout.branches, geometry), blocks)
 
     def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:

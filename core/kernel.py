@@ -30,17 +30,21 @@ CALL_AXES: Final = ("unequal_lengths", "offsets", "varlen")
 
 @attrs.frozen(kw_only=True)
 class DensePiece:
-    """A dense rectangle of queries and keys, or a square under its causal diagonal.
+    """A dense rectangle of queries and keys, a square under its causal diagonal, or a band of a rectangle.
 
     Attributes:
         is_causal: query row i sees key rows j <= i; only ever set where the lengths are equal.
         scale: factor on q·k, above 0.
         deterministic: the same bits on every run, forward and backward.
+        window: (left, right) where S query rows see a window of T >= S key rows whose ends meet: row i the rows
+            i + T - S - left to i + T - S + right, as far as there are such. Both are at least 0 and at most T;
+            `is_causal` is then not set. Given only to kernels that take it (`Windows`).
     """
 
     is_causal: bool
     scale: float
     deterministic: bool = False
+    window: tuple[int, int] | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -123,6 +127,15 @@ class Joins(Protocol):
 
 
 @runtime_checkable
+class Windows(Protocol):
+    """What a `DenseKernel` may have besides: it computes sliding windows, and reads nothing outside of them."""
+
+    @property
+    def takes_windows(self) -> bool:
+        """Whether it takes pieces with a `window`; else their pairs come to no kernel, but to core's block product."""
+
+
+@runtime_checkable
 class ForOneLength(Protocol):
     """What a `DenseKernel` may be: one that prepares for every new shape of tensors, longer than most calls take.
 
@@ -132,6 +145,13 @@ class ForOneLength(Protocol):
     @property
     def other_lengths(self) -> DenseKernel:
         """What gets all others."""
+
+
+def takes_windows(kernel: object) -> bool:
+    """Whether a dense kernel takes pieces with a `window`, of whatever length."""
+    if isinstance(kernel, ForOneLength) and not takes_windows(kernel.other_lengths):
+        return False
+    return isinstance(kernel, Windows) and kernel.takes_windows
 
 
 class LayoutKernel(Protocol):

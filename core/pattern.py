@@ -1,8 +1,8 @@
 """Patterns and their algebra: torch-free values that say how often a query position counts a key position.
 
 A pattern is a multiplicity m(p, q) in {0, 1, 2, ...} per head. `a | b` takes the larger multiplicity, `a + b` the sum.
-Everything else (lowering to strided branches or to blocks, the oracle, the drawings) follows from `multiplicity`; a
-pattern may add `branches`, `key_spans`, `head_groups` and `block_signature` so that lowering costs only what it keeps.
+Everything else (lowering, the oracle, the drawings) follows from `multiplicity`; a pattern may add `branches`, `bands`,
+`key_spans`, `head_groups` and `block_signature` so that lowering costs only what it keeps.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from .bands import Band
     from .config import AttentionConfig
     from .gate import Gate
     from .layout import BlockGrid, BlockSupport
@@ -115,6 +116,10 @@ class Pattern(ABC):
         """The pattern as a sum of strided branches, or None where it has no such form."""
         return None
 
+    def bands(self) -> tuple[Band, ...] | None:
+        """The pattern as a sum of bands, alike for all heads, before causality; None where it has no such form."""
+        return None
+
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head, counted from 0; heads of one group have the same multiplicity."""
         return (0,) * num_heads
@@ -159,10 +164,7 @@ class Pattern(ABC):
         return np.stack([query_low, key_low], axis=-1)
 
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """A group number per head; heads of one group have the same `block_signature` of every block.
-
-        Lowering then tells the blocks of such heads apart once. The default claims nothing: a group per head.
-        """
+        """A group number per head, by default its own; heads of one have the same `block_signature` of every block."""
         return tuple(range(num_heads))
 
     def repeats(self) -> Repeats | None:

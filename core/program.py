@@ -66,7 +66,9 @@ class Program:
             return dynamic_pairs(pattern, self.layout.geometry)
         if not self.schedule.calls:
             return self.layout.pairs
-        return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
+        if self.blocks is None or self.layout.blocks is None:  # bands are calls, whatever the table says
+            return self.schedule.pairs
+        return self.schedule.pairs + self.layout.blocks.pairs
 
     def counted(self, batch: int, lengths: Sequence[int] | None) -> tuple[int, int]:
         """Tokens and pairs of a call: of all of its batch rows, or of causal documents of these lengths.

@@ -46,15 +46,17 @@ def received_from(
         places = attrs.evolve(  # where the keys of each query head stand
             call.key, head=call.query.head, head_step=call.query.head_step, num_heads=call.query.num_heads
         )
+        low, high = call.distances
         for slab in slabs_of(call, (query,), (key,)):
             q, k = slab.view(query, call.query), slab.view(key, call.key)
             lse_part, total_part = slab.view_lse(lse, call.query), slab.view_lse(total, places)
             for n, rows, cols in _tiles(call, q, workspace_bytes):
                 scores = _scores(q[n, rows], k[n, cols], scale).sub_(lse_part[n, :, rows].unsqueeze(-1))
-                if call.is_causal and cols.stop > rows.start + 1:
-                    row = torch.arange(rows.start, rows.start + scores.shape[2], device=scores.device)
-                    col = torch.arange(cols.start, cols.start + scores.shape[3], device=scores.device)
-                    scores.masked_fill_(col > row[:, None], -math.inf)
+                nearest, farthest = cols.start - rows.stop + 1, cols.stop - 1 - rows.start
+                if nearest < low or farthest > high:
+                    row = torch.arange(rows.start, rows.stop, device=scores.device)
+                    distance = torch.arange(cols.start, cols.stop, device=scores.device) - row[:, None]
+                    scores.masked_fill_((distance < low) | (distance > high), -math.inf)
                 total_part[n, :, cols] += scores.exp_().sum(dim=2).mul_(call.weight)
     return total
 
@@ -69,14 +71,15 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _tiles(call: Call, query: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Rectangles, rows and columns to be formed at once; under a causal diagonal only those that it reaches."""
+    """Rectangles, rows and columns to be formed at once, of those that the call's distances reach."""
     count, rows, heads, _ = query.shape
-    cols = call.key.count
+    cols, (low, high) = call.key.count, call.distances
     at_once = workspace_bytes if query.is_cuda else min(workspace_bytes, _CPU_TILE_BYTES)
     pairs = at_once // (2 * accumulator_dtype(query.dtype).itemsize * heads)  # scores, and their copy while they fill
     tile = max(1, min(_TILE, math.isqrt(pairs)))
     step = max(1, pairs // (min(tile, rows) * min(tile, cols)))
     for n in range(0, count, step):
         for i in range(0, rows, tile):
-            for j in range(0, min(cols, i + tile) if call.is_causal else cols, tile):
-                yield slice(n, n + step), slice(i, i + tile), slice(j, j + tile)
+            stop = min(rows, i + tile)
+            for j in range(max(0, i + low), min(cols, stop + high), tile):
+                yield slice(n, n + step), slice(i, stop), slice(j, min(cols, stop + high, j + tile))

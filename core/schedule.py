@@ -47,7 +47,7 @@ class Rows:
 class Call:
     """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
 
-    `name` is that of its branch, as traces show it.
+    `name` is that of its branch, as traces show it; `window` is that of `DensePiece`.
     """
 
     query: Rows
@@ -56,13 +56,34 @@ class Call:
     is_causal: bool
     weight: int
     name: str
+    window: tuple[int, int] | None = None
 
     @property
     def pairs(self) -> int:
         """Pairs that the call counts, over its segments and query heads, `weight` included."""
         rows, cols = self.query.count, self.key.count
-        each = rows * (rows + 1) // 2 if self.is_causal else rows * cols
+        each = rows * cols
+        if self.is_causal:
+            each = rows * (rows + 1) // 2
+        elif self.window is not None:
+            each = _pairs_in_window(rows, cols, *self.window)
         return each * self.segments * self.query.num_heads * self.weight
+
+    @property
+    def distances(self) -> tuple[int, int]:
+        """How far a key row is beyond a query row that it is a pair with: at least, and at most."""
+        rows, cols = self.query.count, self.key.count
+        if self.window is not None:
+            return cols - rows - self.window[0], cols - rows + self.window[1]
+        return -rows, 0 if self.is_causal else cols
+
+
+def _pairs_in_window(rows: int, cols: int, left: int, right: int) -> int:
+    """Pairs of a window over rows and columns whose ends meet: those outside are two triangles that are cut off."""
+    before, after = max(0, cols - 1 - left), max(0, rows - 1 - right)  # of the last row, of the first
+    skipped = max(0, before - rows)  # rows of the first triangle that lie before the first row
+    lost = before * (before + 1) // 2 - skipped * (skipped + 1) // 2 + after * (after + 1) // 2
+    return rows * cols - lost
 
 
 @attrs.frozen

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from ..core.bands import ANYWHERE, Band
 from ..core.checks import MOST_POSITIONS, an_int
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
@@ -38,6 +39,12 @@ class Global(Pattern):
         query_is, key_is = (query >= 0) & (query < self.tokens), (key >= 0) & (key < self.tokens)
         shape = np.broadcast_shapes(query.shape, key.shape, head.shape)
         return np.broadcast_to(query_is | key_is, shape).astype(np.int64)
+
+    def bands(self) -> tuple[Band, ...]:
+        """Global queries with all keys, and the queries on either side of them with global keys."""
+        tokens = (0, self.tokens)
+        others = (-ANYWHERE, 0), (self.tokens, ANYWHERE)
+        return Band(queries=tokens), *(Band(queries=side, keys=tokens) for side in others)
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """All keys for blocks with a global query, the global keys for the others."""

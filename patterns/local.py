@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from ..core.bands import Band
 from ..core.checks import MOST_POSITIONS, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
@@ -68,6 +69,10 @@ class Local(Pattern):
         inside = (key >= query - left) & (key <= query + right)
         shape = np.broadcast_shapes(query.shape, key.shape, head.shape)
         return np.broadcast_to(inside, shape).astype(np.int64)
+
+    def bands(self) -> tuple[Band, ...]:
+        """One."""
+        return (Band(*self.window_size),)
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """The windows of the first and the last query: their hull, and what both see."""

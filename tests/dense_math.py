@@ -5,12 +5,37 @@ Shapes: queries (B, S, H, D), keys and values (B, T, K, D), lse (B, H, S).
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from dilated_attention.core.kernel import DensePiece
 from dilated_attention.registry.conformance_ring import ExactDense
 
-_EXACT = ExactDense()
+
+class ExactWindows(ExactDense):
+    """Dense pieces by the definition, those with a window too."""
+
+    takes_windows = True
+
+    def _scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        scores = super()._scores(query, key, piece)
+        if piece.window is None:
+            return scores
+        rows, cols = scores.shape[-2:]
+        assert not piece.is_causal
+        assert rows <= cols
+        assert 0 <= min(piece.window) <= max(piece.window) <= cols
+        distance = torch.arange(cols) - torch.arange(rows)[:, None] - (cols - rows)
+        is_seen = (distance >= -piece.window[0]) & (distance <= piece.window[1])
+        assert is_seen.any(-1).all()
+        return scores.masked_fill(~is_seen, -math.inf)
+
+
+_EXACT = ExactWindows()
+Window = tuple[int | None, int | None]
+_NONE: Window = (None, None)
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -21,20 +46,32 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, window: Window = _NONE
+) -> tuple[Tensor, Tensor]:
     """Out in the dtype of the queries and lse in float32, computed in float64."""
-    out, lse = _EXACT.forward(query, key, value, _piece(scale, is_causal))
+    out, lse = _EXACT.forward(query, key, value, _piece(scale, is_causal, window))
     return out, lse.float()
 
 
 def backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    window: Window = _NONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtype of the queries, for out and lse of the whole row."""
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-    return _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal))
+    return _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal, window))
 
 
-def _piece(scale: float, is_causal: bool) -> DensePiece:
-    return DensePiece(is_causal=is_causal, scale=scale, deterministic=True)
+def _piece(scale: float, is_causal: bool, window: Window) -> DensePiece:
+    left, right = window
+    sides = None if left in (None, -1) and right in (None, -1) else (left or 0, right or 0)
+    return DensePiece(is_causal=is_causal, scale=scale, deterministic=True, window=sides)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import ConfigError, Dilated, Full, Learned, Pattern, explain
+from dilated_attention import ConfigError, Dilated, Full, Global, Learned, Local, Pattern, explain
 from dilated_attention.backends.fa3 import Fa3Backend, FlashAttention3, find_operators
 from dilated_attention.backends.libraries import aligned
 from dilated_attention.core.geometry import Geometry
@@ -75,7 +75,8 @@ def emulated_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     query, key, value = call["q"], call["k"], call["v"]
     assert call["num_splits"] == 1
     assert dense_math.is_aligned(query, key, value)
-    out, lse = dense_math.forward(query, key, value, call["softmax_scale"], call["is_causal"])
+    window = call["window_size_left"], call["window_size_right"]
+    out, lse = dense_math.forward(query, key, value, call["softmax_scale"], call["is_causal"], window)
     return out, lse, query.new_empty(0), query.new_empty(0)
 
 
@@ -85,7 +86,8 @@ def emulated_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     dout, query, key, value, out = (call[name] for name in ("dout", "q", "k", "v", "out"))
     assert dense_math.is_aligned(dout, query, key, value, out)
     scale, is_causal = call["softmax_scale"], call["is_causal"]
-    grads = dense_math.backward(dout, query, key, value, out, call["softmax_lse"], scale, is_causal)
+    window = call["window_size_left"], call["window_size_right"]
+    grads = dense_math.backward(dout, query, key, value, out, call["softmax_lse"], scale, is_causal, window)
     for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
         call[name].copy_(grad)
     return tuple(query.new_empty(0) for _ in range(8))
@@ -267,7 +269,8 @@ def test_offsets_and_unequal_lengths() -> None:
     pattern = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
     for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=4, is_causal=is_causal)
-        check(build("fa3", pattern, geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+        for each in (pattern, Local((70, 30)), Local((5, 0)) | Global(9)):
+            check(build("fa3", each, geometry, "bfloat16", 64), geometry, [1e-2] * 5)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dilated_attention import ConfigError, Dilated, Full, Pattern, explain
+from dilated_attention import ConfigError, Dilated, Full, Local, Pattern, explain
 from dilated_attention.backends.fa4 import Fa4Backend
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.registry.discovery import default_registry
@@ -42,13 +42,15 @@ STAND_IN = {
     "flash_attn/cute/interface.py": """
 from tests import dense_math
 
-def _flash_attn_fwd(q, k, v, *, softmax_scale, causal, return_lse):
+def _flash_attn_fwd(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse):
     assert return_lse and dense_math.is_aligned(q, k, v)
-    return *dense_math.forward(q, k, v, softmax_scale, causal), None, None, None
+    window = window_size_left, window_size_right
+    return *dense_math.forward(q, k, v, softmax_scale, causal, window), None, None, None
 
-def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal):
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal, *, window_size_left, window_size_right):
     assert dense_math.is_aligned(q, k, v, out, dout)
-    return dense_math.backward(dout, q, k, v, out, lse, softmax_scale, causal)
+    window = window_size_left, window_size_right
+    return dense_math.backward(dout, q, k, v, out, lse, softmax_scale, causal, window)
 """,
     "flash_attn_4-4.0.0b36.dist-info/METADATA": "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n",
 }
@@ -154,10 +156,12 @@ def test_every_pattern_is_computed_on_the_card(pattern: Pattern, dtype: str, is_
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("pattern", [DILATED, Local((70, 30))], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("head_dim", default_registry().backends["fa4"].spec.capabilities["head_dims"])
-def test_every_declared_head_dim(head_dim: int) -> None:
-    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=2, is_causal=True)
-    attention = build("fa4", DILATED, geometry, "bfloat16", head_dim)
+def test_every_declared_head_dim(head_dim: int, is_causal: bool, pattern: Pattern) -> None:
+    geometry = Geometry(q_len=389, kv_len=389, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    attention = build("fa4", pattern, geometry, "bfloat16", head_dim)
     check(attention, geometry, through_lse=attention._engine.has_dlse)
 
 
@@ -166,7 +170,8 @@ def test_every_declared_head_dim(head_dim: int) -> None:
 def test_offsets_and_unequal_lengths() -> None:
     for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=4, is_causal=is_causal)
-        check(build("fa4", DILATED, geometry, "bfloat16", 64), geometry, [1e-2] * 5, through_lse=False)
+        for pattern in (DILATED, Local((70, 30))):
+            check(build("fa4", pattern, geometry, "bfloat16", 64), geometry, [1e-2] * 5, through_lse=False)
 
 
 @pytest.mark.gpu

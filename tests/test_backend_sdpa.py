@@ -43,18 +43,19 @@ class Recorded(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def attention_ops(kernel: Any, queries: int, keys: int) -> list[str]:
-    """Which of PyTorch's attention operators compute such a rectangle, forward and backward."""
+def attention_ops(kernel: Any, queries: int, keys: int, window: tuple[int, int] | None = None) -> list[str]:
+    """Which of PyTorch's attention operators compute such a rectangle or band of one, forward and backward."""
     with FakeTensorMode(), Recorded() as recorded:
         query, dout = (torch.empty(2, queries, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         key, value = (torch.empty(2, keys, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        piece = DensePiece(is_causal=False, scale=1.0)
+        piece = DensePiece(is_causal=False, scale=1.0, window=window)
         out, lse = kernel.forward(query, key, value, piece)
         kernel.backward(dout, query, key, value, out, lse, piece)
-    return [name.removeprefix("aten::_scaled_dot_product_") for name in recorded.names if "scaled_dot" in name]
+    return [name.removeprefix("aten::_") for name in recorded.names if "attention" in name]
 
 
-CUDNN, FLASH = ([f"{name}_attention", f"{name}_attention_backward"] for name in ("cudnn", "flash"))
+CUDNN = ["scaled_dot_product_cudnn_attention", "scaled_dot_product_cudnn_attention_backward"]
+FLASH = ["flash_attention_forward", "flash_attention_backward"]
 
 
 WITH_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch cannot index fake tensors of a card")
@@ -93,6 +94,7 @@ def test_other_lengths_are_not_planned_for() -> None:
     assert isinstance(kernel, ForOneLength)
     assert attention_ops(kernel, 1000, 1000) == CUDNN
     assert attention_ops(kernel, 1, 1) == attention_ops(kernel.other_lengths, 999, 999) == FLASH
+    assert attention_ops(kernel, 1000, 1000, window=(31, 0)) == FLASH  # PyTorch passes cuDNN no window
     assert isinstance(kernel.other_lengths, Joins) is isinstance(kernel, Joins)
     assert not isinstance(SdpaBackend().build(request()), ForOneLength)
 

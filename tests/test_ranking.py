@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from dilated_attention import ContextParallel, Dilated, Full, Learned, Local, Random, explain
+from dilated_attention import ContextParallel, Dilated, Full, Global, Learned, Local, Random, explain
 from dilated_attention.backends import manifest
 
 from .kernel_kit import H100, request
@@ -15,6 +15,8 @@ from .kernel_kit import H100, request
 LONGNET = Dilated(segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
 TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
 WINDOW = Local(window_size=70)
+SINKS = WINDOW | Global(tokens=4)
+BLOCKS = Random(density=0.1, block_size=128)
 
 
 def ranked(**asked: Any) -> list[str]:
@@ -38,9 +40,14 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": Full(), "varlen": True, "head_dim": 128}, True),
         ({"pattern": Full(), "varlen": True, "head_dim": 192}, False),
         ({"pattern": Full(), "varlen": True, "dtype": "float32"}, False),
-        ({"pattern": WINDOW, "head_dim": 256}, True),
-        ({"pattern": WINDOW, "head_dim": 64, "dtype": "float32"}, True),
-        ({"pattern": WINDOW, "head_dim": 72, "dtype": "float32"}, False),
+        ({"pattern": SINKS}, True),
+        ({"pattern": SINKS, "head_dim": 192}, False),
+        ({"pattern": SINKS, "head_dim": 192, "varlen": True}, True),
+        ({"pattern": WINDOW, "varlen": True}, True),
+        ({"pattern": WINDOW, "context_parallel": ContextParallel(size=2)}, True),
+        ({"pattern": Local(70) | Random(2, 64), "head_dim": 192}, True),
+        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32"}, True),
+        ({"pattern": SINKS, "head_dim": 72, "dtype": "float32"}, False),
         ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
         ({"pattern": LONGNET | WINDOW, "dtype": "float32"}, False),
         ({"pattern": LONGNET | LONGNET}, True),  # as many branches as they are lowered to
@@ -57,17 +64,33 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
     )
 
 
+def test_a_window_is_for_kernels_that_have_windows() -> None:
+    specs = [manifest.FLEX, manifest.SDPA, manifest.TRITON, manifest.FA4, manifest.FA3]
+    found = {
+        (dtype, head_dim): manifest.dilated_attention_rank_backends(
+            request(H100, pattern=WINDOW, head_dim=head_dim, dtype=dtype, seq_len=4096), specs
+        )
+        for dtype, head_dim in (("bfloat16", 128), ("bfloat16", 192), ("float32", 64), ("float32", 128))
+    }
+    assert found["bfloat16", 128] == ["fa3", "fa4", "triton", "sdpa", "flex"]
+    assert found["bfloat16", 192] == ["fa3", "sdpa", "fa4", "triton", "flex"]
+    assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]
+    assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]
+
+
 @pytest.mark.parametrize(
     ("fields", "is_before"),
     [
-        ({"pattern": WINDOW, "seq_len": 4096}, True),
-        ({"pattern": WINDOW}, False),  # a compilation for every length
-        ({"pattern": WINDOW, "seq_len": 4096, "dtype": "float32"}, False),
-        ({"pattern": WINDOW, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": BLOCKS, "seq_len": 4096}, True),
+        ({"pattern": BLOCKS}, False),  # a compilation for every length
+        ({"pattern": BLOCKS, "seq_len": 4096, "dtype": "float32"}, False),
+        ({"pattern": BLOCKS, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": WINDOW, "seq_len": 4096}, False),  # the dense kernels have windows
+        ({"pattern": SINKS, "seq_len": 4096}, False),
         ({"pattern": LONGNET, "seq_len": 4096}, False),
         ({"pattern": Random(density=0.1, block_size=64), "seq_len": 4096}, True),
         ({"pattern": Random(density=0.1, block_size=24), "seq_len": 4096}, False),  # a mask for nearly every block
-        ({"pattern": LONGNET | WINDOW, "seq_len": 4096}, False),  # it would visit all that a stride touches
+        ({"pattern": LONGNET | BLOCKS, "seq_len": 4096}, False),  # it would visit all that a stride touches
     ],
 )
 def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
@@ -81,14 +104,14 @@ def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_be
 )
 def test_flex_needs_a_card_that_triton_supports(arch: str, is_before: bool) -> None:
     card = attrs.evolve(H100, arch=arch)
-    asked = request(card, pattern=WINDOW, dtype="float16", seq_len=4096)
+    asked = request(card, pattern=BLOCKS, dtype="float16", seq_len=4096)
     order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.SDPA])
     assert (order[0] == "flex") is is_before
 
 
 def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
     theirs = attrs.evolve(manifest.SDPA, name="theirs", priority=manifest.TRITON.priority + 1)
-    asked = request(H100, pattern=WINDOW, dtype="bfloat16", seq_len=4096)
+    asked = request(H100, pattern=BLOCKS, dtype="bfloat16", seq_len=4096)
     order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.TRITON, theirs, manifest.SDPA])
     assert order == ["theirs", "triton", "flex", "sdpa"]
 

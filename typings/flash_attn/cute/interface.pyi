@@ -19,6 +19,8 @@ def _flash_attn_fwd(
     *,
     softmax_scale: float | None = ...,
     causal: bool = ...,
+    window_size_left: int | None = ...,
+    window_size_right: int | None = ...,
     block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
     return_lse: bool = ...,
 ) -> tuple[Tensor, ...]: ...
@@ -32,5 +34,7 @@ def _flash_attn_bwd(
     softmax_scale: float | None = ...,
     causal: bool = ...,
     *,
+    window_size_left: int | None = ...,
+    window_size_right: int | None = ...,
     block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
 ) -> tuple[Tensor, ...]: ...

@@ -1,0 +1,82 @@
+"""From a sum of bands to calls of a dense kernel: rectangles, causal squares and windows (`DensePiece.window`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .bands import Band, bands_of
+from .geometry import Geometry
+from .layout import Layout
+from .lowering import split
+from .schedule import Call, Rows, Schedule, schedule
+
+
+def dense_schedule(layout: Layout, *, windows: bool) -> Schedule | None:
+    """The calls that compute a whole layout; None where it takes a table of blocks.
+
+    Args:
+        layout: a lowered pattern.
+        windows: calls may have a `window`.
+    """
+    branches = schedule(layout.branches, layout.geometry)
+    _, rest = split(layout.pattern, layout.geometry)
+    if rest is None:
+        return branches
+    bands = bands_of(rest)
+    calls = None if bands is None else band_calls(bands, layout.geometry)
+    if calls is None or (not windows and any(call.window is not None for call in calls)):
+        return None
+    return _with_bands(branches, calls, layout.geometry)
+
+
+def band_calls(bands: Iterable[Band], geometry: Geometry) -> tuple[Call, ...] | None:
+    """The calls that together compute a sum of bands; None where positions are such that some band is no sum of calls.
+
+    Some have a `window`.
+    """
+    calls: list[Call] = []
+    for band in bands:
+        here = band.within(geometry)
+        if here is None:
+            continue
+        parts = here.parts()
+        if parts is None:
+            return None
+        calls += [_call(part, geometry) for part in parts]
+    return tuple(calls)
+
+
+def _call(part: Band, geometry: Geometry) -> Call:
+    """The call for a part, counted from where the ends of its queries and keys meet, as `DensePiece.window` is."""
+    (first, last), (low, high) = part.queries, part.keys
+    queries, keys = last - first, high - low
+    left, right = part.left + high - last, part.right + last - high
+    is_all = left >= keys - 1 and right >= queries - 1
+    is_causal = not is_all and queries == keys and left >= keys - 1 and right == 0
+    return Call(
+        query=_rows(first - geometry.q_offset, queries, geometry.num_heads),
+        key=_rows(low - geometry.kv_offset, keys, geometry.num_kv_heads),
+        segments=1,
+        is_causal=is_causal,
+        weight=1,
+        name="rectangle" if is_all else "causal square" if is_causal else "window",
+        window=None if is_all or is_causal else (min(left, keys), min(right, keys)),
+    )
+
+
+def _rows(start: int, count: int, num_heads: int) -> Rows:
+    return Rows(start, step=1, count=count, segment_step=0, head=0, head_step=1, head_shift=0, num_heads=num_heads)
+
+
+def _with_bands(branches: Schedule, calls: tuple[Call, ...], geometry: Geometry) -> Schedule:
+    """The calls of branches and of bands, first one band that covers everything if no branch does."""
+    covering = [call for call in calls if _covers(call, geometry)] if branches.cover == 0 else []
+    if not covering:
+        return Schedule((*branches.calls, *calls), branches.cover)
+    first = covering[0]
+    every = (first, *branches.calls, *(call for call in calls if call is not first))
+    return Schedule(every, 1, is_whole=len(every) == 1)
+
+
+def _covers(call: Call, geometry: Geometry) -> bool:
+    return (call.query.count, call.key.count) == (geometry.q_len, geometry.kv_len)

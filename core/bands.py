@@ -1,0 +1,103 @@
+"""Patterns whose pairs lie in bands: sliding windows, and tokens that everyone sees.
+
+A band holds the pairs of a rectangle of positions whose distance lies between two bounds. Dense kernels compute one at
+the speed of its pairs (see `band_calls`), so that a sum of bands needs no table of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+from .geometry import Geometry
+from .pattern import Pattern, Sum, Union
+
+ANYWHERE: Final = 1 << 50  # beyond all positions and distances
+_EVERYWHERE: Final = (-ANYWHERE, ANYWHERE)
+
+
+@attrs.frozen
+class Band:
+    """The pairs of queries at positions `queries` and keys at `keys` with query - left <= key <= query + right.
+
+    Both ranges are half-open. A bound may be negative: then the query's own position is not in the band.
+    """
+
+    left: int = ANYWHERE
+    right: int = ANYWHERE
+    queries: tuple[int, int] = _EVERYWHERE
+    keys: tuple[int, int] = _EVERYWHERE
+
+    @property
+    def is_window(self) -> bool:
+        """It is cut by nothing but its bounds."""
+        return self.queries == self.keys == _EVERYWHERE
+
+    def within(self, geometry: Geometry) -> Band | None:
+        """Those of a call's queries and keys that have a pair, one that causality allows; None if none has."""
+        right = min(self.right, 0) if geometry.is_causal else self.right
+        first, last = self._of_call(self.queries, geometry.q_offset, geometry.q_len)
+        low, high = self._of_call(self.keys, geometry.kv_offset, geometry.kv_len)
+        return Band(self.left, right, (first, last), (low, high))._trimmed()
+
+    @staticmethod
+    def _of_call(positions: tuple[int, int], offset: int, length: int) -> tuple[int, int]:
+        return max(positions[0], offset), min(positions[1], offset + length)
+
+    def _trimmed(self) -> Band | None:
+        """With no query and no key that has no pair."""
+        (first, last), (low, high) = self.queries, self.keys
+        if first >= last or low >= high or self.left + self.right < 0:
+            return None
+        first, last = max(first, low - self.right), min(last, high + self.left)
+        if first >= last:
+            return None
+        low, high = max(low, first - self.left), min(high, last + self.right)
+        return Band(self.left, self.right, (first, last), (low, high))
+
+    def parts(self) -> list[Band] | None:
+        """The band, trimmed as it is, as bands that have no more queries than keys; None where it is no sum of such."""
+        (first, last), (low, high) = self.queries, self.keys
+        if last - first <= high - low:
+            return [self]
+        begin, end = max(first, high - 1 - self.right), min(last, low + self.left + 1)  # these queries see all keys
+        if begin >= end:
+            return None
+        ranges = (first, begin), (begin, end), (end, last)
+        found = [attrs.evolve(self, queries=queries)._trimmed() for queries in ranges]
+        return [part for part in found if part is not None]
+
+    def less(self, window: Band) -> list[Band]:
+        """What of it lies to the left and to the right of a window."""
+        before = attrs.evolve(self, right=min(self.right, -window.left - 1))
+        after = attrs.evolve(self, left=min(self.left, -window.right - 1))
+        return [before, after]
+
+
+def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
+    """The bands whose sum the pattern is, before causality; None where it is no such sum."""
+    named = pattern.unwrap()
+    if not isinstance(named, Sum | Union):
+        return named.bands()
+    members = [bands_of(member) for member in named.of]
+    known = [bands for bands in members if bands is not None]
+    if len(known) < len(members):
+        return None
+    return tuple(band for bands in known for band in bands) if isinstance(named, Sum) else _united(known)
+
+
+def _united(members: Sequence[tuple[Band, ...]]) -> tuple[Band, ...] | None:
+    """The union of members that do not overlap themselves; None where there are more than two, or no window.
+
+    Of a window a and another b it is a + (b where a is not).
+    """
+    first, *others = dict.fromkeys(members)
+    if not others:
+        return first
+    pairs = [(a, b) for a, b in ((first, others[0]), (others[0], first)) if len(a) == 1 and a[0].is_window]
+    if len(others) > 1 or not pairs:
+        return None
+    (window,), other = pairs[0]
+    return (window, *(part for band in other for part in band.less(window)))

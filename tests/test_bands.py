@@ -1,0 +1,190 @@
+"""Sliding windows and global tokens as calls of dense kernels: the pairs they hold, and what is computed by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided, build_attention
+from dilated_attention.backends.aten import CpuFlash, CudaCudnnForOneLength, CudaFlash
+from dilated_attention.backends.joining import joining
+from dilated_attention.core import reference
+from dilated_attention.core.band_calls import dense_schedule
+from dilated_attention.core.bands import bands_of
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import takes_windows
+from dilated_attention.core.lowering import lower
+from dilated_attention.core.schedule import Call, Schedule
+
+from .dense_math import ExactWindows
+from .kernel_kit import build, check, check_emulated, emulated_engine
+from .strategies import geometries
+
+WINDOW, SINKS = Local((5, 3)), Global(4)
+BANDED: list[Pattern] = [
+    WINDOW,
+    Local((0, 0)),
+    SINKS,
+    WINDOW | SINKS,
+    Global(9) | Local((2, 1)),
+    Local((30, 0)) | Local((3, 40)),
+    WINDOW | WINDOW,
+    WINDOW + SINKS + Local((9, 0)),
+    Dilated((8, 16), (1, 2)) + Local((6, 0)),
+    Full() + WINDOW,
+    Strided(3) + (WINDOW | SINKS),
+]
+
+
+def counts(call: Call, geometry: Geometry) -> Tensor:
+    """How often a call counts each pair: (H, S, T)."""
+    total = torch.zeros(geometry.num_heads, geometry.q_len, geometry.kv_len, dtype=torch.int64)
+    low, high = call.distances
+    row, col = torch.arange(call.query.count), torch.arange(call.key.count)
+    distance = col - row[:, None]
+    met = ((distance >= low) & (distance <= high)).long() * call.weight
+    for segment in range(call.segments):
+        for t in range(call.query.num_heads):
+            rows = call.query.start + segment * call.query.segment_step + row * call.query.step
+            cols = call.key.start + segment * call.key.segment_step + col * call.key.step
+            group = call.query.num_heads // call.key.num_heads
+            rows, cols = rows + t * call.query.head_shift, cols + t // group * call.key.head_shift
+            head = call.query.head + t * call.query.head_step
+            total[head, rows[:, None], cols] += met
+    return total
+
+
+def check_counts(found: Schedule, pattern: Pattern, geometry: Geometry) -> None:
+    expected = reference.multiplicity(pattern, geometry)
+    each = [counts(call, geometry) for call in found.calls]
+    total = sum(each, torch.zeros_like(expected))
+    assert torch.equal(total, expected)
+    assert found.pairs == int(expected.sum())
+    for call, pairs in zip(found.calls, each, strict=True):
+        if call.window is not None:
+            assert call.query.count <= call.key.count  # what kernels are given is what they were promised
+            assert 0 <= min(call.window) <= max(call.window) <= call.key.count
+            assert pairs.any(-1).sum() == call.query.count * geometry.num_heads
+    covering = found.calls[: found.cover]
+    if covering:
+        assert sum(c.query.count * c.segments * c.query.num_heads for c in covering) == expected[..., 0].numel()
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("pattern", BANDED, ids=str)
+def test_calls_hold_the_pairs_of_the_pattern(pattern: Pattern, is_causal: bool) -> None:
+    heads = {"num_heads": 4, "num_kv_heads": 2, "is_causal": is_causal}
+    for q_len, kv_len in ((1, 1), (3, 3), (40, 40), (41, 41), (7, 40), (1, 23)):
+        geometry = Geometry(q_len=q_len, kv_len=kv_len, **heads)  # type: ignore[arg-type]
+        found = dense_schedule(lower(pattern, geometry), windows=True)
+        assert found is not None
+        check_counts(found, pattern, geometry)
+
+
+banded = st.one_of(
+    st.builds(Local, st.tuples(st.integers(0, 12), st.integers(0, 12))), st.builds(Global, st.integers(1, 20))
+)
+
+
+@settings(max_examples=400)
+@given(st.lists(banded, min_size=1, max_size=2), st.booleans(), geometries())
+def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(
+    members: list[Pattern], is_sum: bool, geometry: Geometry
+) -> None:
+    pattern = members[0]
+    for member in members[1:]:
+        pattern = pattern + member if is_sum else pattern | member
+    found = dense_schedule(lower(pattern, geometry), windows=True)
+    if found is not None:
+        check_counts(found, pattern, geometry)
+
+
+def test_what_is_no_sum_of_bands_has_none() -> None:
+    for pattern in (Random(2, 16), WINDOW | Random(2, 16), WINDOW | SINKS | Global(2), SINKS | Global(9)):
+        assert bands_of(pattern) is None
+        assert dense_schedule(lower(pattern, Geometry.self_attention(40)), windows=True) is None
+    overlapping = lower(WINDOW | Dilated((8,), (2,)), Geometry.self_attention(40))
+    assert dense_schedule(overlapping, windows=True) is None
+    apart = Geometry(q_len=40, kv_len=3, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=0, kv_offset=20)
+    assert dense_schedule(lower(Local((2, 2)), apart), windows=True) is not None
+    short = Geometry(q_len=40, kv_len=6, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=0, kv_offset=20)
+    assert dense_schedule(lower(Local((2, 2)), short), windows=True) is None  # more queries than keys, none sees all
+
+
+def test_without_windows_what_needs_one_takes_a_table() -> None:
+    geometry = Geometry.self_attention(40, is_causal=True)
+    for pattern, is_dense in ((WINDOW, False), (SINKS, True), (WINDOW | SINKS, False), (Full() + SINKS, True)):
+        assert (dense_schedule(lower(pattern, geometry), windows=False) is not None) is is_dense
+
+
+def test_the_first_call_covers_everything_where_one_can() -> None:
+    geometry = Geometry.self_attention(64, 2, is_causal=True)
+    for pattern, calls, cover in ((WINDOW, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0), (Full() + WINDOW, 2, 1)):
+        found = dense_schedule(lower(pattern, geometry), windows=True)
+        assert found is not None
+        assert (len(found.calls), found.cover) == (calls, cover)
+        assert found.is_whole is (calls == 1)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("pattern", BANDED, ids=str)
+def test_a_kernel_that_takes_windows_computes_the_pattern(pattern: Pattern, is_causal: bool) -> None:
+    heads = {"num_heads": 4, "num_kv_heads": 2, "is_causal": is_causal}
+    for geometry in (
+        Geometry(q_len=67, kv_len=67, **heads),  # type: ignore[arg-type]
+        Geometry(q_len=21, kv_len=67, **heads),  # type: ignore[arg-type]
+        Geometry(q_len=30, kv_len=25, q_offset=11, kv_offset=3, **heads),  # type: ignore[arg-type]
+    ):
+        check_emulated(ExactWindows(), geometry, pattern, head_dim=8)
+
+
+def test_no_table_is_put_on_the_device_then() -> None:
+    geometry = Geometry.self_attention(67, 2)
+    engine = emulated_engine(ExactWindows(), geometry, WINDOW | SINKS, 8, takes_layout=False)
+    layout = engine.prepare(67, 67, 0, 0, torch.device("cpu"))
+    (program,) = (engine.programs.get(key) for key in [(67, 67, 0, 0, torch.device("cpu"))])
+    assert program is not None
+    assert program.blocks is None
+    assert layout.blocks is not None
+    assert program.pairs == layout.pairs == layout.blocks.pairs
+
+
+def test_which_kernels_take_windows() -> None:
+    assert takes_windows(CudaFlash())
+    assert takes_windows(CudaCudnnForOneLength())
+    assert takes_windows(joining(CudaFlash()))
+    assert takes_windows(joining(CudaCudnnForOneLength()))
+    assert not takes_windows(CpuFlash())
+    assert not takes_windows(joining(CpuFlash()))
+    other = CudaCudnnForOneLength(other_lengths=CpuFlash())
+    assert not takes_windows(other)
+
+
+def test_global_tokens_are_dense_calls_on_any_device() -> None:
+    attention = build_attention(pattern=Global(5), num_heads=2, head_dim=8)
+    x = torch.randn(1, 50, 2, 8)
+    out, lse = attention(x, x, x, return_lse=True)
+    expected, expected_lse = reference.attention(x, x, x, pattern=Global(5))
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    assert torch.allclose(lse.double(), expected_lse, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 128, 192, 256])
+@pytest.mark.parametrize("pattern", BANDED, ids=str)
+def test_pytorchs_own_kernel_takes_windows_on_the_card(pattern: Pattern, head_dim: int, is_causal: bool) -> None:
+    for q_len, kv_len, q_offset, dtype in (
+        (517, 517, 0, "bfloat16"),
+        (77, 300, 223, "float16"),
+        (130, 90, 40, "float16"),
+    ):
+        geometry = Geometry(
+            q_len=q_len, kv_len=kv_len, q_offset=q_offset, num_heads=4, num_kv_heads=2, is_causal=is_causal
+        )
+        attention = build("sdpa", pattern, geometry, dtype, head_dim)
+        check(attention, geometry, [1e-2] * 5, through_lse=attention._engine.has_dlse)
