@@ -20,11 +20,13 @@ from dilated_attention import Attention, ConfigError, Dilated, Full, Global, Loc
 from dilated_attention.bench.timing import difference, milliseconds, random_inputs, training
 
 BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-PATTERNS: Final[dict[str, Pattern]] = {
-    "Full": Full(),
-    "Dilated, w = 256 ... 2048, r = 1 ... 8": Dilated((256, 512, 1024, 2048), (1, 2, 4, 8)),
-    "Local((255, 0)) | Global(16)": Local((255, 0)) | Global(16),
-    "Random(4, 64)": Random(4, 64),
+# With whether it is causal.
+PATTERNS: Final[dict[str, tuple[Pattern, bool]]] = {
+    "Full": (Full(), True),
+    "Dilated, w = 256 ... 2048, r = 1 ... 8": (Dilated((256, 512, 1024, 2048), (1, 2, 4, 8)), True),
+    "Local((255, 0)) | Global(16)": (Local((255, 0)) | Global(16), True),
+    "Random(4, 64)": (Random(4, 64), True),
+    "Local(64), not causal": (Local(64), False),
 }
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +55,7 @@ def ways(attention: Attention, bounds: Tensor) -> dict[str, Forward]:
     return {"packed": packed, "alone": alone}
 
 
-def measured(pattern: Pattern, args: argparse.Namespace) -> dict[str, list[float]]:
+def measured(pattern: Pattern, is_causal: bool, args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of forward and backward each way: lengths that are new, then the same ones again; medians.
 
     Raises:
@@ -63,7 +65,7 @@ def measured(pattern: Pattern, args: argparse.Namespace) -> dict[str, list[float
     # Lengths are kept for a configuration: with scales that differ the ways do not find each other's.
     scales = {"packed": args.head_dim**-0.5, "alone": args.head_dim**-0.5 * (1 + 1e-9)}
     built = {
-        way: build_attention(pattern=pattern, device=args.device, is_causal=True, scale=scale, **fields)
+        way: build_attention(pattern=pattern, device=args.device, is_causal=is_causal, scale=scale, **fields)
         for way, scale in scales.items()
     }
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in built}
@@ -88,8 +90,8 @@ def measured(pattern: Pattern, args: argparse.Namespace) -> dict[str, list[float
 def rows(args: argparse.Namespace) -> Iterator[str]:
     """The table."""
     yield f"{'f+b ms: new lengths / again':42}{'one call':>18}{'a call each':>18}"
-    for name, pattern in PATTERNS.items():
-        took = measured(pattern, args)
+    for name, (pattern, is_causal) in PATTERNS.items():
+        took = measured(pattern, is_causal, args)
         yield f"{name:42}" + "".join(f"{new:9.1f} /{again:7.1f}" for new, again in took.values())
 
 

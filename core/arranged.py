@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .band_calls import bands_beside
 from .documents import Document, Packing, Stack, stacked
 from .filled import Filled, filled
 from .geometry import one_token
@@ -35,7 +36,8 @@ def arranged(documents: Sequence[Document], engine: Engine, query: Tensor, key: 
 def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -> bool:
     """Whether its kernel computes all of them in one go, each as the beginning of a longer sequence.
 
-    Patterns that keep prefixes promise that; of blocks it holds where attention is causal.
+    Patterns that keep prefixes promise that; of blocks it holds where attention is causal, and of bands, whose keys
+    depend on no length.
     """
     config = engine.config
     if not isinstance(engine.kernel, Packs) or config.dropout_p or not keeps_prefixes(engine.pattern):
@@ -44,7 +46,10 @@ def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -
         return False
     if _kinds(engine) == {"branch"}:
         return True
-    return config.is_causal and all((d.q_start, d.q_len) == (d.kv_start, d.kv_len) for d in documents)
+    if any((d.q_start, d.q_len) != (d.kv_start, d.kv_len) for d in documents):
+        return False
+    token = one_token(config.num_heads, config.kv_heads, config.is_causal)
+    return config.is_causal or bands_beside(engine.pattern, token) is not None
 
 
 def fills_documents(engine: Engine, device: torch.device) -> bool:

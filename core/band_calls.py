@@ -8,6 +8,7 @@ from .bands import Band, bands_of
 from .geometry import Geometry
 from .layout import Layout
 from .lowering import split
+from .pattern import Pattern
 from .schedule import Call, Rows, Schedule, schedule
 
 
@@ -19,14 +20,17 @@ def dense_schedule(layout: Layout, *, windows: bool) -> Schedule | None:
         windows: calls may have a `window`.
     """
     branches = schedule(layout.branches, layout.geometry)
-    _, rest = split(layout.pattern, layout.geometry)
-    if rest is None:
-        return branches
-    bands = bands_of(rest)
+    bands = bands_beside(layout.pattern, layout.geometry)
     calls = None if bands is None else band_calls(bands, layout.geometry)
     if calls is None or (not windows and any(call.window is not None for call in calls)):
         return None
     return _with_bands(branches, calls, layout.geometry)
+
+
+def bands_beside(pattern: Pattern, geometry: Geometry) -> tuple[Band, ...] | None:
+    """The bands of what a pattern has beside strided branches; None where that is no sum of bands."""
+    _, rest = split(pattern, geometry)
+    return () if rest is None else bands_of(rest)
 
 
 def band_calls(bands: Iterable[Band], geometry: Geometry) -> tuple[Call, ...] | None:

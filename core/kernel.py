@@ -64,8 +64,9 @@ class LayoutPiece:
             only to backends that declare context_parallel.
         packing: the documents of the call, each of which is a sequence of its own: its tokens see what the first tokens
             of the layout see, up to the document's end. The layout is of one sequence with as many queries as keys,
-            no shorter than any of them; where it has blocks it is causal, and documents have as many queries as
-            keys, at the same places. Given only to kernels that are `Packs`.
+            no shorter than any of them; where it has blocks, documents have as many queries as keys, at the same
+            places, and if it is not causal, a document's pairs are those of the layout up to its end. Given only to
+            kernels that are `Packs`.
     """
 
     layout: Layout

@@ -10,6 +10,7 @@ from weakref import ReferenceType, ref
 import attrs
 import numpy as np
 
+from .band_calls import band_calls, bands_beside
 from .counting import packing_pairs, query_pairs
 from .errors import ConfigError
 from .geometry import Geometry, about_as_long
@@ -65,17 +66,21 @@ class Packings:
 
     def _make(self, packing: Packing, device: torch.device) -> Program:
         layout, before = self._lowered(packing.longest)
-        if before is None:
-            pairs = packing_pairs(layout.branches, packing, is_causal=layout.geometry.is_causal)
-        else:
+        if before is not None:
             pairs = int(before[packing.places[:, 4]].sum())
+        else:
+            pairs = packing_pairs(layout.branches, packing, is_causal=layout.geometry.is_causal)
+            pairs += self._pairs_in_bands(packing)
         deterministic = self._config.deterministic
         prepared = self._kernel.prepare_packing(layout, packing, device, deterministic=deterministic)
         schedule = Schedule((), 0)
         return Program(layout, schedule, packing=packing, pairs_before=before, prepared_bytes=prepared, pairs=pairs)
 
     def _lowered(self, longest: int) -> tuple[Layout, IntArray | None]:
-        """A layout that is no shorter, the same for many lengths, and the pairs of its queries where it has blocks."""
+        """A layout that is no shorter, the same for many lengths, and the pairs of its queries where it has blocks.
+
+        Of queries that do not see more where more tokens follow.
+        """
         length = about_as_long(longest, 1, longest)
         with self._lock:
             known = [program for _, found in self._recent if (program := found()) is not None]
@@ -89,17 +94,28 @@ class Packings:
             if length == longest:
                 raise
             layout = self._lower(longest)
-        if layout.blocks is None:
+        if layout.blocks is None or not self._config.is_causal:
             return layout, None
         return layout, np.append(0, query_pairs(layout, layout.geometry.q_len).cumsum())
 
+    def _pairs_in_bands(self, packing: Packing) -> int:
+        """Pairs of all documents in what the pattern has beside branches."""
+        bands, total = bands_beside(self._pattern, self._geometry(1)), 0
+        for length, count in zip(*np.unique(packing.places[:, 4], return_counts=True), strict=True) if bands else ():
+            calls = band_calls(bands or (), self._geometry(int(length)))
+            assert calls is not None  # queries and keys are at the same positions
+            total += int(count) * sum(call.pairs for call in calls)
+        return total
+
     def _lower(self, length: int) -> Layout:
+        return lower(self._pattern, self._geometry(length), limit_bytes=self._config.limits.layout_bytes)
+
+    def _geometry(self, length: int) -> Geometry:
         config = self._config
-        geometry = Geometry(
+        return Geometry(
             q_len=length,
             kv_len=length,
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             is_causal=config.is_causal,
         )
-        return lower(self._pattern, geometry, limit_bytes=config.limits.layout_bytes)

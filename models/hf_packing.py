@@ -14,15 +14,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..core.errors import ConfigError
 from .requirements import require
 
-# What was read off a tensor that all layers of a forward share, for as long as it lives.
+# What the host has read of a tensor that all layers of a forward share, for as long as it lives: each would wait anew.
 _READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def is_plain(mask: Tensor) -> bool:
-    """Whether a mask (B, F) bool is True everywhere; read once a tensor."""
+def padding_of(mask: Tensor) -> Tensor | None:
+    """Where a mask (B, F) bool is False; None where it is True everywhere. Read once a tensor; a graph cannot look."""
+    if torch.compiler.is_compiling():
+        return ~mask
     if mask not in _READ:
-        _READ[mask] = bool(mask.all())
-    return bool(_READ[mask])
+        padding = ~mask.cpu()
+        _READ[mask] = padding if bool(padding.any()) else None
+    found: Tensor | None = _READ[mask]
+    return found
 
 
 def document_starts(position_ids: Tensor) -> Tensor | None:
@@ -42,7 +46,7 @@ def _starts(ids: Tensor, step: int) -> Tensor | None:
         require(~breaks.any(), "packed position_ids in a compiled graph: give cu_seq_lens_q and cu_seq_lens_k too")
         return None
     if ids not in _READ:
-        _READ[ids] = _cumulative(breaks) if bool(breaks.any()) else None
+        _READ[ids] = _cumulative(breaks).cpu() if bool(breaks.any()) else None
     starts: Tensor | None = _READ[ids]
     return starts
 

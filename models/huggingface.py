@@ -23,7 +23,7 @@ from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
 from .built import BuiltAttention
 from .hf_masks import padding_mask
-from .hf_packing import is_plain, packed_lengths
+from .hf_packing import packed_lengths, padding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,16 +194,15 @@ class _Implementation:
         self._check(others, attention_mask, query, value)
         causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
         built = self._attention(module, query, key, dropout, scaling, causal, _window(module, sliding_window))
-        documents = None
+        documents = padding = None
         if attention_mask is not None and attention_mask.dtype == torch.int32:
-            documents, attention_mask = attention_mask, None
-        if attention_mask is not None:
+            documents = attention_mask
+        elif attention_mask is not None:
             key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-            if not torch.compiler.is_compiling() and is_plain(attention_mask):
-                attention_mask = None
+            padding = padding_of(attention_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         batch, length = q.shape[:2]
-        is_self = attention_mask is None and length == k.shape[1] and length > 1
+        is_self = padding is None and length == k.shape[1] and length > 1
         if not causal and length != k.shape[1] and not built.is_full:
             raise ConfigError(
                 f"{length} queries attend to {k.shape[1]} keys of another sequence: only Full() does that"
@@ -212,7 +211,6 @@ class _Implementation:
         if lengths is not None:
             out = built(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=causal, cu_seqlens=lengths)
             return out.unflatten(1, (batch, length)).squeeze(0), None
-        padding = None if attention_mask is None else ~attention_mask
         return built(q, k, v, is_causal=causal, key_padding_mask=padding, is_cross=built.is_full and not causal), None
 
     def _check(self, others: dict[str, Any], mask: object, query: Tensor, value: Tensor) -> None:

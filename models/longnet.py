@@ -65,6 +65,7 @@ class _Stack(nn.Module):
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
         padding = as_padding(padding)
         rotation = self._rotation(x_BSE, padding)
+        padding = _read_once(padding)
         recompute = self.config.activation_checkpointing is True and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if keep is not None:
@@ -162,7 +163,12 @@ class LongNetDecoder(_Stack):
                 f"this decoder was made with has_memory={self.has_memory} and called "
                 f"{'without a' if memory_BME is None else 'with a'} memory"
             )
-        return self._run(x_BSE, key_padding_mask, memory_BME, memory_padding_mask)
+        return self._run(x_BSE, key_padding_mask, memory_BME, _read_once(as_padding(memory_padding_mask)))
+
+
+def _read_once(padding: Tensor | None) -> Tensor | None:
+    """The mask where the host can read it, as every layer's attention does, but for graphs."""
+    return padding if padding is None or torch.compiler.is_compiling() else padding.cpu()
 
 
 class LongNetLM(nn.Module):

@@ -68,19 +68,24 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
 
 
 def main(folder: str, tiles: str) -> None:
-    """Each tile, for the head_dims, tables and sizes of tensors that compile apart, and of documents."""
+    """Each tile, for the head_dims, tables and sizes of tensors that compile apart, and of documents.
+
+    Of those whose rows may end with their document, too.
+    """
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for module, name, width, columns, stages, warps, registers, begin, feeding, adding, split, parts in json.loads(
         tiles
     ):
         fn = kernel(folder, module, name)
-        variants = [(width, True, False, False), (width - 16, False, True, False), (width, True, False, True)]
-        for head_dim, shifts, wide, packed in variants:
+        variants = [(width, True, False, False, False), (width - 16, False, True, False, False)]
+        variants += [(width, True, False, True, False)]
+        variants += [(width, True, False, True, True)] if "IN_ORDER" in fn.arg_names else []
+        for head_dim, shifts, wide, packed, in_order in variants:
             constants = {
                 "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
                 "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,
                 "PART_REGISTERS": registers, "FEED_REGISTERS": feeding, "ADD_REGISTERS": adding,
-                "PACKED": packed,
+                "PACKED": packed, "IN_ORDER": in_order,
             }  # fmt: skip
             taken = {key: value for key, value in constants.items() if key in fn.arg_names}
             shared, said = compile_for_hopper(fn, taken, warps, begin)

@@ -130,6 +130,30 @@ def test_blocks_of_documents_in_one_launch(
     assert launched == ["forward", "queries", "keys"]
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("of_call", [{"bounds": torch.tensor([0, 0, 17, 19, 52])}, {"mask": LATER}, {"mask": EARLIER}],
+                         ids=["packed", "padded before", "padded behind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [Local((20, 7)), Local((6, 9)) | Global(3), Dilated((8, 16), (1, 2)) + Local(9), Local(9) + Local((3, 0))],
+    ids=["window", "global", "branches", "weights"],
+)
+def test_bands_of_documents_whose_queries_see_what_follows(
+    pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of queries then end with their document too."""
+    launched = launches_of(launches.BlockPart, monkeypatch)
+    check_documents(pattern, **of_call, is_causal=False, factor=3)
+    assert launched == ["forward", "queries", "keys"]
+
+
+def test_other_blocks_are_computed_one_length_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose pairs may depend on the length, where attention is not causal."""
+    launched = launches_of(launches.BlockPart, monkeypatch)
+    check_documents(Random(2, 16, seed=3), bounds=torch.tensor([0, 17, 52]), is_causal=False)
+    assert launched == 2 * ["forward"] + 2 * ["queries", "keys"]
+
+
 def test_blocks_that_everyone_sees() -> None:
     """Whose rows begin first."""
     check_documents(Random(1, 16) | Global(16), bounds=torch.tensor([0, 200, 215]))

@@ -13,7 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dilated_attention import AttentionConfig, ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random
+from dilated_attention import (
+    AttentionConfig,
+    ConfigError,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Limits,
+    Local,
+    Pattern,
+    Random,
+)
 from dilated_attention.core import arranged, packings
 from dilated_attention.core.cache import ByteLRU
 from dilated_attention.core.documents import Document, Packing
@@ -66,15 +77,25 @@ def make(pattern: Pattern, **fields: Any) -> tuple[packings.Packings, ByteLRU[tu
 
 
 @pytest.mark.parametrize(
-    "pattern", [Dilated((8, 16), (1, 2)), Full(), Random(2, 16), Local((20, 0)) + Local((3, 0))], ids=str
+    ("pattern", "is_causal"),
+    [
+        (Dilated((8, 16), (1, 2)), True),
+        (Full(), True),
+        (Random(2, 16), True),
+        (Local((20, 0)) + Local((3, 0)), True),
+        (Dilated((8, 16), (1, 2)), False),
+        (Local((20, 5)) | Global(3), False),
+        (Dilated((8, 16), (1, 2)) + Local((20, 5)), False),
+    ],
+    ids=str,
 )
-def test_pairs_are_those_of_each_document(pattern: Pattern) -> None:
-    made, programs, kernel = make(pattern, deterministic=True)
-    program = made.program(packing_of(17, 1, 40), CPU)
-    alone = (lower(pattern, Geometry.self_attention(n, 2, is_causal=True)).pairs for n in (17, 1, 40))
-    assert program.counted(1, None) == (58, sum(alone))
+def test_pairs_are_those_of_each_document(pattern: Pattern, is_causal: bool) -> None:
+    made, programs, kernel = make(pattern, deterministic=True, is_causal=is_causal)
+    program = made.program(packing_of(17, 1, 40, 17), CPU)
+    alone = (lower(pattern, Geometry.self_attention(n, 2, is_causal=is_causal)).pairs for n in (17, 1, 40, 17))
+    assert program.counted(1, None) == (75, sum(alone))
     assert programs.nbytes >= 1000
-    assert kernel.prepared == [(program.layout, packing_of(17, 1, 40), True)]
+    assert kernel.prepared == [(program.layout, packing_of(17, 1, 40, 17), True)]
 
 
 def test_lengths_that_are_about_the_same_are_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +167,11 @@ class Halves(Pattern):
         (Dilated((8, 16), (1, 2)), {"dropout_p": 0.1}, 0, False),
         (Local((20, 0)), {}, 0, True),
         (Local((20, 0)), {}, 2, False),  # keys elsewhere than their queries
-        (Local(20), {"is_causal": False}, 0, False),
+        (Local(20), {"is_causal": False}, 0, True),
+        (Local(20), {"is_causal": False}, 2, False),
+        (Dilated((8, 16), (1, 2)) + (Local(20) | Global(3)), {"is_causal": False}, 0, True),
+        (Random(2, 16), {}, 0, True),
+        (Random(2, 16), {"is_causal": False}, 0, False),  # what is drawn depends on the length
         (Halves(), {}, 0, False),
         (Learned(block_size=16, blocks_per_row=2), {}, 0, False),
     ],

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
-from .block_kernels import lets_through, rows_of_program
+from .block_kernels import met_of_entry, rows_of_program
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -23,12 +23,13 @@ def block_gradients_of_queries(
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries of one head: grid (tiles * heads, batch); ADDS adds it to what is there."""
     length = q_len
     inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
         documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
-        BLOCK, BLOCK_M, PACKED, False,
+        BLOCK, BLOCK_M, PACKED, IN_ORDER,
     )  # fmt: skip
     valid = row < q_len
     k_base = k_ptr + batch * stride_kb + (head // group_heads).to(tl.int64) * stride_kh + place * stride_ks
@@ -52,11 +53,12 @@ def block_gradients_of_queries(
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
-        column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
+        seen = tl.load(cols + entry) * BLOCK + within
+        column = tl.minimum(seen, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
-        met = lets_through(masks, tl.load(mask_ids + entry), inside, within, False, BLOCK)
+        met = met_of_entry(masks, tl.load(mask_ids + entry), inside, within, seen, k_len, False, BLOCK, IN_ORDER)
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
@@ -113,10 +115,7 @@ def block_gradients_of_keys(
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
         lse, delta = unpack(tl.load(stats_base + column))
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
-        mask = tl.load(mask_ids + entry)
-        met = lets_through(masks, tl.maximum(mask, 0), inside, within, True, BLOCK)
-        if PACKED:  # blocks without a mask too, and a document ends where the table may not
-            met = ((mask < 0) | met) & (seen < q_len)[None, :]
+        met = met_of_entry(masks, tl.load(mask_ids + entry), inside, within, seen, q_len, True, BLOCK, PACKED)
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)

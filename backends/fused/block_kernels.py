@@ -90,6 +90,18 @@ def lets_through(masks, mask, inside, column, IS_TRANSPOSED: tl.constexpr, BLOCK
 
 
 @triton.jit
+def met_of_entry(
+    masks, mask, inside, within, column, length, IS_TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """`lets_through` of a block that has a mask; IN_ORDER others come too, and only so many columns are there."""
+    met = lets_through(masks, tl.maximum(mask, 0) if IN_ORDER else mask, inside, within, IS_TRANSPOSED, BLOCK)
+    if IN_ORDER:
+        met = ((mask < 0) | met) & (column < length)[None, :]
+    return met
+
+
+@triton.jit
 def merge(out, lse, out_more, lse_more):
     """Rows (M, D) and their lse (M,) of two sets of keys as those of both; either may have none."""
     top = tl.maximum(lse, lse_more)
@@ -108,12 +120,13 @@ def attend_blocks(
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
     length = q_len
     inside, row, head, batch, place, q_len, k_len, first, masked, last = rows_of_program(
         documents, head_table, starts, ends, num_heads, block_rows, batch_tables, leading, q_len, k_len,
-        BLOCK, BLOCK_M, PACKED, False,
+        BLOCK, BLOCK_M, PACKED, IN_ORDER,
     )  # fmt: skip
     valid = row < q_len
     q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + place * stride_qs
@@ -135,10 +148,11 @@ def attend_blocks(
     for step in range((last - masked) * parts):
         entry = masked + step // parts
         within = (step % parts) * BLOCK_N + offset
-        column = tl.minimum(tl.load(cols + entry) * BLOCK + within, k_len - 1)
+        seen = tl.load(cols + entry) * BLOCK + within
+        column = tl.minimum(seen, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
-        met = lets_through(masks, tl.load(mask_ids + entry), inside, within, False, BLOCK)
+        met = met_of_entry(masks, tl.load(mask_ids + entry), inside, within, seen, k_len, False, BLOCK, IN_ORDER)
         scores = tl.where(met, scores, -_INF)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == -_INF, 0.0, new_max)

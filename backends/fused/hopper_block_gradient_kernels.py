@@ -37,11 +37,11 @@ _K_FROM_REGISTERS = gl.constexpr(version("triton").startswith("3.6."))
 @gluon.jit
 def _queries_part(
     given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     """dq of the rows of a part."""
-    (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, scale,
-     grad_scale) = given  # fmt: skip
+    (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, keys,
+     scale, grad_scale) = given  # fmt: skip
     row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
@@ -55,7 +55,7 @@ def _queries_part(
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
         scores = warpgroup_mma_wait(1, deps=[scores])
         bias, scores = bias_and_scores(
-            scores, blocks, number, inside + of_scores, 0, False, False, BLOCK, BLOCK_N
+            scores, blocks, number, inside + of_scores, keys, False, IN_ORDER, BLOCK, BLOCK_N
         )  # fmt: skip
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         free_step(ring, number, STAGES)
@@ -73,13 +73,13 @@ def block_gradients_of_queries(
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, ADDS: gl.constexpr, PACKED: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_gradient_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, False,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
@@ -89,13 +89,14 @@ def block_gradients_of_queries(
         ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh + place * stride_qs, stride_qs,
         dout_ptr + batch * stride_gb + head * stride_gh + place * stride_gs, stride_gs,
         stats_ptr + (batch * num_heads + head) * q_len + place,
-        dq_ptr + batch * stride_ob + head * stride_oh + place * stride_os, stride_os, queries, scale, grad_scale,
+        dq_ptr + batch * stride_ob + head * stride_oh + place * stride_os, stride_os, queries, keys, scale,
+        grad_scale,
     )  # fmt: skip
     feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, stats_ptr), keys)
     gl.warp_specialize(
         [
-            (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
-            (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS)),
+            (_queries_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, IN_ORDER)),
+            (_queries_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, IN_ORDER)),
             (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],

@@ -132,18 +132,18 @@ def bias_and_scores(
 
 @gluon.jit
 def _weigh_step(
-    scores, blocks, number, inside, row_sum, row_max, scale, dtype: gl.constexpr, FIXED: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr,
+    scores, blocks, number, inside, length, row_sum, row_max, scale, dtype: gl.constexpr, FIXED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     """`weigh_columns` of a step."""
-    bias, scores = bias_and_scores(scores, blocks, number, inside, 0, False, False, BLOCK, BLOCK_N)
+    bias, scores = bias_and_scores(scores, blocks, number, inside, length, False, IN_ORDER, BLOCK, BLOCK_N)
     return weigh_columns(scores, row_sum, row_max, scale, bias, 0, 0, dtype, FIXED, False, False, BLOCK_D)
 
 
 @gluon.jit
 def _attend_steps(
-    q, ring, blocks, inside, out, row_sum, row_max, scale, FIXED: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
+    q, ring, blocks, inside, length, out, row_sum, row_max, scale, FIXED: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     """The sums over all steps.
 
@@ -154,16 +154,16 @@ def _attend_steps(
         for number in range(blocks[5]):
             k, v, _besides = wait_for_step(ring, number, STAGES)
             p, shrink, row_sum, row_max = _weigh_step(
-                scores_of(q, k, BLOCK_N), blocks, number, inside, row_sum, row_max, scale, q.dtype,
-                FIXED, BLOCK_D, BLOCK_N, BLOCK,
+                scores_of(q, k, BLOCK_N), blocks, number, inside, length, row_sum, row_max, scale, q.dtype,
+                FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
             )  # fmt: skip
             out = add_columns(p, v, shrunk(out, shrink, FIXED))
             free_step(ring, number, STAGES)
     elif blocks[5] > 0:
         k, _v, _besides = wait_for_step(ring, 0, STAGES)
         p, shrink, row_sum, row_max = _weigh_step(
-            scores_of(q, k, BLOCK_N), blocks, 0, inside, row_sum, row_max, scale, q.dtype,
-            FIXED, BLOCK_D, BLOCK_N, BLOCK,
+            scores_of(q, k, BLOCK_N), blocks, 0, inside, length, row_sum, row_max, scale, q.dtype,
+            FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
         )  # fmt: skip
         for number in range(1, blocks[5]):
             k, _v, _besides = wait_for_step(ring, number, STAGES)
@@ -171,8 +171,8 @@ def _attend_steps(
             scores = begin_product(q, k, BLOCK_N)
             out = warpgroup_mma(p, v, out, is_async=True)
             p, shrink, row_sum, row_max = _weigh_step(
-                warpgroup_mma_wait(1, deps=[scores]), blocks, number, inside, row_sum, row_max, scale, q.dtype,
-                FIXED, BLOCK_D, BLOCK_N, BLOCK,
+                warpgroup_mma_wait(1, deps=[scores]), blocks, number, inside, length, row_sum, row_max, scale, q.dtype,
+                FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
             )  # fmt: skip
             out = shrunk(warpgroup_mma_wait(0, deps=[out]), shrink, FIXED)
             free_step(ring, number - 1, STAGES)
@@ -186,9 +186,10 @@ def _attend_steps(
 def _attend_part(
     given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr,
+    IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Out and lse of the rows of a part."""
-    ring, blocks, first, inside, q_base, stride_q, out_base, stride_o, lse_base, largest, length, scale = given
+    ring, blocks, first, inside, q_base, stride_q, out_base, stride_o, lse_base, largest, length, keys, scale = given
     row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
@@ -200,11 +201,13 @@ def _attend_part(
         is_bounded, row_max = bounded(x, largest, row_max, scale)
         if is_bounded:
             out, row_sum, row_max = _attend_steps(
-                q, ring, blocks, inside + of_scores, out, row_sum, row_max, scale, True, BLOCK_D, BLOCK_N, STAGES, BLOCK
+                q, ring, blocks, inside + of_scores, keys, out, row_sum, row_max, scale,
+                True, BLOCK_D, BLOCK_N, STAGES, BLOCK, IN_ORDER,
             )  # fmt: skip
     if not is_bounded:
         out, row_sum, row_max = _attend_steps(
-            q, ring, blocks, inside + of_scores, out, row_sum, row_max, scale, False, BLOCK_D, BLOCK_N, STAGES, BLOCK
+            q, ring, blocks, inside + of_scores, keys, out, row_sum, row_max, scale,
+            False, BLOCK_D, BLOCK_N, STAGES, BLOCK, IN_ORDER,
         )  # fmt: skip
     out, lse = finish_attending(out, row_sum, row_max, BLOCK_D)
     exists, place = first + of_scores < length, lse_base + first + of_scores
@@ -230,13 +233,13 @@ def attend_blocks(
     ends, documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr, PACKED: gl.constexpr,
+    BLOCK: gl.constexpr, ADDS: gl.constexpr, BOUNDED: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, False,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
@@ -246,13 +249,13 @@ def attend_blocks(
         ring, blocks, first, inside, q_ptr + batch * stride_qb + head * stride_qh + place * stride_qs, stride_qs,
         out_ptr + batch * stride_ob + head * stride_oh + place * stride_os, stride_os,
         lse_ptr + (batch * num_heads + head) * q_len + place,
-        largest_ptr + batch * (num_heads // group_heads) + key_head, queries, scale,
+        largest_ptr + batch * (num_heads // group_heads) + key_head, queries, keys, scale,
     )  # fmt: skip
     feed = (ring, blocks, (k_base, stride_ks, v_base, stride_vs, k_ptr), keys)
     gl.warp_specialize(
         [
-            (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
-            (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED)),
+            (_attend_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED, IN_ORDER)),
+            (_attend_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, ADDS, BOUNDED, IN_ORDER)),
             (feed_blocks, (feed, NOTHING, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
         ],
         [4, 4],

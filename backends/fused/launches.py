@@ -319,7 +319,9 @@ class BlockPart:
         tile = self._tiles.of(which)
         tables = self._blocks.tables(named, transposed=which in _BY_COLUMNS)
         tiles, is_packed = tables.programs * (tables.block_size // tile.rows), tables.packed is not None
-        constants: dict[str, Any] = {} if which in _BY_COLUMNS else {"ADDS": adds}
+        constants: dict[str, Any] = {}
+        if which not in _BY_COLUMNS:
+            constants = {"ADDS": adds, "IN_ORDER": is_packed and not geometry.is_causal}
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         if which == "gradients":
