@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import windows
 from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided, build_attention
 from dilated_attention.backends.aten import CpuFlash, CudaCudnnForOneLength, CudaFlash
 from dilated_attention.backends.joining import joining
@@ -170,6 +171,16 @@ def test_global_tokens_are_dense_calls_on_any_device() -> None:
     expected, expected_lse = reference.attention(x, x, x, pattern=Global(5))
     assert torch.allclose(out.double(), expected, atol=1e-5)
     assert torch.allclose(lse.double(), expected_lse, atol=1e-5)
+
+
+def test_the_benchmark_of_windows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "CASES", ((Local((5, 0)) | Global(2), 40, 2, 8, True), (Local(3), 90, 2, 8, False)))
+    windows.main(["--device", "cpu", "--dtype", "float64", "--longest", "50", "reference", "sdpa", "fa3"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head == f"{Local((5, 0)) | Global(2)}, 40 tokens, 2 heads of 8, causal"
+    assert [row.split()[0] for row in rows] == ["reference", "sdpa", "fa3"]
+    assert "differs by" in rows[1]
+    assert rows[2].split()[1] == "refused"
 
 
 @pytest.mark.gpu
