@@ -21,6 +21,8 @@ def dense_schedule(layout: Layout, *, windows: bool) -> Schedule | None:
     """
     branches = schedule(layout.branches, layout.geometry)
     bands = bands_beside(layout.pattern, layout.geometry)
+    if bands == ():
+        return branches
     calls = None if bands is None else band_calls(bands, layout.geometry)
     if calls is None or (not windows and any(call.window is not None for call in calls)):
         return None
@@ -39,18 +41,18 @@ def band_calls(bands: Iterable[Band], geometry: Geometry) -> tuple[Call, ...] | 
     Some have a `window`.
     """
     calls: list[Call] = []
-    for band in bands:
+    for number, band in enumerate(bands, 1):
         here = band.within(geometry)
         if here is None:
             continue
         parts = here.parts()
         if parts is None:
             return None
-        calls += [_call(part, geometry) for part in parts]
+        calls += [_call(part, geometry, f"band {number}") for part in parts]
     return tuple(calls)
 
 
-def _call(part: Band, geometry: Geometry) -> Call:
+def _call(part: Band, geometry: Geometry, name: str) -> Call:
     """The call for a part, counted from where the ends of its queries and keys meet, as `DensePiece.window` is."""
     (first, last), (low, high) = part.queries, part.keys
     queries, keys = last - first, high - low
@@ -63,7 +65,7 @@ def _call(part: Band, geometry: Geometry) -> Call:
         segments=1,
         is_causal=is_causal,
         weight=1,
-        name="rectangle" if is_all else "causal square" if is_causal else "window",
+        name=name,
         window=None if is_all or is_causal else (min(left, keys), min(right, keys)),
     )
 

@@ -10,7 +10,7 @@ from dilated_attention import Pattern
 from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import LayoutKernel
+from dilated_attention.core.kernel import DenseKernel, LayoutKernel
 from dilated_attention.exchange.compute import Compute
 from dilated_attention.exchange.shards import Shards
 from dilated_attention.exchange.simulation import simulate
@@ -26,12 +26,15 @@ def worst(
     through_lse: bool = False,
     kernel: LayoutKernel | None = None,
     takes_staged: bool = False,
+    dense: DenseKernel | None = None,
     dtype: torch.dtype = torch.float64,
     head_dim: int = 8,
     hops: bool = False,
     device: str = "cpu",
 ) -> float:
     """The largest error over out, lse, dq, dk, dv of ranks that compute their own keys by `kernel`, if one is given.
+
+    Else, and what they receive, by `dense` or the kernel for CPUs.
 
     On a card, of patterns that are no branches.
     """
@@ -40,7 +43,7 @@ def worst(
     drawn = inputs(geometry, batch=batch, head_dim=head_dim, dtype=dtype)
     tensors = [x.detach().to(device).requires_grad_() for x in drawn]
     expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
-    composer = Composer(CpuFlash(), 1 / math.sqrt(head_dim), False)
+    composer = Composer(dense or CpuFlash(), 1 / math.sqrt(head_dim), False)
     compute = Compute(composer, tensors[0].device, dtype, 1 << 20, kernel, takes_staged)
     generator = torch.Generator().manual_seed(1)  # what `with_gradients` draws
     dout = torch.randn((batch, n, h, head_dim), generator=generator, dtype=torch.float64).to(tensors[0])

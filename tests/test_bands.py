@@ -15,13 +15,18 @@ from dilated_attention.backends.joining import joining
 from dilated_attention.core import reference
 from dilated_attention.core.band_calls import dense_schedule
 from dilated_attention.core.bands import bands_of
+from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import takes_windows
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.schedule import Call, Schedule
+from dilated_attention.exchange.compute import Compute
+from dilated_attention.exchange.pieces import ComposedPiece
+from dilated_attention.exchange.shards import Shards
 
 from .dense_math import ExactWindows
 from .kernel_kit import build, check, check_emulated, emulated_engine
+from .ring_simulation import worst
 from .strategies import geometries
 
 WINDOW, SINKS = Local((5, 3)), Global(4)
@@ -123,7 +128,8 @@ def test_without_windows_what_needs_one_takes_a_table() -> None:
 
 def test_the_first_call_covers_everything_where_one_can() -> None:
     geometry = Geometry.self_attention(64, 2, is_causal=True)
-    for pattern, calls, cover in ((WINDOW, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0), (Full() + WINDOW, 2, 1)):
+    cases = (WINDOW, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0), (Full() + WINDOW, 2, 1), (Full(), 1, 1)
+    for pattern, calls, cover in cases:
         found = dense_schedule(lower(pattern, geometry), windows=True)
         assert found is not None
         assert (len(found.calls), found.cover) == (calls, cover)
@@ -140,6 +146,26 @@ def test_a_kernel_that_takes_windows_computes_the_pattern(pattern: Pattern, is_c
         Geometry(q_len=30, kv_len=25, q_offset=11, kv_offset=3, **heads),  # type: ignore[arg-type]
     ):
         check_emulated(ExactWindows(), geometry, pattern, head_dim=8)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("pattern", BANDED, ids=str)
+def test_ranks_compute_their_own_keys_so(pattern: Pattern, is_causal: bool) -> None:
+    shards = Shards(24, 3, 4, 2, is_causal)
+    for hops in (False, True):
+        assert worst(pattern, shards, batch=2, through_lse=True, dense=ExactWindows(), hops=hops) < 1e-12
+
+
+def test_a_shard_of_bands_has_no_table() -> None:
+    compute = Compute(Composer(ExactWindows(), 1.0, False), torch.device("cpu"), torch.float64, 1 << 20)
+    geometry = Geometry(q_len=24, kv_len=24, num_heads=2, num_kv_heads=2, is_causal=True, q_offset=24, kv_offset=24)
+    piece = compute.shard(lower(WINDOW | SINKS, geometry))
+    assert isinstance(piece, ComposedPiece)
+    assert piece.blocks is None
+    assert piece.pairs == lower(WINDOW | SINKS, geometry).pairs
+    twice = compute.shard(lower(WINDOW + Local((2, 0)), geometry))
+    assert isinstance(twice, ComposedPiece)
+    assert twice.merges == 2  # rows are in both windows
 
 
 def test_no_table_is_put_on_the_device_then() -> None:
