@@ -169,6 +169,7 @@ class BuiltAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         is_cross: bool = False,
         cu_seqlens: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -180,6 +181,8 @@ class BuiltAttention(nn.Module):
             key_padding_mask: (B, T) bool, True for padding.
             is_cross: queries are not the tokens that the mask speaks of; all of them attend.
             cu_seqlens: (documents + 1,) cumulative lengths of documents packed in a batch of one row.
+            sinks: (H,) scores of a key that every query of a head also sees, whose value is 0, as gpt-oss has them;
+                not beside `is_cross` with a mask, nor with `compatibility`.
 
         Returns:
             (B, S, H, D).
@@ -191,11 +194,17 @@ class BuiltAttention(nn.Module):
             attention = self._builds.made[built_for]
         else:
             attention = self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
+        if sinks is not None and (self.compatibility is not None or (is_cross and key_padding_mask is not None)):
+            raise ConfigError("sinks are not taken beside compatibility, nor with a padding mask across two sequences")
         if is_cross and key_padding_mask is not None:
             return _row_by_row(attention, query, key, value, key_padding_mask)
+        if sinks is not None:
+            documents = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+            out, lse = attention(query, key, value, return_lse=True, **documents)
+            return with_sinks(out, lse, sinks)
         if self.compatibility is None or is_causal:
-            out: Tensor = attention(query, key, value, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
-            return out
+            attended: Tensor = attention(query, key, value, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+            return attended
         if key_padding_mask is not None or cu_seqlens is not None:
             raise ConfigError(
                 f"compatibility={self.compatibility!r} takes no key_padding_mask: the original ignored it; run the "
@@ -214,6 +223,21 @@ class BuiltAttention(nn.Module):
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens' output (B, S, H, D), causal; see `Attention.step`."""
         return self.attention_for(query.dtype, query.device.type, is_causal=True).step(query, key, value, cache)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has a key of that score and of value 0 besides: out exp(lse) / (exp(lse) + exp(sink)).
+
+    Args:
+        out: (B, S, H, D).
+        lse: (B, H, S).
+        sinks: (H,).
+
+    Returns:
+        (B, S, H, D), in the dtype of out, differentiable in all three.
+    """
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return (out * share.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
 
 
 def _row_by_row(attention: Attention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:

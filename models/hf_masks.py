@@ -19,8 +19,10 @@ from torch import Tensor
 from ..core.errors import ConfigError
 
 _PLAIN = ("causal_mask_function", "bidirectional_mask_function")
-# Pieces that a causal mask may be met with, and what the attention knows them by.
+# Pieces that such a mask may be met with, and what the attention knows them by.
 _WINDOW = "sliding_window_overlay.<locals>.inner_mask"
+_WINDOW_OF_BOTH_SIDES = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
+_WINDOWED = ([_WINDOW, "causal_mask_function"], [_WINDOW_OF_BOTH_SIDES, "bidirectional_mask_function"])
 _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 _BOTH = "and_masks.<locals>.and_mask"
@@ -99,15 +101,15 @@ def require_known(function: Callable[..., Any]) -> None:
     if name == _BOTH:
         parts = _captured(function)["mask_functions"]
         names = [_name(part) for part in parts]
-        if names == [_WINDOW, "causal_mask_function"] or _PACKED in names:  # first, or as in 5.0 last
+        if names in _WINDOWED or _PACKED in names:  # first, or as in 5.0 last
             for part in parts:
-                if _name(part) != _WINDOW:
+                if _name(part) not in (_WINDOW, _WINDOW_OF_BOTH_SIDES):
                     require_known(part)
             return
         name = " & ".join(names)
     raise ConfigError(
         f"the model's mask function {name!r} is none that this attention can honour: it takes causal and bidirectional "
-        f"masks, causal sliding windows and packed sequences, and says by its pattern who attends to whom. Use "
+        f"masks, sliding windows of either and packed sequences, and says by its pattern who attends to whom. Use "
         f"set_attn_implementation('eager') for this model"
     )
 
@@ -125,7 +127,9 @@ def _documents(function: Callable[..., Any]) -> Tensor | None:
 
 def _is_causal(function: Callable[..., Any] | None) -> bool:
     """Whether no key beyond the last query is seen, so that a static cache can be cut there."""
-    return function is None or _name(function) != "bidirectional_mask_function"
+    if function is not None and _name(function) == _BOTH:
+        return all(map(_is_causal, _captured(function)["mask_functions"]))
+    return function is None or _name(function) not in ("bidirectional_mask_function", _WINDOW_OF_BOTH_SIDES)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -32,6 +32,7 @@ _Pattern = Pattern | Mapping[str, Any]
 _Layers = Mapping[int, _Pattern] | Mapping[str, _Pattern] | Mapping[int | str, _Pattern]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_OLDER = " and its cache forgets what is older"
 _SET_BY_MODEL = ("num_heads", "num_kv_heads", "head_dim", "scale", "dropout_p", "is_causal", "tensor_layout", "pattern")
 # What models hand to their attention that asks nothing of it.
 _HARMLESS = frozenset(
@@ -172,6 +173,7 @@ class _Implementation:
         scaling: float | None = None,
         is_causal: bool | None = None,
         sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Attend, as transformers calls it.
@@ -185,7 +187,8 @@ class _Implementation:
             dropout: of attention weights; transformers gives 0 in evaluation mode.
             scaling: factor on q·k.
             is_causal: by default the module's.
-            sliding_window: keys that a query sees, its own included.
+            sliding_window: keys that a query sees, its own included; so many on each side where it is not causal.
+            s_aux: (H,) scores of a key without value that every query also sees, as gpt-oss has them.
             others: what the model hands on; what asks for something that cannot be honoured is an error.
 
         Returns:
@@ -193,7 +196,8 @@ class _Implementation:
         """
         self._check(others, attention_mask, query, value)
         causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-        built = self._attention(module, query, key, dropout, scaling, causal, _window(module, sliding_window))
+        window = sliding_window if sliding_window is not None else _window(module, causal)
+        built = self._attention(module, query, key, dropout, scaling, causal, window)
         documents = padding = None
         if attention_mask is not None and attention_mask.dtype == torch.int32:
             documents = attention_mask
@@ -209,9 +213,11 @@ class _Implementation:
             )
         lengths = packed_lengths(others, documents, batch=batch, is_self=is_self)
         if lengths is not None:
-            out = built(*(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=causal, cu_seqlens=lengths)
+            flat = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+            out = built(*flat, is_causal=causal, cu_seqlens=lengths, sinks=s_aux)
             return out.unflatten(1, (batch, length)).squeeze(0), None
-        return built(q, k, v, is_causal=causal, key_padding_mask=padding, is_cross=built.is_full and not causal), None
+        is_cross = built.is_full and not causal
+        return built(q, k, v, is_causal=causal, key_padding_mask=padding, is_cross=is_cross, sinks=s_aux), None
 
     def _check(self, others: dict[str, Any], mask: object, query: Tensor, value: Tensor) -> None:
         """Raise `ConfigError` for what was asked for and cannot be honoured."""
@@ -281,17 +287,15 @@ class _Implementation:
         """The pattern inside a sliding window."""
         if window is None:
             return pattern
-        if not causal:
-            raise ConfigError(
-                f"layer {layer} has a sliding window of {window} without causality, which is not supported"
-            )
-        inside = _resolved({"kind": "local", "window_size": (window - 1, 0)})
+        sides = (window - 1, 0 if causal else window - 1)
         if isinstance(pattern.unwrap(), Full):
-            return inside
-        if pattern.kind == "local" and pattern.to_dict()["window_size"][0] < window:  # type: ignore[index]
-            return pattern
+            return _resolved({"kind": "local", "window_size": sides})
+        if pattern.kind == "local":
+            sizes: tuple[int, int] = pattern.to_dict()["window_size"]  # type: ignore[assignment]
+            if sizes[0] <= sides[0] and (causal or sizes[1] <= sides[1]):
+                return pattern
         raise ConfigError(
-            f"layer {layer} has a sliding window of {window} and its cache forgets what is older, so {pattern!r} "
+            f"layer {layer} has a sliding window of {window}{_OLDER if causal else ' on each side'}, so {pattern!r} "
             f"cannot be computed there; give such layers Full(), which is the window, or a Local inside it: "
             f"layers={{'sliding_attention': Full()}}"
         )
@@ -312,13 +316,14 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
     return found
 
 
-def _window(module: nn.Module, given: int | None) -> int | None:
-    """The layer's sliding window: what it hands on, or what its type says in the configuration."""
-    if given is not None:
-        return given
+def _window(module: nn.Module, causal: bool) -> int | None:
+    """The sliding window of a layer that hands none on: what its type says in the configuration.
+
+    Masks of both sides count it without the query's own position, and layers that hand it on with that.
+    """
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
     if types is None or layer is None or layer >= len(types) or types[layer] != "sliding_attention":
         return None
     window: int | None = getattr(config, "sliding_window", None)
-    return window
+    return window if causal or window is None else window + 1

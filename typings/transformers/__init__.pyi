@@ -38,6 +38,13 @@ class LlamaConfig:
 class LlamaForCausalLM(PreTrainedModel):
     def __init__(self, config: LlamaConfig) -> None: ...
 
+class ModernBertConfig:
+    layer_types: list[str]
+    def __init__(self, **fields: Any) -> None: ...
+
+class ModernBertModel(PreTrainedModel):
+    def __init__(self, config: ModernBertConfig) -> None: ...
+
 class T5Config:
     def __init__(self, **fields: Any) -> None: ...
 
