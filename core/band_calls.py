@@ -4,29 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import attrs
+
 from .bands import Band, bands_of
 from .geometry import Geometry
-from .layout import Layout
 from .lowering import split
-from .pattern import Pattern
+from .pattern import Branch, Pattern
 from .schedule import Call, Rows, Schedule, schedule
 
 
-def dense_schedule(layout: Layout, *, windows: bool) -> Schedule | None:
-    """The calls that compute a whole layout; None where it takes a table of blocks.
+@attrs.frozen
+class Dense:
+    """A pattern as calls of a dense kernel alone: its strided branches, and the bands that it has beside them.
+
+    Attributes:
+        branches: the strided parts.
+        bands: the rest.
+        schedule: the calls of both.
+    """
+
+    branches: tuple[Branch, ...]
+    bands: tuple[Band, ...]
+    schedule: Schedule
+
+
+def dense_form(pattern: Pattern, geometry: Geometry, *, windows: bool) -> Dense | None:
+    """The calls that compute a pattern; None where it takes a table of blocks.
 
     Args:
-        layout: a lowered pattern.
+        pattern: what is to be computed.
+        geometry: for which call.
         windows: calls may have a `window`.
     """
-    branches = schedule(layout.branches, layout.geometry)
-    bands = bands_beside(layout.pattern, layout.geometry)
-    if bands == ():
-        return branches
-    calls = None if bands is None else band_calls(bands, layout.geometry)
-    if calls is None or (not windows and any(call.window is not None for call in calls)):
+    branches, rest = split(pattern, geometry)
+    bands = () if rest is None else bands_of(rest)
+    calls = None if bands is None else band_calls(bands, geometry)
+    if bands is None or calls is None or (not windows and any(call.window is not None for call in calls)):
         return None
-    return _with_bands(branches, calls, layout.geometry)
+    strided = schedule(branches, geometry)
+    return Dense(branches, bands, _with_bands(strided, calls, geometry) if calls else strided)
 
 
 def bands_beside(pattern: Pattern, geometry: Geometry) -> tuple[Band, ...] | None:

@@ -24,6 +24,7 @@ from .supports import branch_counts, branch_signature, ranges
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .bands import Band
     from .documents import Packing
     from .pattern import IntArray
 
@@ -264,8 +265,11 @@ def row_pairs(blocks: BlockLayout) -> IntArray:
     return rows
 
 
-def query_pairs(layout: Layout, last: int) -> IntArray:
-    """Pairs that each of the last queries counts of causal self-attention over all heads; (at most `last`,) int64."""
+def query_pairs(layout: Layout, last: int, bands: Sequence[Band] = ()) -> IntArray:
+    """Pairs that each of the last queries counts of causal self-attention over all heads; (at most `last`,) int64.
+
+    Those of bands, which are in no layout, too.
+    """
     length = layout.geometry.q_len
     position = np.arange(max(0, length - last), length, dtype=np.int64)
     found = np.zeros(position.size, dtype=np.int64)
@@ -276,6 +280,11 @@ def query_pairs(layout: Layout, last: int) -> IntArray:
         heads = np.append(np.bincount(offsets), 0)  # of each residue; the last one of those that no head keeps
         residue = np.minimum(place % branch.stride, heads.size - 1)
         found += branch.weight * heads[residue] * (place // branch.stride + 1)
+    for band in bands:
+        (first, end), (low, high) = band.queries, band.keys
+        keys = np.minimum(high, position + min(band.right, 0) + 1) - np.maximum(max(low, 0), position - band.left)
+        is_query = (position >= first) & (position < end)
+        found += layout.geometry.num_heads * np.where(is_query, np.maximum(keys, 0), 0)
     return found if layout.blocks is None else found + _queries_of_blocks(layout.blocks)[position]
 
 

@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .band_calls import dense_schedule
+from .band_calls import dense_form
 from .block_product import BlockProduct
 from .cache import ByteLRU
 from .composer import Composers, delta_of, merge_, widen_rows
@@ -172,10 +172,10 @@ class Engine:
         """The program that core itself runs, with dense pieces and blocks."""
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
+        dense = dense_form(self.pattern, geometry, windows=self.takes_layout or takes_windows(self.kernel))
+        if dense is not None:
+            return Program(Layout(self.pattern, geometry, dense.branches, None), dense.schedule, bands=dense.bands)
         layout = lower(self.pattern, geometry, limit_bytes=self.config.limits.layout_bytes)
-        calls = dense_schedule(layout, windows=self.takes_layout or takes_windows(self.kernel))
-        if calls is not None:
-            return Program(layout, calls)
         assert layout.blocks is not None
         blocks = BlockProduct.prepare(
             layout.blocks,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .bands import Band
     from .block_product import BlockProduct
     from .documents import Packing
     from .pattern import IntArray
@@ -40,8 +41,9 @@ def keeps_prefixes(pattern: Pattern) -> bool:
 class Program:
     """One lowered length, ready to run: the layout, its dense calls, and its blocks on their device.
 
-    Where blocks are chosen per call, `dynamic` has what is known of them before, and `bound` gives them. A batch row
-    counts `pairs` over all query heads; with a `packing` it is all documents of a call that do.
+    What the calls compute as `bands` is in no layout. Where blocks are chosen per call, `dynamic` has what is known of
+    them before, and `bound` gives them. A batch row counts `pairs` over all query heads; with a `packing` it is all
+    documents of a call that do.
     """
 
     layout: Layout
@@ -50,6 +52,7 @@ class Program:
     dynamic: DynamicTables | None = None
     packing: Packing | None = None  # documents, each of which is the beginning of what the layout says
     pairs_before: IntArray | None = None  # (q_len + 1,), of the layout's queries before each, where it has blocks
+    bands: tuple[Band, ...] = ()
     prepared_bytes: int = 0  # that a kernel for whole layouts keeps with the layout
     pairs: int = attrs.field()
 
@@ -66,9 +69,7 @@ class Program:
             return dynamic_pairs(pattern, self.layout.geometry)
         if not self.schedule.calls:
             return self.layout.pairs
-        if self.blocks is None or self.layout.blocks is None:  # bands are calls, whatever the table says
-            return self.schedule.pairs
-        return self.schedule.pairs + self.layout.blocks.pairs
+        return self.schedule.pairs + (0 if self.layout.blocks is None else self.layout.blocks.pairs)
 
     def counted(self, batch: int, lengths: Sequence[int] | None) -> tuple[int, int]:
         """Tokens and pairs of a call: of all of its batch rows, or of causal documents of these lengths.
@@ -85,7 +86,7 @@ class Program:
     @cached_property
     def _prefix_pairs(self) -> list[int]:
         """Pairs of all queries, of all but the last one, and so on; every layer asks for the same, in both passes."""
-        per_query = query_pairs(self.layout, MOST_ADDED)
+        per_query = query_pairs(self.layout, MOST_ADDED, self.bands)
         return [self.pairs, *(self.pairs - np.cumsum(per_query[::-1])).tolist()]
 
     def bound(self, tables: Tensor) -> Program:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.band_calls import dense_schedule
+from ..core.band_calls import dense_form
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, accumulator_dtype
 from ..core.kernel import Adds, LayoutKernel, LayoutPiece, Prepares, takes_windows
@@ -48,9 +48,9 @@ class Compute:
         """A layout over the keys of one shard, which are there as they stand in the sequence."""
         if self.layout_kernel is not None:
             return self._whole(self.layout_kernel, layout)
-        dense = dense_schedule(layout, windows=takes_windows(self.composer.kernel))
+        dense = dense_form(layout.pattern, layout.geometry, windows=takes_windows(self.composer.kernel))
         if dense is not None:
-            return ComposedPiece(self.composer, dense, None, dense.pairs)
+            return ComposedPiece(self.composer, dense.schedule, None, dense.schedule.pairs)
         blocks = 0 if layout.blocks is None else layout.blocks.pairs
         calls = schedule(layout.branches, layout.geometry)
         return ComposedPiece(self.composer, calls, self._product(layout.blocks), calls.pairs + blocks)

@@ -13,7 +13,7 @@ from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Str
 from dilated_attention.backends.aten import CpuFlash, CudaCudnnForOneLength, CudaFlash
 from dilated_attention.backends.joining import joining
 from dilated_attention.core import reference
-from dilated_attention.core.band_calls import dense_schedule
+from dilated_attention.core.band_calls import dense_form
 from dilated_attention.core.bands import bands_of
 from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
@@ -43,6 +43,11 @@ BANDED: list[Pattern] = [
     Full() + WINDOW,
     Strided(3) + (WINDOW | SINKS),
 ]
+
+
+def dense_schedule(pattern: Pattern, geometry: Geometry, *, windows: bool = True) -> Schedule | None:
+    found = dense_form(pattern, geometry, windows=windows)
+    return None if found is None else found.schedule
 
 
 def counts(call: Call, geometry: Geometry) -> Tensor:
@@ -85,7 +90,7 @@ def test_calls_hold_the_pairs_of_the_pattern(pattern: Pattern, is_causal: bool) 
     heads = {"num_heads": 4, "num_kv_heads": 2, "is_causal": is_causal}
     for q_len, kv_len in ((1, 1), (3, 3), (40, 40), (41, 41), (7, 40), (1, 23)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, **heads)  # type: ignore[arg-type]
-        found = dense_schedule(lower(pattern, geometry), windows=True)
+        found = dense_schedule(pattern, geometry)
         assert found is not None
         check_counts(found, pattern, geometry)
 
@@ -103,7 +108,7 @@ def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(
     pattern = members[0]
     for member in members[1:]:
         pattern = pattern + member if is_sum else pattern | member
-    found = dense_schedule(lower(pattern, geometry), windows=True)
+    found = dense_schedule(pattern, geometry)
     if found is not None:
         check_counts(found, pattern, geometry)
 
@@ -111,26 +116,25 @@ def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(
 def test_what_is_no_sum_of_bands_has_none() -> None:
     for pattern in (Random(2, 16), WINDOW | Random(2, 16), WINDOW | SINKS | Global(2), SINKS | Global(9)):
         assert bands_of(pattern) is None
-        assert dense_schedule(lower(pattern, Geometry.self_attention(40)), windows=True) is None
-    overlapping = lower(WINDOW | Dilated((8,), (2,)), Geometry.self_attention(40))
-    assert dense_schedule(overlapping, windows=True) is None
+        assert dense_schedule(pattern, Geometry.self_attention(40)) is None
+    assert dense_schedule(WINDOW | Dilated((8,), (2,)), Geometry.self_attention(40)) is None
     apart = Geometry(q_len=40, kv_len=3, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=0, kv_offset=20)
-    assert dense_schedule(lower(Local((2, 2)), apart), windows=True) is not None
+    assert dense_schedule(Local((2, 2)), apart) is not None
     short = Geometry(q_len=40, kv_len=6, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=0, kv_offset=20)
-    assert dense_schedule(lower(Local((2, 2)), short), windows=True) is None  # more queries than keys, none sees all
+    assert dense_schedule(Local((2, 2)), short) is None  # more queries than keys, none sees all
 
 
 def test_without_windows_what_needs_one_takes_a_table() -> None:
     geometry = Geometry.self_attention(40, is_causal=True)
     for pattern, is_dense in ((WINDOW, False), (SINKS, True), (WINDOW | SINKS, False), (Full() + SINKS, True)):
-        assert (dense_schedule(lower(pattern, geometry), windows=False) is not None) is is_dense
+        assert (dense_schedule(pattern, geometry, windows=False) is not None) is is_dense
 
 
 def test_the_first_call_covers_everything_where_one_can() -> None:
     geometry = Geometry.self_attention(64, 2, is_causal=True)
     cases = (WINDOW, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0), (Full() + WINDOW, 2, 1), (Full(), 1, 1)
     for pattern, calls, cover in cases:
-        found = dense_schedule(lower(pattern, geometry), windows=True)
+        found = dense_schedule(pattern, geometry)
         assert found is not None
         assert (len(found.calls), found.cover) == (calls, cover)
         assert found.is_whole is (calls == 1)
@@ -172,11 +176,23 @@ def test_no_table_is_put_on_the_device_then() -> None:
     geometry = Geometry.self_attention(67, 2)
     engine = emulated_engine(ExactWindows(), geometry, WINDOW | SINKS, 8, takes_layout=False)
     layout = engine.prepare(67, 67, 0, 0, torch.device("cpu"))
-    (program,) = (engine.programs.get(key) for key in [(67, 67, 0, 0, torch.device("cpu"))])
+    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu")))
     assert program is not None
     assert program.blocks is None
-    assert layout.blocks is not None
-    assert program.pairs == layout.pairs == layout.blocks.pairs
+    assert layout.blocks is None  # none is made
+    assert program.pairs == lower(WINDOW | SINKS, geometry).pairs
+
+
+@pytest.mark.parametrize("pattern", BANDED, ids=str)
+def test_documents_that_are_filled_up_count_their_own_pairs(pattern: Pattern) -> None:
+    causal = Geometry.self_attention(67, 2, is_causal=True)
+    engine = emulated_engine(ExactWindows(), causal, pattern, 8, takes_layout=False)
+    engine.prepare(67, 67, 0, 0, torch.device("cpu"))
+    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu")))
+    assert program is not None
+    lengths = (67, 66, 31, 1)
+    alone = (lower(pattern, Geometry.self_attention(n, 2, is_causal=True)).pairs for n in lengths)
+    assert program.counted(4, lengths) == (sum(lengths), sum(alone))
 
 
 def test_which_kernels_take_windows() -> None:

@@ -8,52 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from transformers import AttentionInterface, masking_utils
 
-from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern
-from dilated_attention.core import reference
-from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.reference import multiplicity
+from dilated_attention import ConfigError, Full, Global, Local, Pattern
 from dilated_attention.models import register_with_transformers
 from dilated_attention.models.hf_masks import padding_mask, require_known
-from dilated_attention.models.huggingface import _Implementation
 
+from .hf_kit import DILATED, EXPERTS, SIZES, VOCAB, H, S, log_multiplicity, model, tokens
 from .model_kit import gradients, padding
 from .support import error
-
-VOCAB, S, H = 40, 21, 4
-DILATED = Dilated((4, 8, 16), (1, 2, 4))
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": H,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "attn_implementation": "eager",
-}
-
-
-def model(kind: str = "Llama", **fields: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**SIZES | fields)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-def tokens(batch: int = 2, length: int = S, seed: int = 0) -> Tensor:
-    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def log_multiplicity(pattern: Pattern, length: int) -> Tensor:
-    """The additive mask (1, H, S, S) that makes dense attention the causal pattern's."""
-    counts = multiplicity(pattern, Geometry.self_attention(length, H, is_causal=True))
-    return torch.as_tensor(counts, dtype=torch.float32).log().clamp(min=torch.finfo(torch.float32).min)[None]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -104,7 +67,6 @@ def test_layers_by_number_and_by_type() -> None:
     assert error(gemma(seen).logits, dense) < 1e-5
 
 
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 CACHES: Mapping[str, tuple[str, dict[str, Any], Pattern, dict[int | str, Pattern]]] = {
     "dynamic": ("Llama", {}, DILATED, {}),
     "static": ("Llama", {}, DILATED | Global(1), {1: Full()}),
@@ -242,68 +204,6 @@ def test_encoders_and_cross_attention() -> None:
     register_with_transformers(bart, DILATED)
     with pytest.raises(ConfigError, match="of another sequence: only Full"):
         bart(**given)
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_bidirectional_sliding_windows(left: bool) -> None:
-    """Of 3 keys on either side, as ModernBERT's configuration has it with 6."""
-    torch.manual_seed(0)
-    fields = SIZES | {"num_hidden_layers": 3, "local_attention": 6, "global_attn_every_n_layers": 2}
-    config = transformers.ModernBertConfig(**fields | {"cls_token_id": 1, "sep_token_id": 1})
-    bert = transformers.ModernBertModel(config).eval()
-    assert config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
-    seen, mask = tokens(), ~padding(S, 9, length=S, left=left)
-    leaves = [weight for name, weight in bert.named_parameters() if "Wqkv" in name]
-    expected = bert(seen, attention_mask=mask.long()).last_hidden_state[mask]
-    wanted = gradients(expected, *leaves)
-    register_with_transformers(bert, Full())
-    actual = bert(seen, attention_mask=mask.long()).last_hidden_state[mask]
-    assert error(actual, expected) < 1e-5
-    assert max(error(a, e) for a, e in zip(gradients(actual, *leaves), wanted, strict=True)) < 1e-4
-    register_with_transformers(bert, Full(), layers={"sliding_attention": Local((3, 2))})
-    assert error(bert(seen, attention_mask=mask.long()).last_hidden_state[mask], expected) > 1e-3
-    for pattern in (DILATED, Local((3, 4)), Local((4, 0))):
-        register_with_transformers(bert, Full(), layers={"sliding_attention": pattern})
-        with pytest.raises(ConfigError, match="sliding window of 4 on each side, so"):
-            bert(seen)
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_learned_sinks(left: bool) -> None:
-    """A key without value beside those of the pattern: in the softmax of gpt-oss, whose scores are parameters."""
-    gpt, seen = (
-        model("GptOss", **EXPERTS, sliding_window=5, head_dim=8, layer_types=["sliding_attention", "full_attention"]),
-        tokens(),
-    )
-    mask = ~padding(S, 9, length=S, left=left)
-    leaves = [weight for name, weight in gpt.named_parameters() if "self_attn" in name]
-    assert any(weight.shape == (H,) for weight in leaves)
-    expected = gpt(seen, attention_mask=mask.long()).logits[mask]
-    wanted = gradients(expected, *leaves)
-    register_with_transformers(gpt, Full())
-    actual = gpt(seen, attention_mask=mask.long()).logits[mask]
-    assert error(actual, expected) < 1e-5
-    assert max(error(a, e) for a, e in zip(gradients(actual, *leaves), wanted, strict=True)) < 1e-4
-    register_with_transformers(gpt, DILATED, layers={"sliding_attention": Local((4, 0))})
-    sparse = gpt(seen).logits
-    assert error(sparse[0], gpt(seen[:1]).logits[0]) < 1e-5
-    packed = gpt(seen.flatten()[None], position_ids=torch.arange(S).repeat(2)[None]).logits
-    assert error(packed[0, S:], sparse[1]) < 1e-5
-
-
-def test_a_layer_that_hands_its_window_on_by_its_type_alone() -> None:
-    """A configuration's window of both sides is without the query's own position."""
-    implementation = _Implementation(Full(), {}, {})
-    module: Any = torch.nn.Module()
-    module.config = transformers.ModernBertConfig(**SIZES, local_attention=6)
-    module.layer_idx = module.config.layer_types.index("sliding_attention")
-    query, key, value = torch.randn(3, 1, H, S, 8)
-    for causal, window in ((False, Local((3, 3))), (True, Local((2, 0)))):
-        out, _ = implementation(module, query, key, value, None, is_causal=causal)
-        expected, _ = reference.attention(
-            *(x.transpose(1, 2) for x in (query, key, value)), pattern=window, is_causal=causal
-        )
-        assert error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["my_flash", "paged|mine", "user/kernel", ""])
