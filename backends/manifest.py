@@ -216,13 +216,13 @@ def _suits_flex(request: Request) -> bool:
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's, and -4's.
+    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's.
     """
     priorities, bands = {spec.name: spec.priority for spec in candidates}, _bands(request)
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
     elif len(bands) == 1 and bands[0].is_window:
-        priorities |= {FA4.name: FA3.priority - 1, TRITON.name: FA3.priority - 2}
+        priorities[TRITON.name] = FA3.priority - 1
     if FLEX.name in priorities and _suits_flex(request):
         priorities[FLEX.name] = TRITON.priority - 1
     return sorted((spec.name for spec in candidates), key=lambda name: (-priorities[name], name))

@@ -11,7 +11,7 @@ from .band_calls import bands_beside
 from .documents import Document, Packing, Stack, stacked
 from .filled import Filled, filled
 from .geometry import one_token
-from .kernel import Packs
+from .kernel import Packs, takes_windows
 from .lowering import layout_kinds, split
 from .program import keeps_prefixes
 
@@ -77,8 +77,13 @@ def _kinds(engine: Engine) -> frozenset[str]:
 
 
 def _is_one_call(engine: Engine) -> bool:
-    """Whether a dense kernel is handed whole sequences."""
+    """Whether a dense kernel is handed whole sequences, full or with a window."""
     config = engine.config
-    branches, rest = split(engine.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
-    is_whole = [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
-    return not engine.takes_layout and rest is None and is_whole
+    token = one_token(config.num_heads, config.kv_heads, config.is_causal)
+    branches, rest = split(engine.pattern, token)
+    if engine.takes_layout:
+        return False
+    if rest is None:
+        return [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+    bands = bands_beside(engine.pattern, token) or ()
+    return not branches and len(bands) == 1 and bands[0].is_window and takes_windows(engine.kernel)

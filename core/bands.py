@@ -58,7 +58,7 @@ class Band:
         return Band(self.left, self.right, (first, last), (low, high))
 
     def parts(self) -> list[Band] | None:
-        """The band, trimmed as it is, as bands that have no more queries than keys; None where it is no sum of such."""
+        """The band, trimmed as it is, as rectangles and bands of no more queries than keys; None if it is none."""
         (first, last), (low, high) = self.queries, self.keys
         if last - first <= high - low:
             return [self]
@@ -69,6 +69,10 @@ class Band:
         found = [attrs.evolve(self, queries=queries)._trimmed() for queries in ranges]
         return [part for part in found if part is not None]
 
+    def __contains__(self, other: Band) -> bool:
+        """Whether another window's pairs are among this one's."""
+        return other.left <= self.left and other.right <= self.right
+
     def less(self, window: Band) -> list[Band]:
         """What of it lies to the left and to the right of a window."""
         before = attrs.evolve(self, right=min(self.right, -window.left - 1))
@@ -77,23 +81,30 @@ class Band:
 
 
 def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
-    """The bands whose sum the pattern is, before causality; None where it is no such sum."""
+    """The bands whose sum the pattern is, before causality; None where it is no such sum.
+
+    A class says so for itself alone: one that is derived from it may count other pairs.
+    """
     named = pattern.unwrap()
     if not isinstance(named, Sum | Union):
-        return named.bands()
+        return named.bands() if "bands" in vars(type(named)) else None
     members = [bands_of(member) for member in named.of]
     known = [bands for bands in members if bands is not None]
     if len(known) < len(members):
         return None
-    return tuple(band for bands in known for band in bands) if isinstance(named, Sum) else _united(known)
+    if isinstance(named, Sum):
+        return tuple(band for bands in known for band in bands)
+    return _united(known) if named.max_multiplicity == 1 else None
 
 
 def _united(members: Sequence[tuple[Band, ...]]) -> tuple[Band, ...] | None:
-    """The union of members that do not overlap themselves; None where there are more than two, or no window.
+    """The union of members, none of which counts a pair twice; None where more than two matter, or none is a window.
 
     Of a window a and another b it is a + (b where a is not).
     """
-    first, *others = dict.fromkeys(members)
+    windows = [bands[0] for bands in members if len(bands) == 1 and bands[0].is_window]
+    inside = [window for window in windows if any(window != other and window in other for other in windows)]
+    first, *others = dict.fromkeys(bands for bands in members if bands[0] not in inside)
     if not others:
         return first
     pairs = [(a, b) for a, b in ((first, others[0]), (others[0], first)) if len(a) == 1 and a[0].is_window]

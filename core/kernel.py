@@ -129,7 +129,7 @@ class Joins(Protocol):
 
 @runtime_checkable
 class Windows(Protocol):
-    """What a `DenseKernel` may have besides: it computes sliding windows, and reads nothing outside of them."""
+    """What a `DenseKernel` may have besides: it computes sliding windows, at the cost of their pairs."""
 
     @property
     def takes_windows(self) -> bool:

@@ -100,9 +100,12 @@ class Packings:
 
     def _pairs_in_bands(self, packing: Packing) -> int:
         """Pairs of all documents in what the pattern has beside branches."""
-        bands, total = bands_beside(self._pattern, self._geometry(1)), 0
-        for length, count in zip(*np.unique(packing.places[:, 4], return_counts=True), strict=True) if bands else ():
-            calls = band_calls(bands or (), self._geometry(int(length)))
+        bands = bands_beside(self._pattern, self._geometry(1))
+        if not bands:
+            return 0
+        total = 0
+        for length, count in zip(*np.unique(packing.places[:, 4], return_counts=True), strict=True):
+            calls = band_calls(bands, self._geometry(int(length)))
             assert calls is not None  # queries and keys are at the same positions
             total += int(count) * sum(call.pairs for call in calls)
         return total

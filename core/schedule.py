@@ -47,7 +47,7 @@ class Rows:
 class Call:
     """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
 
-    `name` is that of its branch, as traces show it; `window` is that of `DensePiece`.
+    `name` is that of its branch or band, as traces show it; `window` is that of `DensePiece`.
     """
 
     query: Rows
@@ -88,7 +88,7 @@ def _pairs_in_window(rows: int, cols: int, left: int, right: int) -> int:
 
 @attrs.frozen
 class Schedule:
-    """All calls of a layout's branches.
+    """All calls of a layout's branches, and of bands where there are some.
 
     Attributes:
         calls: in the order in which they run.

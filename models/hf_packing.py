@@ -5,6 +5,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,20 @@ def padding_of(mask: Tensor) -> Tensor | None:
     """Where a mask (B, F) bool is False; None where it is True everywhere. Read once a tensor; a graph cannot look."""
     if torch.compiler.is_compiling():
         return ~mask
-    if mask not in _READ:
-        padding = ~mask.cpu()
-        _READ[mask] = padding if bool(padding.any()) else None
-    found: Tensor | None = _READ[mask]
+    return _once(mask, lambda: _padding(~mask.cpu()))
+
+
+def _padding(found: Tensor) -> Tensor | None:
+    return found if bool(found.any()) else None
+
+
+def _once(x: Tensor, read: Callable[[], Tensor | None]) -> Tensor | None:
+    """What is read of a tensor, read again only after it has been changed in place."""
+    if x.is_inference():  # of those nobody knows whether they were
+        return read()
+    if x not in _READ or _READ[x][0] != x._version:
+        _READ[x] = x._version, read()
+    found: Tensor | None = _READ[x][1]
     return found
 
 
@@ -45,10 +56,7 @@ def _starts(ids: Tensor, step: int) -> Tensor | None:
     if torch.compiler.is_compiling():
         require(~breaks.any(), "packed position_ids in a compiled graph: give cu_seq_lens_q and cu_seq_lens_k too")
         return None
-    if ids not in _READ:
-        _READ[ids] = _cumulative(breaks).cpu() if bool(breaks.any()) else None
-    starts: Tensor | None = _READ[ids]
-    return starts
+    return _once(ids, lambda: _cumulative(breaks).cpu() if bool(breaks.any()) else None)
 
 
 def _cumulative(breaks: Tensor) -> Tensor:

@@ -131,12 +131,15 @@ def test_blocks_of_documents_in_one_launch(
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:overflow encountered in exp2")
-@pytest.mark.parametrize("of_call", [{"bounds": torch.tensor([0, 0, 17, 19, 52])}, {"mask": LATER}, {"mask": EARLIER}],
-                         ids=["packed", "padded before", "padded behind"])  # fmt: skip
 @pytest.mark.parametrize(
-    "pattern",
-    [Local((20, 7)), Local((6, 9)) | Global(3), Dilated((8, 16), (1, 2)) + Local(9), Local(9) + Local((3, 0))],
-    ids=["window", "global", "branches", "weights"],
+    ("pattern", "of_call"),
+    [
+        (Local((300, 0)), {"bounds": torch.tensor([0, 0, 258, 259, 290])}),
+        (Local((6, 9)) | Global(3), {"bounds": torch.tensor([0, 0, 17, 19, 52])}),
+        (Dilated((8, 16), (1, 2)) + Local(9), {"mask": EARLIER}),
+        (Local(9) + Local((3, 0)), {"mask": LATER}),
+    ],
+    ids=["beyond a block", "global", "branches", "weights"],
 )
 def test_bands_of_documents_whose_queries_see_what_follows(
     pattern: Pattern, of_call: dict[str, Any], monkeypatch: pytest.MonkeyPatch

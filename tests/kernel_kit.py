@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from dilated_attention import (
     build_attention,
 )
 from dilated_attention.backends.libraries import can_compile
+from dilated_attention.core import reference
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES, DenseKernel, LayoutKernel
@@ -112,6 +114,8 @@ def check_emulated(
     query, key, value = (x.detach() for x in tensors)
     offsets = geometry.q_offset, geometry.kv_offset
     out, lse = engine.forward(query, key, value, *offsets, None, None)
+    if not takes_layout:
+        check_received(engine, pattern, geometry, query, key, lse)
     for through_lse in (False, True):
         expected = oracle(pattern, tensors, geometry, through_lse=through_lse)
         generator = torch.Generator().manual_seed(1)
@@ -119,6 +123,22 @@ def check_emulated(
         grads = engine.backward(dout, dlse if through_lse else None, query, key, value, out, lse, *offsets, None, None)
         for name, a, e in zip(NAMES, (out, lse, *grads), expected, strict=True):
             assert error(a, e) < 1e-5, (name, error(a, e), through_lse)
+
+
+def check_received(
+    engine: Engine, pattern: Pattern, geometry: Geometry, query: Tensor, key: Tensor, lse: Tensor
+) -> None:
+    """What each key receives against the columns of the dense weights, in tiles of a few pairs too."""
+    counts = reference.multiplicity(pattern, geometry)
+    k = key.double().repeat_interleave(geometry.group_size, dim=2)
+    scores = engine.scale * torch.einsum("bshd,bthd->bhst", query.double(), k)
+    expected = (counts * (scores - lse.double()[..., None]).exp()).nan_to_num(0, 0, 0).sum(-2)
+    offsets = geometry.q_offset, geometry.kv_offset
+    kept = engine.config
+    for workspace_bytes in (kept.limits.workspace_bytes, 1 << 10):
+        engine.config = attrs.evolve(kept, limits=attrs.evolve(kept.limits, workspace_bytes=workspace_bytes))
+        assert error(engine.received(query, key, lse, *offsets, None), expected) < 1e-5
+    engine.config = kept
 
 
 def build(backend: str, pattern: Pattern, geometry: Geometry, dtype: str, head_dim: int, **fields: Any) -> Attention:

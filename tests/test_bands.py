@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import windows
@@ -19,6 +22,7 @@ from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import takes_windows
 from dilated_attention.core.lowering import lower
+from dilated_attention.core.pattern import Sum, Union
 from dilated_attention.core.schedule import Call, Schedule
 from dilated_attention.exchange.compute import Compute
 from dilated_attention.exchange.pieces import ComposedPiece
@@ -29,6 +33,7 @@ from .kernel_kit import build, check, check_emulated, emulated_engine
 from .ring_simulation import worst
 from .strategies import geometries
 
+Ints = NDArray[np.int64]
 WINDOW, SINKS = Local((5, 3)), Global(4)
 BANDED: list[Pattern] = [
     WINDOW,
@@ -37,6 +42,7 @@ BANDED: list[Pattern] = [
     WINDOW | SINKS,
     Global(9) | Local((2, 1)),
     Local((30, 0)) | Local((3, 40)),
+    Local((3, 0)) | SINKS | Local((9, 2)),
     WINDOW | WINDOW,
     WINDOW + SINKS + Local((9, 0)),
     Dilated((8, 16), (1, 2)) + Local((6, 0)),
@@ -100,21 +106,35 @@ banded = st.one_of(
 )
 
 
-@settings(max_examples=400)
-@given(st.lists(banded, min_size=1, max_size=2), st.booleans(), geometries())
-def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(
-    members: list[Pattern], is_sum: bool, geometry: Geometry
-) -> None:
-    pattern = members[0]
-    for member in members[1:]:
-        pattern = pattern + member if is_sum else pattern | member
+def composed(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+    members = st.lists(inner, min_size=1, max_size=3).map(tuple)
+    return st.one_of(st.builds(Union, members), st.builds(Sum, members))
+
+
+@settings(max_examples=600)
+@given(st.recursive(banded, composed, max_leaves=4), geometries())
+def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(pattern: Pattern, geometry: Geometry) -> None:
     found = dense_schedule(pattern, geometry)
     if found is not None:
         check_counts(found, pattern, geometry)
+    elif bands_of(pattern) is not None:  # more queries than keys, none of which sees all
+        assert geometry.q_len > 1
+        assert geometry.q_offset != geometry.kv_offset or geometry.q_len != geometry.kv_len
+
+
+@attrs.frozen
+class EveryOther(Local):
+    """Sees every other key of its window alone; says nothing of bands itself."""
+
+    def multiplicity(self, query: Ints, key: Ints, head: Ints, geometry: Geometry) -> Ints:
+        in_window = super().multiplicity(query, key, head, geometry)
+        return np.where((query - key) % 2 == 0, in_window, 0)
 
 
 def test_what_is_no_sum_of_bands_has_none() -> None:
-    for pattern in (Random(2, 16), WINDOW | Random(2, 16), WINDOW | SINKS | Global(2), SINKS | Global(9)):
+    twice = (WINDOW + Local(4)) | Local(5), (SINKS + Global(2)) | WINDOW  # pairs that a member counts twice
+    more = WINDOW | SINKS | Global(2), SINKS | Global(9)
+    for pattern in (Random(2, 16), WINDOW | Random(2, 16), EveryOther((5, 3)), *more, *twice):
         assert bands_of(pattern) is None
         assert dense_schedule(pattern, Geometry.self_attention(40)) is None
     assert dense_schedule(WINDOW | Dilated((8,), (2,)), Geometry.self_attention(40)) is None
@@ -132,7 +152,9 @@ def test_without_windows_what_needs_one_takes_a_table() -> None:
 
 def test_the_first_call_covers_everything_where_one_can() -> None:
     geometry = Geometry.self_attention(64, 2, is_causal=True)
-    cases = (WINDOW, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0), (Full() + WINDOW, 2, 1), (Full(), 1, 1)
+    inside = Local((2, 1)) | WINDOW | Local((5, 0))  # of which nothing is left
+    cases: list[tuple[Pattern, int, int]] = [(WINDOW, 1, 1), (inside, 1, 1), (WINDOW | SINKS, 3, 1), (SINKS, 2, 0)]
+    cases += [(Full() + WINDOW, 2, 1), (Full(), 1, 1)]
     for pattern, calls, cover in cases:
         found = dense_schedule(pattern, geometry)
         assert found is not None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dilated_attention import build_attention
 from dilated_attention.backends.fused import launching
 from dilated_attention.backends.fused.launching import launch
 
@@ -37,6 +38,17 @@ class Kernel:
             return None if self.is_interpreted else Compiled(self)
 
         return run
+
+
+class Elsewhere(torch.Tensor):
+    """On another device."""
+
+    @staticmethod
+    def __new__(cls: type[Elsewhere], x: torch.Tensor) -> Elsewhere:
+        return torch.Tensor._make_subclass(cls, x)
+
+    def get_device(self) -> int:
+        return 1
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +86,7 @@ def test_whatever_triton_could_have_compiled_for_is_compared() -> None:
         {"pointers": (x, y.double())},
         {"pointers": (x, y[1:])},  # no multiple of 16 bytes
         {"pointers": (x, object())},
+        {"pointers": (Elsewhere(x), y)},
         {"numbers": (16, 0.5)},
         {"numbers": (1, 0.5)},
         {"numbers": (5, 0.25)},
@@ -106,3 +119,8 @@ def test_ever_new_lengths_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert len(launching._KNOWN) <= 3
     launch(kernel, (1,), (x, x), (49, 1.0), CONSTANTS)
     assert (len(kernel.first), len(kernel.again)) == (50, 1)
+
+
+def test_a_whole_number_as_scale_is_launched_as_a_float() -> None:
+    attention = build_attention(num_heads=1, head_dim=8, scale=2)
+    assert isinstance(attention._engine.scale, float)

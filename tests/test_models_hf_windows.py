@@ -11,6 +11,7 @@ import transformers
 from dilated_attention import ConfigError, Full, Local
 from dilated_attention.core import reference
 from dilated_attention.models import register_with_transformers
+from dilated_attention.models.hf_packing import padding_of
 from dilated_attention.models.huggingface import _Implementation
 
 from .hf_kit import DILATED, EXPERTS, SIZES, H, S, model, tokens
@@ -78,3 +79,18 @@ def test_a_layer_that_hands_its_window_on_by_its_type_alone() -> None:
             *(x.transpose(1, 2) for x in (query, key, value)), pattern=window, is_causal=causal
         )
         assert error(out, expected) < 1e-5
+
+
+def test_a_mask_is_read_once_and_again_where_it_was_changed() -> None:
+    mask = ~padding(6, 4, length=6)
+    first = padding_of(mask)
+    assert first is not None
+    assert torch.equal(first, ~mask)
+    assert padding_of(mask) is first
+    mask[1] = True
+    assert padding_of(mask) is None
+    with torch.inference_mode():
+        mask = ~padding(6, 4, length=6)
+        assert padding_of(mask) is not None
+        mask[1] = True
+        assert padding_of(mask) is None

@@ -72,7 +72,7 @@ def test_a_window_is_for_kernels_that_have_windows() -> None:
         )
         for dtype, head_dim in (("bfloat16", 128), ("bfloat16", 192), ("float32", 64), ("float32", 128))
     }
-    assert found["bfloat16", 128] == ["fa3", "fa4", "triton", "sdpa", "flex"]
+    assert found["bfloat16", 128] == ["fa3", "triton", "sdpa", "fa4", "flex"]
     assert found["bfloat16", 192] == ["fa3", "sdpa", "fa4", "triton", "flex"]
     assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]
     assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]

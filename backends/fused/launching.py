@@ -1,7 +1,8 @@
 """Launching a kernel again without asking Triton anew what it was compiled for, which takes longer than the launch.
 
-What Triton compiles a kernel for are dtypes, which addresses are multiples of 16, and of which numbers that is so or
-which are 1. Here numbers themselves are compared: equal ones are alike in that too.
+What Triton compiles a kernel for are dtypes, which addresses are multiples of 16, and of which integers that is so or
+which are 1. Here numbers themselves are compared: equal ones are alike in that too, and floats are never given where
+integers were.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from triton import JITFunction
 
 _MOST: Final = 1024  # launches that are known, where lengths are new at every call
-# Of a kernel on a device, a grid, and all that is given to it: what launches it, and the constants that it takes.
-_KNOWN: dict[tuple[Any, ...], tuple[Callable[..., object], tuple[Any, ...]]] = {}
+# Of a kernel (by its id) on a device, a grid, and all that is given to it: what launches it, the constants that it
+# takes, and the kernel, so that its id stays its own.
+_KNOWN: dict[tuple[Any, ...], tuple[Callable[..., object], tuple[Any, ...], JITFunction]] = {}
 
 
 def launch(
@@ -35,7 +37,7 @@ def launch(
         grid: how many programs, in each dimension.
         pointers: tensors of the current device, the first of them one, and descriptors of tensors that are told apart
             by constants.
-        numbers: those of its arguments that are not compiled for.
+        numbers: its other arguments, integers and floats.
         constants: those that are, always in the same order, and the compiler's options.
     """
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in pointers]
@@ -46,7 +48,7 @@ def launch(
     key = (id(kernel), pointers[0].get_device(), grid, *kinds, numbers, *constants.values())
     known = _KNOWN.get(key)
     if known is not None:
-        run, rest = known
+        run, rest, _kernel = known
         run(*given, *numbers, *rest)
         return
     compiled = kernel[grid](*pointers, *numbers, **constants, **FP_FUSION)
@@ -55,4 +57,4 @@ def launch(
     if len(_KNOWN) >= _MOST:
         _KNOWN.clear()
     names = kernel.arg_names[len(pointers) + len(numbers) :]
-    _KNOWN[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names)
+    _KNOWN[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names), kernel
