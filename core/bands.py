@@ -74,10 +74,10 @@ class Band:
         return other.left <= self.left and other.right <= self.right
 
     def less(self, window: Band) -> list[Band]:
-        """What of it lies to the left and to the right of a window."""
+        """What of it lies to the left and to the right of a window, if anything does."""
         before = attrs.evolve(self, right=min(self.right, -window.left - 1))
         after = attrs.evolve(self, left=min(self.left, -window.right - 1))
-        return [before, after]
+        return [part for part in (before, after) if part.left + part.right >= 0]
 
 
 def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
@@ -98,17 +98,20 @@ def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
 
 
 def _united(members: Sequence[tuple[Band, ...]]) -> tuple[Band, ...] | None:
-    """The union of members, none of which counts a pair twice; None where more than two matter, or none is a window.
+    """The union of windows and at most one other member, none of which counts a pair twice; None of others.
 
-    Of a window a and another b it is a + (b where a is not).
+    Each is what it is where the windows before it are not, and the other comes last.
     """
-    windows = [bands[0] for bands in members if len(bands) == 1 and bands[0].is_window]
-    inside = [window for window in windows if any(window != other and window in other for other in windows)]
-    first, *others = dict.fromkeys(bands for bands in members if bands[0] not in inside)
-    if not others:
-        return first
-    pairs = [(a, b) for a, b in ((first, others[0]), (others[0], first)) if len(a) == 1 and a[0].is_window]
-    if len(others) > 1 or not pairs:
+    distinct = list(dict.fromkeys(members))
+    alone = [bands[0] for bands in distinct if len(bands) == 1 and bands[0].is_window]
+    windows = [window for window in alone if not any(window != other and window in other for other in alone)]
+    others = [bands for bands in distinct if len(bands) > 1 or not bands[0].is_window]
+    if len(others) > 1:
         return None
-    (window,), other = pairs[0]
-    return (window, *(part for band in other for part in band.less(window)))
+    found: list[Band] = []
+    for number, bands in enumerate([*((window,) for window in windows), *others]):
+        parts = list(bands)
+        for window in windows[:number]:
+            parts = [part for band in parts for part in band.less(window)]
+        found += parts
+    return tuple(found)

@@ -43,6 +43,7 @@ BANDED: list[Pattern] = [
     Global(9) | Local((2, 1)),
     Local((30, 0)) | Local((3, 40)),
     Local((3, 0)) | SINKS | Local((9, 2)),
+    Local((3, 0)) | SINKS | Local((1, 6)) | Local((2, 5)),
     WINDOW | WINDOW,
     WINDOW + SINKS + Local((9, 0)),
     Dilated((8, 16), (1, 2)) + Local((6, 0)),
@@ -133,7 +134,7 @@ class EveryOther(Local):
 
 def test_what_is_no_sum_of_bands_has_none() -> None:
     twice = (WINDOW + Local(4)) | Local(5), (SINKS + Global(2)) | WINDOW  # pairs that a member counts twice
-    more = WINDOW | SINKS | Global(2), SINKS | Global(9)
+    more = WINDOW | Random(1, 16) | SINKS, WINDOW | SINKS | Global(2), SINKS | Global(9)
     for pattern in (Random(2, 16), WINDOW | Random(2, 16), EveryOther((5, 3)), *more, *twice):
         assert bands_of(pattern) is None
         assert dense_schedule(pattern, Geometry.self_attention(40)) is None
@@ -142,6 +143,12 @@ def test_what_is_no_sum_of_bands_has_none() -> None:
     assert dense_schedule(Local((2, 2)), apart) is not None
     short = Geometry(q_len=40, kv_len=6, num_heads=1, num_kv_heads=1, is_causal=False, q_offset=0, kv_offset=20)
     assert dense_schedule(Local((2, 2)), short) is None  # more queries than keys, none sees all
+
+
+def test_nested_unions_are_those_of_their_members() -> None:
+    nested = Union((WINDOW, Union((WINDOW, SINKS))))
+    assert set(bands_of(nested) or ()) == set(bands_of(WINDOW | SINKS) or ())
+    assert bands_of(Union((Union((WINDOW, SINKS)), Union((Local(9), SINKS))))) is None
 
 
 def test_without_windows_what_needs_one_takes_a_table() -> None:
