@@ -33,8 +33,8 @@ _REMEDY: Final = (
     "pip install 'xformers==0.0.34', which bundles them, or build them: pip install --no-build-isolation "
     "'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'"
 )
-# What is passed by name; older builds lack some of it.
 _NO_WINDOW: Final = (-1, -1)
+# What is passed by name; older builds lack some of it.
 _WINDOW_ARGUMENTS: Final = {"window_size_left", "window_size_right"}
 _FORWARD_ARGUMENTS: Final = {"softmax_scale", "is_causal", "num_splits"} | _WINDOW_ARGUMENTS
 _BACKWARD_ARGUMENTS: Final = {"dq", "dk", "dv", "softmax_scale", "is_causal"} | _WINDOW_ARGUMENTS

@@ -218,10 +218,12 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
 
     `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's.
     """
-    priorities, bands = {spec.name: spec.priority for spec in candidates}, _bands(request)
+    from ..core.bands import only_window
+
+    priorities = {spec.name: spec.priority for spec in candidates}
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
-    elif len(bands) == 1 and bands[0].is_window:
+    elif only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 1
     if FLEX.name in priorities and _suits_flex(request):
         priorities[FLEX.name] = TRITON.priority - 1

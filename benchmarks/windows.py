@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -19,7 +18,7 @@ import torch
 from dilated_attention import ConfigError, Global, Local, NoBackendError, Pattern, build_attention
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.graphs import capture
-from dilated_attention.bench.timing import difference, random_inputs, training
+from dilated_attention.bench.timing import difference, milliseconds, random_inputs, training
 
 # Pattern, tokens, heads, head_dim, causal.
 CASES: Final[tuple[tuple[Pattern, int, int, int, bool], ...]] = (
@@ -35,22 +34,15 @@ CASES: Final[tuple[tuple[Pattern, int, int, int, bool], ...]] = (
 _CALLS, _ROUNDS = 20, 5
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def following(call: Callable[[], object], device: str) -> float:
+    """Milliseconds of a call of many that follow each other; the median of rounds."""
 
-
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """A call of many that follow each other; the median of rounds."""
-    times = []
-    for _ in range(_ROUNDS + 1):
-        _wait(device)
-        start = time.perf_counter()
+    def several() -> None:
         for _ in range(_CALLS):
             call()
-        _wait(device)
-        times.append((time.perf_counter() - start) / _CALLS * 1e3)
-    return statistics.median(times[1:])
+
+    several()
+    return statistics.median(milliseconds(several, device) / _CALLS for _ in range(_ROUNDS))
 
 
 def rows(case: tuple[Pattern, int, int, int, bool], backends: list[str], device: str, dtype: str) -> Iterator[str]:
@@ -78,10 +70,10 @@ def rows(case: tuple[Pattern, int, int, int, bool], backends: list[str], device:
             return attention(*inputs[:3])
 
         calls: list[Callable[[], object]] = [forward, training(attention, inputs)]
-        line = f"{name:10} " + " / ".join(f"{milliseconds(call, device):.3f}" for call in calls)
+        line = f"{name:10} " + " / ".join(f"{following(call, device):.3f}" for call in calls)
         if device == "cuda":
             replays = [capture(call)[0] for call in calls]
-            line += ", in graphs " + " / ".join(f"{milliseconds(replay, device):.3f}" for replay in replays)
+            line += ", in graphs " + " / ".join(f"{following(replay, device):.3f}" for replay in replays)
         yield f"{line}, differs by {off:.1e}"
 
 

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .band_calls import bands_beside
+from .band_calls import branches_and_bands
+from .bands import only_window
 from .documents import Document, Packing, Stack, stacked
 from .filled import Filled, filled
 from .geometry import one_token
 from .kernel import Packs, takes_windows
-from .lowering import layout_kinds, split
+from .lowering import layout_kinds
 from .program import keeps_prefixes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .bands import Band
     from .engine import Engine
+    from .pattern import Branch
 
 Arranged = Packing | Sequence[Stack | Filled]
 
@@ -48,8 +51,7 @@ def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -
         return True
     if any((d.q_start, d.q_len) != (d.kv_start, d.kv_len) for d in documents):
         return False
-    token = one_token(config.num_heads, config.kv_heads, config.is_causal)
-    return config.is_causal or bands_beside(engine.pattern, token) is not None
+    return config.is_causal or _parts(engine)[1] is not None
 
 
 def fills_documents(engine: Engine, device: torch.device) -> bool:
@@ -78,12 +80,15 @@ def _kinds(engine: Engine) -> frozenset[str]:
 
 def _is_one_call(engine: Engine) -> bool:
     """Whether a dense kernel is handed whole sequences, full or with a window."""
-    config = engine.config
-    token = one_token(config.num_heads, config.kv_heads, config.is_causal)
-    branches, rest = split(engine.pattern, token)
-    if engine.takes_layout:
+    branches, bands = _parts(engine)
+    if engine.takes_layout or bands is None:
         return False
-    if rest is None:
+    if not bands:
         return [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
-    bands = bands_beside(engine.pattern, token) or ()
-    return not branches and len(bands) == 1 and bands[0].is_window and takes_windows(engine.kernel)
+    return not branches and only_window(bands) is not None and takes_windows(engine.kernel)
+
+
+def _parts(engine: Engine) -> tuple[tuple[Branch, ...], tuple[Band, ...] | None]:
+    """The branches and bands of its pattern, whatever the length."""
+    config = engine.config
+    return branches_and_bands(engine.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))

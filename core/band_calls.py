@@ -36,8 +36,7 @@ def dense_form(pattern: Pattern, geometry: Geometry, *, windows: bool) -> Dense 
         geometry: for which call.
         windows: calls may have a `window`.
     """
-    branches, rest = split(pattern, geometry)
-    bands = () if rest is None else bands_of(rest)
+    branches, bands = branches_and_bands(pattern, geometry)
     calls = None if bands is None else band_calls(bands, geometry)
     if bands is None or calls is None or (not windows and any(call.window is not None for call in calls)):
         return None
@@ -45,10 +44,10 @@ def dense_form(pattern: Pattern, geometry: Geometry, *, windows: bool) -> Dense 
     return Dense(branches, bands, _with_bands(strided, calls, geometry) if calls else strided)
 
 
-def bands_beside(pattern: Pattern, geometry: Geometry) -> tuple[Band, ...] | None:
-    """The bands of what a pattern has beside strided branches; None where that is no sum of bands."""
-    _, rest = split(pattern, geometry)
-    return () if rest is None else bands_of(rest)
+def branches_and_bands(pattern: Pattern, geometry: Geometry) -> tuple[tuple[Branch, ...], tuple[Band, ...] | None]:
+    """The strided branches of a pattern and the bands of all else; None for those where it is no sum of bands."""
+    branches, rest = split(pattern, geometry)
+    return branches, () if rest is None else bands_of(rest)
 
 
 def band_calls(bands: Iterable[Band], geometry: Geometry) -> tuple[Call, ...] | None:

@@ -80,6 +80,11 @@ class Band:
         return [part for part in (before, after) if part.left + part.right >= 0]
 
 
+def only_window(bands: Sequence[Band]) -> Band | None:
+    """The window that is all there is, if one is."""
+    return bands[0] if len(bands) == 1 and bands[0].is_window else None
+
+
 def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
     """The bands whose sum the pattern is, before causality; None where it is no such sum.
 
@@ -103,9 +108,9 @@ def _united(members: Sequence[tuple[Band, ...]]) -> tuple[Band, ...] | None:
     Each is what it is where the windows before it are not, and the other comes last.
     """
     distinct = list(dict.fromkeys(members))
-    alone = [bands[0] for bands in distinct if len(bands) == 1 and bands[0].is_window]
+    alone = [window for bands in distinct if (window := only_window(bands)) is not None]
     windows = [window for window in alone if not any(window != other and window in other for other in alone)]
-    others = [bands for bands in distinct if len(bands) > 1 or not bands[0].is_window]
+    others = [bands for bands in distinct if only_window(bands) is None]
     if len(others) > 1:
         return None
     found: list[Band] = []

@@ -10,7 +10,7 @@ from weakref import ReferenceType, ref
 import attrs
 import numpy as np
 
-from .band_calls import band_calls, bands_beside
+from .band_calls import band_calls, branches_and_bands
 from .counting import packing_pairs, query_pairs
 from .errors import ConfigError
 from .geometry import Geometry, about_as_long
@@ -100,7 +100,7 @@ class Packings:
 
     def _pairs_in_bands(self, packing: Packing) -> int:
         """Pairs of all documents in what the pattern has beside branches."""
-        bands = bands_beside(self._pattern, self._geometry(1))
+        _, bands = branches_and_bands(self._pattern, self._geometry(1))
         if not bands:
             return 0
         total = 0

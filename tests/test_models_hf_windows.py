@@ -14,8 +14,8 @@ from dilated_attention.models import register_with_transformers
 from dilated_attention.models.hf_packing import padding_of
 from dilated_attention.models.huggingface import _Implementation
 
-from .hf_kit import DILATED, EXPERTS, SIZES, H, S, model, tokens
-from .model_kit import gradients, padding
+from .hf_kit import DILATED, EXPERTS, SIZES, H, S, check_eager, model
+from .model_kit import padding
 from .support import error
 
 
@@ -27,14 +27,8 @@ def test_bidirectional_sliding_windows(left: bool) -> None:
     config = transformers.ModernBertConfig(**fields | {"cls_token_id": 1, "sep_token_id": 1})
     bert = transformers.ModernBertModel(config).eval()
     assert config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
-    seen, mask = tokens(), ~padding(S, 9, length=S, left=left)
     leaves = [weight for name, weight in bert.named_parameters() if "Wqkv" in name]
-    expected = bert(seen, attention_mask=mask.long()).last_hidden_state[mask]
-    wanted = gradients(expected, *leaves)
-    register_with_transformers(bert, Full())
-    actual = bert(seen, attention_mask=mask.long()).last_hidden_state[mask]
-    assert error(actual, expected) < 1e-5
-    assert max(error(a, e) for a, e in zip(gradients(actual, *leaves), wanted, strict=True)) < 1e-4
+    seen, mask, expected = check_eager(bert, "last_hidden_state", leaves, left=left)
     register_with_transformers(bert, Full(), layers={"sliding_attention": Local((3, 2))})
     assert error(bert(seen, attention_mask=mask.long()).last_hidden_state[mask], expected) > 1e-3
     for pattern in (DILATED, Local((3, 4)), Local((4, 0))):
@@ -46,19 +40,11 @@ def test_bidirectional_sliding_windows(left: bool) -> None:
 @pytest.mark.parametrize("left", [False, True])
 def test_learned_sinks(left: bool) -> None:
     """A key without value beside those of the pattern: in the softmax of gpt-oss, whose scores are parameters."""
-    gpt, seen = (
-        model("GptOss", **EXPERTS, sliding_window=5, head_dim=8, layer_types=["sliding_attention", "full_attention"]),
-        tokens(),
-    )
-    mask = ~padding(S, 9, length=S, left=left)
+    types = ["sliding_attention", "full_attention"]
+    gpt = model("GptOss", **EXPERTS, sliding_window=5, head_dim=8, layer_types=types)
     leaves = [weight for name, weight in gpt.named_parameters() if "self_attn" in name]
     assert any(weight.shape == (H,) for weight in leaves)
-    expected = gpt(seen, attention_mask=mask.long()).logits[mask]
-    wanted = gradients(expected, *leaves)
-    register_with_transformers(gpt, Full())
-    actual = gpt(seen, attention_mask=mask.long()).logits[mask]
-    assert error(actual, expected) < 1e-5
-    assert max(error(a, e) for a, e in zip(gradients(actual, *leaves), wanted, strict=True)) < 1e-4
+    seen, _, _ = check_eager(gpt, "logits", leaves, left=left)
     register_with_transformers(gpt, DILATED, layers={"sliding_attention": Local((4, 0))})
     sparse = gpt(seen).logits
     assert error(sparse[0], gpt(seen[:1]).logits[0]) < 1e-5

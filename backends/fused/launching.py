@@ -38,7 +38,7 @@ def launch(
         pointers: tensors of the current device, the first of them one, and descriptors of tensors that are told apart
             by constants.
         numbers: its other arguments, integers and floats.
-        constants: those that are, always in the same order, and the compiler's options.
+        constants: what it is compiled for besides, always in the same order, and the compiler's options.
     """
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in pointers]
     kinds = [
