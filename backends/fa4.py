@@ -1,8 +1,8 @@
-"""The `fa4` backend: FlashAttention-4, CuTe DSL kernels of the distribution flash-attn-4, dense, on Hopper.
+"""The `fa4` backend: FlashAttention-4, CuTe DSL kernels of the distribution flash-attn-4, on Hopper.
 
-The kernels are compiled in the process when they first meet a head_dim, dtype, causality and few or many blocks; that
-takes seconds, so calls that a CUDA graph will capture must have run once before. What is called is not public, hence
-the manifest asks for one release.
+Dense pieces and windows are its own, and so are tables of blocks of 128. The kernels are compiled in the process when
+they first meet a head_dim, dtype, causality and few or many blocks; that takes seconds, so calls that a CUDA graph will
+capture must have run once before. What is called is not public, hence the manifest asks for one release.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import attrs
 import torch
 
 from ..core.refusal import Refusal
+from .fa4_tables import FlashAttention4Table, checked, takes
 from .joining import joining
 from .libraries import aligned, checked_options, first_line, labelled
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.kernel import DenseKernel, DensePiece
+    from ..core.layout import BlockLayout
     from ..registry.specs import Request
 
 _DISTRIBUTION: Final = "flash-attn-4"
@@ -44,7 +46,8 @@ class Fa4Backend:
 
     def build(self, request: Request) -> DenseKernel:
         """The kernel; nothing is compiled yet."""
-        return joining(FlashAttention4(self.pin(request), *_interface()))
+        limit_bytes = request.config.limits.layout_bytes
+        return joining(FlashAttention4(self.pin(request), *_interface(), limit_bytes))
 
 
 def _interface() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
@@ -62,11 +65,13 @@ class FlashAttention4:
         name: with the release.
         run_forward: the library's forward.
         run_backward: its backward.
+        limit_bytes: most bytes of a table's lists and masks.
     """
 
     name: str
     run_forward: Callable[..., tuple[Tensor, ...]]
     run_backward: Callable[..., tuple[Tensor, ...]]
+    limit_bytes: int
     takes_windows: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
@@ -103,3 +108,20 @@ class FlashAttention4:
                 window_size_right=right,
             )
         return dq, dk, dv
+
+    def table(self, blocks: BlockLayout, piece: DensePiece, device: torch.device) -> FlashAttention4Table | None:
+        """See `Tables`: blocks of 128 whose pairs count once. Its maxima are those of a scale above 0."""
+        if piece.scale <= 0 or piece.deterministic or not takes(blocks):
+            return None
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+        listed, size = checked(blocks, self.limit_bytes), (blocks.block_size, blocks.block_size)
+        return FlashAttention4Table(
+            f"{self.name}, blocks of {blocks.block_size}",
+            piece.scale,
+            self.run_forward,
+            self.run_backward,
+            of_queries=BlockSparseTensorsTorch(*listed.lists(device, of_keys=False), block_size=size),
+            of_keys=BlockSparseTensorsTorch(*listed.lists(device, of_keys=True), block_size=size),
+            masks=listed.bits(blocks, device),
+        )

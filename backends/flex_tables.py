@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..core.layout import BlockLayout
+from .block_lists import block_lists
 
 if TYPE_CHECKING:
     from ..core.geometry import Geometry
@@ -71,7 +72,7 @@ class FlexTables:
             shape, along, across = (tables, rows, cols), row, col
             if transposed:
                 shape, along, across = (tables, cols, rows), col, row
-            found = _lists(table[chosen], along[chosen], across[chosen], shape)
+            found = block_lists(table[chosen], along[chosen], across[chosen], shape)
             counts, indices = (torch.from_numpy(array[heads][None]).to(device) for array in found)
             return counts, indices
 
@@ -97,19 +98,6 @@ def _with_weights(layout: BlockLayout) -> tuple[NDArray[np.int32], NDArray[np.ui
     constant = np.broadcast_to(weights.astype(np.uint8)[:, None, None], (len(weights), size, size))
     masks = np.concatenate([layout.masks.reshape(-1, size, size), constant])
     return ids, masks if len(masks) else np.ones((1, size, size), dtype=np.uint8)
-
-
-def _lists(
-    table: NDArray[np.int64], row: NDArray[np.int64], col: NDArray[np.int64], shape: tuple[int, int, int]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """How many blocks each row of each table lists, and their columns, ascending: (T, R) and (T, R, C)."""
-    place = table * shape[1] + row
-    order = np.lexsort((col, place))
-    counts = np.bincount(place, minlength=shape[0] * shape[1])
-    within = np.arange(place.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    indices = np.zeros((shape[0] * shape[1], shape[2]), dtype=np.int32)
-    indices[place[order], within] = col[order]
-    return counts.astype(np.int32).reshape(shape[:2]), indices.reshape(shape)
 
 
 def _modifiers(heads: Tensor, numbers: Tensor, masks: Tensor, size: int) -> tuple[MaskMod, ScoreMod]:

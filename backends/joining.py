@@ -13,11 +13,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import ForOneLength, takes_windows
+from ..core.kernel import ForOneLength, Tables, takes_windows
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
-    from ..core.kernel import DenseKernel, DensePiece
+    from ..core.kernel import BlockTable, DenseKernel, DensePiece
+    from ..core.layout import BlockLayout
     from ..core.slabs import Place
 
 MOST_PIECES: Final = 32  # which take seconds to compile, once a machine
@@ -72,6 +73,10 @@ class JoiningKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `DenseKernel`."""
         return self.kernel.backward(dout, query, key, value, out, lse, piece)
+
+    def table(self, blocks: BlockLayout, piece: DensePiece, device: torch.device) -> BlockTable | None:
+        """As the kernel does, if it does."""
+        return self.kernel.table(blocks, piece, device) if isinstance(self.kernel, Tables) else None
 
     def can_join(self, like: Tensor, places: Sequence[Place], *, adds: bool) -> bool:
         """As `Joins.can_join`: up to `MOST_PIECES`, of sequences below `MAX_LENGTH` and below `MAX_ROWS` in all.

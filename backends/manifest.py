@@ -43,6 +43,8 @@ _WHOLE: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
 _OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
+_LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
+_BLOCK_OF_FA4: Final = 128  # the only one that it takes
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
 
 SDPA = BackendSpec(
@@ -80,7 +82,7 @@ FA3 = BackendSpec(
 FA4 = BackendSpec(
     name="fa4",
     target="dilated_attention.backends.fa4:Fa4Backend",
-    priority=-20,  # never the fastest of those measured, and the slowest to launch (docs/performance.md)
+    priority=-20,  # the slowest to launch, and but for what is below not the fastest (docs/performance.md)
     capabilities=_DENSE
     | {
         "device_types": ("cuda",),
@@ -212,11 +214,33 @@ def _suits_flex(request: Request) -> bool:
     return table_block_size(request.pattern, config.num_heads, config.kv_heads, config.is_causal) >= _FINEST_OF_FLEX
 
 
+def _suits_fa4(request: Request) -> bool:
+    """Whether `fa4` beats the fused kernels: whole blocks at head_dim 128, so many that its launches do not count.
+
+    Where it is asked for the mask of every third block or more it is slower.
+    """
+    from ..core.blocking import lower_blocks
+    from ..core.geometry import Geometry
+
+    config = request.config
+    is_long = config.seq_len is not None and config.seq_len >= _LONG
+    if config.head_dim != 128 or config.is_causal or config.varlen or not is_long or config.dtype not in _HALVES:
+        return False
+    if request.needs["layouts"] != ("block",) or not {"context_parallel", "dynamic_tables"}.isdisjoint(request.needs):
+        return False
+    length = 8 * _BLOCK_OF_FA4  # whether blocks are whole shows in few
+    heads = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
+    blocks = lower_blocks(request.pattern, Geometry(q_len=length, kv_len=length, is_causal=False, **heads))
+    is_whole = not len(blocks.masks) and bool((blocks.weights == 1).all())
+    return is_whole and blocks.block_size == _BLOCK_OF_FA4
+
+
 @hookimpl
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's.
+    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's, and long tables
+    of whole blocks are FlashAttention-4's at head_dim 128.
     """
     from ..core.bands import only_window
 
@@ -225,6 +249,8 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
         priorities[TRITON.name] = _OUTDONE
     elif only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 1
+    if FA4.name in priorities and _suits_fa4(request):
+        priorities[FA4.name] = TRITON.priority + 1
     if FLEX.name in priorities and _suits_flex(request):
         priorities[FLEX.name] = TRITON.priority - 1
     return sorted((spec.name for spec in candidates), key=lambda name: (-priorities[name], name))

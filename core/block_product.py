@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
@@ -17,9 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .composer import accumulator_dtype
+from .composer import accumulator_dtype, delta_of
+from .kernel import DensePiece, Tables
 from .layout import BlockLayout
 from .tracing import span
+
+if TYPE_CHECKING:
+    from .config import AttentionConfig
+    from .kernel import BlockTable
 
 _HALF = (torch.bfloat16, torch.float16)
 _CPU_CHUNK_BYTES = 16 << 20  # temporaries that stay in a processor's last cache: measurably faster than 64 MiB
@@ -30,6 +36,19 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in _HALF:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b)
+
+
+def block_table(
+    blocks: BlockLayout, kernel: object, *, scale: float, config: AttentionConfig, device: torch.device
+) -> BlockTable:
+    """What computes a table of blocks: the dense kernel where it does that too, else core's own product."""
+    if isinstance(kernel, Tables):
+        piece = DensePiece(is_causal=False, scale=scale, deterministic=config.deterministic)
+        found = kernel.table(blocks, piece, device)
+        if found is not None:
+            return found
+    dtype, workspace_bytes = getattr(torch, config.dtype), config.limits.workspace_bytes
+    return BlockProduct.prepare(blocks, scale=scale, device=device, dtype=dtype, workspace_bytes=workspace_bytes)
 
 
 @attrs.frozen(eq=False)
@@ -156,6 +175,19 @@ class BlockProduct:
                     dq[row].index_copy_(0, part.queries, bmm(ds, k))
                     _put_add(dk[row], part.keys, bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
+
+    def gradients(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `BlockTable.gradients`."""
+        return self.backward(dout, query, key, value, delta_of(dout, dlse, out), lse)
 
     def received(self, query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
         """The attention that each key receives, (B, H, T) in the accumulator's dtype; `lse` as in `backward`."""

@@ -15,9 +15,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .band_calls import dense_form
-from .block_product import BlockProduct
+from .block_product import BlockProduct, block_table
 from .cache import ByteLRU
-from .composer import Composers, delta_of, merge_, widen_rows
+from .composer import Composers, merge_, widen_rows
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
@@ -159,7 +159,7 @@ class Engine:
         self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
         if self._layout_kernel is None:
-            return self._composed(geometry, device)
+            return self._composed(geometry, device, self.kernel)
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
@@ -168,8 +168,11 @@ class Engine:
             return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
         return program
 
-    def _composed(self, geometry: Geometry, device: torch.device) -> Program:
-        """The program that core itself runs, with dense pieces and blocks."""
+    def _composed(self, geometry: Geometry, device: torch.device, kernel: object = None) -> Program:
+        """The program that core itself runs, with dense pieces, and with blocks unless `kernel` computes those.
+
+        It does where they are all there is: its results, of the inputs' dtype, are not merged.
+        """
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
         dense = dense_form(self.pattern, geometry, windows=self.takes_layout or takes_windows(self.kernel))
@@ -177,13 +180,8 @@ class Engine:
             return Program(Layout(self.pattern, geometry, dense.branches, None), dense.schedule, bands=dense.bands)
         layout = lower(self.pattern, geometry, limit_bytes=self.config.limits.layout_bytes)
         assert layout.blocks is not None
-        blocks = BlockProduct.prepare(
-            layout.blocks,
-            scale=self.scale,
-            device=device,
-            dtype=getattr(torch, self.config.dtype),
-            workspace_bytes=self.config.limits.workspace_bytes,
-        )
+        alone = kernel if not layout.branches else None
+        blocks = block_table(layout.blocks, alone, scale=self.scale, config=self.config, device=device)
         return Program(layout, schedule(layout.branches, geometry), blocks)
 
     def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
@@ -352,7 +350,7 @@ class Engine:
                 dq, dk, dv = (grad[..., : query.shape[3]] for grad in wide)
                 grads = dq, dk, dv
         if program.blocks is not None:
-            more = program.blocks.backward(dout, query, key, value, delta_of(dout, dlse, out), lse)
+            more = program.blocks.gradients(dout, query, key, value, out, lse, dlse)
             return more if grads is None else (more[0] + grads[0], more[1] + grads[1], more[2] + grads[2])
         if grads is None:
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -368,9 +366,8 @@ class Engine:
         q_len, kv_len, device = query.shape[1], key.shape[1], query.device
         if query.numel() == 0 or key.numel() == 0:
             return lse.new_zeros(query.shape[0], query.shape[2], kv_len)
-        if self._layout_kernel is None:
-            program = self._program(q_len, kv_len, q_offset, kv_offset, device)
-        else:
+        program = None if self.takes_layout else self._program(q_len, kv_len, q_offset, kv_offset, device)
+        if program is None or not isinstance(program.blocks, BlockProduct | None):
             geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
             program = self.programs.get_or_make((geometry, device), lambda: self._composed(geometry, device))
         if tables is not None:
@@ -378,7 +375,10 @@ class Engine:
         lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys give nothing
         limit = self.config.limits.workspace_bytes
         total = received_from(query, key, lse, program.schedule, scale=self.scale, workspace_bytes=limit)
-        return total if program.blocks is None else total + program.blocks.received(query, key, lse)
+        if program.blocks is None:
+            return total
+        assert isinstance(program.blocks, BlockProduct)
+        return total + program.blocks.received(query, key, lse)
 
     def _check_dlse(self, dlse: Tensor | None) -> None:
         """Raise `ConfigError` for a gradient through lse that the kernel cannot carry."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .documents import Packing
-    from .layout import Layout
+    from .layout import BlockLayout, Layout
     from .slabs import Place
 
 # Columns of head_dim that carry the gradient of lse through a dense kernel; kernels want multiples of 8.
@@ -134,6 +134,48 @@ class Windows(Protocol):
     @property
     def takes_windows(self) -> bool:
         """Whether it takes pieces with a `window`; else their pairs come to no kernel, but to core's block product."""
+
+
+class BlockTable(Protocol):
+    """Computes the pairs of one table of blocks, which is ready on one device."""
+
+    @property
+    def name(self) -> str:
+        """As traces show it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it occupies."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out (B, S, H, D) and lse (B, H, S); rows without keys give 0 and -inf."""
+
+    def gradients(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv); `out` and `lse` as for `DenseKernel.backward`, `dlse` as for `LayoutKernel.backward`."""
+
+
+@runtime_checkable
+class Tables(Protocol):
+    """What a `DenseKernel` may have besides: it computes tables of blocks, where a pattern is nothing else.
+
+    Other tables, and those that it does not take, are core's block product's.
+    """
+
+    def table(self, blocks: BlockLayout, piece: DensePiece, device: torch.device) -> BlockTable | None:
+        """What computes `blocks` with the scale of `piece`, as deterministically; None if the kernel takes no such.
+
+        Raises:
+            ConfigError: it needs more memory than is allowed.
+        """
 
 
 @runtime_checkable

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .bands import Band
-    from .block_product import BlockProduct
     from .documents import Packing
+    from .kernel import BlockTable
     from .pattern import IntArray
     from .schedule import Schedule
 
@@ -48,7 +48,7 @@ class Program:
 
     layout: Layout
     schedule: Schedule
-    blocks: BlockProduct | None = None
+    blocks: BlockTable | None = None
     dynamic: DynamicTables | None = None
     packing: Packing | None = None  # documents, each of which is the beginning of what the layout says
     pairs_before: IntArray | None = None  # (q_len + 1,), of the layout's queries before each, where it has blocks

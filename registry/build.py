@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from ..core.bands import bands_of
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING, ForOneLength
@@ -283,11 +284,13 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
 def _has_dlse(chosen: Verdict, request: Request) -> bool:
     """Whether a gradient through the returned lse reaches the inputs.
 
-    A kernel for layouts says so itself. Dense pieces carry it in `WIDENING` more columns, so the backend must take
-    that head_dim with the very kernel that was pinned.
+    A kernel for layouts says so itself, and whatever computes tables of blocks for dense kernels does it. Dense pieces
+    carry it in `WIDENING` more columns, so the backend must take that head_dim with the very kernel that was pinned.
     """
     if not takes_dense(chosen.registered.spec):
         return bool(chosen.registered.spec.capabilities.get("dlse", False))
+    if request.needs["layouts"] == ("block",) and bands_of(request.pattern) is None:
+        return True
     wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
     verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))
     return verdict.accepts and verdict.kernel == chosen.kernel

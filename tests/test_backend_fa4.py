@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dilated_attention import ConfigError, Dilated, Full, Local, Pattern, explain
+from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, explain
 from dilated_attention.backends.fa4 import Fa4Backend
+from dilated_attention.backends.fa4_tables import FlashAttention4Table
+from dilated_attention.core.block_product import BlockProduct
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.specs import Device
@@ -140,6 +142,11 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, is
 
 gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs an sm_90 card and flash-attn-4")
 DILATED = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
+TABLES: list[Pattern] = [
+    Random(2, 128, seed=7),
+    Local(200) | Random(1, 128, seed=3),
+    Random(2, 128, seed=1) | Global(40),
+]
 
 
 # The kernels of one head_dim take seconds to compile, so patterns are walked with one and head_dims with one pattern.
@@ -167,10 +174,51 @@ def test_every_declared_head_dim(head_dim: int, is_causal: bool, pattern: Patter
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (64, "float16")])
+@pytest.mark.parametrize("pattern", TABLES, ids=str)
+def test_tables_of_blocks_are_its_own(pattern: Pattern, head_dim: int, dtype: str, is_causal: bool) -> None:
+    for length, kv_heads in ((517, 4), (1024, 2)):
+        geometry = Geometry(q_len=length, kv_len=length, num_heads=4, num_kv_heads=kv_heads, is_causal=is_causal)
+        attention = build("fa4", pattern, geometry, dtype, head_dim)
+        check(attention, geometry, through_lse=attention._engine.has_dlse)
+        program = attention._engine._program(length, length, 0, 0, torch.device("cuda", 0))
+        assert isinstance(program.blocks, FlashAttention4Table)
+        assert program.nbytes > program.blocks.nbytes > 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("head_dim", default_registry().backends["fa4"].spec.capabilities["head_dims"])
+def test_tables_of_every_declared_head_dim(head_dim: int, is_causal: bool) -> None:
+    geometry = Geometry(q_len=517, kv_len=517, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    check(build("fa4", Random(2, 128, seed=7) | Local(200), geometry, "bfloat16", head_dim), geometry)
+
+
+@pytest.mark.gpu
+@gpu
+def test_what_its_tables_cannot_say_is_core_s() -> None:
+    geometry = Geometry.self_attention(517, 4, is_causal=True)
+    for pattern, scale in (
+        (Random(2, 64, seed=7), None),
+        (DILATED + Random(1, 128, seed=3), None),
+        (Random(1, 128) + Random(1, 128), None),
+        (Random(2, 128), -0.2),
+    ):
+        attention = build("fa4", pattern, geometry, "bfloat16", 64, scale=scale)
+        if scale is None:
+            check(attention, geometry, through_lse=False)
+        program = attention._engine._program(517, 517, 0, 0, torch.device("cuda", 0))
+        assert isinstance(program.blocks, BlockProduct)
+
+
+@pytest.mark.gpu
+@gpu
 def test_offsets_and_unequal_lengths() -> None:
     for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=4, is_causal=is_causal)
-        for pattern in (DILATED, Local((70, 30))):
+        for pattern in (DILATED, Local((70, 30)), Random(2, 128, seed=7)):
             check(build("fa4", pattern, geometry, "bfloat16", 64), geometry, [1e-2] * 5, through_lse=False)
 
 
@@ -179,7 +227,8 @@ def test_offsets_and_unequal_lengths() -> None:
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # the leaves are made on another stream
 def test_it_replays_in_a_cuda_graph() -> None:
     geometry = Geometry.self_attention(517, 4, is_causal=True)
-    check_graph(build("fa4", DILATED, geometry, "bfloat16", 64), geometry)
+    for pattern in (DILATED, Random(2, 128, seed=7)):
+        check_graph(build("fa4", pattern, geometry, "bfloat16", 64), geometry)
 
 
 @pytest.mark.gpu

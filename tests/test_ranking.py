@@ -99,6 +99,36 @@ def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_be
     assert order.index("triton") < order.index("flex")
 
 
+WHOLE: dict[str, Any] = {"pattern": BLOCKS, "head_dim": 128, "seq_len": 1 << 15}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_first"),
+    [
+        ({}, True),
+        ({"pattern": BLOCKS | Random(2, 128, seed=5)}, True),
+        ({"head_dim": 64}, False),
+        ({"seq_len": 1 << 14}, False),  # launches count
+        ({"seq_len": None}, False),
+        ({"is_causal": True}, False),  # the diagonal has masks
+        ({"pattern": BLOCKS | WINDOW}, False),
+        ({"pattern": BLOCKS + BLOCKS}, False),  # pairs may count twice
+        ({"pattern": Random(density=0.1, block_size=64)}, False),
+        ({"pattern": LONGNET}, False),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
+        ({"varlen": True}, False),
+        ({"context_parallel": ContextParallel(size=2)}, False),
+    ],
+    ids=str,
+)
+def test_long_tables_of_whole_blocks_are_flash_attention_4s(fields: dict[str, Any], is_first: bool) -> None:
+    specs = [manifest.FLEX, manifest.SDPA, manifest.TRITON, manifest.FA4, manifest.FA3]
+    order = manifest.dilated_attention_rank_backends(request(H100, **WHOLE | fields), specs)
+    assert (order[0] == "fa4") is is_first
+    if is_first:
+        assert order[1] == "triton"
+
+
 @pytest.mark.parametrize(
     ("arch", "is_before"), [("sm_75", False), ("sm_80", True), ("sm_120", True), ("gfx942", False)]
 )

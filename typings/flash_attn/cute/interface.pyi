@@ -1,17 +1,11 @@
-"""Attention, and its forward and backward below autograd; tensors (B, S, H, D), lse (B, H, S)."""
+"""Forward and backward of attention, below autograd; tensors (B, S, H, D), lse (B, H, S)."""
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from .block_sparsity import BlockSparseTensorsTorch
 
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    window_size: tuple[int | None, int | None] = ...,
-) -> tuple[Tensor, Tensor | None]: ...
 def _flash_attn_fwd(
     q: Tensor,
     k: Tensor,
@@ -21,6 +15,8 @@ def _flash_attn_fwd(
     causal: bool = ...,
     window_size_left: int | None = ...,
     window_size_right: int | None = ...,
+    mask_mod: Callable[..., object] | None = ...,
+    aux_tensors: list[Tensor] | None = ...,
     block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
     return_lse: bool = ...,
 ) -> tuple[Tensor, ...]: ...
@@ -36,5 +32,8 @@ def _flash_attn_bwd(
     *,
     window_size_left: int | None = ...,
     window_size_right: int | None = ...,
+    mask_mod: Callable[..., object] | None = ...,
+    aux_tensors: list[Tensor] | None = ...,
     block_sparse_tensors: BlockSparseTensorsTorch | None = ...,
+    dlse: Tensor | None = ...,
 ) -> tuple[Tensor, ...]: ...
