@@ -140,7 +140,12 @@ def explain(
     dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
     pattern_option: Annotated[
         list[str] | None,
-        typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
+        typer.Option(
+            "--pattern-option",
+            "-P",
+            metavar="NAME=VALUE",
+            help="Any other parameter of the pattern: window_size=128. Repeatable.",
+        ),
     ] = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
@@ -189,6 +194,8 @@ def explain(
     )
     if batch is not None and ranks is None:
         raise ConfigError(f"--batch is for --ranks, which was not given; got --batch {batch}")
+    if ranks is not None and fields.get("seq_len") is None:
+        raise ConfigError(f"--ranks {ranks} needs --seq-len: what ranks exchange depends on the sequence's length")
     parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
     if pattern is not None or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
@@ -202,7 +209,7 @@ def explain(
         fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     found = registry()
-    with progress_bar("lowering the pattern"):  # a minute, where its table of blocks comes near Limits.layout_bytes
+    with progress_bar("planning"):  # a minute, where a table of blocks comes near Limits.layout_bytes
         plan = explain_plan(fields, registry=found)
     show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
@@ -218,7 +225,9 @@ def conformance(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", "-p", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."),
+        typer.Option(
+            "--pattern", "-p", metavar="TOML", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."
+        ),
     ] = None,
     large: Annotated[
         bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
