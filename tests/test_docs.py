@@ -122,6 +122,17 @@ def test_links_lead_somewhere_and_tables_are_tables(page: str) -> None:
         assert {len(row) for row in body} == {len(head)}, table[:200]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = "core|exchange|registry|patterns|backends|models|src|tests|docs|examples|benchmarks"
+    for name in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.(?:py|md|png))", text):
+        assert (ROOT / name).exists(), name
+    if page == "CONTRIBUTING.md":
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / "core" / name).exists() or (ROOT / "registry" / name).exists(), name
+
+
 @pytest.mark.slow
 def test_a_ring_under_torchrun(tmp_path: Path) -> None:
     shown, recovery = blocks("docs/context_parallel.md")
