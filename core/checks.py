@@ -78,5 +78,5 @@ def require_positive(name: str, value: object) -> None:
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the candidate nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)  # at 0.5 "rope" is near "none"
     return f" (did you mean {near[0]!r}?)" if near else ""
