@@ -162,7 +162,9 @@ def test_help_and_version() -> None:
     assert done.returncode == 0
     for name in ("backends", "plugins", "doctor", "explain", "demo", "pattern"):
         assert f"\n  {name} " in done.stdout
-    assert "..." not in done.stdout.partition("Commands:")[2]
+    commands = done.stdout.partition("Commands:")[2]
+    assert "..." not in commands
+    assert commands.split()[0] == "demo"  # what a newcomer tries first
     assert command(None, "--version").stdout.strip() == "0.1.0"
 
 

@@ -57,10 +57,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(pattern_app)
-app.command()(bench)
-app.command()(dashboard)
-
 
 def main() -> None:
     """Run the command line and exit with its status; errors that users can mend are one message, no traceback."""
@@ -254,6 +250,12 @@ def conformance(
     show(str(report), report.to_dict(), as_json=as_json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+# In the help commands stand in the order in which they are added: what a newcomer tries first comes first.
+app.command()(bench)
+app.command()(dashboard)
+app.add_typer(pattern_app)
 
 
 def _mapping(text: str) -> dict[str, Any]:
