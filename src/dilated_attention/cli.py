@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+import typer.core
 
 from .cli_bench import bench
 from .cli_dashboard import dashboard
@@ -47,8 +48,23 @@ _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     UnsafePathError: 4,
 }
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, whose errors about a value show it: releases of typer that check by pydantic leave it out."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class, which reads the options of a command here."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if details := getattr(error.__cause__, "errors", None):
+                error.message += f", got {details()[0]['input']!r}"
+            raise
+
+
 app = typer.Typer(
     name="dilated-attention",
+    cls=_Commands,
     help="Exact attention for long sequences: what this machine can run, and why.",
     no_args_is_help=True,
     add_completion=False,
