@@ -65,7 +65,10 @@ def _forced_kernel(request: Request) -> str | None:
     if "kernel" not in options:
         return None
     if request.device.type == "cpu":
-        raise ConfigError("backend_options['sdpa']['kernel'] chooses among CUDA kernels; there is one kernel on cpu")
+        raise ConfigError(
+            f"backend_options['sdpa']['kernel'] chooses among CUDA kernels, got {options['kernel']!r}; "
+            "there is one kernel on cpu, leave the option out"
+        )
     return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
 
 

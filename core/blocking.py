@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from .checks import require_int
+from .checks import require_counts, require_int
 from .errors import ConfigError
 from .geometry import Geometry
 from .layout import ENTRY_BYTES, BlockGrid, BlockLayout, BlockSupport
@@ -288,9 +288,12 @@ def block_multiplicity(
     query = query_low[:, None, None] + offsets[:, None]
     key = key_low[:, None, None] + offsets
     query_end, key_end = geometry.q_offset + geometry.q_len, geometry.kv_offset + geometry.kv_len
-    counts = pattern.multiplicity(
-        np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
+    counts = np.asarray(
+        pattern.multiplicity(
+            np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
+        )
     )
+    require_counts(pattern.kind, counts, (query_low.size, size, size))
     allowed = (query < query_end) & (key < key_end)
     if geometry.is_causal:
         allowed &= key <= query

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # What patterns may be told: more positions than any sequence has, of which sums and products with strides stay within
 # 64 bits; and blocks, of which a mask still finds room.
@@ -54,6 +57,19 @@ def require_choice(name: str, value: object, allowed: Iterable[str]) -> str:
     raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}")
 
 
+def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless what a pattern's `multiplicity` gave for positions of `shape` are numbers of times."""
+    name = f"multiplicity of a {kind} pattern"
+    if counts.dtype != "int64":  # fractions would be cut off, and sums of other dtypes are not those of their numbers
+        raise ConfigError(f"{name} must be int64, how often a query counts a key; got {counts.dtype}")
+    if len(counts.shape) > len(shape) or any(
+        n not in (1, m) for n, m in zip(counts.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ConfigError(f"{name} must have the shape of its positions, {shape}, got {counts.shape}")
+    if counts.size and counts.min() < 0:
+        raise ConfigError(f"{name} must be at least 0, got {counts.min()}")
+
+
 def require_positive(name: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -62,5 +78,5 @@ def require_positive(name: str, value: object) -> None:
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the candidate nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)  # at 0.5 "rope" is near "none"
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import attrs
 
-from .checks import positive_int, require_choice, require_int
+from .checks import MOST_POSITIONS, an_int, positive_int, require_choice, require_int
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
@@ -164,7 +164,7 @@ class AttentionConfig:
     dtype: str = attrs.field(default="float32", converter=_torch_name, validator=_one_of(*DTYPES))
     device: str | None = attrs.field(default=None, converter=_torch_name, validator=_device)
     tensor_layout: str = attrs.field(default="bshd", validator=_one_of("bshd", "bhsd"))
-    seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
+    seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS)))
     varlen: bool = attrs.field(default=False, validator=_boolean)
     requires_grad: bool = attrs.field(default=True, validator=_boolean)
     deterministic: bool = attrs.field(default=False, validator=_boolean)

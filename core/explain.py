@@ -71,7 +71,7 @@ def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
     heads, kv_heads = config["num_heads"], config["num_kv_heads"]
     what = [
         "causal" if config["is_causal"] else "",
-        f"{config['pattern']['kind']} attention",
+        f"{pattern_words(config['pattern'])} attention",
         f"over {counted(config['seq_len'], 'token')}" if config["seq_len"] else "",
     ]
     details = [
@@ -84,6 +84,15 @@ def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
         "deterministic" if config["deterministic"] else "",
     ]
     return f"{' '.join(w for w in what if w)}: {', '.join(d for d in details if d)}"
+
+
+def pattern_words(pattern: Mapping[str, Any]) -> str:
+    """The kinds of a pattern in its mapping form: `dilated`, `local | global`, `(local | global) + strided`."""
+    kind, members = str(pattern["kind"]), pattern.get("of")
+    if kind not in ("union", "sum") or not members:
+        return kind
+    names = [pattern_words(each) for each in members]
+    return {"union": " | ", "sum": " + "}[kind].join(f"({n})" if " " in n else n for n in names)
 
 
 def _headline(plan: AttentionPlan) -> str:

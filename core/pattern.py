@@ -173,7 +173,7 @@ class Pattern(ABC):
 
     def to_dict(self) -> dict[str, object]:
         """The mapping form used in files: `{"kind": ..., parameter: value, ...}`."""
-        raise ConfigError(f"a {self.kind} pattern has no parameters that a file could hold; store it with save_pattern")
+        raise ConfigError(f"a {self.kind} pattern must say its parameters: write to_dict, as {{'kind': {self.kind!r}}}")
 
     def __or__(self, other: object) -> Union:
         if not isinstance(other, Pattern):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import require_counts
 from .errors import ConfigError
 from .geometry import Geometry
 from .pattern import Full, Pattern
@@ -29,7 +30,8 @@ def multiplicity(pattern: Pattern, geometry: Geometry) -> Tensor:
     query = np.arange(geometry.q_len, dtype=np.int64)[None, :, None] + geometry.q_offset
     key = np.arange(geometry.kv_len, dtype=np.int64)[None, None, :] + geometry.kv_offset
     head = np.arange(geometry.num_heads, dtype=np.int64)[:, None, None]
-    counts = pattern.multiplicity(query, key, head, geometry)
+    counts = np.asarray(pattern.multiplicity(query, key, head, geometry))
+    require_counts(pattern.kind, counts, (geometry.num_heads, geometry.q_len, geometry.kv_len))
     allowed = (key <= query) if geometry.is_causal else np.ones((1, 1, 1), dtype=np.int64)
     dense = np.broadcast_to(counts * allowed, (geometry.num_heads, geometry.q_len, geometry.kv_len))
     return torch.from_numpy(np.array(dense, dtype=np.int64))

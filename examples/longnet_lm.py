@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dilated_attention import DilatedAttentionError
+from dilated_attention import ConfigError, DilatedAttentionError
 from dilated_attention.models import LongNetConfig, LongNetLM
 
 HELD_OUT = 0.05  # of each file, at its end
@@ -108,6 +108,8 @@ def load(folder: Path, device: torch.device | str) -> tuple[LongNetLM, int]:
     """The model of a checkpoint and the step it was saved at."""
     if not folder.exists() and (old := folder.with_name(folder.name + ".old")).exists():
         folder = old  # a save was cut off between its two renames
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"there is no checkpoint {str(folder)!r}; give the folder that `train --output` wrote")
     described = json.loads((folder / "config.json").read_text())
     model = LongNetLM(LongNetConfig.from_dict(described["model"]), device=device)
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))

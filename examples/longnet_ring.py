@@ -99,6 +99,12 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint, written at any number of ranks")
     parser.add_argument("--losses", type=Path, help="file for the losses, as JSON")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.seq_len < 8:  # the shortest segment is an eighth of it
+        parser.error(f"--seq-len must be at least 8, got {args.seq_len}")
+    if args.resume and not args.resume.is_dir():
+        parser.error(f"--resume must be the folder of a checkpoint, got {str(args.resume)!r}")
     mesh = join(args.device)
     n = args.seq_len
     config = ModelConfig(seq_len=n, segment_lengths=(n // 8, n // 2, n), dilation_rates=(1, 4, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -185,7 +186,10 @@ def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str
     if isinstance(config, Mapping):
         return AttentionConfig.from_dict({**config, **fields})
     if not isinstance(config, AttentionConfig):
-        raise ConfigError(f"config must be an AttentionConfig or a mapping, got {config!r} ({type(config).__name__})")
+        hint = "; AttentionConfig.from_file reads a file" if isinstance(config, str | PurePath) else ""
+        raise ConfigError(
+            f"config must be an AttentionConfig or a mapping, got {config!r} ({type(config).__name__}){hint}"
+        )
     check_fields(fields)
     return attrs.evolve(config, **fields) if fields else config
 

@@ -80,7 +80,7 @@ def test_the_table_is_plain_where_it_is_not_a_terminal(invoke: Invoke) -> None:
     done = invoke("bench", "--case", "tiny", "--rounds", "2", "--device", "cpu")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("tiny: Dilated(segment_lengths=(64, 128, 256)")
+    assert lines[0].startswith("tiny: Dilated((64, 128, 256), (1, 2, 4), offsets='blocked'), 256 tokens")
     assert lines[1].split()[:3] == ["error", "fwd", "ms"]
     assert lines[2].split()[0] == "sdpa:"
     assert lines[4].strip().startswith("auto picks sdpa: aten flash for CPU; forward: 0.0% slower than the fastest")
@@ -238,7 +238,12 @@ def test_cases_are_listed(invoke: Invoke) -> None:
         "longnet-4k", "random-4k", "local-global-4k"
     }  # fmt: skip
     lines = invoke("bench", "--list").stdout.splitlines()
-    assert len(lines) == len(CASES)
+    assert len(lines) == 1 + len(CASES)
+    assert lines[0].split() == ["case", "on", "measured", "tokens", "heads", "dtype", "causal", "pattern"]
+    assert lines[1].endswith("yes     Dilated((1024, 2048, 4096, 8192), (1, 2, 4, 8), offsets='blocked')")
+    (near,) = (line for line in lines if line.startswith("local-global-4k"))
+    assert near.endswith("Local((511, 0)) | Global(16)")
+    assert " by default " in near
     assert [case.name for case in named_cases(["longnet-32k*"], "cuda")] == [
         "longnet-32k", "longnet-32k-full", "longnet-32k-d128", "longnet-32k-d128-full", "longnet-32k-d256"
     ]  # fmt: skip

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from dilated_attention import AttentionPlan
+from dilated_attention.report import progress_bar
 
 from .conftest import Invoke
 from .distributions import ROOT, as_json, command, install_backend, run
 
+CaptureFixture = pytest.CaptureFixture[str]
 LONGNET = ("--heads", "8", "--head-dim", "64", "--segment-lengths", "1024,2048", "--dilation-rates", "1,2")
 
 
@@ -44,6 +46,18 @@ def test_the_layout_is_told_briefly_at_any_length(invoke: Invoke) -> None:
     assert "          81.25% of the queries of all heads see no key: out is 0 there" in swapped.splitlines()
 
 
+def test_what_is_made_of_patterns_is_named_by_its_members(invoke: Invoke) -> None:
+    def first(pattern: str) -> str:
+        kind, of = pattern.split(" ", 1)
+        shape = ("--heads", "8", "--head-dim", "64", "--device", "cpu")
+        return invoke("explain", *shape, "--pattern", kind, "-P", f"of={of}").stdout.splitlines()[1]
+
+    near, few = '{kind = "local", window_size = 8}', '{kind = "global", tokens = 4}'
+    assert "for     local | global attention: 8 heads" in first(f"union [{near}, {few}]")
+    inner = f'{{kind = "union", of = [{near}, {few}]}}'
+    assert "for     (local | global) + full attention: 8 heads" in first(f'sum [{inner}, {{kind = "full"}}]')
+
+
 def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text('num_heads = 4\nhead_dim = 32\nis_causal = true\npattern = {kind = "local", window_size = 8}\n')
@@ -60,7 +74,11 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
         (["explain"], 2, "error: give a config file, or at least --heads and --head-dim"),
         (["explain", "no.toml"], 2, "error: cannot read the config file 'no.toml'"),
         (["explain", "--heads", "8"], 2, "at least --heads and --head-dim"),
-        (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads'"),
+        (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads': "),
+        (["explain", "--heads", "8", "--head-dim", "6x4"], 2, "'6x4'"),
+        (["explain", *LONGNET, "--dropout", "half"], 2, "'half'"),
+        (["pattern", "show", "near", "--layers", "0x"], 2, "'0x'"),
+        (["bench", "--rounds", "-3"], 2, "-3"),
         (["explain", *LONGNET, "--dtype", "bf16"], 2, "error: dtype must be one of"),
         (["explain", *LONGNET, "--pattern", "dilatd"], 2, "did you mean 'dilated'"),
         (["explain", *LONGNET, "--pattern", ""], 2, "unknown pattern ''"),
@@ -69,6 +87,8 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
         (["explain", *LONGNET[:5], "10,x"], 2, "--segment-lengths must be integers with commas between them"),
         (["explain", *LONGNET[:4], "-P", "window_size=3"], 2, "--pattern must name the pattern"),
         (["explain", *LONGNET, "--batch", "4"], 2, "error: --batch is for --ranks"),
+        (["explain", *LONGNET, "--ranks", "4"], 2, "error: --ranks 4 needs --seq-len"),
+        (["explain", *LONGNET, "--seq-len", "1" + "0" * 23], 2, "seq_len must be at most 1,099,511,627,776, got 100,"),
         (["explain", *LONGNET, "-P", "heads=all", "-P", "heads=split"], 2, "--pattern-option heads is given twice"),
         (["explain", *LONGNET, "-P", "dilation_rates=[1]"], 2, "given as --dilation-rates and as --pattern-option"),
         (["explain", *LONGNET, "--device", "gpu"], 2, "torch knows no device 'gpu' (did you mean 'cuda'?)"),
@@ -146,7 +166,9 @@ def test_help_and_version() -> None:
     assert done.returncode == 0
     for name in ("backends", "plugins", "doctor", "explain", "demo", "pattern"):
         assert f"\n  {name} " in done.stdout
-    assert "..." not in done.stdout.partition("Commands:")[2]
+    commands = done.stdout.partition("Commands:")[2]
+    assert "..." not in commands
+    assert commands.split()[0] == "demo"  # what a newcomer tries first
     assert command(None, "--version").stdout.strip() == "0.1.0"
 
 
@@ -169,6 +191,26 @@ def test_a_terminal_gets_colour_and_whole_lines() -> None:
     lines = printed.decode().splitlines()
     assert any(line.startswith("reference\x1b") or "\x1b[32m" in line for line in lines)
     assert "    dropout: needs dropout_p=0.1, has none declared" in lines
+
+
+def test_a_bar_counts_only_what_somebody_counts(monkeypatch: pytest.MonkeyPatch, capsys: CaptureFixture) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes the captured stderr for a terminal then
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with progress_bar("planning"):
+        pass
+    assert "planning" in (alone := capsys.readouterr().err)
+    assert "?" not in alone.replace("\x1b[?25", "")  # but for the codes that hide the cursor
+    with progress_bar("checks") as advance:
+        advance(3, 7)
+    assert "3/7" in capsys.readouterr().err
+
+
+def test_a_closed_stdout_is_no_traceback() -> None:
+    code = (
+        "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'dilated_attention', 'plugins'])"
+    )
+    done = run(None, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.pattern import Full, Pattern
 from dilated_attention.core.quality import measure
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.pattern_map import UNICODE, cells, draw
+from dilated_attention.pattern_plot import _bars
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
@@ -242,6 +245,16 @@ def test_a_picture_says_what_its_colours_outside_the_ramp_mean(invoke: Invoke, w
         assert invoke("pattern", "show", name, "--root", "store", "--plot", "a.svg").returncode == 0
         drawn = Path("a.svg").read_text()  # where a comment holds each text
         assert ("not seen" in drawn, "in the future" in drawn) == (True, is_causal)
+
+
+def test_a_picture_names_its_scale_however_alike_the_counts_are() -> None:
+    for pattern in (Local(8), Dilated((64, 256, 1024), (1, 4, 16))):
+        quality = measure(pattern, Geometry.self_attention(2048, 4, is_causal=False))
+        axis = Figure().subplots()
+        _bars(axis, quality)
+        low, high = axis.get_ylim()
+        assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 2
+        assert min(bar.get_height() for bar in axis.patches if isinstance(bar, Rectangle) and bar.get_height()) > low
 
 
 def test_a_picture_that_cannot_be_written_is_no_fault_of_the_length(invoke: Invoke, work: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/sequences.md, docs/context_parallel.md and README.md are true: what they show runs as it stands there."""
+"""The pages are true: what they show runs as it stands there, names what there is, and leads somewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+import torch
+
+from dilated_attention import AttentionConfig, Dilated, Global, Learned, Limits, Local, Random, Strided, errors
 
 from .conftest import Invoke
 
@@ -31,6 +35,102 @@ def test_sequences() -> None:
     assert names["received"].shape == (2, 4, 300)
     assert names["received"].sum(-1).sub(300).abs().max() < 1e-3  # every query gives away one
     assert names["out"].shape == (2, 1, 4, 32)
+
+
+def run(page: str) -> dict[str, Any]:
+    """The names that a page's blocks of Python leave behind, run one after the other."""
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The rows of all tables of a page, by each name that stands in their first two cells."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        found |= {name: cells for cell in cells[:2] for name in re.findall(r"`([A-Za-z_]+)`", cell)}
+    return found
+
+
+def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/configuration.md")
+    assert names["out"].shape == (1, 1024, 8, 32)
+    assert names["attention"].config.is_causal
+    assert (names["plan"].backend is None) == (not torch.cuda.is_available())
+    told = rows("docs/configuration.md")
+    for field in attrs.fields(AttentionConfig):
+        default = {"pattern": "Full()", "backend_options": "{}", "limits": "Limits()"}.get(field.name)
+        if field.default is attrs.NOTHING:
+            assert told[field.name][1] == "required"
+        else:
+            shown = default or repr(field.default).replace("'", '"')
+            assert told[field.name][1] == f"`{shown}`", field.name
+    for field in attrs.fields(Limits):
+        number, unit = told[field.name][1].split()
+        assert int(number) << {"MiB": 20, "GiB": 30}[unit] == field.default, field.name
+    assert {name for name in errors.__all__ if name != "DilatedAttentionError"} <= told.keys()
+
+
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/patterns.md")
+    assert names["store"].list() == ("frozen", "near")
+    assert names["bigbird"] == Local(32) | Global(64) | Random(4, 32)
+    assert names["longformer"] == Local(256) | Global(4)
+    assert names["share"].shape == (2, 4, 256)
+    page = (ROOT / "docs/patterns.md").read_text(encoding="utf-8")
+    for kind in (Dilated, Local, Global, Strided, Random, Learned):
+        table = page[page.index(f"| `{kind.__name__}` |") :]
+        for field in attrs.fields(kind):
+            if field.init and field.name != "density":  # which stands beside blocks_per_row
+                line = next(line for line in table.splitlines() if f"`{field.name}`" in line)
+                needed = field.default in (attrs.NOTHING, None)
+                shown = repr(field.default).replace("'", '"')
+                assert needed or f"| `{shown}` |" in line, line
+
+
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_tables_are_tables(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text)):
+        name, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            aim = (ROOT / page).parent / name if name else ROOT / page
+            assert aim.exists(), target
+            assert not anchor or anchor in anchors(aim), target
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *body = ([*re.split(r"(?<!\\)\|", line)] for line in table.splitlines())
+        assert body, table
+        assert re.fullmatch(r"[-:| ]+", "|".join(body[0])), table[:200]
+        assert {len(row) for row in body} == {len(head)}, table[:200]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = "core|exchange|registry|patterns|backends|models|src|tests|docs|examples|benchmarks"
+    for name in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.(?:py|md|png))", text):
+        assert (ROOT / name).exists(), name
+    if page == "CONTRIBUTING.md":
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / "core" / name).exists() or (ROOT / "registry" / name).exists(), name
 
 
 @pytest.mark.slow

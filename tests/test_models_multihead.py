@@ -177,6 +177,7 @@ def test_torchs_layers_take_it() -> None:
         ({"head_dim": 8}, "'head_dim'; it follows from embed_dim"),
         ({"patern": Full()}, "did you mean 'pattern'"),
         ({"positions": "rotery"}, "did you mean 'rotary'"),
+        ({"positions": "rope"}, "must be one of none, rotary, xpos; got 'rope'$"),
         ({"gain": float("nan")}, "gain must be a positive number, got nan"),
         ({"rotary_base": "10000"}, "rotary_base must be a positive number, got '10000'"),
         ({"compatibility": "torchscale"}, "torchscale_zero_padding"),

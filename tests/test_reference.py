@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -253,3 +257,49 @@ def test_the_kernel_is_the_oracle_and_its_gradient(dtype: torch.dtype, dropout_p
     if dropout_p:
         other = LayoutPiece(layout=piece.layout, scale=0.3, dropout_p=dropout_p, seed=torch.tensor(8))
         assert not torch.equal(kernel.forward(query, key, value, other)[0], out)
+
+
+def returning(counts: Callable[[Any, Any], Any]) -> Pattern:
+    """A pattern of a user's, which says of queries and keys what `counts` does."""
+
+    @attrs.frozen
+    class Mine(Pattern):
+        kind: ClassVar[str] = "mine"
+
+        def multiplicity(self, query: Any, key: Any, head: Any, geometry: Geometry) -> Any:
+            return counts(query, key)
+
+        def to_dict(self) -> dict[str, object]:
+            return {"kind": self.kind}
+
+    return Mine()
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        (lambda query, key: np.exp(-abs(query - key)), "must be int64, how often a query counts a key; got float64"),
+        (lambda query, key: query == key, "must be int64, how often a query counts a key; got bool"),
+        (lambda query, key: np.minimum(key - query, 1), "must be at least 0, got -"),
+        (lambda query, key: np.ones((3, 3), dtype=np.int64), r"must have the shape of its positions, .*, got \(3, 3\)"),
+    ],
+)
+def test_what_is_no_count_is_an_error_of_the_pattern(counts: Callable[[Any, Any], Any], told: str) -> None:
+    pattern, query = returning(counts), torch.randn(1, 40, 2, 8)
+    with pytest.raises(ConfigError, match=f"multiplicity of a mine pattern {told}"):
+        attention(query, query, query, pattern=pattern)
+    with pytest.raises(ConfigError, match=f"multiplicity of a mine pattern {told}"):
+        build_attention(pattern=pattern, like=query, backend="sdpa")(query, query, query)
+
+
+def test_a_pattern_without_parameters_is_told_of_to_dict() -> None:
+    class Mine(Pattern):
+        kind: ClassVar[str] = "mine"
+
+        def multiplicity(self, query: Any, key: Any, head: Any, geometry: Geometry) -> Any:
+            return np.ones_like(query + key + head)
+
+    with pytest.raises(
+        ConfigError, match=r"a mine pattern must say its parameters: write to_dict, as \{'kind': 'mine'\}"
+    ):
+        build_attention(pattern=Mine(), num_heads=2, head_dim=8)

@@ -104,3 +104,10 @@ def test_fields_replace_those_of_a_config() -> None:
         explain(base, causal=True)
     with pytest.raises(ConfigError, match="must be an AttentionConfig or a mapping"):
         explain(8)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"got 'a\.toml' \(str\); AttentionConfig\.from_file reads a file"):
+        explain("a.toml")  # type: ignore[arg-type]
+
+
+def test_an_option_for_cards_is_refused_on_a_cpu_with_its_value() -> None:
+    with pytest.raises(ConfigError, match="got 'flash'; there is one kernel on cpu, leave the option out"):
+        explain(num_heads=4, head_dim=16, device="cpu", backend_options={"sdpa": {"kernel": "flash"}})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+import typer.core
 
 from .cli_bench import bench
 from .cli_dashboard import dashboard
@@ -47,8 +48,23 @@ _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     UnsafePathError: 4,
 }
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, whose errors about a value show it: releases of typer that check by pydantic leave it out."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class, which reads the options of a command here."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if details := getattr(error.__cause__, "errors", None):
+                error.message += f", got {details()[0]['input']!r}"
+            raise
+
+
 app = typer.Typer(
     name="dilated-attention",
+    cls=_Commands,
     help="Exact attention for long sequences: what this machine can run, and why.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,10 +72,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes cut the names of options on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-app.add_typer(pattern_app)
-app.command()(bench)
-app.command()(dashboard)
 
 
 def main() -> None:
@@ -140,7 +152,12 @@ def explain(
     dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
     pattern_option: Annotated[
         list[str] | None,
-        typer.Option("--pattern-option", "-P", help="Any other parameter of the pattern: window_size=128. Repeatable."),
+        typer.Option(
+            "--pattern-option",
+            "-P",
+            metavar="NAME=VALUE",
+            help="Any other parameter of the pattern: window_size=128. Repeatable.",
+        ),
     ] = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
@@ -189,6 +206,8 @@ def explain(
     )
     if batch is not None and ranks is None:
         raise ConfigError(f"--batch is for --ranks, which was not given; got --batch {batch}")
+    if ranks is not None and fields.get("seq_len") is None:
+        raise ConfigError(f"--ranks {ranks} needs --seq-len: what ranks exchange depends on the sequence's length")
     parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
     if pattern is not None or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
@@ -202,7 +221,7 @@ def explain(
         fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     found = registry()
-    with progress_bar("lowering the pattern"):  # a minute, where its table of blocks comes near Limits.layout_bytes
+    with progress_bar("planning"):  # a minute, where a table of blocks comes near Limits.layout_bytes
         plan = explain_plan(fields, registry=found)
     show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
@@ -218,7 +237,9 @@ def conformance(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option("--pattern", "-p", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."),
+        typer.Option(
+            "--pattern", "-p", metavar="TOML", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."
+        ),
     ] = None,
     large: Annotated[
         bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
@@ -245,6 +266,12 @@ def conformance(
     show(str(report), report.to_dict(), as_json=as_json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+# In the help commands stand in the order in which they are added: what a newcomer tries first comes first.
+app.command()(bench)
+app.command()(dashboard)
+app.add_typer(pattern_app)
 
 
 def _mapping(text: str) -> dict[str, Any]:

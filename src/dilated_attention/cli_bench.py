@@ -14,6 +14,7 @@ import typer
 from .console import AsJson, ending_in_order, make_folder, registry
 from .core.checks import require_choice
 from .core.errors import ConfigError
+from .core.explain import columns
 
 if TYPE_CHECKING:
     from .bench.measure import CaseReport
@@ -34,19 +35,24 @@ def bench(
     ref: Annotated[
         str | None, typer.Argument(help="With --compare: the old code, as git names it. Default: HEAD.")
     ] = None,
-    case: Annotated[list[str] | None, typer.Option(help="A case; * stands for any letters. Repeatable.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A case; * stands for any letters. Repeatable.")
+    ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases.")] = False,
     backend: Annotated[
-        list[str] | None, typer.Option(help="NAME, NAME:KERNEL or auto. Repeatable. Default: all that take a case.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="NAME, NAME:KERNEL or auto. Repeatable. Default: all that take a case."),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls of each. Default: 7.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda where there is one.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for results.csv, results.jsonl and results.png.")] = None,
     save: Annotated[Path | None, typer.Option(help="Append the run to this file.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Also what this callable makes: MODULE:ATTR. Repeatable.")
+        list[str] | None, typer.Option(metavar="MODULE:ATTR", help="Also what this callable makes. Repeatable.")
     ] = None,
-    load_library: Annotated[list[Path] | None, typer.Option(help="Load this library first. Repeatable.")] = None,
+    load_library: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Load this library first. Repeatable.")
+    ] = None,
     case_seconds: Annotated[
         float | None, typer.Option(help="Seconds for a case; fewer rounds (at least 3) then. Default: 10.", min=0)
     ] = None,
@@ -98,9 +104,20 @@ def bench(
 def _refuse_others(given: Mapping[str, Any], taken: frozenset[str], what: str) -> None:
     others = sorted(given.keys() - taken)
     if others:
-        names = ["the argument REF" if name == "ref" else f"--{name.replace('_', '-')}" for name in others]
-        hint = f"; a case is named by --case {given['ref']}" if "ref" in others else ""
-        raise ConfigError(f"{', '.join(names)}: not for {what}{hint}")
+        hints = [f"{_spelt(name) if len(others) > 1 else 'it'} goes with {_ways_of(name)}" for name in others]
+        if "ref" in others:
+            hints.append(f"a case is named by --case {given['ref']}")
+        raise ConfigError(f"{', '.join(map(_spelt, others))}: not for {what}; {'; '.join(hints)}")
+
+
+def _spelt(name: str) -> str:
+    return "the argument REF" if name == "ref" else f"--{name.replace('_', '-')}"
+
+
+def _ways_of(name: str) -> str:
+    """The ways of calling the command that take an option."""
+    ways = {"measuring cases": _MEASURING, "--compare": _COMPARING, "--scaling": _SCALING}
+    return " or ".join(what for what, taken in ways.items() if name in taken)
 
 
 def _list(*, as_json: bool) -> None:
@@ -110,8 +127,13 @@ def _list(*, as_json: bool) -> None:
         rows = [case.to_dict() | {"device": case.device, "is_default": case.is_default} for case in CASES.values()]
         typer.echo(json.dumps(rows, indent=2))
         return
-    for case in CASES.values():
-        typer.echo(f"{case.device:5} {'' if case.is_default else '(if named) '}{case}")
+    header = ("case", "on", "measured", "tokens", "heads", "dtype", "causal", "pattern")
+    cells = [
+        (case.name, case.device, "by default" if case.is_default else "if named", *case.cells())
+        for case in CASES.values()
+    ]
+    for line in columns([header, *cells]):
+        typer.echo(line)
 
 
 def _device(name: str | None) -> str:

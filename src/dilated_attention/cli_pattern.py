@@ -17,7 +17,7 @@ from .console import AsJson, registry, show
 from .core.checks import did_you_mean
 from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, PatternFileError, UnsafePathError
-from .core.explain import amount, columns, counted
+from .core.explain import amount, columns, counted, pattern_words
 from .core.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _config(path: Path, flags: dict[str, Any]) -> AttentionConfig:
 
 
 def _kind(info: StoredInfo) -> str:
-    kind = info.parameters["kind"] if info.parameters else "pattern"
+    kind = pattern_words(info.parameters) if info.parameters else "pattern"
     return f"{kind}, as {info.form}"
 
 

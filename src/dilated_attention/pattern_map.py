@@ -144,7 +144,7 @@ def quality_lines(quality: Quality) -> list[str]:
         _spread_line("fan-out", quality.fan_out),
         _spread_line("fan-in", quality.fan_in),
         "",
-        "reached, by layers stacked",
+        "blocks reached, by layers",
         *(f"  {name:<10}{part:>8}" for name, part in field),
         f"  all       {reached:>8}",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,9 @@ def _bars(axis: Axes, quality: Quality) -> None:
     axis.set_xticks(list(place), [_bin_name(i) for i in place], rotation=turn, ha=side)
     axis.set_xlim(min(first, last - 2) - 0.6, max(last, first + 2) + 0.6)
     axis.set_yscale("log")  # one token in a million that sees everything shows too
+    least = min(_part(spread, i) for spread in (quality.fan_out, quality.fan_in) for i in place if _part(spread, i))
+    # From the power of ten below the least on, so that two at least are on the axis and have their names.
+    axis.set_ylim(10.0 ** (math.ceil(math.log10(least * 100)) - 1), 150)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_ylabel("% of positions", fontsize=9)

@@ -34,7 +34,7 @@ _LIBRARIES: Final = ("torch", "numpy", "numba", "attrs", "cattrs", "pluggy", "sa
 
 def paint(text: str) -> str:
     """`text` with the words for a status coloured, where stdout is a terminal; its lines are left as they are."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None: started with stdout closed
         return text
     from rich.console import Console
     from rich.text import Text
@@ -52,13 +52,13 @@ def paint(text: str) -> str:
 def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal; what it yields is told how many of how many steps are done."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"), TimeElapsedColumn())
     with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(words, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+        task = bar.add_task(words, total=None, part="")  # until somebody counts there is nothing to say but the time
+        yield lambda done, of: bar.update(task, completed=done, total=of, part=f"{done}/{of}")
 
 
 def backends_data(registry: Registry) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..core.checks import did_you_mean
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
-from ..core.pattern import Pattern
+from ..core.pattern import Pattern, Union
 from ..patterns.dilated import Dilated
 from ..patterns.global_tokens import Global
 from ..patterns.local import Local
@@ -109,13 +109,33 @@ class BenchCase:
             "config": config | {"is_causal": self.is_causal, "pattern": self.pattern.to_dict()},
         }
 
+    def cells(self) -> tuple[str, ...]:
+        """Tokens, heads, dtype, causal or not, pattern: of a row in a table."""
+        heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"
+        causal = "yes" if self.is_causal else "no"
+        return f"{self.seq_len:,}", f"{heads} of {self.head_dim}", self.dtype, causal, _brief(self.pattern)
+
     def __str__(self) -> str:
         causal = "causal" if self.is_causal else "not causal"
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"
         return (
-            f"{self.name}: {self.pattern!r}, {self.seq_len:,} tokens, {heads} heads of {self.head_dim}, "
+            f"{self.name}: {_brief(self.pattern)}, {self.seq_len:,} tokens, {heads} heads of {self.head_dim}, "
             f"{self.dtype}, {causal}"
         )
+
+
+def _brief(pattern: Pattern) -> str:
+    """A pattern as one would write it: what has its default is left out."""
+    if isinstance(pattern, Union):
+        return " | ".join(map(_brief, pattern.of))
+    said = []
+    for field in attrs.fields(type(pattern)):  # type: ignore[arg-type]  # a Pattern, which is an attrs class
+        value = getattr(pattern, field.name)
+        if field.default is attrs.NOTHING:
+            said.append(repr(value))
+        elif value != field.default:
+            said.append(f"{field.name}={value!r}")
+    return f"{type(pattern).__name__}({', '.join(said)})"
 
 
 def _dilated(name: str, lengths: Sequence[int], seq_len: int, *, offsets: Any, **fields: Any) -> BenchCase:

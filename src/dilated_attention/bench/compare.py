@@ -155,7 +155,12 @@ def old_tree(root: Path, ref: str) -> Iterator[Path]:
     Raises:
         ConfigError: git knows no such commit.
     """
-    commit = git(root, "rev-parse", "--verify", f"{ref}^{{commit}}")
+    try:
+        commit = git(root, "rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}")
+    except ConfigError as error:
+        raise ConfigError(
+            f"--compare takes a commit, a branch or a tag of {str(root)!r}, got {ref!r}: {error}"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="dilated-attention-") as name:
         tree = Path(name) / "old"
         try:

@@ -172,4 +172,4 @@ def finish(say: Say, files: list[Path]) -> None:
     say("4. Written: " + (", ".join(str(path) for path in files) or "nothing") + "\n")
     say("   Next: dilated-attention doctor             what is installed, and the line that installs the rest")
     say("         dilated-attention explain --help     the same choice for your own heads, length and device")
-    say("         README.md                            the patterns, and the eight lines that use them")
+    say("         README.md                            the patterns, and the lines that use them")
