@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
-from .schedule import Call, Rows
+from .schedule import MOST_STACKED, Call, Rows
 
 
 @attrs.frozen
@@ -77,14 +77,17 @@ class Slab:
 
 
 def slabs_of(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[Slab]:
-    """Cover a call with as few launches as the tensors' strides allow."""
+    """Cover a call with as few launches as the tensors' strides and `MOST_STACKED` allow."""
     batch = queries[0].shape[0]
     if call.segments == 1:
         return [Slab(0, 0, batch, along_batch=True)]
-    if batch == 1 or all(
-        call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
-        for xs, rows in ((queries, call.query), (keys, call.key))
-        for x in xs
+    if batch == 1 or (
+        batch * call.segments <= MOST_STACKED
+        and all(
+            call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
+            for xs, rows in ((queries, call.query), (keys, call.key))
+            for x in xs
+        )
     ):
         return [Slab(0, 0, batch * call.segments, along_batch=False)]
     if call.segments < batch:
