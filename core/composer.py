@@ -26,7 +26,7 @@ from .joining import are_joined, launches_of
 from .kernel import WIDENING, DenseKernel, DensePiece, ForOneLength, Joins
 from .limits import Limits
 from .schedule import Call, Rows, Schedule
-from .slabs import Slab, is_stack, slabs_of, stacks_by_rows
+from .slabs import Slab, is_stack, slabs_of, slabs_within, stacks_by_rows
 from .tracing import span
 from .turned import Mirrored, NegatedQueries
 
@@ -108,7 +108,7 @@ class Composer:
         scale: factor on q·k. The kernel only sees positive ones: flash kernels that mask and take maxima before they
             scale (aten's for CPUs among them) turn masked scores into +inf with a negative one.
         deterministic: passed on to the kernel.
-        workspace_bytes: bound on the copies that are made at once of rows that are read backwards.
+        workspace_bytes: bound on the copies of rows that are read backwards, where pieces are merged in turns.
     """
 
     kernel: DenseKernel
@@ -131,7 +131,7 @@ class Composer:
 
     @_mirrored.default
     def _make_mirrored(self) -> DenseKernel:
-        return Mirrored(self._kernel, self.workspace_bytes)
+        return Mirrored(self._kernel)
 
     @_joins.default
     def _find_joins(self) -> Joins | None:
@@ -208,7 +208,7 @@ class Composer:
         assert stacks_by_rows(lse, calls)
         for index, call in enumerate(calls):
             with span(call.name):
-                for slab in slabs_of(call, (query,), (key, value)):
+                for slab in slabs_within(call, (query,), (key, value), self.workspace_bytes):
                     part, part_lse = self._forward(call, slab, query, key, value)
                     into, into_lse = slab.view(out, call.query), slab.view_lse(lse, call.query)
                     if index < written:
@@ -305,7 +305,7 @@ class Composer:
         lse = by_rows(lse)
         for index, call in enumerate(calls):
             with span(call.name):
-                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                for slab in slabs_within(call, (query, dout, out), (key, value), self.workspace_bytes):
                     grads = self._backward(call, slab, dout, query, key, value, out, lse)
                     for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
                         into = slab.view(total, rows)
@@ -333,7 +333,7 @@ class Composer:
         found = []
         for call in calls:
             with span(call.name):
-                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                for slab in slabs_within(call, (query, dout, out), (key, value), self.workspace_bytes):
                     dq, *grads = self._backward(call, slab, dout, query, key, value, out, lse)
                     for total, grad in zip(totals, grads, strict=True):
                         slab.view(total, call.key).add_(grad)

@@ -34,10 +34,11 @@ class ExactWindows(ExactDense):
 
 
 class ExactSquares(ExactDense):
-    """Dense pieces by the definition, of kernels that have no windows; of each piece, how many elements it has."""
+    """Dense pieces by the definition, of kernels that have no windows; of each piece, how many of how many rows."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+        self.rows: list[int] = []
 
     def _scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
         assert piece.window is None
@@ -46,6 +47,7 @@ class ExactSquares(ExactDense):
         assert min(query.shape[0], rows, cols) > 0
         assert not piece.is_causal or rows == cols
         self.sizes.append(query.shape[0])
+        self.rows.append(rows)
         return super()._scores(query, key, piece)
 
 

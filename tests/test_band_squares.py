@@ -145,23 +145,28 @@ def test_ranks_compute_their_own_keys_so(pattern: Pattern, is_causal: bool) -> N
         assert worst(pattern, shards, batch=2, through_lse=True, dense=ExactSquares(), hops=hops) < 1e-12
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 3000, 1 << 20])
-def test_rows_are_copied_a_few_chunks_at_a_time(workspace_bytes: int) -> None:
-    geometry, pattern = Geometry.self_attention(64, 2, is_causal=True), Local((7, 0))
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("workspace_bytes", [1, 20_000, 40_000, 1 << 20])
+@pytest.mark.parametrize("seq_len", [64, 61])
+def test_rows_are_copied_a_few_chunks_at_a_time(seq_len: int, workspace_bytes: int, batch: int) -> None:
+    geometry, pattern = Geometry.self_attention(seq_len, 2, is_causal=True), Local((7, 0))
     found = dense_form(pattern, geometry, windows=False)
     assert found is not None
-    kernel, tensors = ExactSquares(), inputs(geometry, batch=1, head_dim=8, dtype=torch.float64)
+    kernel, tensors = ExactSquares(), inputs(geometry, batch=batch, head_dim=8, dtype=torch.float64)
     composer = Composer(kernel, 1 / math.sqrt(8), False, workspace_bytes)
     query, key, value = (x.detach() for x in tensors)
     out, lse = composer.forward(query, key, value, found.schedule)
-    each = 3 * 7 * 2 * 8 * 8  # bytes of three tensors, 7 rows, 2 heads of 8
-    most = min(7, max(1, workspace_bytes // each))
-    assert kernel.sizes[0] == 8  # the other squares are read where they lie
-    assert max(kernel.sizes[1:]) == most
-    assert sum(kernel.sizes[1:]) == 7
+    each = 7 * 2 * 8 * 8  # bytes of a chunk of a tensor
+    copied = [size for size, rows in zip(kernel.sizes, kernel.rows, strict=True) if rows == 7]
+    assert sum(copied) == batch * (seq_len // 8 - 1)  # the chunk of the end of 61 is shorter
+    assert max(copied) <= max(1, workspace_bytes // (6 * each))
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    kernel.sizes.clear()
+    kernel.rows.clear()
     grads = composer.backward(dout, query, key, value, out, lse, found.schedule)
+    copied = [size for size, rows in zip(kernel.sizes, kernel.rows, strict=True) if rows == 7]
+    assert max(copied) <= max(1, workspace_bytes // (10 * each))
     expected = oracle(pattern, tensors, geometry, through_lse=False)
     for name, a, e in zip(NAMES, (out, lse, *grads), expected, strict=True):
         assert error(a, e) < 1e-12, name
@@ -174,7 +179,7 @@ def test_the_workspace_is_that_of_the_configuration() -> None:
 
 def test_a_mirrored_square_is_the_other_triangle() -> None:
     query, key, value = (torch.randn(2, 5, 2, 4, dtype=torch.float64) for _ in range(3))
-    kernel = Mirrored(ExactSquares(), 1 << 20)
+    kernel = Mirrored(ExactSquares())
     piece = DensePiece(is_causal=True, scale=0.5)
     out, lse = kernel.forward(query, key, value, piece)
     scores = 0.5 * torch.einsum("bshd,bthd->bhst", query, key)
