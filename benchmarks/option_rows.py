@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dilated_attention import Attention, ConfigError, Dilated, Full, Limits, Local, Random, build_attention, preflight
+from dilated_attention import Attention, ConfigError, Dilated, Full, Limits, Random, build_attention, preflight
 from dilated_attention.core.pattern import Pattern
 
 from .options import Case, Row, checked
@@ -225,13 +225,13 @@ def _dropout(case: Case) -> Row:
 
 
 def _cache_bytes(case: Case) -> Row:
-    pattern = Local(case.seq_len // 32)
+    pattern = Random(2, 64)
     before = checked(case, pattern, backend="sdpa")
     chosen = checked(case, pattern, backend="sdpa", limits=Limits(pattern_cache_bytes=1))
     inputs = case.inputs(case.seq_len // 4)
     kept = [attention.counters().layouts.nbytes for attention in (before, chosen)]
     return Row(
-        option="`Limits.pattern_cache_bytes` too small (1 byte)", measured="forward, `Local`, `sdpa`",
+        option="`Limits.pattern_cache_bytes` too small (1 byte)", measured="forward, `Random(2)`, `sdpa`",
         without=_forward(before, inputs), chosen=_forward(chosen, inputs),
         memory=(kept[0], kept[1]),
         note="memory: layouts kept; the pattern is lowered at every call",
@@ -260,12 +260,12 @@ def _layout_bytes(case: Case) -> Row:
 
 
 def _workspace_bytes(case: Case) -> Row:
-    pattern = Local(case.seq_len // 32)
+    pattern = Random(2, 64)
     before = checked(case, pattern, backend="sdpa")
     chosen = checked(case, pattern, backend="sdpa", limits=Limits(workspace_bytes=4 << 20))
     inputs = case.inputs(case.seq_len // 2)
     return Row(
-        option="`Limits.workspace_bytes` 64 → 4 MiB", measured="f+b, `Local`, `sdpa`",
+        option="`Limits.workspace_bytes` 64 → 4 MiB", measured="f+b, `Random(2)`, `sdpa`",
         without=_training(before, inputs), chosen=_training(chosen, inputs),
         note="on CPUs no more than 16 MiB are used" if case.device == "cpu" else "",
     )  # fmt: skip

@@ -58,13 +58,13 @@ def fills_documents(engine: Engine, device: torch.device) -> bool:
     """Whether a document may be computed as the beginning of a longer one, which saves lowering and launches.
 
     It costs more than it saves where a document is a single call of a dense kernel, and on a CPU but where lowering
-    is slow: with blocks.
+    is slow: with tables of blocks.
     """
     config = engine.config
     if not config.is_causal or config.dropout_p or not keeps_prefixes(engine.pattern):
         return False
     if device.type == "cpu":
-        return "block" in _kinds(engine)
+        return _parts(engine)[1] is None
     # A CUDA graph would keep copies of places that are gone when it is replayed.
     return not (_is_captured(device) or _is_one_call(engine))
 

@@ -1,11 +1,16 @@
-"""From a sum of bands to calls of a dense kernel: rectangles, causal squares and windows (`DensePiece.window`)."""
+"""From a sum of bands to calls of a dense kernel: rectangles, causal squares and windows (`DensePiece.window`).
+
+Kernels that have no windows get squares in their place (`band_squares`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 import attrs
 
+from .band_squares import square_calls
 from .bands import Band, bands_of
 from .geometry import Geometry
 from .lowering import split
@@ -34,11 +39,11 @@ def dense_form(pattern: Pattern, geometry: Geometry, *, windows: bool) -> Dense 
     Args:
         pattern: what is to be computed.
         geometry: for which call.
-        windows: calls may have a `window`.
+        windows: calls may have a `window`; else squares take its place.
     """
     branches, bands = branches_and_bands(pattern, geometry)
-    calls = None if bands is None else band_calls(bands, geometry)
-    if bands is None or calls is None or (not windows and any(call.window is not None for call in calls)):
+    calls = None if bands is None else band_calls(bands, geometry, windows=windows)
+    if bands is None or calls is None:
         return None
     strided = schedule(branches, geometry)
     return Dense(branches, bands, _with_bands(strided, calls, geometry) if calls else strided)
@@ -50,20 +55,22 @@ def branches_and_bands(pattern: Pattern, geometry: Geometry) -> tuple[tuple[Bran
     return branches, () if rest is None else bands_of(rest)
 
 
-def band_calls(bands: Iterable[Band], geometry: Geometry) -> tuple[Call, ...] | None:
-    """The calls that together compute a sum of bands; None where positions are such that some band is no sum of calls.
+def band_calls(bands: Iterable[Band], geometry: Geometry, *, windows: bool) -> tuple[Call, ...] | None:
+    """The calls that together compute a sum of bands, some of which have a `window` if those are asked for.
 
-    Some have a `window`.
+    None where positions are such that some band is no sum of those; of squares each band is one.
     """
     calls: list[Call] = []
     for number, band in enumerate(bands, 1):
         here = band.within(geometry)
         if here is None:
             continue
-        parts = here.parts()
+        parts, name = here.parts() if windows else [here], f"band {number}"
         if parts is None:
             return None
-        calls += [_call(part, geometry, f"band {number}") for part in parts]
+        for part in parts:
+            call = _call(part, geometry, name)
+            calls += [call] if windows or call.window is None else square_calls(part, geometry, name)
     return tuple(calls)
 
 
@@ -75,8 +82,8 @@ def _call(part: Band, geometry: Geometry, name: str) -> Call:
     is_all = left >= keys - 1 and right >= queries - 1
     is_causal = not is_all and queries == keys and left >= keys - 1 and right == 0
     return Call(
-        query=_rows(first - geometry.q_offset, queries, geometry.num_heads),
-        key=_rows(low - geometry.kv_offset, keys, geometry.num_kv_heads),
+        query=Rows.of_all_heads(first - geometry.q_offset, queries, geometry.num_heads),
+        key=Rows.of_all_heads(low - geometry.kv_offset, keys, geometry.num_kv_heads),
         segments=1,
         is_causal=is_causal,
         weight=1,
@@ -85,19 +92,23 @@ def _call(part: Band, geometry: Geometry, name: str) -> Call:
     )
 
 
-def _rows(start: int, count: int, num_heads: int) -> Rows:
-    return Rows(start, step=1, count=count, segment_step=0, head=0, head_step=1, head_shift=0, num_heads=num_heads)
-
-
 def _with_bands(branches: Schedule, calls: tuple[Call, ...], geometry: Geometry) -> Schedule:
-    """The calls of branches and of bands, first one band that covers everything if no branch does."""
-    covering = [call for call in calls if _covers(call, geometry)] if branches.cover == 0 else []
+    """The calls of branches and of bands, first those of one name that cover everything if no branch does."""
+    covering: list[Call] = []
+    if branches.cover == 0:
+        groups = (list(group) for _, group in groupby(calls, key=lambda call: call.name))
+        covering = next((group for group in groups if _cover(group, geometry)), [])
+    every = (*covering, *branches.calls, *(call for call in calls if call not in covering))
     if not covering:
-        return Schedule((*branches.calls, *calls), branches.cover)
-    first = covering[0]
-    every = (first, *branches.calls, *(call for call in calls if call is not first))
-    return Schedule(every, 1, is_whole=len(every) == 1)
+        return Schedule(every, branches.cover)
+    whole = covering[0]
+    return Schedule(every, len(covering), is_whole=len(every) == whole.segments == 1 and not whole.is_mirrored)
 
 
-def _covers(call: Call, geometry: Geometry) -> bool:
-    return (call.query.count, call.key.count) == (geometry.q_len, geometry.kv_len)
+def _cover(calls: list[Call], geometry: Geometry) -> bool:
+    """Whether every row of queries and of keys is in exactly one of the calls: a rectangle, or squares."""
+    if len(calls) > 1 and not all(call.is_causal for call in calls):
+        return False  # they may share rows
+    queries = sum(call.segments * call.query.count for call in calls)
+    keys = sum(call.segments * call.key.count for call in calls)
+    return (queries, keys) == (geometry.q_len, geometry.kv_len)

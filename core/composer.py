@@ -24,9 +24,11 @@ from torch.nn import functional
 
 from .joining import are_joined, launches_of
 from .kernel import WIDENING, DenseKernel, DensePiece, ForOneLength, Joins
+from .limits import Limits
 from .schedule import Call, Rows, Schedule
-from .slabs import Slab, is_stack, slabs_of, stacks_by_rows
+from .slabs import Slab, is_stack, slabs_of, slabs_within, stacks_by_rows
 from .tracing import span
+from .turned import Mirrored, NegatedQueries
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -97,26 +99,6 @@ class RowsOfQueries:
         self._slab.view(total, self._rows).add_(self._grad[..., : total.shape[3]])
 
 
-@attrs.frozen
-class _OfNegatedQueries:
-    """A kernel for the negated queries: what it computes with a scale, `kernel` computes with the opposite one."""
-
-    kernel: DenseKernel
-
-    @property
-    def name(self) -> str:
-        return self.kernel.name
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
-        return self.kernel.forward(-query, key, value, piece)
-
-    def backward(
-        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = self.kernel.backward(dout, -query, key, value, out, lse, piece)
-        return -dq, dk, dv
-
-
 @attrs.frozen(eq=False)
 class Composer:
     """A dense kernel made to compute schedules.
@@ -126,13 +108,16 @@ class Composer:
         scale: factor on q·k. The kernel only sees positive ones: flash kernels that mask and take maxima before they
             scale (aten's for CPUs among them) turn masked scores into +inf with a negative one.
         deterministic: passed on to the kernel.
+        workspace_bytes: bound on the copies of rows that are read backwards, where pieces are merged in turns.
     """
 
     kernel: DenseKernel
     scale: float
     deterministic: bool
+    workspace_bytes: int = Limits().workspace_bytes
     _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
     _kernel: DenseKernel = attrs.field(init=False)
+    _mirrored: DenseKernel = attrs.field(init=False)
     _joins: Joins | None = attrs.field(init=False)
 
     @_pieces.default
@@ -142,7 +127,11 @@ class Composer:
 
     @_kernel.default
     def _make_kernel(self) -> DenseKernel:
-        return self.kernel if self.scale > 0 else _OfNegatedQueries(self.kernel)
+        return self.kernel if self.scale > 0 else NegatedQueries(self.kernel)
+
+    @_mirrored.default
+    def _make_mirrored(self) -> DenseKernel:
+        return Mirrored(self._kernel)
 
     @_joins.default
     def _find_joins(self) -> Joins | None:
@@ -219,7 +208,7 @@ class Composer:
         assert stacks_by_rows(lse, calls)
         for index, call in enumerate(calls):
             with span(call.name):
-                for slab in slabs_of(call, (query,), (key, value)):
+                for slab in slabs_within(call, (query,), (key, value), self.workspace_bytes):
                     part, part_lse = self._forward(call, slab, query, key, value)
                     into, into_lse = slab.view(out, call.query), slab.view_lse(lse, call.query)
                     if index < written:
@@ -230,7 +219,7 @@ class Composer:
 
     def _forward(self, call: Call, slab: Slab, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         views = slab.view(query, call.query), slab.view(key, call.key), slab.view(value, call.key)
-        out, lse = self._kernel.forward(*views, self._piece(call))
+        out, lse = self._kernel_of(call).forward(*views, self._piece(call))
         return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
 
     def backward(
@@ -316,7 +305,7 @@ class Composer:
         lse = by_rows(lse)
         for index, call in enumerate(calls):
             with span(call.name):
-                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                for slab in slabs_within(call, (query, dout, out), (key, value), self.workspace_bytes):
                     grads = self._backward(call, slab, dout, query, key, value, out, lse)
                     for total, grad, rows in zip(totals, grads, (call.query, call.key, call.key), strict=True):
                         into = slab.view(total, rows)
@@ -344,7 +333,7 @@ class Composer:
         found = []
         for call in calls:
             with span(call.name):
-                for slab in slabs_of(call, (query, dout, out), (key, value)):
+                for slab in slabs_within(call, (query, dout, out), (key, value), self.workspace_bytes):
                     dq, *grads = self._backward(call, slab, dout, query, key, value, out, lse)
                     for total, grad in zip(totals, grads, strict=True):
                         slab.view(total, call.key).add_(grad)
@@ -355,7 +344,7 @@ class Composer:
         self, call: Call, slab: Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse_view = slab.view_lse(lse, call.query)
-        return self._kernel.backward(
+        return self._kernel_of(call).backward(
             slab.view(dout, call.query),
             slab.view(query, call.query),
             slab.view(key, call.key),
@@ -364,6 +353,9 @@ class Composer:
             lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
             self._piece(call),
         )
+
+    def _kernel_of(self, call: Call) -> DenseKernel:
+        return self._mirrored if call.is_mirrored else self._kernel
 
     def _piece(self, call: Call) -> DensePiece:
         piece = self._pieces[call.is_causal]
@@ -381,7 +373,7 @@ class Composers:
     @classmethod
     def of(cls, kernel: DenseKernel, scale: float, config: AttentionConfig) -> Composers:
         """Of the kernel that a backend built."""
-        own = others = Composer(kernel, scale, config.deterministic)
+        own = others = Composer(kernel, scale, config.deterministic, config.limits.workspace_bytes)
         if isinstance(kernel, ForOneLength) and config.seq_len is not None:
             others = attrs.evolve(own, kernel=kernel.other_lengths)
         return cls(config.seq_len, own, others)

@@ -133,7 +133,7 @@ class Windows(Protocol):
 
     @property
     def takes_windows(self) -> bool:
-        """Whether it takes pieces with a `window`; else their pairs come to no kernel, but to core's block product."""
+        """Whether it takes pieces with a `window`; else windows come to it as causal squares (`band_squares`)."""
 
 
 class BlockTable(Protocol):

@@ -14,7 +14,8 @@ class Limits:
     Attributes:
         pattern_cache_bytes: lowered layouts kept per attention for lengths already seen (least recently used go first).
         layout_bytes: one lowered layout; a pattern that needs more at a given length is refused before it is built.
-        workspace_bytes: temporary tensors of the batched block computation, per step.
+        workspace_bytes: temporary tensors of the batched block computation, per step; copies of rows that are read
+            backwards, for windows by kernels that have none.
         exchange_buffer_bytes: rows that a rank receives from others in one forward pass; where any rank would receive
             more, shards travel hop by hop instead.
         reference_mask_bytes: the dense multiplicity of the `reference` backend, (num_heads, q_len, kv_len) in float64.

@@ -105,7 +105,7 @@ class Packings:
             return 0
         total = 0
         for length, count in zip(*np.unique(packing.places[:, 4], return_counts=True), strict=True):
-            calls = band_calls(bands, self._geometry(int(length)))
+            calls = band_calls(bands, self._geometry(int(length)), windows=True)
             assert calls is not None  # queries and keys are at the same positions
             total += int(count) * sum(call.pairs for call in calls)
         return total

@@ -9,6 +9,7 @@ elements. Nothing is gathered, padded or indexed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import attrs
 import numpy as np
@@ -18,6 +19,8 @@ from .geometry import Geometry
 from .pattern import Branch
 
 _IntArray = NDArray[np.int64]
+
+MOST_STACKED: Final = 65_535  # segments of a launch: as many blocks CUDA has along the last dimension of a grid
 
 
 def branch_name(segment_length: int | None, stride: int) -> str:
@@ -42,12 +45,18 @@ class Rows:
     head_shift: int
     num_heads: int
 
+    @classmethod
+    def of_all_heads(cls, start: int, count: int, num_heads: int, *, segment_step: int = 0) -> Rows:
+        """Rows that follow each other, the same of every head."""
+        return cls(start, 1, count, segment_step, head=0, head_step=1, head_shift=0, num_heads=num_heads)
+
 
 @attrs.frozen
 class Call:
     """One call of a dense kernel: `segments` stacked rectangles of query and key rows; pairs count `weight` times.
 
-    `name` is that of its branch or band, as traces show it; `window` is that of `DensePiece`.
+    `name` is that of its branch or band, as traces show it; `window` is that of `DensePiece`. Where `is_mirrored`, rows
+    of queries and of keys are read backwards: row i of a causal square then sees rows j >= i.
     """
 
     query: Rows
@@ -57,6 +66,7 @@ class Call:
     weight: int
     name: str
     window: tuple[int, int] | None = None
+    is_mirrored: bool = False
 
     @property
     def pairs(self) -> int:
@@ -75,6 +85,8 @@ class Call:
         rows, cols = self.query.count, self.key.count
         if self.window is not None:
             return cols - rows - self.window[0], cols - rows + self.window[1]
+        if self.is_mirrored:
+            return 0, cols
         return -rows, 0 if self.is_causal else cols
 
 
@@ -114,7 +126,7 @@ class Schedule:
 
 
 @attrs.frozen
-class _Run:
+class Run:
     """Equal rectangles in consecutive segments, for the offset that is subtracted from both starts."""
 
     query_start: int
@@ -154,8 +166,8 @@ def schedule(branches: Iterable[Branch], geometry: Geometry) -> Schedule:
 
 def _is_whole(call: Call, geometry: Geometry) -> bool:
     """True where the call takes all rows of all heads in their order, once."""
-    query = Rows(0, 1, geometry.q_len, call.query.segment_step, 0, 1, 0, geometry.num_heads)
-    key = Rows(0, 1, geometry.kv_len, call.key.segment_step, 0, 1, 0, geometry.num_kv_heads)
+    query = Rows.of_all_heads(0, geometry.q_len, geometry.num_heads, segment_step=call.query.segment_step)
+    key = Rows.of_all_heads(0, geometry.kv_len, geometry.num_kv_heads, segment_step=call.key.segment_step)
     return call.segments == 1 and call.weight == 1 and call.query == query and call.key == key
 
 
@@ -170,8 +182,8 @@ def _covers(calls: Sequence[Call], geometry: Geometry) -> bool:
 
 
 def _branch_calls(branch: Branch, geometry: Geometry) -> list[Call]:
-    by_profile: dict[tuple[_Run, ...], list[tuple[int, int]]] = {}
-    profiles: dict[int, tuple[_Run, ...]] = {}
+    by_profile: dict[tuple[Run, ...], list[tuple[int, int]]] = {}
+    profiles: dict[int, tuple[Run, ...]] = {}
     for head, offset in enumerate(branch.offsets):
         if offset is None:
             continue
@@ -185,7 +197,7 @@ def _branch_calls(branch: Branch, geometry: Geometry) -> list[Call]:
     return calls
 
 
-def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
+def _call(branch: Branch, run: Run, heads: _Heads) -> Call:
     kv_count = heads.count // heads.group
     query = Rows(
         start=run.query_start + heads.offset,
@@ -211,7 +223,7 @@ def _call(branch: Branch, run: _Run, heads: _Heads) -> Call:
     return Call(query, key, run.segments, run.is_causal, branch.weight, name)
 
 
-def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:
+def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[Run]:
     """Rectangles of kept queries and keys of one offset, equal neighbours stacked; starts are less the offset."""
     if geometry.q_len == 0 or geometry.kv_len == 0:
         return
@@ -234,15 +246,15 @@ def _runs(branch: Branch, offset: int, geometry: Geometry) -> Iterator[_Run]:
 
     a, b = kept(geometry.q_offset, q_end)
     c, d = kept(geometry.kv_offset, kv_end)
-    for low_q, high_q, low_k, high_k, is_causal in _rectangles(a, b, c, d, geometry.is_causal):
+    for low_q, high_q, low_k, high_k, is_causal in rectangles(a, b, c, d, is_causal=geometry.is_causal):
         keep = (high_q > low_q) & (high_k > low_k)
         query_start = (base + low_q * stride - geometry.q_offset)[keep]
         key_start = (base + low_k * stride - geometry.kv_offset)[keep]
-        yield from _stack(query_start, (high_q - low_q)[keep], key_start, (high_k - low_k)[keep], is_causal)
+        yield from stacked(query_start, (high_q - low_q)[keep], key_start, (high_k - low_k)[keep], is_causal)
 
 
-def _rectangles(
-    a: _IntArray, b: _IntArray, c: _IntArray, d: _IntArray, is_causal: bool
+def rectangles(
+    a: _IntArray, b: _IntArray, c: _IntArray, d: _IntArray, *, is_causal: bool
 ) -> Iterator[tuple[_IntArray, _IntArray, _IntArray, _IntArray, bool]]:
     """Rows a:b against columns c:d, or under causality (column <= row) the rectangles and the square it consists of."""
     if not is_causal:
@@ -258,14 +270,14 @@ def _rectangles(
     yield after, b, np.maximum(a, c), d, False
 
 
-def _stack(
+def stacked(
     query_start: _IntArray, queries: _IntArray, key_start: _IntArray, keys: _IntArray, is_causal: bool
-) -> Iterator[_Run]:
-    """Join neighbouring segments of equal shape at equal distances."""
+) -> Iterator[Run]:
+    """Join neighbouring segments of equal shape at equal distances, `MOST_STACKED` at most."""
     count = query_start.size
     if count < 2:  # short documents have no more: nothing to compare
         if count:
-            yield _Run(int(query_start[0]), int(queries[0]), 0, int(key_start[0]), int(keys[0]), 0, 1, is_causal)
+            yield Run(int(query_start[0]), int(queries[0]), 0, int(key_start[0]), int(keys[0]), 0, 1, is_causal)
         return
     i = 0
     shape = np.stack([queries, keys], axis=-1)
@@ -278,8 +290,9 @@ def _stack(
         if j < count and same_shape[i]:
             stops = np.flatnonzero(~(same_shape[j:] & same_step[i:]))
             j = count if stops.size == 0 else j + int(stops[0]) + 1
+            j = min(j, i + MOST_STACKED)
         q_step, k_step = (int(step[i, 0]), int(step[i, 1])) if j > i + 1 else (0, 0)
-        yield _Run(
+        yield Run(
             int(query_start[i]), int(queries[i]), q_step, int(key_start[i]), int(keys[i]), k_step, j - i, is_causal
         )
         i = j

@@ -5,12 +5,12 @@ Shapes: B batch, S sequence, H heads, D head_dim. Tensors are (B, S, H, D); lse 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 from torch import Tensor
 
-from .schedule import Call, Rows
+from .schedule import MOST_STACKED, Call, Rows
 
 
 @attrs.frozen
@@ -64,6 +64,15 @@ class Slab:
             lse.storage_offset() + start,
         )
 
+    def split(self, most: int) -> Iterator[Slab]:
+        """Launches that together are this one, each of a stack of `most` at most."""
+        for start in range(0, self.size, most):
+            size = min(most, self.size - start)
+            if self.along_batch:
+                yield Slab(self.batch + start, self.segment, size, along_batch=True)
+            else:
+                yield Slab(self.batch, self.segment + start, size, along_batch=False)
+
     def place(self, rows: Rows, segments: int) -> Place:
         """Where the results for `rows` belong, of a call of so many segments."""
         if self.along_batch:
@@ -77,19 +86,36 @@ class Slab:
 
 
 def slabs_of(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[Slab]:
-    """Cover a call with as few launches as the tensors' strides allow."""
+    """Cover a call with as few launches as the tensors' strides and `MOST_STACKED` allow."""
     batch = queries[0].shape[0]
     if call.segments == 1:
         return [Slab(0, 0, batch, along_batch=True)]
-    if batch == 1 or all(
-        call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
-        for xs, rows in ((queries, call.query), (keys, call.key))
-        for x in xs
+    if batch == 1 or (
+        batch * call.segments <= MOST_STACKED
+        and all(
+            call.segments * rows.segment_step == x.shape[1] and x.stride(0) == x.shape[1] * x.stride(1)
+            for xs, rows in ((queries, call.query), (keys, call.key))
+            for x in xs
+        )
     ):
         return [Slab(0, 0, batch * call.segments, along_batch=False)]
     if call.segments < batch:
         return [Slab(0, segment, batch, along_batch=True) for segment in range(call.segments)]
     return [Slab(row, 0, call.segments, along_batch=False) for row in range(batch)]
+
+
+def slabs_within(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], workspace_bytes: int) -> list[Slab]:
+    """As `slabs_of`; those whose rows are copied, and whose results are, so that all copies stay within a workspace."""
+    slabs = slabs_of(call, queries, keys)
+    if not call.is_mirrored:
+        return slabs
+    each = sum(
+        rows.count * rows.num_heads * x.shape[3] * x.element_size()
+        for xs, rows in ((queries, call.query), (keys, call.key))
+        for x in xs
+    )
+    most = max(1, workspace_bytes // (2 * each))
+    return [part for slab in slabs for part in slab.split(most)]
 
 
 def is_stack(rows: Rows, segments: int, x: Tensor) -> bool:

@@ -33,6 +33,24 @@ class ExactWindows(ExactDense):
         return scores.masked_fill(~is_seen, -math.inf)
 
 
+class ExactSquares(ExactDense):
+    """Dense pieces by the definition, of kernels that have no windows; of each piece, how many of how many rows."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.rows: list[int] = []
+
+    def _scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        assert piece.window is None
+        assert query.stride(3) == key.stride(3) == 1
+        rows, cols = query.shape[1], key.shape[1]
+        assert min(query.shape[0], rows, cols) > 0
+        assert not piece.is_causal or rows == cols
+        self.sizes.append(query.shape[0])
+        self.rows.append(rows)
+        return super()._scores(query, key, piece)
+
+
 _EXACT = ExactWindows()
 Window = tuple[int | None, int | None]
 _NONE: Window = (None, None)

@@ -82,22 +82,32 @@ def check_counts(found: Schedule, pattern: Pattern, geometry: Geometry) -> None:
     assert torch.equal(total, expected)
     assert found.pairs == int(expected.sum())
     for call, pairs in zip(found.calls, each, strict=True):
+        if call.is_causal:
+            assert call.query.count == call.key.count
+        else:
+            assert not call.is_mirrored
         if call.window is not None:
             assert call.query.count <= call.key.count  # what kernels are given is what they were promised
             assert 0 <= min(call.window) <= max(call.window) <= call.key.count
             assert pairs.any(-1).sum() == call.query.count * geometry.num_heads
+    names = {call.name for call in found.calls if call.name.startswith("band")}
+    for name in names:  # what exchange counts on: no row is in two calls of a name
+        rows = sum((p.any(-1).long() for c, p in zip(found.calls, each, strict=True) if c.name == name), 0)
+        assert isinstance(rows, Tensor)
+        assert rows.max() == 1
     covering = found.calls[: found.cover]
     if covering:
         assert sum(c.query.count * c.segments * c.query.num_heads for c in covering) == expected[..., 0].numel()
 
 
+@pytest.mark.parametrize("windows", [True, False], ids=["windows", "squares"])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("pattern", BANDED, ids=str)
-def test_calls_hold_the_pairs_of_the_pattern(pattern: Pattern, is_causal: bool) -> None:
+def test_calls_hold_the_pairs_of_the_pattern(pattern: Pattern, is_causal: bool, windows: bool) -> None:
     heads = {"num_heads": 4, "num_kv_heads": 2, "is_causal": is_causal}
     for q_len, kv_len in ((1, 1), (3, 3), (40, 40), (41, 41), (7, 40), (1, 23)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, **heads)  # type: ignore[arg-type]
-        found = dense_schedule(pattern, geometry)
+        found = dense_schedule(pattern, geometry, windows=windows)
         assert found is not None
         check_counts(found, pattern, geometry)
 
@@ -116,6 +126,12 @@ def composed(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
 @given(st.recursive(banded, composed, max_leaves=4), geometries())
 def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(pattern: Pattern, geometry: Geometry) -> None:
     found = dense_schedule(pattern, geometry)
+    squares = dense_schedule(pattern, geometry, windows=False)
+    if squares is not None:
+        assert all(call.window is None for call in squares.calls)
+        check_counts(squares, pattern, geometry)
+    else:
+        assert bands_of(pattern) is None
     if found is not None:
         check_counts(found, pattern, geometry)
     elif bands_of(pattern) is not None:  # more queries than keys, none of which sees all
@@ -149,12 +165,6 @@ def test_nested_unions_are_those_of_their_members() -> None:
     nested = Union((WINDOW, Union((WINDOW, SINKS))))
     assert set(bands_of(nested) or ()) == set(bands_of(WINDOW | SINKS) or ())
     assert bands_of(Union((Union((WINDOW, SINKS)), Union((Local(9), SINKS))))) is None
-
-
-def test_without_windows_what_needs_one_takes_a_table() -> None:
-    geometry = Geometry.self_attention(40, is_causal=True)
-    for pattern, is_dense in ((WINDOW, False), (SINKS, True), (WINDOW | SINKS, False), (Full() + SINKS, True)):
-        assert (dense_schedule(pattern, geometry, windows=False) is not None) is is_dense
 
 
 def test_the_first_call_covers_everything_where_one_can() -> None:

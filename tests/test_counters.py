@@ -150,7 +150,7 @@ def test_the_cache_is_counted() -> None:
 
 
 def test_what_does_not_run_is_not_counted() -> None:
-    attention = build(Local(9), limits=Limits(layout_bytes=10))
+    attention = build(Random(2, 16), limits=Limits(layout_bytes=10))
     with pytest.raises(ConfigError, match="layout_bytes"):
         attention(*ones(1, 300))
     with pytest.raises(ConfigError, match="must be"):

@@ -30,7 +30,8 @@ from .strategies import patterns
 from .support import NAMES, error
 from .test_packing import batch_of, build, five, padding
 
-BLOCKS = Local((9, 0)) | Global(3)
+BANDS = Local((9, 0)) | Global(3)
+BLOCKS = Local((9, 0)) | Random(blocks_per_row=1, block_size=16, seed=3)
 BOUNDS = torch.tensor([0, 0, 37, 57, 78, 78, 99, 160, 171])
 ROWS = ((0, 70), (23, 47), (11, 40), (0, 0), (30, 39), (5, 40), (69, 1))  # padding before, tokens
 CASES: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {
@@ -97,7 +98,9 @@ def test_documents_are_filled_up_by_little(length: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("pattern", [Full(), Dilated((16, 32), (1, 2)), Strided(3), BLOCKS, Random(2, 8)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Full(), Dilated((16, 32), (1, 2)), Strided(3), BANDS, BLOCKS, Random(2, 8)], ids=str
+)
 def test_each_document_is_as_alone(always: None, pattern: Pattern, case: str) -> None:
     """Out, lse and gradients, through lse too, against the oracle; what belongs to none is 0, and -inf in lse."""
     mask, bounds = CASES[case]
@@ -302,7 +305,7 @@ def test_copies_are_bounded_and_few() -> None:
 
 def test_the_end_of_a_document_does_not_reach_into_others(always: None) -> None:
     """Not-a-numbers of one stay its own."""
-    attention = build(pattern=Local((9, 0)))
+    attention = build(pattern=BLOCKS)
     tensors = batch_of(1, 171)
     with torch.no_grad():
         for x in tensors:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dilated_attention import Attention, Dilated, Full, Global, Local, Pattern, Strided, build_attention
+from dilated_attention import Attention, Dilated, Full, Global, Local, Pattern, Random, Strided, build_attention
 from dilated_attention.core import tracing
 
 LONGNET = Dilated((64, 128), (1, 2))
@@ -21,7 +21,7 @@ def names(attention: Attention, *, compiled: bool = False) -> Counter[str]:
     run(*inputs).sum().backward()  # lowered, and compiled
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         run(*inputs).sum().backward()
-    ours = ("dilated_attention ", "branch", "blocks", "ring", "keys")
+    ours = ("dilated_attention ", "branch", "band", "blocks", "ring", "keys")
     found = {event.key: event.count for event in trace.key_averages() if event.key.startswith(ours)}
     return Counter(found)
 
@@ -45,7 +45,16 @@ def test_a_trace_reads_like_the_table(compiled: bool) -> None:
     [
         (Full(), {}),  # a single dense call is its pass
         (Strided(3), {"branch w=all r=3": 6}),  # a call each for the three remainders
-        (Local(9), {"blocks of 128": 2}),
+        (
+            Local(9),
+            {
+                "band 1 squares": 2,
+                "band 1 mirrored squares": 6,  # of the first chunk, those between, and the last
+                "band 1 mirrored edge 1": 2,
+                "band 1 mirrored edge 2": 2,
+            },
+        ),
+        (Random(1, 16), {"blocks of 16": 2}),
         (LONGNET | Global(3), {"branch w=64 r=1": 2, "branch w=128 r=2": 2, "blocks of 128": 2}),
     ],
 )
