@@ -73,6 +73,7 @@ class FlashAttention4:
     run_backward: Callable[..., tuple[Tensor, ...]]
     limit_bytes: int
     takes_windows: bool = True
+    takes_dlse: bool = True
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`. The library launches on the current device, whatever its inputs are on."""
@@ -106,6 +107,7 @@ class FlashAttention4:
                 causal=piece.is_causal,
                 window_size_left=left,
                 window_size_right=right,
+                dlse=None if piece.dlse is None else piece.dlse.contiguous(),
             )
         return dq, dk, dv
 

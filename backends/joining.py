@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import ForOneLength, Tables, takes_windows
+from ..core.kernel import ForOneLength, Tables, takes_dlse, takes_windows
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class JoiningKernel:
     def takes_windows(self) -> bool:
         """As the kernel does."""
         return takes_windows(self.kernel)
+
+    @property
+    def takes_dlse(self) -> bool:
+        """As the kernel does."""
+        return takes_dlse(self.kernel)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -23,15 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from .joining import are_joined, launches_of
-from .kernel import WIDENING, DenseKernel, DensePiece, ForOneLength, Joins
+from .kernel import WIDENING, DenseKernel, DensePiece, Joins, takes_dlse
 from .limits import Limits
 from .schedule import Call, Rows, Schedule
 from .slabs import Slab, is_stack, slabs_of, slabs_within, stacks_by_rows
 from .tracing import span
 from .turned import Mirrored, NegatedQueries
-
-if TYPE_CHECKING:
-    from .config import AttentionConfig
 
 _JOINING = "pieces joined"
 
@@ -109,12 +105,14 @@ class Composer:
             scale (aten's for CPUs among them) turn masked scores into +inf with a negative one.
         deterministic: passed on to the kernel.
         workspace_bytes: bound on the copies of rows that are read backwards, where pieces are merged in turns.
+        dlse: what backward hands to a kernel that takes it (`TakesDlse`), (B, S, H) in memory.
     """
 
     kernel: DenseKernel
     scale: float
     deterministic: bool
     workspace_bytes: int = Limits().workspace_bytes
+    dlse: Tensor | None = None
     _pieces: tuple[DensePiece, DensePiece] = attrs.field(init=False)
     _kernel: DenseKernel = attrs.field(init=False)
     _mirrored: DenseKernel = attrs.field(init=False)
@@ -222,13 +220,33 @@ class Composer:
         out, lse = self._kernel_of(call).forward(*views, self._piece(call))
         return out, lse + math.log(call.weight) if call.weight > 1 else lse  # a pair counted twice only has more share
 
+    def backward_through_lse(
+        self,
+        dout: Tensor,
+        dlse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `backward`, where lse has a gradient too, (B, H, S)."""
+        if takes_dlse(self.kernel):
+            return attrs.evolve(self, dlse=by_rows(dlse)).backward(dout, query, key, value, out, lse, schedule)
+        wide_dout, wide_query, wide_out = widen_rows(dout, dlse, query, out)
+        wide_key, wide_value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
+        grads = self.backward(wide_dout, wide_query, wide_key, wide_value, wide_out, lse, schedule)
+        dq, dk, dv = (grad[..., : query.shape[3]] for grad in grads)
+        return dq, dk, dv
+
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, schedule: Schedule
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the calls, given the merged out and the merged lse (+inf in rows without keys)."""
         calls = schedule.calls
         if schedule.is_whole:
-            return self._kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0]))
+            return self._kernel.backward(dout, query, key, value, out, lse, self._piece(calls[0], self.dlse))
         joined = self._backward_joined(dout, query, key, value, out, lse, calls)
         if joined is not None:
             return joined
@@ -344,6 +362,7 @@ class Composer:
         self, call: Call, slab: Slab, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse_view = slab.view_lse(lse, call.query)
+        dlse = None if self.dlse is None else slab.view_lse(self.dlse, call.query)
         return self._kernel_of(call).backward(
             slab.view(dout, call.query),
             slab.view(query, call.query),
@@ -351,33 +370,14 @@ class Composer:
             slab.view(value, call.key),
             slab.view(out, call.query),
             lse_view - math.log(call.weight) if call.weight > 1 else lse_view,
-            self._piece(call),
+            self._piece(call, dlse),
         )
 
     def _kernel_of(self, call: Call) -> DenseKernel:
         return self._mirrored if call.is_mirrored else self._kernel
 
-    def _piece(self, call: Call) -> DensePiece:
+    def _piece(self, call: Call, dlse: Tensor | None = None) -> DensePiece:
         piece = self._pieces[call.is_causal]
-        return piece if call.window is None else attrs.evolve(piece, window=call.window)
-
-
-@attrs.frozen
-class Composers:
-    """A `Composer` for calls of the length that an attention is built for, and one for all others."""
-
-    seq_len: int | None
-    own: Composer
-    others: Composer
-
-    @classmethod
-    def of(cls, kernel: DenseKernel, scale: float, config: AttentionConfig) -> Composers:
-        """Of the kernel that a backend built."""
-        own = others = Composer(kernel, scale, config.deterministic, config.limits.workspace_bytes)
-        if isinstance(kernel, ForOneLength) and config.seq_len is not None:
-            others = attrs.evolve(own, kernel=kernel.other_lengths)
-        return cls(config.seq_len, own, others)
-
-    def for_call(self, q_len: int, kv_len: int, is_filled: bool = False) -> Composer:
-        """That of a call of so many queries and keys, over all ranks; `is_filled`: of documents that have fewer."""
-        return self.own if q_len == kv_len == self.seq_len and not is_filled else self.others
+        if call.window is None and dlse is None:
+            return piece
+        return attrs.evolve(piece, window=call.window, dlse=dlse)

@@ -11,20 +11,20 @@ import attrs
 import torch
 from torch import Tensor
 from torch.autograd import profiler
-from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .band_calls import dense_form
 from .block_product import BlockProduct, block_table
 from .cache import ByteLRU
-from .composer import Composers, merge_, widen_rows
+from .composer import merge_
+from .composers import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
 from .geometry import Geometry
-from .kernel import WIDENING, DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares, takes_windows
+from .kernel import DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares, takes_windows
 from .layout import Layout
 from .lowering import lower
 from .packings import Packings
@@ -341,14 +341,10 @@ class Engine:
             lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
         grads = None
         if program.schedule.calls:
-            if dlse is None:
-                grads = composer.backward(dout, query, key, value, out, lse, program.schedule)
-            else:
-                wide_dout, wide_query, wide_out = widen_rows(dout, dlse, query, out)
-                wide_key, wide_value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
-                wide = composer.backward(wide_dout, wide_query, wide_key, wide_value, wide_out, lse, program.schedule)
-                dq, dk, dv = (grad[..., : query.shape[3]] for grad in wide)
-                grads = dq, dk, dv
+            given = (query, key, value, out, lse, program.schedule)
+            grads = (
+                composer.backward(dout, *given) if dlse is None else composer.backward_through_lse(dout, dlse, *given)
+            )
         if program.blocks is not None:
             more = program.blocks.gradients(dout, query, key, value, out, lse, dlse)
             return more if grads is None else (more[0] + grads[0], more[1] + grads[1], more[2] + grads[2])

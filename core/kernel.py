@@ -39,12 +39,15 @@ class DensePiece:
         window: (left, right) where S query rows see a window of T >= S key rows whose ends meet: row i the rows
             i + T - S - left to i + T - S + right, as far as there are such. Both are at least 0 and at most T;
             `is_causal` is then not set. Given only to kernels that take it (`Windows`).
+        dlse: (B, H, S) float32, the gradient of lse of the whole row, for backward: it takes delta - dlse in the place
+            of delta. Given only to kernels that take it (`TakesDlse`).
     """
 
     is_causal: bool
     scale: float
     deterministic: bool = False
     window: tuple[int, int] | None = None
+    dlse: Tensor | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -179,6 +182,18 @@ class Tables(Protocol):
 
 
 @runtime_checkable
+class TakesDlse(Protocol):
+    """What a `DenseKernel` may have besides: its backward takes a gradient of lse.
+
+    Through others it comes home in `WIDENING` more columns, as far as they take that head_dim.
+    """
+
+    @property
+    def takes_dlse(self) -> bool:
+        """Whether it takes pieces with a `dlse`."""
+
+
+@runtime_checkable
 class ForOneLength(Protocol):
     """What a `DenseKernel` may be: one that prepares for every new shape of tensors, longer than most calls take.
 
@@ -195,6 +210,13 @@ def takes_windows(kernel: object) -> bool:
     if isinstance(kernel, ForOneLength) and not takes_windows(kernel.other_lengths):
         return False
     return isinstance(kernel, Windows) and kernel.takes_windows
+
+
+def takes_dlse(kernel: object) -> bool:
+    """Whether a dense kernel takes pieces with a `dlse`, of whatever length."""
+    if isinstance(kernel, ForOneLength) and not takes_dlse(kernel.other_lengths):
+        return False
+    return isinstance(kernel, TakesDlse) and kernel.takes_dlse
 
 
 class LayoutKernel(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.cache import ByteLRU
-from ..core.composer import Composers
+from ..core.composers import Composers
 from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError

@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, accumulator_dtype, by_rows, delta_of, merge_, widen_rows
 from ..core.empty import empty_gradients, empty_results
-from ..core.kernel import Adds, LayoutKernel, LayoutPiece
+from ..core.kernel import Adds, LayoutKernel, LayoutPiece, takes_dlse
 from ..core.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class WholeRows:
         """`lse` as dense kernels take it: (B, S, H) in memory, +inf in rows without keys."""
         lse = by_rows(self.lse)
         return torch.where(lse == -math.inf, math.inf, lse)
+
+    @cached_property
+    def row_dlse(self) -> Tensor | None:
+        """`dlse` as dense kernels take it that do: (B, S, H) in memory."""
+        return None if self.dlse is None else by_rows(self.dlse)
 
     @cached_property
     def wide(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +232,7 @@ class ComposedPiece:
         if self.blocks is not None:
             _ = rows.delta, rows.row_lse
         if self.schedule.calls:
-            _ = rows.wide, self._lse_of(rows)
+            _ = rows.row_dlse if takes_dlse(self.composer.kernel) else rows.wide, self._lse_of(rows)
 
     def _lse_of(self, rows: WholeRows) -> Tensor:
         """lse as the dense calls take it."""
@@ -251,8 +256,12 @@ class ComposedPiece:
     def _dense_backward(self, merged: Merged, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`backward` of the dense calls."""
         composer, rows, head_dim = self.composer, merged.rows, key.shape[3]
-        dout, query, out = rows.wide
-        inputs = dout, query, rows.widened(key), rows.widened(value), out
+        if takes_dlse(composer.kernel):
+            composer = attrs.evolve(composer, dlse=rows.row_dlse)
+            inputs = rows.dout, rows.query, key, value, rows.out
+        else:
+            dout, query, out = rows.wide
+            inputs = dout, query, rows.widened(key), rows.widened(value), out
         lse = self._lse_of(rows)
         if self.schedule.cover:
             dq, dk, dv = composer.backward(*inputs, lse, self.schedule)
@@ -265,7 +274,7 @@ class ComposedPiece:
         elif rows.dlse is None and not merged.once:
             composer.backward_into((merged.sums(), dk, dv), *inputs, lse, calls)
         else:  # a sum of half precision would round each addition
-            dq = torch.zeros(query.shape, dtype=rows.dtype, device=query.device)
+            dq = torch.zeros(inputs[1].shape, dtype=rows.dtype, device=key.device)
             composer.backward_into((dq, dk, dv), *inputs, lse, calls)
             merged.add(dq[..., :head_dim])
         return dk[..., :head_dim], dv[..., :head_dim]

@@ -12,7 +12,7 @@ import attrs
 from ..core.bands import bands_of
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
-from ..core.kernel import CALL_AXES, WIDENING, ForOneLength
+from ..core.kernel import CALL_AXES, WIDENING, ForOneLength, takes_dlse
 from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
@@ -86,6 +86,7 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
         "backend": plan.backend,
         "plan": plan.digest,
     }
+    traits["has_dlse"] |= takes_dlse(kernel)
     if config.ring_size > 1:
         return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))
     takes_layout = not takes_dense(selection.chosen.registered.spec)

@@ -9,8 +9,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from dilated_attention.core.kernel import DensePiece
+from dilated_attention.core.composer import widen_rows
+from dilated_attention.core.kernel import WIDENING, DensePiece
 from dilated_attention.registry.conformance_ring import ExactDense
 
 
@@ -51,6 +53,25 @@ class ExactSquares(ExactDense):
         return super()._scores(query, key, piece)
 
 
+class ExactThroughLse(ExactSquares):
+    """One of them whose backward takes the gradient of lse."""
+
+    takes_dlse = True
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert query.shape[3] == key.shape[3] == value.shape[3] == 8  # none came widened
+        if piece.dlse is None:
+            return super().backward(dout, query, key, value, out, lse, piece)
+        head_dim = query.shape[3]
+        dout, query, out = widen_rows(dout, piece.dlse, query, out)
+        key, value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
+        grads = super().backward(dout, query, key, value, out, lse, piece)
+        dq, dk, dv = (grad[..., :head_dim] for grad in grads)
+        return dq, dk, dv
+
+
 _EXACT = ExactWindows()
 Window = tuple[int | None, int | None]
 _NONE: Window = (None, None)
@@ -82,11 +103,19 @@ def backward(
     scale: float,
     is_causal: bool,
     window: Window = _NONE,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtype of the queries, for out and lse of the whole row."""
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-    return _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal, window))
+    head_dim = query.shape[3]
+    if dlse is not None:
+        assert dlse.is_contiguous()
+        dout, query, out = widen_rows(dout, dlse, query, out)
+        key, value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
+    grads = _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal, window))
+    dq, dk, dv = (grad[..., :head_dim] for grad in grads)
+    return dq, dk, dv
 
 
 def _piece(scale: float, is_causal: bool, window: Window) -> DensePiece:

@@ -1,0 +1,71 @@
+"""The gradient of lse, handed to dense kernels that take it; to others it goes in more columns."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+from dilated_attention import Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention.core.band_calls import dense_form
+from dilated_attention.core.composer import Composer
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import takes_dlse
+from dilated_attention.exchange.shards import Shards
+
+from .dense_math import ExactSquares, ExactThroughLse
+from .kernel_kit import check_emulated
+from .ring_simulation import worst
+from .support import error, inputs
+
+DILATED = Dilated((8, 16, 48), (1, 2, 3))
+SOME: list[Pattern] = [
+    Full(),
+    DILATED,
+    DILATED + DILATED,
+    Local((7, 2)),
+    Local((500, 0)),
+    Local((8, 8)) | Global(5),
+    DILATED + Local((6, 3)),
+    DILATED + Random(1, 8, seed=3),
+    Random(2, 8, seed=3),
+]
+
+
+def test_only_kernels_that_say_so_are_handed_it() -> None:
+    assert takes_dlse(ExactThroughLse())
+    assert not takes_dlse(ExactSquares())
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+def test_it_comes_home(pattern: Pattern, is_causal: bool) -> None:
+    for q_len, kv_len in ((48, 48), (67, 67), (21, 67)):
+        geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+        check_emulated(ExactThroughLse(), geometry, pattern, head_dim=8)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+def test_it_comes_home_on_ranks(pattern: Pattern, is_causal: bool) -> None:
+    shards = Shards(48, 3, 4, 2, is_causal)
+    for hops in (False, True):
+        assert worst(pattern, shards, batch=2, through_lse=True, dense=ExactThroughLse(), hops=hops) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.4, -0.4])
+def test_both_ways_are_the_same(scale: float) -> None:
+    geometry = Geometry.self_attention(61, 2)
+    tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float64)
+    query, key, value = (x.detach() for x in tensors)
+    found = dense_form(Local((7, 3)) + Full(), geometry, windows=False)
+    assert found is not None
+    widening = Composer(ExactSquares(), scale, False)
+    taking = attrs.evolve(widening, kernel=ExactThroughLse())
+    out, lse = widening.forward(query, key, value, found.schedule)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    given = (query, key, value, out, lse, found.schedule)
+    taken, widened = (each.backward_through_lse(dout, dlse, *given) for each in (taking, widening))
+    for a, e in zip(taken, widened, strict=True):
+        assert error(a, e) < 1e-12
+    assert error(widening.backward(dout, *given)[0], widened[0]) > 1e-2
