@@ -32,7 +32,7 @@ class SdpaBackend:
         if request.device.type == "cpu":
             return []
         served = torch.cuda.get_arch_list()
-        if not _is_served(request.device.arch, served):
+        if not (_is_served(request.device.arch, served) or _takes_build_for_granted(request)):
             remedy = "install a PyTorch that was built for this card"
             return [Refusal("arch", request.device.arch, ", ".join(served) or "no CUDA kernels", remedy)]
         config = request.config
@@ -82,6 +82,11 @@ def _candidates(request: Request) -> dict[str, DenseKernel]:
     return {name: kernel for name, kernel in chosen.items() if name != "cudnn" or has_one_length}
 
 
+def _takes_build_for_granted(request: Request) -> bool:
+    """A card that is not here, and a PyTorch that cannot tell what it has for it; the plan's premises say so."""
+    return request.device.is_assumed and (torch.version.cuda is None or not torch.cuda.get_arch_list())
+
+
 def _is_served(arch: str, served: list[str]) -> bool:
     """True where PyTorch carries machine code that runs on `arch`: the same major version, no newer minor one."""
     major, minor = compute_capability(arch)
@@ -110,7 +115,8 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
         yield Refusal("dtypes", "float64", f"float32, {', '.join(_HALVES)} (efficient)", "use float32")
     if name == "efficient" and config.dtype == "bfloat16" and major < 8:
         yield Refusal("dtypes", "bfloat16", f"float16, float32 on {request.device.arch} (efficient)", "use float16")
-    if name == "cudnn" and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+    has_cudnn = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+    if name == "cudnn" and not (has_cudnn or _takes_build_for_granted(request)):
         yield Refusal("not_installed", "cuDNN", "a PyTorch without it (cudnn)")
     if name != "flash" and config.deterministic and config.requires_grad:
         yield Refusal("deterministic", "a deterministic backward", f"atomic additions ({name})")

@@ -24,8 +24,11 @@ def explain_plan(plan: AttentionPlan) -> str:
             lines.append(
                 f"          {plan.backend} over a rank's own keys, {ring.companion}{kernel} over received ones"
             )
+    lines += [("  card    " if not i else "          ") + premise for i, premise in enumerate(plan.premises)]
+    lines += _open_words(plan)
     releases = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    lines += [f"  with    {releases}; plan {plan.digest}", ""]
+    of_build = "" if plan.premises else f"; plan {plan.digest}"  # no counter or trace ever names an estimate
+    lines += [f"  with    {releases}{of_build}", ""]
     header = ("backend", "status", "kernel", "from")
     cells = [(row.name, row.status, row.kernel or "-", _origin(row)) for row in plan.rows]
     table = list(columns([header, *cells]))
@@ -74,10 +77,11 @@ def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
         f"{pattern_words(config['pattern'])} attention",
         f"over {counted(config['seq_len'], 'token')}" if config["seq_len"] else "",
     ]
+    named = f"{device['arch']}, assumed" if device.get("is_assumed") else device.get("name")  # older records have none
     details = [
         counted(heads, "head") + (f" on {kv_heads} key-value" if kv_heads not in (None, heads) else ""),
         f"head_dim {config['head_dim']}",
-        f"{config['dtype']} on {device['torch_name']}" + (f" ({device['name']})" if device.get("name") else ""),
+        f"{config['dtype']} on {device['torch_name']}" + (f" ({named})" if named else ""),
         "with gradients" if config["requires_grad"] else "without gradients",
         "sequences of several lengths" if config.get("varlen") else "",  # older records have none
         f"dropout {config['dropout_p']:g}" if config["dropout_p"] else "",
@@ -96,12 +100,27 @@ def pattern_words(pattern: Mapping[str, Any]) -> str:
 
 
 def _headline(plan: AttentionPlan) -> str:
-    asked = plan.config["backend"]
+    asked, unjudged = plan.config["backend"], [row.name for row in plan.rows if row.status == "unjudged"]
+    if plan.backend is None and asked in unjudged:
+        return f"backend {asked!r}, asked for by name, could not be judged here"
+    if plan.backend is None and asked == "auto" and unjudged:
+        return "no backend fits that could be judged here"
     if plan.backend is None:
         return "no backend fits" if asked == "auto" else f"backend {asked!r} does not fit, and was asked for by name"
     kernel = f" ({plan.kernel})" if plan.kernel else ""
     how = "chosen" if asked == "auto" else "asked for by name"
+    if plan.premises:
+        how = f"would be {'chosen' if asked == 'auto' else 'used'} on {plan.device['arch']}"
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
+
+
+def _open_words(plan: AttentionPlan) -> Iterator[str]:
+    """Which backends might be chosen instead, though nothing here can tell."""
+    statuses = [row.status for row in plan.rows]
+    ahead = plan.rows[: statuses.index("chosen")] if "chosen" in statuses else ()
+    if ahead:
+        names = ", ".join(row.name for row in ahead)
+        yield f"  open    {names} would rank before {plan.backend} and could not be judged here"
 
 
 def _layout_words(plan: AttentionPlan) -> Iterator[str]:

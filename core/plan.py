@@ -12,7 +12,7 @@ from .errors import ConfigError
 from .refusal import Refusal
 from .structure import from_mapping
 
-Status = Literal["chosen", "usable", "refused", "broken"]
+Status = Literal["chosen", "usable", "unjudged", "refused", "broken"]
 
 
 def _plain(value: object) -> object:
@@ -49,14 +49,17 @@ class BackendRow:
 
     Attributes:
         name: the backend, or the plugin where that is what broke.
-        status: "chosen", "usable" (accepts the request but ranks lower), "refused", or "broken" (breaks its contract).
+        status: "chosen", "usable" (accepts the request but ranks lower), "refused", or "broken" (breaks its contract);
+            for a card that is not here also "unjudged": its manifest takes the request, and what this machine lacks
+            keeps it from being asked.
         kernel: the sub-kernel that it would use, or an empty string.
         refusals: every reason, where it is refused.
         near_miss: the smallest change that would admit it, where one was found.
         distribution: the installed package that it comes from.
         version: of that package.
-        detail: the cause, where it is broken; else what was noted about it: a slow import of its plugin, or that it
-            would be chosen, or would take another kernel, if seq_len were given.
+        detail: the cause, where it is broken, or raised an error over a card that is not here; else what was noted
+            about it: a slow import of its plugin, or that it would be chosen, or would take another kernel, if seq_len
+            were given.
     """
 
     name: str
@@ -127,11 +130,14 @@ class AttentionPlan:
         device: what was found on the device: type, index, name, arch, ...
         backend: the chosen backend, or None when none fits.
         kernel: its pinned sub-kernel.
-        rows: one row a backend, the chosen one first, then by rank; broken plugins last.
+        rows: one row a backend, the chosen one first, then by rank; broken plugins last. Unjudged ones stand at their
+            rank, before the chosen one too.
         layout: what the pattern needs.
         compile_class: "fullgraph", "opaque" (one operator inside the graph) or "none".
         versions: of Python, torch and this package.
         exchange: what moves rows between ranks, around the backend; None where one rank has the whole sequence.
+        premises: what was taken for granted, in sentences, where the card is one that is not here. A plan with premises
+            is an estimate that `explain` made; no attention has one.
     """
 
     config: dict[str, Any] = attrs.field(converter=_plain, hash=False)
@@ -143,16 +149,19 @@ class AttentionPlan:
     compile_class: str
     versions: dict[str, str] = attrs.field(hash=False)
     exchange: ExchangeSummary | None = None
+    premises: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits: the same request, answered by the same kernel of the same releases.
 
-        Counters and traces name the plan so.
+        Counters and traces name the plan so. One with premises shares its digest with no attention's.
         """
         what: list[object] = [self.config, self.backend, self.kernel, self.versions]
         if self.exchange is not None:
             what += [self.exchange.companion, self.exchange.companion_kernel]
+        if self.premises:
+            what += [self.device, self.premises]
         text = json.dumps(what, sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 

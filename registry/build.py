@@ -17,12 +17,12 @@ from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
 from .capabilities import make_request
-from .device import describe_device
+from .device import describe_card, describe_device, premises_of
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
 from .plugins import PLUGIN_FAULTS, describe
 from .selection import Selection, Verdict, judge, select, takes_dense
-from .specs import Request
+from .specs import Device, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
     from ..core.engine import Engine
 
     _check_parallel(config, mesh)
-    config, request, selection = _select(config, registry)
+    config, request, selection = _select(config, describe_device(config.device), registry)
     plan = _plan(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
@@ -136,6 +136,7 @@ def explain(
     config: AttentionConfig | Mapping[str, Any] | None = None,
     /,
     *,
+    arch: str | None = None,
     registry: Registry | None = None,
     **fields: Any,
 ) -> AttentionPlan:
@@ -145,13 +146,21 @@ def explain(
 
     Args:
         config: the configuration, or a mapping of it.
+        arch: the CUDA card to judge for, "sm_90", whether it is here or not; the device is "cuda" then. For one that is
+            not here the plan is an estimate, and its `premises` say what it rests on. If torch's current card is of
+            that architecture, this is the plan for it as without `arch`.
         registry: where backends are looked up; by default the process's own.
         fields: fields of `AttentionConfig`; beside `config` they replace its own.
 
     Raises:
-        ConfigError: for an input that no backend could honour.
+        ConfigError: for an input that no backend could honour, and an arch that is none.
     """
-    return _plan(*_select(_config(config, fields), registry or default_registry()))
+    config = _config(config, fields)
+    if arch is None:
+        device = describe_device(config.device)
+    else:
+        device, config = describe_card(arch, config.device), attrs.evolve(config, device="cuda")
+    return _plan(*_select(config, device, registry or default_registry()))
 
 
 def preflight(
@@ -208,10 +217,10 @@ def _fields_of(like: Tensor, config: object, fields: Mapping[str, Any]) -> dict[
     return {"num_heads": heads, "head_dim": like.shape[3], "dtype": like.dtype, "device": like.device}
 
 
-def _select(config: AttentionConfig, registry: Registry) -> tuple[AttentionConfig, Request, Selection]:
+def _select(config: AttentionConfig, device: Device, registry: Registry) -> tuple[AttentionConfig, Request, Selection]:
     pattern = resolve_pattern(config.pattern, registry)
     config = attrs.evolve(config, pattern=pattern)  # validates the pattern against the heads
-    request = make_request(config, pattern, describe_device(config.device))
+    request = make_request(config, pattern, device)
     return config, request, select(request, registry)
 
 
@@ -234,6 +243,7 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
             "torch": str(torch.__version__),
             "dilated_attention": VERSION,
         },
+        premises=premises_of(request.device),
     )
 
 

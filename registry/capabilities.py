@@ -76,8 +76,8 @@ def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
 
 
 def device_refusals(request: Request) -> list[Refusal]:
-    """A refusal when the device that was asked for is not on this machine."""
-    if request.device.available:
+    """A refusal when the device that was asked for is not on this machine, nor assumed."""
+    if request.device.available or request.device.is_assumed:
         return []
     name = request.device.torch_name
     return [Refusal("device_available", f"{name} on this machine", "none that torch can use", "choose another device")]

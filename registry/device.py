@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..core.checks import did_you_mean
 from ..core.errors import ConfigError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 _KNOWN = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+_ARCH: Final = re.compile(r"sm_([5-9]|1[0-9])[0-9]")  # no PyTorch that we take has kernels for older ones
+_CARDS: Final = {"t4": "sm_75", "a100": "sm_80", "l4": "sm_89", "h100": "sm_90", "h200": "sm_90", "b200": "sm_100"}
 
 
 def describe_device(name: str | None) -> Device:
@@ -38,6 +41,49 @@ def describe_device(name: str | None) -> Device:
     if device.type == "cpu":
         return Device(type="cpu", name=_cpu_name(), arch=platform.machine(), torch_name="cpu")
     return _accelerator(device)
+
+
+def describe_card(arch: str, device: str | None) -> Device:
+    """A CUDA card by its architecture ("sm_90") or one of a few names ("h100"), whether one is here or not.
+
+    Where torch's current card has that architecture it is described as it is; else as one that is assumed.
+
+    Args:
+        arch: the architecture.
+        device: what a configuration says; "cuda", or None for it.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    known = _CARDS.get(arch.lower(), arch) if isinstance(arch, str) else ""
+    if not _ARCH.fullmatch(known):
+        raise ConfigError(
+            f"arch must be sm_ and the digits of a compute capability, such as sm_90 for 9.0, "
+            f"or one of {', '.join(_CARDS)}; got {arch!r}"
+        )
+    if device not in (None, "cuda"):
+        raise ConfigError(f"arch={arch!r} names a kind of card, so device must be 'cuda' or left out, got {device!r}")
+    here = describe_device("cuda")
+    if here.arch == known:
+        return here
+    return Device(type="cuda", arch=known, available=False, torch_name="cuda", is_assumed=True)
+
+
+def premises_of(device: Device) -> tuple[str, ...]:
+    """What judging an assumed device takes for granted, in sentences; nothing for one that is real."""
+    import torch
+
+    if not device.is_assumed:
+        return ()
+    here = describe_device("cuda")
+    other = f"the card here is another, {here.arch}" if here.available else "no card is here"
+    said = f"{other}: {device.arch} was judged by manifests and by what is installed here, and nothing was tried on it"
+    if torch.version.cuda is None:
+        granted = f"a build for CUDA with cuDNN and kernels for {device.arch} is taken for granted"
+        return said, f"PyTorch here is built without CUDA: {granted}"
+    if not torch.cuda.get_arch_list():  # some releases tell only where there is a card
+        return said, f"PyTorch here does not tell what it has kernels for: {device.arch} is taken for granted"
+    return (said,)
 
 
 def local_device_types() -> tuple[str, ...]:

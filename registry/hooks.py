@@ -33,6 +33,7 @@ def dilated_attention_patterns() -> Iterable[PatternSpec]:  # type: ignore[empty
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str] | None:
     """Return names of `candidates`, the best first, or None to leave the order to others.
 
-    Asked with `backend="auto"` only. `candidates` are the specs of the usable backends by descending priority; those
-    that the answer leaves out follow in that order. The first plugin with an answer decides.
+    Asked with `backend="auto"` only. `candidates` are the specs of the usable backends by descending priority, among
+    them, for a card that is not here, those that could not be judged; those that the answer leaves out follow in that
+    order. The first plugin with an answer decides.
     """

@@ -82,7 +82,7 @@ def _try(
         return None
     if capability_refusals(changed, spec) or set(missing) - set(install):
         return None
-    verified = device.available and not install
+    verified = (device.available or device.is_assumed) and not install
     if verified and not accepts(changed):
         return None
     return NearMiss(changes=fields, install=install, verified=verified)
@@ -115,7 +115,7 @@ def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
 
 
 def _device_changes(request: Request, declared: object) -> Iterator[_Change]:
-    if not isinstance(declared, Collection):
+    if not isinstance(declared, Collection) or request.device.is_assumed:  # whoever names a card asks about that one
         return
     local = local_device_types()
     here = [name for name in local if device_type_of_torch(name) in declared]

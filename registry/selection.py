@@ -68,8 +68,10 @@ def select(request: Request, registry: Registry) -> Selection:
     usable = [verdict.registered.spec for verdict in verdicts.values() if verdict.accepts]
     faults: list[PluginRow] = []
     if request.config.backend == AUTO:
-        order, faults = registry.rank(request, usable)
-        chosen = verdicts[order[0]] if order else None
+        # What could not be judged has its place among the others: it may be what such a card would run.
+        candidates = [v.registered.spec for v in verdicts.values() if v.accepts or _is_unjudged(v, request)]
+        order, faults = registry.rank(request, candidates)
+        chosen = next((verdicts[name] for name in order if verdicts[name].accepts), None)
     else:
         order = (request.config.backend, *(s.name for s in usable if s.name != request.config.backend))
         chosen = verdicts[request.config.backend]
@@ -173,6 +175,8 @@ def plugin_rows(plugins: Iterable[PluginRow]) -> Iterator[BackendRow]:
 def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: bool) -> BackendRow:
     source, spec = verdict.registered.source, verdict.registered.spec
     status: Any = "chosen" if is_chosen else "broken" if verdict.fault else "refused" if verdict.refusals else "usable"
+    if _is_unjudged(verdict, request):
+        status = "unjudged"
 
     def accepts(changed: Request) -> bool:
         others = () if not _needs_companion(spec, changed) else registry.backends.values()
@@ -194,6 +198,15 @@ def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: b
         version=source.version,
         detail=verdict.fault or "; ".join(verdict.registered.notes),
     )
+
+
+def _is_unjudged(verdict: Verdict, request: Request) -> bool:
+    """On a card that is not here: nothing speaks against the backend but what this machine lacks.
+
+    A fault counts as that: it may have asked the card.
+    """
+    lacks = bool(verdict.fault) or {refusal.code for refusal in verdict.refusals} == {"not_installed"}
+    return request.device.is_assumed and lacks
 
 
 def _checked(name: str, answer: object) -> tuple[Refusal, ...]:

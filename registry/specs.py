@@ -177,6 +177,7 @@ class Device:
         memory_bytes: its memory, where it is known.
         available: torch can use it here; without it a device is only what a request asks for.
         torch_name: what torch calls it, "cuda:0".
+        is_assumed: a card known by its `arch` alone, which `explain` asks about. Nothing is ever built for one.
     """
 
     type: str
@@ -186,6 +187,7 @@ class Device:
     memory_bytes: int | None = None
     available: bool = True
     torch_name: str = ""
+    is_assumed: bool = False
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -225,7 +227,8 @@ class Backend(Protocol):
     """The target of a `BackendSpec`. It is asked only about requests that its capabilities admit.
 
     `refusals` and `pin` are asked about others than the user's too: what would be near it and, where no seq_len is
-    given, what a length would change.
+    given, what a length would change. A request may be for a card that is not here (`Device.is_assumed`): judge it by
+    `request.device`. What cannot be judged so raises an error, and the plan says that it could not.
     """
 
     def refusals(self, request: Request) -> Iterable[Refusal]:

@@ -154,7 +154,7 @@ def test_readmes_configuration_is_explained_stored_and_shown(
     Path("attention.toml").write_text(config)
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^    dilated-attention (.*attention\.toml.*|pattern show [^#\n]*)", page, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         done = invoke(*line.partition("#")[0].split())
         assert done.returncode == 0, done.stderr

@@ -165,6 +165,10 @@ def explain(
     seq_len: Annotated[int | None, typer.Option(help="Length to plan for.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="A CUDA card that need not be here: sm_90, sm_80, ..., or h100, a100, l4, t4.", metavar="SM"),
+    ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
     varlen: Annotated[
@@ -185,6 +189,8 @@ def explain(
 
     Prints a row a backend: chosen, usable, refused with every reason and the smallest change that would admit it, or
     broken. Nothing is built and no tensor allocated. Exit status 3 when no backend fits.
+
+    With --arch, what a card would run that is not here, as far as that can be judged without it.
     """
     from .registry.build import explain as explain_plan
     from .registry.build import preflight
@@ -222,7 +228,7 @@ def explain(
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     found = registry()
     with progress_bar("planning"):  # a minute, where a table of blocks comes near Limits.layout_bytes
-        plan = explain_plan(fields, registry=found)
+        plan = explain_plan(fields, arch=arch, registry=found)
     show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
         raise typer.Exit(_EXIT[NoBackendError])

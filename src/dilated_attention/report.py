@@ -21,6 +21,7 @@ from .registry.specs import AXES
 _COLOURS: Final = {
     "chosen": "green",
     "usable": "cyan",
+    "unjudged": "yellow",
     "ok": "green",
     "refused": "yellow",
     "slow": "yellow",
