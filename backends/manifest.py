@@ -45,6 +45,7 @@ _OUTDONE: Final = -40  # behind every dense kernel
 _OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
+_WINDOWS_OF_FA4: Final = (64, 128)  # head_dims at which its windows were measured, and are the faster ones
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
 
 SDPA = BackendSpec(
@@ -239,8 +240,8 @@ def _suits_fa4(request: Request) -> bool:
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's, and long tables
-    of whole blocks are FlashAttention-4's at head_dim 128.
+    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's or -4's, and long
+    tables of whole blocks are FlashAttention-4's at head_dim 128.
     """
     from ..core.bands import only_window
 
@@ -248,7 +249,9 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
     elif only_window(_bands(request)) is not None:
-        priorities[TRITON.name] = FA3.priority - 1
+        priorities[TRITON.name] = FA3.priority - 2
+        if request.config.head_dim in _WINDOWS_OF_FA4:
+            priorities[FA4.name] = FA3.priority - 1
     if FA4.name in priorities and _suits_fa4(request):
         priorities[FA4.name] = TRITON.priority + 1
     if FLEX.name in priorities and _suits_flex(request):

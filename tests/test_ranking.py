@@ -70,9 +70,12 @@ def test_a_window_is_for_kernels_that_have_windows() -> None:
         (dtype, head_dim): manifest.dilated_attention_rank_backends(
             request(H100, pattern=WINDOW, head_dim=head_dim, dtype=dtype, seq_len=4096), specs
         )
-        for dtype, head_dim in (("bfloat16", 128), ("bfloat16", 192), ("float32", 64), ("float32", 128))
-    }
-    assert found["bfloat16", 128] == ["fa3", "triton", "sdpa", "fa4", "flex"]
+        for dtype, head_dim in (
+            ("bfloat16", 56), ("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 192), ("float32", 64), ("float32", 128)
+        )
+    }  # fmt: skip
+    assert found["bfloat16", 56] == ["fa3", "triton", "sdpa", "fa4", "flex"]
+    assert found["bfloat16", 64] == found["bfloat16", 128] == ["fa3", "fa4", "triton", "sdpa", "flex"]
     assert found["bfloat16", 192] == ["fa3", "sdpa", "fa4", "triton", "flex"]
     assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]
     assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]
