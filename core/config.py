@@ -32,6 +32,15 @@ _DILATED_FIELDS: Final = {
     "dilation_rate": "dilation_rates",
     "dilation_rates": "dilation_rates",
 }
+# What belongs elsewhere: arguments of torch's own attention, of `explain` and of a call.
+_ELSEWHERE: Final = {
+    "enable_gqa": "grouped queries are said by num_kv_heads, the heads of key and value",
+    "attn_mask": "who attends to whom is the pattern; padding is said at the call, by key_padding_mask or cu_seqlens",
+    "key_padding_mask": "it is given at the call; varlen=True says beforehand that calls will bring one",
+    "cu_seqlens": "they are given at the call; varlen=True says beforehand that calls will bring them",
+    "embed_dim": "it takes head_dim, which is embed_dim // num_heads",
+    "arch": "explain(..., arch=...) judges for a card that is not here; an attention is built for its device",
+}
 
 
 def _torch_name(value: object) -> object:
@@ -246,7 +255,8 @@ class AttentionConfig:
 def check_fields(mapping: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a key that is no field of `AttentionConfig`, naming where it belongs.
 
-    The arguments of other implementations' dilated attention are told that they are the pattern's.
+    The arguments of other implementations' dilated attention are told that they are the pattern's, those of torch's
+    attention and of calls what takes their place.
     """
     for key in mapping:
         if key in _DILATED_FIELDS:
@@ -254,6 +264,8 @@ def check_fields(mapping: Mapping[str, Any]) -> None:
                 f"the attention config has no {key!r} (did you mean {_DILATED_FIELDS[key]!r} of the pattern? "
                 "pattern=Dilated(segment_lengths=(...), dilation_rates=(...)))"
             )
+        if key in _ELSEWHERE:
+            raise ConfigError(f"the attention config has no {key!r}: {_ELSEWHERE[key]}")
     check_keys(mapping, keys_of(AttentionConfig), name="the attention config")
 
 

@@ -14,6 +14,7 @@ def explain_plan(plan: AttentionPlan) -> str:
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
     first, *more = _layout_words(plan)
     lines += [f"  layout  {first}", *(f"          {line}" for line in more)]
+    lines += _oracle_words(plan)
     if plan.exchange is not None:
         ring = plan.exchange
         lines.append(
@@ -112,6 +113,14 @@ def _headline(plan: AttentionPlan) -> str:
     if plan.premises:
         how = f"would be {'chosen' if asked == 'auto' else 'used'} on {plan.device['arch']}"
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
+
+
+def _oracle_words(plan: AttentionPlan) -> Iterator[str]:
+    """That `auto` was left with the oracle, and what would bring back the fastest backend that takes a little less."""
+    if plan.backend == "reference" and plan.config["backend"] == "auto":
+        near = [row for row in plan.rows if row.near_miss and row.near_miss.verified]
+        remedy = f"; {near[0].name} {near[0].near_miss}" if near else ""
+        yield f"  slow    the oracle, in float64 over every pair of tokens, as nothing faster takes this{remedy}"
 
 
 def _open_words(plan: AttentionPlan) -> Iterator[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import require_counts
+from .checks import require_choice, require_counts
 from .errors import ConfigError
 from .geometry import Geometry
 from .pattern import Full, Pattern
@@ -52,6 +52,7 @@ def attention(
     generator: torch.Generator | None = None,
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    tensor_layout: str = "bshd",
 ) -> tuple[Tensor, Tensor]:
     """Attention over the multiset of keys that `pattern` names, differentiable by autograd through both results.
 
@@ -72,6 +73,7 @@ def attention(
         key_padding_mask: (B, T) bool, True where a key is padding; the tokens left in a row are one sequence with
             positions from 0, its queries the last S of all T places.
         cu_seqlens: (documents + 1,), cumulative lengths of sequences packed in a row, each with positions from 0.
+        tensor_layout: "bhsd" for (B, H, S, D), (B, K, T, D), (B, K, T, E), and out likewise.
 
     Returns:
         out (B, S, H, E) and lse (B, H, S), both float64; rows without keys give 0 and -inf, and no gradient.
@@ -79,6 +81,10 @@ def attention(
     Raises:
         ConfigError: shapes that do not fit together, or a pattern that does not take these heads.
     """
+    require_choice("tensor_layout", tensor_layout, ("bshd", "bhsd"))
+    swap = tensor_layout == "bhsd"
+    if swap and query.dim() == key.dim() == value.dim() == 4:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     geometry = attrs.evolve(_geometry(query, key, value, is_causal, q_offset, kv_offset), whole_len=whole_len)
     chosen = Full() if pattern is None else pattern
     if key_padding_mask is None and cu_seqlens is None:
@@ -107,7 +113,8 @@ def attention(
             counts.expand_as(shares).contiguous(), torch.full_like(shares, 1 - dropout_p), generator=generator
         )
         shares = shares * kept / (counts.clamp(min=1) * (1 - dropout_p) if dropout_p < 1 else 1.0)
-    return (shares @ v_bhte).transpose(1, 2), lse
+    out_bhse = shares @ v_bhte
+    return out_bhse if swap else out_bhse.transpose(1, 2), lse
 
 
 def _document_counts(

@@ -136,6 +136,7 @@ def explain(
     config: AttentionConfig | Mapping[str, Any] | None = None,
     /,
     *,
+    like: Tensor | None = None,
     arch: str | None = None,
     registry: Registry | None = None,
     **fields: Any,
@@ -146,6 +147,7 @@ def explain(
 
     Args:
         config: the configuration, or a mapping of it.
+        like: as `build_attention` takes it; beside `arch` its device is not looked at.
         arch: the CUDA card to judge for, "sm_90", whether it is here or not; the device is "cuda" then. For one that is
             not here the plan is an estimate, and its `premises` say what it rests on. If torch's current card is of
             that architecture, this is the plan for it as without `arch`.
@@ -155,6 +157,11 @@ def explain(
     Raises:
         ConfigError: for an input that no backend could honour, and an arch that is none.
     """
+    if like is not None:
+        said = _fields_of(like, config, fields)
+        if arch is not None:
+            del said["device"]
+        fields = said | fields
     config = _config(config, fields)
     if arch is None:
         device = describe_device(config.device)
@@ -197,6 +204,8 @@ def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str
         return AttentionConfig.from_dict({**config, **fields})
     if not isinstance(config, AttentionConfig):
         hint = "; AttentionConfig.from_file reads a file" if isinstance(config, str | PurePath) else ""
+        if isinstance(config, Pattern):
+            hint = "; a pattern is a field: pattern=..."
         raise ConfigError(
             f"config must be an AttentionConfig or a mapping, got {config!r} ({type(config).__name__}){hint}"
         )

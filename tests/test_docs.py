@@ -45,6 +45,21 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
+def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/guide.md")
+    assert len(blocks("docs/guide.md")) == 10
+    assert names["text"].shape == (2, 220)
+    assert [cache.seq_len for cache in names["caches"].values()] == [219, 219]
+    shares = [cache.nbytes / cache.dense_nbytes for cache in names["caches"].values()]
+    assert [f"{share:.0%}" for share in shares] == ["100%", "81%"]  # as the page says
+    assert (tmp_path / "patterns" / "drawn.safetensors").exists()
+    build = names["build_attention"]  # the page's own test can fail: here another pattern is built than it asks for
+    names["build_attention"] = lambda config, pattern: build(config, pattern=Local(62))
+    with pytest.raises(AssertionError):
+        names["test_my_attention"](Local(63))
+
+
 def rows(page: str) -> dict[str, list[str]]:
     """The rows of all tables of a page, by each name that stands in their first two cells."""
     found: dict[str, list[str]] = {}

@@ -128,6 +128,17 @@ def test_full_is_scaled_dot_product_attention(s: int, t: int, h: int, k: int, is
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
+def test_heads_may_come_before_positions_as_in_torch() -> None:
+    query, (key, value) = torch.randn(2, 4, 7, 5), torch.randn(2, 2, 2, 9, 5)
+    turned = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = attention(query, key, value, pattern=Local(2), tensor_layout="bhsd")
+    expected_out, expected_lse = attention(*turned, pattern=Local(2))
+    assert torch.equal(out, expected_out.transpose(1, 2))
+    assert torch.equal(lse, expected_lse)
+    with pytest.raises(ConfigError, match="tensor_layout"):
+        attention(query, key, value, tensor_layout="bhds")
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_mixing_branches_by_their_denominators_is_the_joint_multiset(is_causal: bool) -> None:
     """LongNet, eq. 10: the branches' outputs weighted by their shares of the summed softmax denominators."""

@@ -31,6 +31,10 @@ from dilated_attention import (
         ({"backend_options": {"sdpa": {"kernle": 1}}}, ["kernle", "did you mean 'kernel'"]),
         ({"device": "cdua"}, ["no device 'cdua'", "did you mean 'cuda'"]),
         ({"head_dims": 3}, ["'head_dims'", "did you mean 'head_dim'"]),
+        ({"enable_gqa": True}, ["no 'enable_gqa'", "num_kv_heads"]),
+        ({"attn_mask": None}, ["no 'attn_mask'", "pattern", "key_padding_mask"]),
+        ({"embed_dim": 64}, ["head_dim, which is embed_dim // num_heads"]),
+        ({"arch": "sm_90"}, ["explain(..., arch=...)", "for its device"]),
         ({"segment_length": [3]}, ["did you mean 'segment_lengths' of the pattern"]),
         ({"pattern": {"kind": "dialted"}}, ["unknown pattern 'dialted'", "did you mean 'dilated'", "local"]),
         ({"pattern": {"kind": "dilated", "segment_length": [4]}}, ["did you mean 'segment_lengths'"]),
@@ -87,6 +91,17 @@ def test_like_gives_heads_head_dim_dtype_and_device() -> None:
         build_attention(like=query, mesh=object())
 
 
+def test_explain_takes_like_as_build_attention_does() -> None:
+    query = torch.zeros(2, 4, 10, 16, dtype=torch.bfloat16)
+    shape: dict[str, Any] = {"tensor_layout": "bhsd", "num_kv_heads": 2}
+    assert explain(like=query, **shape).digest == build_attention(like=query, **shape).plan.digest
+    assert explain(like=query, dtype="float32", **shape).config["dtype"] == "float32"
+    card = explain(like=query, arch="sm_80", **shape)  # though the tensor is on the CPU
+    assert (card.device["arch"], card.config["num_heads"], card.config["dtype"]) == ("sm_80", 4, "bfloat16")
+    with pytest.raises(ConfigError, match="either a config or like"):
+        explain(AttentionConfig(num_heads=4, head_dim=16), like=query)
+
+
 def test_building_takes_less_than_50_ms() -> None:
     def once() -> float:
         start = time.perf_counter()
@@ -106,6 +121,8 @@ def test_fields_replace_those_of_a_config() -> None:
         explain(8)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"got 'a\.toml' \(str\); AttentionConfig\.from_file reads a file"):
         explain("a.toml")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"\(Local\); a pattern is a field: pattern=\.\.\.$"):
+        build_attention(Local(4), num_heads=4, head_dim=16)  # type: ignore[arg-type]
 
 
 def test_an_option_for_cards_is_refused_on_a_cpu_with_its_value() -> None:

@@ -284,6 +284,9 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
 def test_reference_is_chosen_only_where_nothing_else_fits() -> None:
     assert explain(num_heads=2, head_dim=16).backend == "sdpa"
     assert explain(num_heads=2, head_dim=16, dropout_p=0.1, seq_len=128).backend == "reference"
+    said = next(x for x in explain(num_heads=2, head_dim=16, dropout_p=0.1).explain().splitlines() if "  slow  " in x)
+    assert said.endswith("as nothing faster takes this; sdpa would be usable with dropout_p=0.0")
+    assert "  slow  " not in explain(num_heads=2, head_dim=16, backend="reference").explain()  # asked for, no surprise
     none = explain(num_heads=2, head_dim=16, dropout_p=0.1, seq_len=100_000)
     assert none.backend is None
     assert codes(none, "reference") == {"reference_mask_bytes"}
