@@ -58,6 +58,6 @@ class Mirrored:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `DenseKernel.backward`."""
-        rows = (x.flip(1) for x in (dout, query, key, value, out))
-        dq, dk, dv = self.kernel.backward(*rows, lse.flip(2), piece)
+        dout, query, key, value, out = (x.flip(1) for x in (dout, query, key, value, out))
+        dq, dk, dv = self.kernel.backward(dout, query, key, value, out, lse.flip(2), piece)
         return dq.flip(1), dk.flip(1), dv.flip(1)
