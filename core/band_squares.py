@@ -39,10 +39,8 @@ def square_calls(band: Band, geometry: Geometry, name: str) -> Iterator[Call]:
         cols = (low - begins).clip(0, side), (high - begins).clip(0, side)
         for number, (of_queries, of_keys, is_causal) in enumerate(_cut(rows, cols, side, is_mirrored)):
             queries, keys = of_queries[1] - of_queries[0], of_keys[1] - of_keys[0]
-            query_start, key_start = (
-                starts + of_queries[0] - geometry.q_offset,
-                begins + of_keys[0] - geometry.kv_offset,
-            )
+            query_start = starts + of_queries[0] - geometry.q_offset
+            key_start = begins + of_keys[0] - geometry.kv_offset
             some = (queries > 0) & (keys > 0)
             kind = "squares" if is_causal else f"edge {number}"
             for run in stacked(query_start[some], queries[some], key_start[some], keys[some], is_causal):
@@ -65,8 +63,7 @@ def _cut(rows: _Ranges, cols: _Ranges, side: int, is_mirrored: bool) -> Iterator
         for low_q, high_q, low_k, high_k, is_causal in rectangles(*rows, *cols, is_causal=True):
             yield (low_q, high_q), (low_k, high_k), is_causal
         return
-    turned = _cut(_backwards(rows, side), _backwards(cols, side), side, is_mirrored=False)
-    for queries, keys, is_causal in turned:
+    for queries, keys, is_causal in _cut(_backwards(rows, side), _backwards(cols, side), side, is_mirrored=False):
         yield _backwards(queries, side), _backwards(keys, side), is_causal
 
 

@@ -211,6 +211,13 @@ def test_a_document_that_is_one_dense_call_is_left_as_it_is(
     assert arranged.fills_documents(build(pattern=pattern, backend="reference")._engine, torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [(BLOCKS, True), (Full() + BLOCKS, True), (BANDS, False), (Dilated((16,), (1,)), False)]
+)
+def test_on_a_processor_lengths_are_alike_only_to_tables(pattern: Pattern, expected: bool) -> None:
+    assert arranged.fills_documents(build(pattern=pattern)._engine, torch.device("cpu")) is expected
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_waits_for_nothing_where_lengths_are_its_own() -> None:
