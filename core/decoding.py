@@ -273,7 +273,6 @@ class DecodingCache:
         values = [_wide(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
         new = np.arange(self.seq_len, self.seq_len + query.shape[1], dtype=np.int64)
         positions = np.concatenate([self._positions[:, :width], np.tile(new, (self._heads, 1))], axis=1)
-        positions[:, :width][np.arange(width) >= self._used[:, None]] = -1
         batch, count, heads, _ = query.shape
         columns = positions.shape[1]
         itemsize = accumulator_dtype(query.dtype).itemsize
