@@ -30,6 +30,7 @@ from .tracing import span
 from .turned import Mirrored, NegatedQueries
 
 _JOINING = "pieces joined"
+_SUMMED_AT_ONCE = 1 << 22  # elements: two temporaries of 16 MiB
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +57,12 @@ def by_rows(lse: Tensor) -> Tensor:
 
 def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     """sum(dout * out) - dlse, (B, H, S) in the accumulator's dtype: what backward takes off each row's dout·v."""
-    delta = (dout * out).sum(dim=-1, dtype=accumulator_dtype(out.dtype)).transpose(1, 2)
+    dtype, (batch, _, heads, head_dim) = accumulator_dtype(out.dtype), out.shape
+    # In the accumulator's dtype before they are summed: rounded, they would outweigh the gradient of rows that attend
+    # to one key, whose dout·v is the same sum. Some rows at a time, since both are then larger.
+    step = max(1, _SUMMED_AT_ONCE // max(1, batch * heads * head_dim))
+    parts = zip(torch.split(dout, step, dim=1), torch.split(out, step, dim=1), strict=True)
+    delta = torch.cat([(do.to(dtype) * o).sum(dim=-1) for do, o in parts], dim=1).transpose(1, 2)
     return delta if dlse is None else delta - dlse
 
 

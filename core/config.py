@@ -69,7 +69,10 @@ def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None
 def _number(attribute: attrs.Attribute[Any], value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{attribute.name} must be a number, got {value!r} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def _scale(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
@@ -100,10 +103,11 @@ def _options(_: object, attribute: attrs.Attribute[dict[str, Any]], value: objec
     if not isinstance(value, Mapping):
         raise ConfigError(f"backend_options must map backend names to their options, got {value!r}")
     for name, options in value.items():
-        if not isinstance(name, str) or not isinstance(options, Mapping):
+        is_named = isinstance(name, str) and isinstance(options, Mapping) and all(isinstance(o, str) for o in options)
+        if not is_named:
             raise ConfigError(f"backend_options[{name!r}] must map option names to values, got {options!r}")
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"backend_options must hold plain values, which files and plans can keep: {error}") from error
 

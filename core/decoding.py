@@ -142,13 +142,12 @@ class DecodingCache:
                 f"a step takes query, key and value of the same new tokens, got {query.shape[1]} queries and "
                 f"{key.shape[1]} keys"
             )
-        if self.reach.keeps_all:
-            self.extend(key, value)
-            return self._attend_to_all(query)
         self._check_room(key)
+        if self.reach.keeps_all:
+            return self._attend_to_all(query, key, value)
         reaches = self.seq_len and query.shape[1]
         out = self._attend_to_reachable(query, key, value) if reaches else self._run(query, key, value)
-        self.extend(key, value)
+        self._append_reachable(key, value)
         return out
 
     def _check_room(self, key: Tensor) -> None:
@@ -167,58 +166,80 @@ class DecodingCache:
         tables = None if self._gate is None else self._gate(query, key, q_offset=shift)
         return self.engine.forward(query, key, value, shift, 0, None, tables)[0]
 
-    def _attend_to_all(self, query: Tensor) -> Tensor:
-        """The last tokens against every key; a learned pattern's block of queries is completed from its first."""
-        keys, values = (x[:, :, : self.seq_len].transpose(1, 2) for x in (self._keys, self._values))
+    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """New tokens against every key; they count as seen only once that has succeeded, so that it can be repeated."""
+        end = self.seq_len + key.shape[1]
+        self._place(key, value, end)
+        keys, values = (x[:, :, :end].transpose(1, 2) for x in (self._keys, self._values))
+        query, lead, block_query = self._completed(query, end)
+        out = self._run(query, keys, values)[:, lead:]
+        self._block_query = block_query
+        self._used[:] = self.seq_len = end
+        return out
+
+    def _completed(self, query: Tensor, end: int) -> tuple[Tensor, int, Tensor | None]:
+        """A learned pattern's queries up to `end` from the first of their block, which alone chooses for it.
+
+        Returns them, how many are before the new ones, and the first of the block that is not full at `end`.
+        """
         size = self.engine.pattern.block_size
         if self._gate is None or size is None:
-            return self._run(query, keys, values)
-        new = query.shape[1]
-        lead = (self.seq_len - new) % size
+            return query, 0, None
+        lead, begun = self.seq_len % size, end % size
         if lead:
             assert self._block_query is not None
-            between = query.new_zeros(query.shape[0], lead - 1, *query.shape[2:])  # only the first chooses
+            between = query.new_zeros(query.shape[0], lead - 1, *query.shape[2:])
             query = torch.cat([self._block_query, between, query], dim=1)
-        begun = self.seq_len % size
-        if begun:
-            first = query.shape[1] - begun
-            self._block_query = query[:, first : first + 1].clone()
-        return self._run(query, keys, values)[:, lead:]
+        first = query.shape[1] - begun
+        return query, lead, query[:, first : first + 1].clone() if begun else None
 
     def extend(self, key: Tensor, value: Tensor) -> None:
-        """Take in new tokens (B, C, K, D) as far as later ones can reach them; `step` does, after attending.
+        """Take in new tokens (B, C, K, D) whose output is not asked for, as far as later ones can reach them.
 
-        By itself it serves tokens whose output is not asked for, of a pattern that is not learned.
+        Raises:
+            ConfigError: another batch size, more tokens than `max_seq_len`, or a learned pattern, whose choice for
+                the tokens after these depends on queries.
         """
         self._check_room(key)
-        new = key.shape[1]
-        end = self.seq_len + new
+        if self._gate is not None:
+            raise ConfigError(
+                f"a {self.engine.pattern.kind} pattern chooses blocks by queries, not given to extend(): call step()"
+            )
         if self.reach.keeps_all:
-            self._make_room([np.arange(self.seq_len)] * self._heads, new)
-            for held, x in ((self._keys, key), (self._values, value)):
-                held[:, :, self.seq_len : end] = x.transpose(1, 2)
-            self._used[:] = end
+            end = self.seq_len + key.shape[1]
+            self._place(key, value, end)
+            self._used[:] = self.seq_len = end
         else:
-            self._append_reachable(key, value, np.arange(self.seq_len, end, dtype=np.int64))
-        self.seq_len = end
+            self._append_reachable(key, value)
 
-    def _append_reachable(self, key: Tensor, value: Tensor, positions: IntArray) -> None:
-        end = int(positions[-1]) + 1 if positions.size else self.seq_len
+    def _place(self, key: Tensor, value: Tensor, end: int) -> None:
+        """Write new rows, which do not count yet, behind those of all tokens seen."""
+        self._make_room([np.arange(self.seq_len)] * self._heads, key.shape[1])
+        for held, x in ((self._keys, key), (self._values, value)):
+            held[:, :, self.seq_len : end] = x.transpose(1, 2)
+
+    def _append_reachable(self, key: Tensor, value: Tensor) -> None:
+        """Keep of new tokens what later ones can reach; where room is short, what no longer is in reach is dropped."""
+        end = self.seq_len + key.shape[1]
+        positions = np.arange(self.seq_len, end, dtype=np.int64)
         taken = [np.flatnonzero(kept) for kept in self.reach.kept([positions] * self._heads, end)]
         counts = np.array([tokens.size for tokens in taken])
+        heads, tokens = np.repeat(np.arange(self._heads), counts), np.concatenate(taken)
+        head, token = (torch.from_numpy(x).to(self._keys.device) for x in (heads, tokens))
+        rows = [x[:, token, head] for x in (key, value)]  # before anything is dropped: memory may not suffice
         if (self._used + counts).max(initial=0) > self._positions.shape[1]:
-            old = [self._positions[head, : self._used[head]] for head in range(self._heads)]
+            old = [places[:used] for places, used in zip(self._positions, self._used, strict=True)]
             kept = [np.flatnonzero(keep) for keep in self.reach.kept(old, end)]
-            self._used[:] = [rows.size for rows in kept]
-            self._make_room(kept, int((self._used + counts).max()) - int(self._used.max()))
-        heads = np.repeat(np.arange(self._heads), counts)
+            used = np.array([old_rows.size for old_rows in kept])
+            self._make_room(kept, int((used + counts).max()) - int(used.max()))
+            self._used = used
         slots = np.concatenate([used + np.arange(n) for used, n in zip(self._used, counts, strict=True)])
-        tokens = np.concatenate(taken)
+        slot = torch.from_numpy(slots).to(self._keys.device)
+        for held, x in zip((self._keys, self._values), rows, strict=True):
+            held[:, head, slot] = x
         self._positions[heads, slots] = positions[tokens]
-        head, slot, token = (torch.from_numpy(x).to(self._keys.device) for x in (heads, slots, tokens))
-        for held, x in ((self._keys, key), (self._values, value)):
-            held[:, head, slot] = x[:, token, head]
         self._used += counts
+        self.seq_len = end
 
     def _make_room(self, kept: list[IntArray], new: int) -> None:
         """Hold the rows `kept` of each head, in that order, and room for `new` more."""
@@ -226,16 +247,16 @@ class DecodingCache:
         if self.reach.keeps_all:
             if most + new <= self._keys.shape[2]:
                 return
-            room = max(most + new, 2 * most)
+            room, positions = max(most + new, 2 * most), self._positions
         else:
             room = most + new + _SLACK + most // 64
             positions = np.full((self._heads, room), -1, dtype=np.int64)
             for head, rows in enumerate(kept):
                 positions[head, : rows.size] = self._positions[head, rows]
-            self._positions = positions
         indices = [torch.from_numpy(rows).to(self._keys.device) for rows in kept]
-        self._keys = _moved(self._keys, indices, room)
-        self._values = _moved(self._values, indices, room)
+        # All at once, at the end: there may be memory for one and not for both.
+        moved = [_moved(held, indices, room) for held in (self._keys, self._values)]
+        self._keys, self._values, self._positions = *moved, positions
 
     def _attend_to_reachable(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """New tokens against the rows held and themselves: out (B, C, H, D).
@@ -252,7 +273,6 @@ class DecodingCache:
         values = [_wide(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
         new = np.arange(self.seq_len, self.seq_len + query.shape[1], dtype=np.int64)
         positions = np.concatenate([self._positions[:, :width], np.tile(new, (self._heads, 1))], axis=1)
-        positions[:, :width][np.arange(width) >= self._used[:, None]] = -1
         batch, count, heads, _ = query.shape
         columns = positions.shape[1]
         itemsize = accumulator_dtype(query.dtype).itemsize

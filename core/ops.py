@@ -27,7 +27,7 @@ _ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()
 def intern(engine: Engine) -> Engine:
     """The engine that serves `engine.key`: the given one, or an equal one made before and still alive.
 
-    A pattern read from a file says in its repr where it stood, not what it was: what differs gets a key of its own.
+    Somebody's pattern may not say in its repr all that it is: what differs gets a key of its own.
     """
     while (known := _ENGINES.setdefault(engine.key, engine)).pattern != engine.pattern:
         engine.key += "'"

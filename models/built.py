@@ -63,7 +63,7 @@ _BUILDS: Final[WeakValueDictionary[str, _Builds]] = WeakValueDictionary()
 def _builds_of(config: AttentionConfig) -> _Builds:
     token = repr(config)
     while (known := _BUILDS.get(token)) is not None and known.config != config:
-        token += "'"  # patterns read from a file may look alike
+        token += "'"  # somebody's patterns may look alike
     made = known or _Builds(config, token)
     return _BUILDS.setdefault(token, made)
 

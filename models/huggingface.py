@@ -83,14 +83,20 @@ def register_with_transformers(
     if not isinstance(layers, Mapping | None):
         raise ConfigError(f"layers must map layer numbers or types to patterns, got {layers!r}")
     implementation = _Implementation(pattern, layers or {}, fields)
+
+    def holder(name: str) -> object:
+        tables = transformers.AttentionInterface._global_mapping, transformers.AttentionMaskInterface._global_mapping
+        return tables[0].get(name) or tables[1].get(name)  # eager has a mask only
+
     if isinstance(model, str):
         name = _checked(model)
     else:
         implementation.check_layers(model.config)
-        name = f"dilated_attention_{implementation.digest[:12]}"
-    taken = transformers.AttentionInterface._global_mapping.get(name)
-    taken = taken or transformers.AttentionMaskInterface._global_mapping.get(name)  # eager has a mask only
-    if taken is not None and getattr(taken, "digest", None) != implementation.digest:
+        name = implementation.own_name
+        while not implementation.may_stand_for(holder(name)):
+            name += "_"
+    taken = holder(name)
+    if not implementation.may_stand_for(taken):
         raise ConfigError(
             f"the attention implementation {name!r} is already registered as {taken!r}; take another name"
         )
@@ -144,12 +150,19 @@ class _Implementation:
         self.layers: dict[int | str, Pattern] = {layer: _resolved(chosen) for layer, chosen in layers.items()}
         self.fields = dict(fields)
         self._built: dict[tuple[Any, ...], BuiltAttention] = {}
-        self.digest = sha256(
-            repr((self.pattern, sorted(self.layers.items(), key=str), self.fields)).encode()
-        ).hexdigest()
+        self._asked = self.pattern, sorted(self.layers.items(), key=str), self.fields
 
     def __repr__(self) -> str:
         return f"{self.pattern!r} with layers={self.layers!r} and {self.fields!r}"
+
+    @property
+    def own_name(self) -> str:
+        """A name that says the same of equal arguments in every process."""
+        return f"dilated_attention_{sha256(repr(self._asked).encode()).hexdigest()[:12]}"
+
+    def may_stand_for(self, known: object) -> bool:
+        """Whether nothing is registered, or the same; somebody's patterns that differ may look alike."""
+        return known is None or (isinstance(known, _Implementation) and known._asked == self._asked)
 
     def check_layers(self, config: Any) -> None:
         """Raise `ConfigError` for a layer number or type that the model has not."""
@@ -249,7 +262,8 @@ class _Implementation:
         window: int | None,
     ) -> BuiltAttention:
         layer = getattr(module, "layer_idx", None)
-        identity = (layer, query.shape[1], key.shape[1], query.shape[3], dropout, scaling, causal, window)
+        kind = _layer_type(module)  # models of other layer types may share the implementation
+        identity = (layer, kind, query.shape[1], key.shape[1], query.shape[3], dropout, scaling, causal, window)
         if torch.compiler.is_compiling():
             _make_while_tracing(self, module, *identity)
         elif identity not in self._built:
@@ -258,10 +272,10 @@ class _Implementation:
 
     def make(self, module: nn.Module, *identity: Any) -> bool:
         """Build the attention of a layer and keep it under `identity`."""
-        layer, heads, kv_heads, head_dim, dropout, scaling, causal, window = identity
+        layer, kind, heads, kv_heads, head_dim, dropout, scaling, causal, window = identity
         fields = {
             **self.fields,
-            "pattern": self._windowed(self._pattern_of(module, layer), layer, causal, window),
+            "pattern": self._windowed(self._pattern_of(module, layer, kind), layer, causal, window),
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
@@ -271,15 +285,13 @@ class _Implementation:
         self._built[identity] = BuiltAttention(fields)
         return True
 
-    def _pattern_of(self, module: nn.Module, layer: int | None) -> Pattern:
+    def _pattern_of(self, module: nn.Module, layer: int | None, kind: str | None) -> Pattern:
         if not self.layers:
             return self.pattern
         if layer is None:
             raise ConfigError(
                 f"layers cannot be told apart: {type(module).__name__} has no layer_idx; leave layers out"
             )
-        types = getattr(module.config, "layer_types", None)
-        kind = types[layer] if types is not None and layer < len(types) else None
         by_type = self.layers.get(kind, self.pattern) if kind is not None else self.pattern
         return self.layers.get(layer, by_type)
 
@@ -321,9 +333,13 @@ def _window(module: nn.Module, causal: bool) -> int | None:
 
     Masks of both sides count it without the query's own position, and layers that hand it on with that.
     """
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    if types is None or layer is None or layer >= len(types) or types[layer] != "sliding_attention":
+    if _layer_type(module) != "sliding_attention":
         return None
-    window: int | None = getattr(config, "sliding_window", None)
+    window: int | None = getattr(module.config, "sliding_window", None)
     return window if causal or window is None else window + 1
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    """The layer's entry in config.layer_types, where the model has such."""
+    types, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return types[layer] if types is not None and layer is not None and layer < len(types) else None

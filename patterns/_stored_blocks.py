@@ -28,7 +28,8 @@ class BlockTable(Pattern):
         table: the blocks; its geometry says what it fits.
     """
 
-    table: BlockLayout = attrs.field(repr=False)
+    # By its digest, since engines, graphs and rings are told apart by what their patterns' repr says.
+    table: BlockLayout = attrs.field(repr=lambda table: table.digest[:16])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockTable) and self.table.digest == other.table.digest

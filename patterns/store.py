@@ -284,7 +284,7 @@ class Stored(Pattern):
 
     name: str
     root: str = attrs.field(converter=str)
-    _pattern: Pattern = attrs.field(init=False, repr=False)
+    _pattern: Pattern = attrs.field(init=False)  # in the repr too: the file may have been another for another process
 
     @_pattern.default
     def _load(self) -> Pattern:

@@ -22,7 +22,8 @@ from dilated_attention import (
     build_attention,
 )
 from dilated_attention.bench.timing import peak_bytes
-from dilated_attention.core.decoding import Reach
+from dilated_attention.core import decoding
+from dilated_attention.core.decoding import DecodingCache, Reach
 from dilated_attention.core.geometry import Geometry
 
 from .kernel_kit import PATTERNS
@@ -34,6 +35,7 @@ MORE: list[Pattern] = [
     Dilated(segment_lengths=(45, 70, 100), dilation_rates=(2, 3, 5), offsets="blocked"),
     Dilated(segment_lengths=(16, 64), dilation_rates=(3, 5), heads="split", offsets_by="query_head"),
     Dilated(segment_lengths=(40, 80, 40), dilation_rates=(1, 2, 1)),
+    Dilated(segment_lengths=(24,), dilation_rates=(3,)),  # heads 0 and 3 are alike, and their key-value heads are not
     LONGNET + Local(window_size=7),
     LONGNET | Global(tokens=5),
     Local(window_size=0),
@@ -103,6 +105,7 @@ def test_layouts_autocast_tiles_and_an_empty_batch() -> None:
     half = build(LONGNET, dtype="bfloat16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(decode(half, tensors, 20, (1,)), expected) < 1e-2
+        assert error(decode(build(LONGNET), tensors, 20, (1,)), expected) < 1e-5
     assert decode(build(LONGNET), tokens(20, batch=0), 5, (1,)).shape == (0, 20, 4, 8)
 
 
@@ -195,6 +198,54 @@ def test_tokens_without_outputs_can_be_taken_in() -> None:
         out = attention.step(query[:, 80:], key[:, 80:], value[:, 80:], cache)
         assert error(out, attention(query, key, value)[:, 80:]) < 1e-5
         assert "seq_len=90" in repr(cache)
+
+
+def test_a_learned_pattern_takes_tokens_in_with_their_queries_only() -> None:
+    attention = build(Learned(block_size=4, blocks_per_row=2))
+    query, key, value = tokens(20)
+    cache = attention.make_cache(2)
+    attention.step(query[:, :5], key[:, :5], value[:, :5], cache)
+    with pytest.raises(ConfigError, match=r"learned pattern chooses blocks by queries.*call step\(\)"):
+        cache.extend(key[:, 5:10], value[:, 5:10])
+    rest = attention.step(query[:, 5:], key[:, 5:], value[:, 5:], cache)
+    assert error(rest, attention(query, key, value)[:, 5:]) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Full(), Learned(16, 2)], ids=str)
+def test_buffers_may_be_used_again_after_a_step(pattern: Pattern) -> None:
+    attention, tensors = build(pattern), tokens(50)
+    expected, cache = attention(*tensors), attention.make_cache(2)
+    q, k, v = (torch.empty_like(x[:, :1]) for x in tensors)
+    for i in range(50):
+        for buffer, x in zip((q, k, v), tensors, strict=True):
+            buffer.copy_(x[:, i : i + 1])
+        assert error(attention.step(q, k, v, cache), expected[:, i : i + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Local((7, 0)), Full(), Learned(8, 2)], ids=str)
+def test_a_step_that_fails_can_be_taken_again(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, tensors = build(pattern), tokens(100)
+    expected = attention(*tensors)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    places: list[tuple[object, str]] = [(type(attention._engine), "forward"), (DecodingCache, "_attend")]
+    for where, name in (*places, (decoding, "_moved")):
+        cache, parts, failures = attention.make_cache(2), [], 0
+        for first, last in ((0, 30), (30, 31), (31, 60), (60, 100)):
+            q, k, v = (x[:, first:last] for x in tensors)
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, fail)
+                try:
+                    parts.append(attention.step(q, k, v, cache))
+                    continue
+                except torch.OutOfMemoryError:
+                    failures += 1
+            assert cache.seq_len == first
+            parts.append(attention.step(q, k, v, cache))
+        assert error(torch.cat(parts, dim=1), expected) < 1e-5, name
+        assert failures or name == "_attend"  # which patterns that keep all have no use for
 
 
 def test_what_cannot_be_is_told() -> None:

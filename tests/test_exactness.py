@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dilated_attention import Dilated, Full, Global, Local, Strided, build_attention
+from dilated_attention import Dilated, Full, Global, Local, Random, Strided, build_attention
 from dilated_attention.backends.aten import CpuFlash
+from dilated_attention.core import composer
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DensePiece
 from dilated_attention.core.pattern import Pattern
@@ -233,3 +234,16 @@ def test_a_weighted_repetition_is_the_branch_counted_twice() -> None:
     ]
     assert error(results[0], results[1]) < 1e-6
     assert error(results[0], results[2]) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_one_key_pass_no_gradient_to_scores(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks in half precision: what backward takes off dout·v is the same sum, so that nothing is left."""
+    geometry = Geometry.self_attention(70, 4)
+    tensors = inputs(geometry, batch=2, head_dim=24, dtype=dtype)
+    attention = build_attention(pattern=Random(1, 1), num_heads=4, head_dim=24, dtype=dtype, backend="sdpa")
+    once = ours(attention, tensors, geometry, through_lse=False)
+    assert all(float(grad.abs().max()) < 1e-5 for grad in once[2:4])
+    monkeypatch.setattr(composer, "_SUMMED_AT_ONCE", 1000)  # five rows
+    for by_parts, whole in zip(ours(attention, tensors, geometry, through_lse=False), once, strict=True):
+        assert torch.equal(by_parts, whole)

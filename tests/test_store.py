@@ -288,9 +288,21 @@ def test_a_killed_writer_never_loses_the_file(tmp_path: Path) -> None:
 def test_stored_values_are_frozen_and_small_to_print(store: PatternStore) -> None:
     save(store, "r", DRAWN[0])
     loaded = store.load("r")
-    assert repr(loaded) == f"StoredBlocks(name='r', root='{store.root}')"
+    assert isinstance(loaded, StoredBlocks)
+    assert repr(loaded) == f"StoredBlocks(table={loaded.table.digest[:16]}, name='r', root='{store.root}')"
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        loaded.name = "s"  # type: ignore[attr-defined]
+        loaded.name = "s"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("patterns", [(Local(3), Local(4)), (Random(2, 8, 0), Random(2, 8, 1))], ids=str)
+def test_a_repr_says_what_was_stored(store: PatternStore, patterns: tuple[Pattern, Pattern]) -> None:
+    """Engines of several processes, a ring's for one, compare their patterns by it."""
+    seen = set()
+    for pattern in (*patterns, patterns[0]):
+        store.save("p", pattern, seq_len=60, num_heads=4, is_causal=True, overwrite=True)
+        seen.add((repr(Stored("p", str(store.root))), repr(store.load("p"))))
+    assert len(seen) == 2
+    assert all(len(set(reprs)) == 2 for reprs in zip(*seen, strict=True))
 
 
 def test_only_patterns_are_stored(store: PatternStore) -> None:

@@ -14,6 +14,7 @@ import pytest
 from dilated_attention.core.errors import PatternFileError
 from dilated_attention.core.pattern import Pattern
 from dilated_attention.patterns import _format
+from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.random import Random
@@ -58,6 +59,9 @@ def test_a_right_digest_does_not_make_wrong_content_right(store: PatternStore) -
         lambda _, arrays: arrays.pop("masks"), lambda _, arrays: arrays.update(extra=arrays["cols"]),
         lambda _, arrays: arrays.update(cols=arrays["cols"].astype(np.int64)),
         lambda _, arrays: arrays.update(cols=arrays["cols"][:-1]),
+        lambda _, arrays: arrays.update(weights=arrays["weights"][:-1]),
+        lambda _, arrays: arrays.update(mask_ids=arrays["mask_ids"][:-1]),
+        lambda _, arrays: arrays["row_ptr"].__setitem__((1, 0), arrays["row_ptr"][1, 0] + 1),
         lambda _, arrays: arrays.update(masks=arrays["masks"][:, :-1]),
         lambda _, arrays: arrays.update(row_ptr=arrays["row_ptr"].ravel()),
         lambda _, arrays: arrays.update(head_table=arrays["head_table"][:-1]),
@@ -93,6 +97,13 @@ def test_parameters_are_judged_as_any_input(store: PatternStore) -> None:
         rewritten(path, lambda document, _, mapping=mapping: document.__setitem__("pattern", mapping))  # type: ignore[misc]
         with pytest.raises(PatternFileError):
             store.load("p")
+
+
+def test_a_pattern_that_does_not_take_the_heads_it_names_is_refused(store: PatternStore) -> None:
+    path = save(store, "p", Dilated((8, 16), (1, 2), heads="split"))
+    rewritten(path, lambda document, _: document.__setitem__("num_heads", 1))
+    with pytest.raises(PatternFileError, match="heads"):
+        store.load("p")
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:
