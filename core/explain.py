@@ -137,7 +137,8 @@ def _layout_words(plan: AttentionPlan) -> Iterator[str]:
     if layout.kinds == ("dynamic",):
         yield "blocks, chosen at every call"
         return
-    kinds = " and ".join({"branch": "strided branches", "block": "blocks"}.get(kind, kind) for kind in layout.kinds)
+    names = {"branch": "strided branches", "block": "blocks", "band": "windows and rectangles"}
+    kinds = " and ".join(names.get(kind, kind) for kind in layout.kinds)
     if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
         when = "by each rank for its own rows" if plan.exchange is not None else "when the length is known (seq_len)"
         yield f"{kinds}; lowered {when}"

@@ -77,7 +77,8 @@ class LayoutSummary:
     """What a pattern was lowered to at the length it was planned for.
 
     Attributes:
-        kinds: the layouts it needs at any length, "branch" and "block"; "dynamic" where blocks are chosen per call.
+        kinds: the layouts it needs at any length, "branch" and "block"; "band" in the place of "block" where dense
+            kernels compute windows and rectangles without a table; "dynamic" where blocks are chosen per call.
         seq_len: the length of the rest; without one, and of a dynamic layout, the rest is None.
         digest: identifies the lowered layout.
         nbytes: memory of its tables.
@@ -86,7 +87,7 @@ class LayoutSummary:
         distinct_pairs: the same, each pair once.
         flops: of one forward pass over `pairs`, 4 * head_dim each (two products, two operations a term).
         distinct_flops: of one forward pass over `distinct_pairs`.
-        keyless_queries: queries, over all heads, that see no key; None where blocks are among the kinds.
+        keyless_queries: queries, over all heads, that see no key; None where blocks or bands are among the kinds.
     """
 
     kinds: tuple[str, ...]

@@ -244,7 +244,7 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
         backend=chosen.registered.spec.name if chosen else None,
         kernel=chosen.kernel if chosen else "",
         rows=selection.rows,
-        layout=_layout_summary(config, request.pattern, request.needs["layouts"]),
+        layout=_layout_summary(config, request, chosen),
         compile_class="none" if config.ring_size > 1 else compiles,
         exchange=_exchange_summary(config, request, selection.companion),
         versions={
@@ -274,14 +274,24 @@ def _exchange_summary(config: AttentionConfig, request: Request, companion: Verd
     )
 
 
-def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str, ...]) -> LayoutSummary:
+def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict | None) -> LayoutSummary:
+    """Of what the chosen backend computes: dense kernels take bands as they are, but on ranks of a ring."""
+    pattern, kinds = request.pattern, request.needs["layouts"]
     if isinstance(pattern.unwrap(), LearnedPattern):
         return LayoutSummary(kinds=("dynamic",))
-    if config.seq_len is None:
-        return LayoutSummary(kinds=kinds)
-    from ..core.geometry import Geometry
+    from ..core.band_calls import branches_and_bands
+    from ..core.geometry import Geometry, one_token
+    from ..core.layout import Layout
     from ..core.lowering import lower
 
+    has_bands = False
+    if chosen is not None and takes_dense(chosen.registered.spec) and config.ring_size == 1:
+        token = one_token(config.num_heads, config.kv_heads, config.is_causal)
+        has_bands = bool(branches_and_bands(pattern, token)[1])
+    if has_bands:
+        kinds = tuple("band" if kind == "block" else kind for kind in kinds)
+    if config.seq_len is None:
+        return LayoutSummary(kinds=kinds)
     geometry = Geometry(
         q_len=config.seq_len,
         kv_len=config.seq_len,
@@ -291,11 +301,12 @@ def _layout_summary(config: AttentionConfig, pattern: Pattern, kinds: tuple[str,
     )
     layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
     pairs, distinct = int(layout.pairs), int(layout.distinct_pairs)
+    kept = Layout(pattern, geometry, layout.branches, None) if has_bands else layout
     return LayoutSummary(
         kinds=kinds,
         seq_len=config.seq_len,
         digest=layout.digest,
-        nbytes=layout.nbytes,
+        nbytes=kept.nbytes,
         density=layout.density,
         pairs=pairs,
         distinct_pairs=distinct,

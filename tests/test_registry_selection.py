@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dilated_attention import (
     AttentionPlan,
     ConfigError,
+    ContextParallel,
     Dilated,
     Full,
     Local,
@@ -314,8 +315,29 @@ def test_the_plan_knows_the_layout_where_it_knows_the_length() -> None:
     assert plan.layout.distinct_pairs is not None
     assert plan.layout.distinct_pairs < pairs
     assert plan.layout.digest is not None
-    unknown = explain(num_heads=4, head_dim=16, pattern=Local(3)).layout
+    unknown = explain(num_heads=4, head_dim=16, pattern=Random(2)).layout
     assert (unknown.kinds, unknown.digest) == (("block",), None)
+
+
+def test_the_plan_says_which_kernels_need_no_table() -> None:
+    fields: dict[str, Any] = {"num_heads": 4, "head_dim": 16, "seq_len": 256}
+    dilated = Dilated((64, 128), (1, 2))
+    for pattern, kinds, none in (
+        (Local(3), ("block",), ("band",)),
+        (dilated + Local(3), ("block", "branch"), ("band", "branch")),
+        (dilated + Random(2, 8), ("block", "branch"), ("block", "branch")),
+        (dilated, ("branch",), ("branch",)),
+    ):
+        table, dense = (explain(pattern=pattern, backend=name, **fields).layout for name in ("reference", "sdpa"))
+        assert (table.kinds, dense.kinds) == (kinds, none)
+        assert table.nbytes is not None
+        assert dense.nbytes is not None
+        assert (dense.nbytes < table.nbytes) is (kinds != none)
+        assert attrs.evolve(dense, kinds=kinds, nbytes=table.nbytes) == table
+    text = explain(pattern=Local(3), backend="sdpa", **fields).explain()
+    assert "  layout  windows and rectangles, " in text
+    ring = explain(pattern=Local(3), backend="sdpa", context_parallel=ContextParallel(size=2), **fields)
+    assert ring.layout.kinds == ("block",)
 
 
 def test_explain_is_plain_text_with_every_reason_on_its_own_line(discover: Discover) -> None:
