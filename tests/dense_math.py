@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dilated_attention.core.composer import widen_rows
 from dilated_attention.core.kernel import WIDENING, DensePiece
-from dilated_attention.registry.conformance_ring import ExactDense
+from dilated_attention.registry.conformance.ring import ExactDense
 
 
 class ExactWindows(ExactDense):

@@ -22,7 +22,7 @@ from dilated_attention.core.kernel import CALL_AXES, DenseKernel
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.schedule import Rows
 from dilated_attention.core.slabs import Place
-from dilated_attention.registry.conformance_ring import ExactDense
+from dilated_attention.registry.conformance.ring import ExactDense
 
 from .strategies import dilated, geometries
 from .support import NAMES, error, inputs, oracle, with_gradients

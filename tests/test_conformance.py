@@ -10,9 +10,9 @@ import torch
 
 from dilated_attention import ConfigError
 from dilated_attention.registry.conformance import Kit, run
-from dilated_attention.registry.conformance_checks import CHECKS
-from dilated_attention.registry.conformance_grid import ODD_HEAD_DIMS, QUICK_HEAD_DIMS
-from dilated_attention.registry.conformance_measure import Finding, compare
+from dilated_attention.registry.conformance.checks import CHECKS
+from dilated_attention.registry.conformance.grid import ODD_HEAD_DIMS, QUICK_HEAD_DIMS
+from dilated_attention.registry.conformance.measure import Finding, compare
 
 from .conftest import Invoke
 from .covering import covering
@@ -132,7 +132,7 @@ def test_a_manifest_that_imports_what_takes_long_is_caught(tmp_path: Path) -> No
 
 
 def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance_pytest"]
+    arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance.pytest_plugin"]
     arguments += ["--conformance", "sdpa", "--conformance-quick", "--conformance-device", "cpu"]
     arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", "declared or undeclared or cuda-graph", "-rs"]
     done = python(None, "-m", "pytest", *arguments)

@@ -203,7 +203,7 @@ def test_the_contract_is_frozen() -> None:
 
 
 def test_the_page_knows_the_checks_of_the_kit() -> None:
-    from dilated_attention.registry.conformance_checks import CHECKS
+    from dilated_attention.registry.conformance.checks import CHECKS
 
     assert [check.name for check in CHECKS if f"| `{check.name}` | {check.title} |" not in DOCS] == []
 

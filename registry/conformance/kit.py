@@ -9,18 +9,18 @@ from typing import Any
 
 import attrs
 
-from ..core.attention import Attention
-from ..core.checks import did_you_mean
-from ..core.errors import ConfigError, NoBackendError, PluginError
-from .build import build_from
-from .capabilities import covers
-from .conformance_case import Case, Subject
-from .conformance_checks import BUILDS, CHECKS, Check
-from .conformance_grid import FEW, admitted, candidates, devices_of, patterns_of, request_of
-from .conformance_measure import Finding
-from .discovery import Registry, default_registry
-from .plugins import PLUGIN_FAULTS, describe
-from .selection import judge
+from ...core.attention import Attention
+from ...core.checks import did_you_mean
+from ...core.errors import ConfigError, NoBackendError, PluginError
+from ..build import build_from
+from ..capabilities import covers
+from ..discovery import Registry, default_registry
+from ..plugins import PLUGIN_FAULTS, describe
+from ..selection import judge
+from .case import Case, Subject
+from .checks import BUILDS, CHECKS, Check
+from .grid import FEW, admitted, candidates, devices_of, patterns_of, request_of
+from .measure import Finding
 
 
 @attrs.frozen(kw_only=True, eq=False)

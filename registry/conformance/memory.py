@@ -11,8 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .conformance_case import Subject
-from .conformance_measure import Finding, compare, random_like
+from .case import Subject
+from .measure import Finding, compare, random_like
 
 RUNS: Final = 3
 # Elements between the batch rows of the inputs with large strides: one more than 32 bits can count, rounded up.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..core import reference
+from ...core import reference
 
 # Relative errors of float32 and float64; those of half precision come from dense attention in the same dtype.
 FLOAT_BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5}

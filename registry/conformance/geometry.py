@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import torch
 
-from .conformance_case import Subject
-from .conformance_measure import GRADIENTS, Finding, compare
+from .case import Subject
+from .measure import GRADIENTS, Finding, compare
 
 # Around the powers of two that kernels tile by, and far below them.
 RAGGED: Final = (1, 2, 3, 15, 17, 33, 63, 65, 127, 129)
@@ -99,7 +99,7 @@ def _as_alone(subject: Subject, where: str, **given: Any) -> Iterator[Finding]:
 
 def refused_calls(subject: Subject) -> Iterator[Finding]:
     """Lengths, offsets and documents that the backend does not declare are an error, not a result."""
-    from ..core.errors import ConfigError
+    from ...core.errors import ConfigError
 
     wanted = {"unequal_lengths": {"q_len": 5}, "offsets": {"q_offset": 3, "kv_offset": 3}, "varlen": {"batch": 1}}
     for axis, changes in wanted.items():

@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from ..core.errors import ConfigError
-from ..core.pattern import Pattern
-from ..core.refusal import Refusal
-from .capabilities import capability_refusals, covers, make_request
-from .conformance_case import Case
-from .device import describe_device, device_type_of_torch, local_device_types
-from .discovery import RegisteredBackend, Registry
-from .patterns import resolve_pattern
-from .selection import judge
-from .specs import BackendSpec, Request
+from ...core.errors import ConfigError
+from ...core.pattern import Pattern
+from ...core.refusal import Refusal
+from ..capabilities import capability_refusals, covers, make_request
+from ..device import describe_device, device_type_of_torch, local_device_types
+from ..discovery import RegisteredBackend, Registry
+from ..patterns import resolve_pattern
+from ..selection import judge
+from ..specs import BackendSpec, Request
+from .case import Case
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 # What people use; those that a backend does not declare fall away.

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import attrs
 
-from ..core.explain import columns, counted
-from .conformance_checks import CHECKS
-from .conformance_grid import DTYPES
-from .conformance_kit import Kit, Outcome
-from .conformance_measure import Finding
-from .specs import AXES
+from ...core.explain import columns, counted
+from ..specs import AXES
+from .checks import CHECKS
+from .grid import DTYPES
+from .kit import Kit, Outcome
+from .measure import Finding
 
 # Axes that no configuration of this release can ask for, so that nothing can be checked about them.
 UNASKED: tuple[str, ...] = (

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from ..core.config import DTYPES as ALL_DTYPES
-from ..core.config import AttentionConfig
-from ..core.errors import ConfigError, NoBackendError, PluginError
-from .build import build_from
-from .capabilities import covers, make_request
-from .conformance_grid import request_of
-from .conformance_measure import Finding
-from .device import describe_device, device_type_of_torch, local_device_types
-from .selection import judge
-from .specs import Device, Range
+from ...core.config import DTYPES as ALL_DTYPES
+from ...core.config import AttentionConfig
+from ...core.errors import ConfigError, NoBackendError, PluginError
+from ..build import build_from
+from ..capabilities import covers, make_request
+from ..device import describe_device, device_type_of_torch, local_device_types
+from ..selection import judge
+from ..specs import Device, Range
+from .grid import request_of
+from .measure import Finding
 
 if TYPE_CHECKING:
-    from .conformance_case import Case, Subject
-    from .conformance_kit import Kit
+    from .case import Case, Subject
+    from .kit import Kit
 
 HEAVY: Final = ("torch", "triton", "numba", "cattrs")
 _UNKNOWN_OPTION: Final = "no_such_option"

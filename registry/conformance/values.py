@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from .conformance_case import Subject
-from .conformance_measure import FLOAT_BOUNDS, GRADIENTS, Finding, compare
+from .case import Subject
+from .measure import FLOAT_BOUNDS, GRADIENTS, Finding, compare
 
 # Scores whose exponentials overflow, and with the other sign vanish or lose their digits: half precision is summed in
 # float32 too.

@@ -1,9 +1,9 @@
 """The kit as a plugin of pytest, for those who ask: no file of tests is needed.
 
-    pytest -p dilated_attention.registry.conformance_pytest --conformance NAME [--conformance-quick]
+    pytest -p dilated_attention.registry.conformance.pytest_plugin --conformance NAME [--conformance-quick]
 
-or `pytest_plugins = ["dilated_attention.registry.conformance_pytest"]` in a conftest.py. Each check on each case is an
-item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
+or `pytest_plugins = ["dilated_attention.registry.conformance.pytest_plugin"]` in a conftest.py. Each check on each case
+is an item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ..core.errors import ConfigError
-from .conformance import Kit, Trial
+from ...core.errors import ConfigError
+from . import Kit, Trial
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,11 +13,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core import reference
-from ..core.config import AttentionConfig
-from ..core.geometry import Geometry
-from ..core.pattern import Full, Pattern
-from .conformance_measure import FLOAT_BOUNDS, NAMES, Finding, compare, gradients, half_bounds, random_like
+from ...core import reference
+from ...core.config import AttentionConfig
+from ...core.geometry import Geometry
+from ...core.pattern import Full, Pattern
+from .measure import FLOAT_BOUNDS, NAMES, Finding, compare, gradients, half_bounds, random_like
 
 # The length at which dense attention shows how far off half precision is.
 HALF_LENGTH: Final = 131

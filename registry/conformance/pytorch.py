@@ -8,8 +8,8 @@ from typing import Final
 
 import torch
 
-from .conformance_case import Subject
-from .conformance_measure import Finding, compare
+from .case import Subject
+from .measure import Finding, compare
 
 _DRAWS: Final = 32
 # The mean of so many draws, projected on what it should be, is a mean over some ten thousand numbers as well: chance

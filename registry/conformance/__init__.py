@@ -12,7 +12,7 @@ With pytest:
         backend = "mine"
 
 Without: `run("mine")`, or `dilated-attention conformance mine`. As a plugin of pytest, without a file of tests:
-`pytest -p dilated_attention.registry.conformance_pytest --conformance mine`.
+`pytest -p dilated_attention.registry.conformance.pytest_plugin --conformance mine`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .conformance_kit import Kit, Outcome, Trial
-from .conformance_measure import Finding
-from .conformance_report import Report, Row
+from .kit import Kit, Outcome, Trial
+from .measure import Finding
+from .report import Report, Row
 
 if TYPE_CHECKING:
-    from .discovery import Registry
+    from ..discovery import Registry
 
 __all__ = ["Conformance", "Finding", "Kit", "Outcome", "Report", "Row", "Trial", "run"]
 

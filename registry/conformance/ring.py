@@ -15,16 +15,16 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.composer import Composer
-from ..core.limits import Limits
-from ..exchange.compute import Compute
-from ..exchange.shards import Shards
-from ..exchange.simulation import simulate
-from .conformance_case import Subject
-from .conformance_measure import NAMES, Finding, upstream
+from ...core.composer import Composer
+from ...core.limits import Limits
+from ...exchange.compute import Compute
+from ...exchange.shards import Shards
+from ...exchange.simulation import simulate
+from .case import Subject
+from .measure import NAMES, Finding, upstream
 
 if TYPE_CHECKING:
-    from ..core.kernel import DensePiece
+    from ...core.kernel import DensePiece
 
 RANKS: Final = 3
 LENGTH: Final = 44 * RANKS

@@ -9,24 +9,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import attrs
 import torch
 
-from ..core.kernel import CALL_AXES
-from ..core.lowering import layout_kinds
-from ..core.pattern import Full
-from . import conformance_contract as contract
-from . import conformance_geometry as geometry
-from . import conformance_memory as memory
-from . import conformance_ring as rings
-from . import conformance_torch as machinery
-from . import conformance_values as values
-from .conformance_grid import LONGER
-from .conformance_measure import Finding
-from .discovery import installed_sources
-from .patterns import resolve_pattern
-from .selection import takes_dense
+from ...core.kernel import CALL_AXES
+from ...core.lowering import layout_kinds
+from ...core.pattern import Full
+from ..discovery import installed_sources
+from ..patterns import resolve_pattern
+from ..selection import takes_dense
+from . import contract, geometry, memory, pytorch, ring, values
+from .grid import LONGER
+from .measure import Finding
 
 if TYPE_CHECKING:
-    from .conformance_case import Case
-    from .conformance_kit import Kit
+    from .case import Case
+    from .kit import Kit
 
 LEARNED: Final = "learned"
 
@@ -167,7 +162,7 @@ def _choosing(kit: Kit, case: Case) -> Case:
 
 
 def _shared(kit: Kit, case: Case) -> Case:
-    return attrs.evolve(case, q_len=rings.LENGTH, kv_len=rings.LENGTH)
+    return attrs.evolve(case, q_len=ring.LENGTH, kv_len=ring.LENGTH)
 
 
 def _of_one_head(kit: Kit, case: Case) -> Case:
@@ -210,20 +205,20 @@ CHECKS: Final = (
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
     Check("empty-rows", "few cases", geometry.empty_rows),
     Check("documents", "few cases", geometry.documents, _needs("varlen")),
-    Check("ring", "few cases", rings.ring, _needs_ring, _shared),
-    Check("staged-blocks", "few cases", rings.staged_blocks, _needs_staged, _shared),
+    Check("ring", "few cases", ring.ring, _needs_ring, _shared),
+    Check("staged-blocks", "few cases", ring.staged_blocks, _needs_staged, _shared),
     Check("refused-calls", "one case", geometry.refused_calls, _needs_undeclared_call),
     Check("strided", "few cases", memory.strided),
     Check("fresh-memory", "few cases", memory.fresh_memory),
     Check("own-results", "few cases", memory.own_results),
     Check("random-state", "few cases", memory.random_state),
     Check("same-bits", "few cases", memory.same_bits, _needs("deterministic", "forward"), _deterministic),
-    Check("dropout", "few cases", machinery.dropout, _needs("dropout"), _dropping),
-    Check("operator", "one case", machinery.operator),
-    Check("fullgraph", "one case", machinery.fullgraph, _needs_compile),
-    Check("cuda-graph", "one case", machinery.cuda_graph, _needs_cuda_graph),
-    Check("side-stream", "one case", machinery.side_stream, _needs_cuda),
-    Check("second-device", "one case", machinery.second_device, _needs_second_device, _on_the_second),
+    Check("dropout", "few cases", pytorch.dropout, _needs("dropout"), _dropping),
+    Check("operator", "one case", pytorch.operator),
+    Check("fullgraph", "one case", pytorch.fullgraph, _needs_compile),
+    Check("cuda-graph", "one case", pytorch.cuda_graph, _needs_cuda_graph),
+    Check("side-stream", "one case", pytorch.side_stream, _needs_cuda),
+    Check("second-device", "one case", pytorch.second_device, _needs_second_device, _on_the_second),
     Check("large-strides", "one case", memory.large_strides, _needs_request),
     Check("large-tensors", "one case", memory.large_tensors, _needs_request_and_memory),
 )
