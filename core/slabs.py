@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .schedule import MOST_STACKED, Call, Rows
 
+_CPU_COPIES_BYTES = 16 << 20  # as of core's other temporaries: larger ones leave a processor's last cache
+
 
 @attrs.frozen
 class Place:
@@ -114,7 +116,8 @@ def slabs_within(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ..
         for xs, rows in ((queries, call.query), (keys, call.key))
         for x in xs
     )
-    most = max(1, workspace_bytes // (2 * each))
+    at_once = workspace_bytes if queries[0].is_cuda else min(workspace_bytes, _CPU_COPIES_BYTES)
+    most = max(1, at_once // (2 * each))
     return [part for slab in slabs for part in slab.split(most)]
 
 
