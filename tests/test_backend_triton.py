@@ -257,10 +257,13 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
         assert {name for name in free if not name.endswith("_ptr")} <= compiled_for | tables
 
 
-@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_documents.py"])
-def test_its_kernels_interpreted_on_a_cpu(file: str) -> None:
-    """In a process of its own: Triton decides when it is imported whether its functions are interpreted."""
-    run_interpreted(file)
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [("interpreted_triton.py", ""), ("interpreted_documents.py", "bands"), ("interpreted_documents.py", "not bands")],
+)
+def test_its_kernels_interpreted_on_a_cpu(file: str, chosen: str) -> None:
+    """Few in a process: each takes a minute or two, and no test may take five."""
+    run_interpreted(file, chosen)
 
 
 @pytest.mark.parametrize(
