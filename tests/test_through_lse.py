@@ -6,7 +6,7 @@ import attrs
 import pytest
 import torch
 
-from dilated_attention import Dilated, Full, Global, Local, Pattern, Random
+from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, build_attention
 from dilated_attention.core.band_calls import dense_form
 from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
@@ -16,7 +16,7 @@ from dilated_attention.exchange.shards import Shards
 from .dense_math import ExactSquares, ExactThroughLse
 from .kernel_kit import check_emulated
 from .ring_simulation import worst
-from .support import error, inputs
+from .support import NAMES, error, inputs, oracle, ours
 
 DILATED = Dilated((8, 16, 48), (1, 2, 3))
 SOME: list[Pattern] = [
@@ -69,3 +69,14 @@ def test_both_ways_are_the_same(scale: float) -> None:
     for a, e in zip(taken, widened, strict=True):
         assert error(a, e) < 1e-12
     assert error(widening.backward(dout, *given)[0], widened[0]) > 1e-2
+
+
+def test_tables_of_blocks_need_no_more_columns() -> None:
+    geometry, fields = Geometry.self_attention(40, 2), {"num_heads": 2, "head_dim": 256, "backend": "sdpa"}
+    tensors = inputs(geometry, batch=1, head_dim=256, dtype=torch.float32)
+    blocks, full = (build_attention(pattern=pattern, **fields) for pattern in (Random(1, 16), Full()))  # type: ignore[arg-type]
+    expected = oracle(Random(1, 16), tensors, geometry, through_lse=True)
+    for name, a, e in zip(NAMES, ours(blocks, tensors, geometry, through_lse=True), expected, strict=True):
+        assert error(a, e) < 1e-5, name
+    with pytest.raises(ConfigError, match="cannot carry a gradient through lse at head_dim=256"):
+        ours(full, tensors, geometry, through_lse=True)
