@@ -62,8 +62,8 @@ SDPA = BackendSpec(
     },
 )
 
-# Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance.md): fa3 before
-# sdpa's cuDNN before FlashAttention-2.
+# Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance_log.md, "Dense
+# kernels on one H100"): fa3 before sdpa's cuDNN before FlashAttention-2.
 FA3 = BackendSpec(
     name="fa3",
     target="dilated_attention.backends.fa3:Fa3Backend",
@@ -180,7 +180,7 @@ def _bands(request: Request) -> tuple[Band, ...]:
 
 
 def _fuses(request: Request) -> bool:
-    """Whether the fused kernels are the fastest for a request, by docs/performance.md, "What `auto` picks"."""
+    """Whether the fused kernels are the fastest for a request, by docs/performance_log.md, "What `auto` picked"."""
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config, layouts = request.config, request.needs["layouts"]

@@ -18,7 +18,7 @@ from .joining import joining
 if TYPE_CHECKING:
     from ..registry.specs import Request
 
-# From the fastest to the slowest, as measured on an H100 (docs/performance.md).
+# From the fastest to the slowest, as measured on an H100 (docs/performance_log.md, "Dense kernels on one H100").
 _CUDA_KERNELS: dict[str, DenseKernel] = {k.name: k for k in (CudaCudnn(), CudaFlash(), CudaEfficient())}
 _HALVES = ("bfloat16", "float16")
 

@@ -137,7 +137,7 @@ def measure(case: Case, row: Row) -> Result:
 
 
 def markdown(results: list[Result]) -> str:
-    """The table, as docs/performance.md shows it."""
+    """The table, as docs/performance_log.md shows it."""
 
     def pair(first: float | None, second: float, form: str) -> str:
         return f"{second:{form}}" if first is None else f"{first:{form}} → {second:{form}}"

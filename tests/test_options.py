@@ -1,4 +1,4 @@
-"""`python -m benchmarks.options` has a row for every option, and docs/performance.md shows it for both machines."""
+"""`python -m benchmarks.options` has a row for every option, docs/performance_log.md for both machines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ELSEWHERE = {"backend", "backend_options", "context_parallel", "limits"}
 OPTIONS = {field.name for field in attrs.fields(AttentionConfig)} - COMPUTED - ELSEWHERE
 
 
-@pytest.mark.parametrize("path", ["benchmarks/option_rows.py", "docs/performance.md"])
+@pytest.mark.parametrize("path", ["benchmarks/option_rows.py", "docs/performance_log.md"])
 def test_every_option_and_limit_has_a_row(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     tables = 2 if path.endswith(".md") else 1

@@ -1,4 +1,4 @@
-"""Which backend `auto` prefers for what, on an H100: by the figures of docs/performance.md."""
+"""Which backend `auto` prefers for what, on an H100: docs/performance.md, "What `auto` picks"."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import torch
 Pass = Literal["forward", "queries", "keys", "gradients"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
 
-# Releases of Triton that the kernels in Gluon serve: which tests they passed with each is in docs/performance.md.
+# Releases of Triton that the kernels in Gluon serve: which tests they passed with each, and how fast
+# they are with it, is in docs/performance_log.md, "With which Triton".
 GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
 _FEWEST: Final = 24  # registers that warps can give the others but for
 
@@ -117,7 +118,7 @@ class TileSizes:
 
     @classmethod
     def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, fed: bool = False) -> TileSizes:
-        """What was fastest on an H100 or H200 (docs/performance.md), `fed` where `can_be_fed` says that it may be.
+        """What was fastest on an H100 or H200 (docs/performance_log.md), `fed` where `can_be_fed` says that it may be.
 
         More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
