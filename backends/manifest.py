@@ -45,7 +45,6 @@ _OUTDONE: Final = -40  # behind every dense kernel
 _OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
-_WINDOWS_OF_FA4: Final = (64, 128)  # head_dims at which its windows were measured, and are the faster ones
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
 
 SDPA = BackendSpec(
@@ -250,7 +249,8 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
         priorities[TRITON.name] = _OUTDONE
     elif only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2
-        if request.config.head_dim in _WINDOWS_OF_FA4:
+        # Those that were measured; at 64 its forward pass alone is no faster.
+        if {64: request.config.requires_grad, 128: True}.get(request.config.head_dim, False):
             priorities[FA4.name] = FA3.priority - 1
     if FA4.name in priorities and _suits_fa4(request):
         priorities[FA4.name] = TRITON.priority + 1

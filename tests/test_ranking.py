@@ -81,6 +81,14 @@ def test_a_window_is_for_kernels_that_have_windows() -> None:
     assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_window_without_gradients(head_dim: int) -> None:
+    specs = [manifest.TRITON, manifest.FA4, manifest.FA3]
+    asked = request(H100, pattern=WINDOW, head_dim=head_dim, requires_grad=False)
+    order = manifest.dilated_attention_rank_backends(asked, specs)
+    assert order == (["fa3", "triton", "fa4"] if head_dim == 64 else ["fa3", "fa4", "triton"])
+
+
 @pytest.mark.parametrize(
     ("fields", "is_before"),
     [
