@@ -217,20 +217,32 @@ def _suits_flex(request: Request) -> bool:
 def _suits_fa4(request: Request) -> bool:
     """Whether `fa4` beats the fused kernels: whole blocks at head_dim 128, so many that its launches do not count.
 
-    Where it is asked for the mask of every third block or more it is slower.
+    Where it is asked for the mask of every third block or more it is slower. Bands are no tables to it.
     """
+    from ..core.bands import bands_of
     from ..core.blocking import lower_blocks
     from ..core.geometry import Geometry
 
     config = request.config
-    is_long = config.seq_len is not None and config.seq_len >= _LONG
-    if config.head_dim != 128 or config.is_causal or config.varlen or not is_long or config.dtype not in _HALVES:
+    if config.head_dim != 128 or config.is_causal or config.varlen or config.dtype not in _HALVES:
         return False
     if request.needs["layouts"] != ("block",) or not {"context_parallel", "dynamic_tables"}.isdisjoint(request.needs):
         return False
-    length = 8 * _BLOCK_OF_FA4  # whether blocks are whole shows in few
-    heads = {"num_heads": config.num_heads, "num_kv_heads": config.kv_heads}
-    blocks = lower_blocks(request.pattern, Geometry(q_len=length, kv_len=length, is_causal=False, **heads))
+    if config.seq_len is None or config.seq_len < _LONG or bands_of(request.pattern) is not None:
+        return False
+    # Whether blocks are whole shows in a few rows of them. Those of the middle meet both edges of a window, however
+    # long it is; and of the very sequence, since some patterns fit no other. Its end need not be that of a block.
+    in_blocks = config.seq_len // _BLOCK_OF_FA4
+    geometry = Geometry(
+        q_len=8 * _BLOCK_OF_FA4,
+        kv_len=in_blocks * _BLOCK_OF_FA4,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        is_causal=False,
+        q_offset=in_blocks // 2 * _BLOCK_OF_FA4,
+        whole_len=config.seq_len,
+    )
+    blocks = lower_blocks(request.pattern, geometry, limit_bytes=config.limits.layout_bytes)
     is_whole = not len(blocks.masks) and bool((blocks.weights == 1).all())
     return is_whole and blocks.block_size == _BLOCK_OF_FA4
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import attrs
 import pytest
+import torch
 
-from dilated_attention import ContextParallel, Dilated, Full, Global, Learned, Local, Random, explain
+from dilated_attention import ContextParallel, Dilated, Full, Global, Learned, Local, Random, build_attention, explain
 from dilated_attention.backends import manifest
 
 from .kernel_kit import H100, request
@@ -118,11 +119,16 @@ WHOLE: dict[str, Any] = {"pattern": BLOCKS, "head_dim": 128, "seq_len": 1 << 15}
     [
         ({}, True),
         ({"pattern": BLOCKS | Random(2, 128, seed=5)}, True),
+        ({"seq_len": 40_001}, True),  # it ends within a block
         ({"head_dim": 64}, False),
         ({"seq_len": 1 << 14}, False),  # launches count
         ({"seq_len": None}, False),
         ({"is_causal": True}, False),  # the diagonal has masks
         ({"pattern": BLOCKS | WINDOW}, False),
+        ({"pattern": BLOCKS | Local(2000)}, False),  # masks where its window ends, however far that is
+        ({"pattern": Local(2000)}, False),  # a window is no table, nor are tokens that all see
+        ({"pattern": Local(2000) | Global(4)}, False),
+        ({"pattern": Global(2048)}, False),
         ({"pattern": BLOCKS + BLOCKS}, False),  # pairs may count twice
         ({"pattern": Random(density=0.1, block_size=64)}, False),
         ({"pattern": LONGNET}, False),
@@ -161,3 +167,13 @@ def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
 def test_no_number_of_ranks_needs_a_length(size: int) -> None:
     plan = explain(num_heads=4, head_dim=64, device="cpu", context_parallel=ContextParallel(size=size))
     assert plan.backend == "sdpa"
+
+
+@pytest.mark.parametrize(("block_size", "is_first"), [(128, True), (64, False)])
+def test_a_pattern_that_fits_one_length_is_judged_by_that(block_size: int, is_first: bool) -> None:
+    length = WHOLE["seq_len"]
+    gate = build_attention(pattern=Learned(block_size=block_size, blocks_per_row=2), num_heads=2, head_dim=8).gate
+    x = torch.randn(1, length, 2, 8)
+    plan = explain(pattern=gate.freeze(x, x), num_heads=2, head_dim=128, dtype="bfloat16", arch="sm_90", seq_len=length)
+    assert [row for row in plan.rows if row.status == "broken"] == []
+    assert (plan.rows[0].name == "fa4") is is_first
