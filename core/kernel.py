@@ -176,6 +176,8 @@ class Tables(Protocol):
     def table(self, blocks: BlockLayout, piece: DensePiece, device: torch.device) -> BlockTable | None:
         """What computes `blocks` with the scale of `piece`, as deterministically; None if the kernel takes no such.
 
+        That scale may be below 0, unlike that of the pieces which the kernel computes.
+
         Raises:
             ConfigError: it needs more memory than is allowed.
         """

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dilated_attention import ConfigError, Global, Local, Pattern, Random, Strided
+from dilated_attention.backends.fa4 import FlashAttention4
 from dilated_attention.backends.fa4_tables import BLOCK, Listed, MaskBits, checked, takes
 from dilated_attention.core import reference
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import DensePiece
 from dilated_attention.core.layout import BlockLayout
 
 CPU = torch.device("cpu")
@@ -96,6 +98,17 @@ def test_masks_are_told_once_where_all_tables_agree() -> None:
 def test_what_lists_cannot_say_is_left_to_core(pattern: Pattern, block_size: int) -> None:
     geometry = Geometry.self_attention(300, 2, is_causal=False)
     assert not takes(lower_blocks(pattern, geometry, block_size=block_size))
+
+
+@pytest.mark.parametrize(("scale", "deterministic"), [(-0.5, False), (0.5, True)])
+def test_what_its_kernels_cannot_do_is_left_to_core(scale: float, deterministic: bool) -> None:
+    def never(*_: object, **__: object) -> tuple[Tensor, ...]:
+        raise AssertionError
+
+    blocks = lowered(Random(2, BLOCK), Geometry.self_attention(300, 2, is_causal=False))
+    piece = DensePiece(is_causal=False, scale=scale, deterministic=deterministic)
+    assert takes(blocks)
+    assert FlashAttention4("", never, never, 1 << 30).table(blocks, piece, CPU) is None
 
 
 @pytest.mark.parametrize("pattern", LISTED, ids=str)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Dilated, Global, Local, Pattern, Random
+from dilated_attention.backends.joining import JoiningKernel
 from dilated_attention.core.block_product import BlockProduct
+from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import BlockTable, DensePiece
+from dilated_attention.core.kernel import BlockTable, DensePiece, takes_dlse
 from dilated_attention.core.layout import BlockLayout
 
-from .dense_math import ExactThroughLse
+from .dense_math import ExactSquares, ExactThroughLse
 from .kernel_kit import check_emulated, emulated_engine
 
 CPU = torch.device("cpu")
@@ -100,3 +102,13 @@ def test_its_memory_counts_for_the_cache_of_layouts() -> None:
     program = engine._program(67, 67, 0, 0, CPU)
     assert isinstance(program.blocks, Table)
     assert engine.programs.nbytes == program.nbytes > Table.nbytes
+
+
+def test_a_kernel_whose_pieces_are_joined_keeps_what_it_has_besides() -> None:
+    blocks = lower_blocks(Random(2, 16), Geometry.self_attention(67, 2))
+    piece = DensePiece(is_causal=False, scale=0.5)
+    joined, plain = JoiningKernel(WithTables()), JoiningKernel(ExactSquares())
+    assert isinstance(joined.table(blocks, piece, CPU), Table)
+    assert plain.table(blocks, piece, CPU) is None
+    assert takes_dlse(joined)
+    assert not takes_dlse(plain)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, build_attention
+from dilated_attention.backends.sdpa import SdpaBackend
 from dilated_attention.core.band_calls import dense_form
 from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.kernel import takes_dlse
+from dilated_attention.core.kernel import DenseKernel, takes_dlse
 from dilated_attention.exchange.shards import Shards
 
 from .dense_math import ExactSquares, ExactThroughLse
@@ -32,9 +33,28 @@ SOME: list[Pattern] = [
 ]
 
 
+class OneLength(ExactThroughLse):
+    """One that leaves other lengths to another kernel."""
+
+    def __init__(self, other_lengths: DenseKernel) -> None:
+        super().__init__()
+        self.other_lengths = other_lengths
+
+
 def test_only_kernels_that_say_so_are_handed_it() -> None:
     assert takes_dlse(ExactThroughLse())
     assert not takes_dlse(ExactSquares())
+    assert takes_dlse(OneLength(ExactThroughLse()))
+    assert not takes_dlse(OneLength(ExactSquares()))  # calls of other lengths would be handed it
+
+
+@pytest.mark.parametrize(("kernel", "has_dlse"), [(ExactThroughLse(), True), (ExactSquares(), False)])
+def test_a_build_asks_the_kernel_where_more_columns_are_refused(
+    kernel: ExactSquares, has_dlse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SdpaBackend, "build", lambda *_: kernel)
+    attention = build_attention(num_heads=1, head_dim=256, backend="sdpa")
+    assert attention._engine.has_dlse is has_dlse
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "all"])
