@@ -126,6 +126,7 @@ WHOLE: dict[str, Any] = {"pattern": BLOCKS, "head_dim": 128, "seq_len": 1 << 15}
         ({"is_causal": True}, False),  # the diagonal has masks
         ({"pattern": BLOCKS | WINDOW}, False),
         ({"pattern": BLOCKS | Local(2000)}, False),  # masks where its window ends, however far that is
+        ({"pattern": BLOCKS | Global(1100)}, False),  # which its first rows, that all see, do not show
         ({"pattern": Local(2000)}, False),  # a window is no table, nor are tokens that all see
         ({"pattern": Local(2000) | Global(4)}, False),
         ({"pattern": Global(2048)}, False),

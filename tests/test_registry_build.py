@@ -12,6 +12,7 @@ import torch
 from dilated_attention import (
     AttentionConfig,
     ConfigError,
+    ContextParallel,
     Dilated,
     Full,
     Global,
@@ -128,3 +129,9 @@ def test_fields_replace_those_of_a_config() -> None:
 def test_an_option_for_cards_is_refused_on_a_cpu_with_its_value() -> None:
     with pytest.raises(ConfigError, match="got 'flash'; there is one kernel on cpu, leave the option out"):
         explain(num_heads=4, head_dim=16, device="cpu", backend_options={"sdpa": {"kernel": "flash"}})
+
+
+def test_a_plan_says_bands_where_dense_kernels_take_them_and_blocks_on_ranks() -> None:
+    fields: dict[str, Any] = {"pattern": Local(9), "num_heads": 2, "head_dim": 8, "backend": "sdpa"}
+    assert explain(**fields).layout.kinds == ("band",)
+    assert explain(**fields, context_parallel=ContextParallel(size=2)).layout.kinds == ("block",)

@@ -94,9 +94,10 @@ def test_both_ways_are_the_same(scale: float) -> None:
 def test_tables_of_blocks_need_no_more_columns() -> None:
     geometry, fields = Geometry.self_attention(40, 2), {"num_heads": 2, "head_dim": 256, "backend": "sdpa"}
     tensors = inputs(geometry, batch=1, head_dim=256, dtype=torch.float32)
-    blocks, full = (build_attention(pattern=pattern, **fields) for pattern in (Random(1, 16), Full()))  # type: ignore[arg-type]
+    blocks, *dense = (build_attention(pattern=pattern, **fields) for pattern in (Random(1, 16), Full(), Local(9)))  # type: ignore[arg-type]
     expected = oracle(Random(1, 16), tensors, geometry, through_lse=True)
     for name, a, e in zip(NAMES, ours(blocks, tensors, geometry, through_lse=True), expected, strict=True):
         assert error(a, e) < 1e-5, name
-    with pytest.raises(ConfigError, match="cannot carry a gradient through lse at head_dim=256"):
-        ours(full, tensors, geometry, through_lse=True)
+    for attention in dense:
+        with pytest.raises(ConfigError, match="cannot carry a gradient through lse at head_dim=256"):
+            ours(attention, tensors, geometry, through_lse=True)
