@@ -6,7 +6,7 @@ blocks, M masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.counting import entry_rows, entry_tables
 from ..core.errors import ConfigError
 from ..core.layout import BlockLayout
 from .block_lists import block_lists
-from .libraries import aligned
+from .fa4_library import Library
 
 if TYPE_CHECKING:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -60,8 +61,7 @@ class FlashAttention4Table:
     Attributes:
         name: the kernel, as traces show it.
         scale: factor on q·k, above 0.
-        run_forward: the library's forward.
-        run_backward: its backward.
+        library: what it calls.
         of_queries: the blocks of each row.
         of_keys: the blocks of each column.
         masks: those of blocks of which not all pairs count; None if there are none.
@@ -69,8 +69,7 @@ class FlashAttention4Table:
 
     name: str
     scale: float
-    run_forward: Callable[..., tuple[Tensor, ...]]
-    run_backward: Callable[..., tuple[Tensor, ...]]
+    library: Library
     of_queries: BlockSparseTensorsTorch
     of_keys: BlockSparseTensorsTorch
     masks: MaskBits | None
@@ -83,15 +82,7 @@ class FlashAttention4Table:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `BlockTable.forward`."""
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            out, lse, *_ = self.run_forward(
-                *aligned(query, key, value),
-                softmax_scale=self.scale,
-                block_sparse_tensors=self.of_queries,
-                return_lse=True,
-                **self._masked(),
-            )
-        return out, lse
+        return self.library.forward(query, key, value, self.scale, self._said(self.of_queries))
 
     def gradients(
         self,
@@ -104,28 +95,17 @@ class FlashAttention4Table:
         dlse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `BlockTable.gradients`."""
-        query, key, value, out, dout = aligned(query, key, value, out, dout)
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            dq, dk, dv = self.run_backward(
-                query,
-                key,
-                value,
-                out,
-                dout,
-                lse.contiguous(),
-                softmax_scale=self.scale,
-                block_sparse_tensors=self.of_keys,
-                dlse=None if dlse is None else dlse.contiguous(),
-                **self._masked(),
-            )
-        return dq, dk, dv
+        how = self._said(self.of_keys)
+        return self.library.backward(dout, query, key, value, out, lse, dlse, self.scale, how)
 
-    def _masked(self) -> dict[str, object]:
+    def _said(self, lists: BlockSparseTensorsTorch) -> dict[str, object]:
+        """What of the scores counts."""
         if self.masks is None:
-            return {}
+            return {"block_sparse_tensors": lists}
         from .fa4_masks import in_mask
 
-        return {"mask_mod": in_mask, "aux_tensors": [self.masks.tables, self.masks.numbers, self.masks.bits]}
+        tensors = [self.masks.tables, self.masks.numbers, self.masks.bits]
+        return {"block_sparse_tensors": lists, "mask_mod": in_mask, "aux_tensors": tensors}
 
 
 @attrs.frozen(eq=False)
@@ -156,59 +136,58 @@ class Listed:
     def of(cls, blocks: BlockLayout) -> Listed:
         """Those of a layout."""
         tables, rows = blocks.row_ptr.shape[0], blocks.row_ptr.shape[1] - 1
-        row = np.repeat(np.tile(np.arange(rows), tables), np.diff(blocks.row_ptr, axis=1).ravel())
-        table = np.repeat(np.arange(tables), np.diff(blocks.row_ptr[:, [0, -1]], axis=1).ravel())
-        often = blocks.weights.astype(np.int64)
-        masked = blocks.mask_ids >= 0
-        often[masked] = blocks.masks.max(axis=(1, 2), initial=0)[blocks.mask_ids[masked]]
-        table, row, col, ids = (
-            np.repeat(x, often) for x in (table, row, blocks.cols.astype(np.int64), blocks.mask_ids)
-        )
+        cols = -(-blocks.geometry.kv_len // BLOCK)
+        table, row, col = entry_tables(blocks), entry_rows(blocks), blocks.cols.astype(np.int64)
         heads = blocks.head_table if tables > 1 else blocks.head_table[:1]
-        return cls(tables, rows, -(-blocks.geometry.kv_len // BLOCK), table, row, col, ids, heads)
+        return cls(tables, rows, cols, table, row, col, blocks.mask_ids, heads)
 
+    @cached_property
     def numbered(self) -> tuple[NDArray[np.int64], int]:
         """In which table of masks each block's is, and how many there are: one, unless tables say different ones."""
         masked = self.mask_ids >= 0
+        ids = self.mask_ids[masked].astype(np.int64)
         place = self.row[masked] * self.cols + self.col[masked]
-        found = np.unique(np.stack([place, self.mask_ids[masked]]), axis=1)
-        if np.unique(found[0]).size == found.shape[1]:
+        if np.unique(place).size == np.unique(place * (ids.max(initial=0) + 1) + ids).size:
             return np.zeros_like(self.table), 1
         return self.table, self.tables
 
-    def widths(self, chosen: NDArray[np.bool_]) -> tuple[int, int]:
-        """The most of these blocks in a row, and in a column; at least 1."""
-        rows = np.bincount(self.table[chosen] * self.rows + self.row[chosen], minlength=1)
-        cols = np.bincount(self.table[chosen] * self.cols + self.col[chosen], minlength=1)
-        return max(1, int(rows.max())), max(1, int(cols.max()))
+    @cached_property
+    def widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The most blocks with a mask in a row, and in a column, at least 1; and those without."""
+        return self._widths(self.mask_ids >= 0), self._widths(self.mask_ids < 0)
+
+    def _widths(self, chosen: NDArray[np.bool_]) -> tuple[int, int]:
+        rows = np.bincount(self.table[chosen] * self.rows + self.row[chosen])
+        cols = np.bincount(self.table[chosen] * self.cols + self.col[chosen])
+        return int(rows.max(initial=1)), int(cols.max(initial=1))
 
     def nbytes(self, masks: int) -> int:
         """Bytes of lists and masks."""
         total = 0
-        for chosen in (self.mask_ids >= 0, self.mask_ids < 0):
-            in_row, in_col = self.widths(chosen)
+        for in_row, in_col in self.widths:
             total += self.heads.size * (self.rows * (in_row + 1) + self.cols * (in_col + 1))
         if masks:
-            total += self.numbered()[1] * self.rows * self.cols + masks * BLOCK * BLOCK // _WORD
+            total += self.numbered[1] * self.rows * self.cols + masks * BLOCK * BLOCK // _WORD
         return _INT_BYTES * total
 
     def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each row or column how many have a mask, and which, and how many have none, and which."""
         along, across, count = (self.col, self.row, self.cols) if of_keys else (self.row, self.col, self.rows)
 
-        def listed(chosen: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-            shape = self.tables, count, self.widths(chosen)[of_keys]
+        def listed(chosen: NDArray[np.bool_], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            shape = self.tables, count, widths[of_keys]
             counts, indices = block_lists(self.table[chosen], along[chosen], across[chosen], shape)
             return _moved(counts[self.heads][None], device), _moved(indices[self.heads][None], device)
 
-        return *listed(self.mask_ids >= 0), *listed(self.mask_ids < 0)
+        masked, whole = self.widths
+        return *listed(self.mask_ids >= 0, masked), *listed(self.mask_ids < 0, whole)
 
     def bits(self, blocks: BlockLayout, device: torch.device) -> MaskBits | None:
         """The masks; None where there are none."""
         masked = self.mask_ids >= 0
         if not masked.any():
             return None
-        table, tables = self.numbered()
+        table, tables = self.numbered
         numbers = np.zeros((tables, self.rows, self.cols), dtype=np.int32)
         numbers[table[masked], self.row[masked], self.col[masked]] = self.mask_ids[masked]
         heads = blocks.head_table if tables > 1 else np.zeros_like(blocks.head_table)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..core.counting import entry_rows, entry_tables
 from ..core.layout import BlockLayout
 from .block_lists import block_lists
 
@@ -60,9 +61,7 @@ class FlexTables:
         geometry, size = layout.geometry, layout.block_size
         tables, rows = layout.row_ptr.shape[0], layout.row_ptr.shape[1] - 1
         cols = -(-geometry.kv_len // size)
-        table = np.repeat(np.arange(tables), np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel())
-        row = np.repeat(np.tile(np.arange(rows), tables), np.diff(layout.row_ptr, axis=1).ravel())
-        col = layout.cols.astype(np.int64)
+        table, row, col = entry_tables(layout), entry_rows(layout), layout.cols.astype(np.int64)
         ids, masks = _with_weights(layout)
         numbers = np.full((tables, rows, cols), _ABSENT, dtype=np.int32)
         numbers[table, row, col] = ids  # _FULL for blocks that need no mask

@@ -21,6 +21,7 @@ from torch.nn import functional
 from .composer import accumulator_dtype, delta_of
 from .kernel import DensePiece, Tables
 from .layout import BlockLayout
+from .limits import at_once
 from .tracing import span
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .kernel import BlockTable
 
 _HALF = (torch.bfloat16, torch.float16)
-_CPU_CHUNK_BYTES = 16 << 20  # temporaries that stay in a processor's last cache: measurably faster than 64 MiB
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -222,9 +222,8 @@ class BlockProduct:
         size, head_dim = self.block_size, query.shape[3]
         # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element.
         block_bytes = 2 * size * (size + head_dim) * accumulator_dtype(query.dtype).itemsize
-        at_once = self.workspace_bytes if query.is_cuda else min(self.workspace_bytes, _CPU_CHUNK_BYTES)
         for group in self.classes:
-            yield from group.chunks(block_bytes, at_once)
+            yield from group.chunks(block_bytes, at_once(self.workspace_bytes, query))
 
     def _blocks(self, x: Tensor) -> Tensor:
         """x (B, S, H, D) as contiguous blocks (B, H * blocks, b, D), zeros past the end; float32 for halves on CPU.

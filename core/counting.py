@@ -311,9 +311,14 @@ def _entry_pairs(blocks: BlockLayout, *, distinct: bool) -> IntArray:
 
 def _heads_of_entries(blocks: BlockLayout) -> IntArray:
     """How many heads have each entry, (E,) int64."""
-    heads = np.bincount(blocks.head_table, minlength=blocks.row_ptr.shape[0])
-    shared: IntArray = np.repeat(heads, np.diff(blocks.row_ptr[:, [0, -1]], axis=1)[:, 0])
-    return shared
+    heads: IntArray = np.bincount(blocks.head_table, minlength=blocks.row_ptr.shape[0])
+    return heads[entry_tables(blocks)]
+
+
+def entry_tables(blocks: BlockLayout) -> IntArray:
+    """The table of each entry, int64."""
+    tables = np.arange(blocks.row_ptr.shape[0], dtype=np.int64)
+    return np.repeat(tables, np.diff(blocks.row_ptr[:, [0, -1]], axis=1).ravel())
 
 
 def entry_rows(blocks: BlockLayout) -> IntArray:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 import attrs
 
 from .checks import positive_int
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CPU_BYTES: Final = 16 << 20  # temporaries that stay in a processor's last cache: measurably faster than 64 MiB
+
+
+def at_once(workspace_bytes: int, like: Tensor) -> int:
+    """How much of a workspace serves temporaries beside `like`: on a processor no more than stays in its cache."""
+    return workspace_bytes if like.is_cuda else min(workspace_bytes, _CPU_BYTES)
 
 
 @attrs.frozen(kw_only=True)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .composer import accumulator_dtype, by_rows
+from .limits import at_once
 from .schedule import Call, Schedule
 from .slabs import slabs_of
 
 _TILE = 512  # rows and columns of scores formed at once, at most
-_CPU_TILE_BYTES = 16 << 20  # what a processor's last cache holds
 
 
 def received_from(
@@ -74,8 +74,8 @@ def _tiles(call: Call, query: Tensor, workspace_bytes: int) -> Iterator[tuple[sl
     """Rectangles, rows and columns to be formed at once, of those that the call's distances reach."""
     count, rows, heads, _ = query.shape
     cols, (low, high) = call.key.count, call.distances
-    at_once = workspace_bytes if query.is_cuda else min(workspace_bytes, _CPU_TILE_BYTES)
-    pairs = at_once // (2 * accumulator_dtype(query.dtype).itemsize * heads)  # scores, and their copy while they fill
+    each = 2 * accumulator_dtype(query.dtype).itemsize * heads  # scores, and their copy while they fill
+    pairs = at_once(workspace_bytes, query) // each
     tile = max(1, min(_TILE, math.isqrt(pairs)))
     step = max(1, pairs // (min(tile, rows) * min(tile, cols)))
     for n in range(0, count, step):

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 import attrs
 from torch import Tensor
 
+from .limits import at_once
 from .schedule import MOST_STACKED, Call, Rows
-
-_CPU_COPIES_BYTES = 16 << 20  # as of core's other temporaries: larger ones leave a processor's last cache
 
 
 @attrs.frozen
@@ -116,8 +115,7 @@ def slabs_within(call: Call, queries: tuple[Tensor, ...], keys: tuple[Tensor, ..
         for xs, rows in ((queries, call.query), (keys, call.key))
         for x in xs
     )
-    at_once = workspace_bytes if queries[0].is_cuda else min(workspace_bytes, _CPU_COPIES_BYTES)
-    most = max(1, at_once // (2 * each))
+    most = max(1, at_once(workspace_bytes, queries[0]) // (2 * each))
     return [part for slab in slabs for part in slab.split(most)]
 
 

@@ -6,6 +6,8 @@ Shapes: queries (B, S, H, D), keys and values (B, T, K, D), lse (B, H, S).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,16 @@ class ExactWindows(ExactDense):
         return scores.masked_fill(~is_seen, -math.inf)
 
 
+class ExactSeen(ExactDense):
+    """What of the keys each query sees is a mask (H, S, T)."""
+
+    def __init__(self, seen: Tensor) -> None:
+        self.seen = seen
+
+    def _scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        return super()._scores(query, key, piece).masked_fill(~self.seen, -math.inf)
+
+
 class ExactSquares(ExactDense):
     """Dense pieces by the definition, of kernels that have no windows; of each piece, how many of how many rows."""
 
@@ -62,14 +74,28 @@ class ExactThroughLse(ExactSquares):
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert query.shape[3] == key.shape[3] == value.shape[3] == 8  # none came widened
-        if piece.dlse is None:
-            return super().backward(dout, query, key, value, out, lse, piece)
-        head_dim = query.shape[3]
-        dout, query, out = widen_rows(dout, piece.dlse, query, out)
-        key, value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
-        grads = super().backward(dout, query, key, value, out, lse, piece)
-        dq, dk, dv = (grad[..., :head_dim] for grad in grads)
-        return dq, dk, dv
+        return _through_lse(super().backward, dout, query, key, value, out, lse, piece, piece.dlse)
+
+
+def _through_lse(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    piece: DensePiece,
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward without dlse finds, and with one in more columns."""
+    if dlse is None:
+        return run(dout, query, key, value, out, lse, piece)
+    head_dim = query.shape[3]
+    dout, query, out = widen_rows(dout, dlse, query, out)
+    key, value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
+    dq, dk, dv = (grad[..., :head_dim] for grad in run(dout, query, key, value, out, lse, piece))
+    return dq, dk, dv
 
 
 _EXACT = ExactWindows()
@@ -85,11 +111,42 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
+def seen_of_lists(
+    lists: Any, mask_mod: Callable[..., bool], tensors: Sequence[Tensor], query: Tensor, key: Tensor, *, of_keys: bool
+) -> Tensor | None:
+    """The pairs (H, S, T) that lists of blocks with and without a mask say; None without lists."""
+    if lists is None:
+        return None
+    (rows, cols), heads = lists.block_size, query.shape[2]
+    places = [torch.arange(n) for n in (query.shape[1], key.shape[1])]
+    seen = torch.zeros(heads, *(len(x) for x in places), dtype=torch.bool)
+    for is_masked, counts, indices in ((True, *lists[:2]), (False, *lists[2:4])):
+        for head in range(heads):
+            own = head if counts.shape[1] > 1 else 0
+            for along, count in enumerate(counts[0, own].tolist()):
+                for across in indices[0, own, along, :count].tolist():
+                    row, col = (across, along) if of_keys else (along, across)
+                    for q in places[0][row * rows : (row + 1) * rows].tolist():
+                        for k in places[1][col * cols : (col + 1) * cols].tolist():
+                            seen[head, q, k] = not is_masked or mask_mod([0], [head], [q], [k], None, tensors)
+    return seen
+
+
+def _exact(seen: Tensor | None) -> ExactDense:
+    return _EXACT if seen is None else ExactSeen(seen)
+
+
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, window: Window = _NONE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    is_causal: bool,
+    window: Window = _NONE,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out in the dtype of the queries and lse in float32, computed in float64."""
-    out, lse = _EXACT.forward(query, key, value, _piece(scale, is_causal, window))
+    out, lse = _exact(seen).forward(query, key, value, _piece(scale, is_causal, window))
     return out, lse.float()
 
 
@@ -104,18 +161,15 @@ def backward(
     is_causal: bool,
     window: Window = _NONE,
     dlse: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtype of the queries, for out and lse of the whole row."""
     assert lse.is_contiguous()
     assert lse.shape == (query.shape[0], query.shape[2], query.shape[1])
-    head_dim = query.shape[3]
-    if dlse is not None:
-        assert dlse.is_contiguous()
-        dout, query, out = widen_rows(dout, dlse, query, out)
-        key, value = (functional.pad(x, (0, WIDENING)) for x in (key, value))
-    grads = _EXACT.backward(dout, query, key, value, out, lse, _piece(scale, is_causal, window))
-    dq, dk, dv = (grad[..., :head_dim] for grad in grads)
-    return dq, dk, dv
+    assert dlse is None or dlse.is_contiguous()
+    return _through_lse(
+        _exact(seen).backward, dout, query, key, value, out, lse, _piece(scale, is_causal, window), dlse
+    )
 
 
 def _piece(scale: float, is_causal: bool, window: Window) -> DensePiece:

@@ -41,18 +41,35 @@ needs_absence = pytest.mark.skipif(HERE, reason="flash-attn-4 is installed")
 # A distribution with the interface and the arithmetic of the library, which would copy what is not aligned.
 STAND_IN = {
     "flash_attn/cute/__init__.py": "",
+    "cutlass/__init__.py": "Boolean = bool",
+    "cutlass/cute.py": "def jit(function): return function",
+    "flash_attn/cute/utils.py": "def scalar_to_ssa(a, dtype): return dtype(a)",
+    "flash_attn/cute/block_sparsity.py": """
+from typing import Any, NamedTuple
+
+class BlockSparseTensorsTorch(NamedTuple):
+    mask_block_cnt: Any
+    mask_block_idx: Any
+    full_block_cnt: Any
+    full_block_idx: Any
+    block_size: tuple[int, int]
+""",
     "flash_attn/cute/interface.py": """
 from tests import dense_math
 
-def _flash_attn_fwd(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse):
+def _flash_attn_fwd(q, k, v, *, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None,
+                    block_sparse_tensors=None, mask_mod=None, aux_tensors=None):
     assert return_lse and dense_math.is_aligned(q, k, v)
     window = window_size_left, window_size_right
-    return *dense_math.forward(q, k, v, softmax_scale, causal, window), None, None, None
+    seen = dense_math.seen_of_lists(block_sparse_tensors, mask_mod, aux_tensors, q, k, of_keys=False)
+    return *dense_math.forward(q, k, v, softmax_scale, causal, window, seen), None, None, None
 
-def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal, *, window_size_left, window_size_right, dlse):
+def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, dlse, causal=False, window_size_left=None,
+                    window_size_right=None, block_sparse_tensors=None, mask_mod=None, aux_tensors=None):
     assert dense_math.is_aligned(q, k, v, out, dout)
     window = window_size_left, window_size_right
-    return dense_math.backward(dout, q, k, v, out, lse, softmax_scale, causal, window, dlse)
+    seen = dense_math.seen_of_lists(block_sparse_tensors, mask_mod, aux_tensors, q, k, of_keys=True)
+    return dense_math.backward(dout, q, k, v, out, lse, softmax_scale, causal, window, dlse, seen)
 """,
     "flash_attn_4-4.0.0b36.dist-info/METADATA": "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n",
 }
@@ -66,7 +83,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "cutlass")]:
         del sys.modules[name]
 
 
@@ -138,6 +155,29 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, is
     for heads, kv_heads, head_dim, length in ((4, 4, 8, 150), (4, 2, 24, 67)):
         geometry = Geometry(q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=is_causal)
         check_emulated(kernel, geometry, pattern, head_dim)
+
+
+@needs_absence
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [Random(1, 128, seed=3), Global(40) | Random(1, 128, seed=7)], ids=str)
+def test_tables_are_computed_emulated(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, pattern: Pattern, is_causal: bool
+) -> None:
+    monkeypatch.delitem(sys.modules, "dilated_attention.backends.fa4_masks", raising=False)  # of another stand-in
+    ran: list[str] = []
+
+    def counted(name: str, run: Any) -> Any:
+        def counting(*arguments: Any) -> Any:
+            ran.append(name)
+            return run(*arguments)
+
+        return counting
+
+    for name in ("forward", "gradients"):
+        monkeypatch.setattr(FlashAttention4Table, name, counted(name, getattr(FlashAttention4Table, name)))
+    geometry = Geometry(q_len=300, kv_len=300, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+    check_emulated(Fa4Backend().build(request()), geometry, pattern, head_dim=8)
+    assert ran == ["forward", "gradients", "gradients"]
 
 
 gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs an sm_90 card and flash-attn-4")

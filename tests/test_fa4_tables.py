@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_attention import ConfigError, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fa4 import FlashAttention4
+from dilated_attention.backends.fa4_library import Library
 from dilated_attention.backends.fa4_tables import BLOCK, Listed, MaskBits, checked, takes
 from dilated_attention.core import reference
 from dilated_attention.core.blocking import lower_blocks
@@ -108,7 +109,7 @@ def test_what_its_kernels_cannot_do_is_left_to_core(scale: float, deterministic:
     blocks = lowered(Random(2, BLOCK), Geometry.self_attention(300, 2, is_causal=False))
     piece = DensePiece(is_causal=False, scale=scale, deterministic=deterministic)
     assert takes(blocks)
-    assert FlashAttention4("", never, never, 1 << 30).table(blocks, piece, CPU) is None
+    assert FlashAttention4("", Library(never, never), 1 << 30).table(blocks, piece, CPU) is None
 
 
 @pytest.mark.parametrize("pattern", LISTED, ids=str)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...core.counting import entry_rows, entry_tables
 from ...core.layout import BlockLayout
 from ...core.supports import ranges
 
@@ -67,10 +68,7 @@ class BlockTables:
         Where they are to be `in_order` of their columns they are not told apart by that, and starts is (T·R + 1,).
         """
         tables, rows = layout.row_ptr.shape[0], layout.row_ptr.shape[1] - 1
-        counts = np.diff(layout.row_ptr, axis=1).ravel()
-        table = np.repeat(np.arange(tables), np.diff(layout.row_ptr[:, [0, -1]], axis=1).ravel())
-        row = np.repeat(np.tile(np.arange(rows), tables), counts)
-        col = layout.cols.astype(np.int64)
+        table, row, col = entry_tables(layout), entry_rows(layout), layout.cols.astype(np.int64)
         ids, masks = _with_edges(layout, row, col)
         planes = Planes.of(masks)
         often = np.where(ids < 0, 1, planes.count[ids])
