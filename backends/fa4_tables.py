@@ -40,7 +40,7 @@ class MaskBits:
 
     Attributes:
         tables: (H,) int32, the table of `numbers` of each head.
-        numbers: (N, R, C) int32, the mask of each block that has one.
+        numbers: (N, R, C) int32, the mask of each block that has one; C is 2 at least.
         bits: (M, `BLOCK`, `BLOCK` / 32) int32, of each of its pairs.
     """
 
@@ -167,7 +167,7 @@ class Listed:
         for in_row, in_col in self.widths:
             total += self.heads.size * (self.rows * (in_row + 1) + self.cols * (in_col + 1))
         if masks:
-            total += self.numbered[1] * self.rows * self.cols + masks * BLOCK * BLOCK // _WORD
+            total += self.numbered[1] * self.rows * max(self.cols, 2) + masks * BLOCK * BLOCK // _WORD
         return _INT_BYTES * total
 
     def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,7 +188,8 @@ class Listed:
         if not masked.any():
             return None
         table, tables = self.numbered
-        numbers = np.zeros((tables, self.rows, self.cols), dtype=np.int32)
+        # The library refuses a tensor of which more than one dimension has stride 1, as where the last has size 1.
+        numbers = np.zeros((tables, self.rows, max(self.cols, 2)), dtype=np.int32)
         numbers[table[masked], self.row[masked], self.col[masked]] = self.mask_ids[masked]
         heads = blocks.head_table if tables > 1 else np.zeros_like(blocks.head_table)
         words = np.packbits(blocks.masks, axis=-1, bitorder="little").view("<i4")

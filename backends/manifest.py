@@ -43,6 +43,7 @@ _WHOLE: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
 _OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
+_SHORT: Final = 1 << 13  # tokens below which `sdpa`'s launches of a window take longer than `triton`'s in float32
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
@@ -172,8 +173,7 @@ def _bands(request: Request) -> tuple[Band, ...]:
     """Those of a pattern that dense kernels compute in a few calls: not once for each length, nor on several ranks."""
     from ..core.bands import bands_of
 
-    config = request.config
-    if config.dtype not in _HALVES or config.varlen or "context_parallel" in request.needs:
+    if request.config.varlen or "context_parallel" in request.needs:
         return ()
     return bands_of(request.pattern) or ()
 
@@ -189,7 +189,10 @@ def _fuses(request: Request) -> bool:
     if "block" in layouts:
         if is_half:
             return head_dim <= 128 or not _bands(request)
-        return head_dim <= 64 and "branch" not in layouts  # branches lose more than blocks gain
+        if head_dim > 64 or "branch" in layouts:  # branches lose more than blocks gain
+            return False
+        is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
+        return is_short or not _bands(request)
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
     fewest = 1 if config.varlen else 2 if head_dim <= 64 else 3  # of several lengths, whose launches are many else
@@ -259,7 +262,7 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     priorities = {spec.name: spec.priority for spec in candidates}
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
-    elif only_window(_bands(request)) is not None:
+    elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2
         # Those that were measured; at 64 its forward pass alone is no faster.
         if {64: request.config.requires_grad, 128: True}.get(request.config.head_dim, False):

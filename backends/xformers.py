@@ -75,12 +75,14 @@ def _operators(name: str) -> tuple[type[AttentionFwOpBase], type[AttentionBwOpBa
 
 def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     """Why one of the operators cannot take the request, by what it declares of itself."""
-    from xformers._cpp_lib import _built_with_cuda
+    from xformers import _cpp_lib
 
     config = request.config
     capability = compute_capability(request.device.arch)
-    if not _built_with_cuda:
-        yield Refusal("not_installed", "xformers for CUDA", "one whose library did not load", "python -m xformers.info")
+    if not _cpp_lib._built_with_cuda:
+        failure = _cpp_lib._cpp_library_load_exception
+        actual = "one without" if failure is None else first_line(failure.__cause__ or failure)
+        yield Refusal("not_installed", "xformers with its library for CUDA", actual, "python -m xformers.info")
     for operator in _operators(name) if config.requires_grad else _operators(name)[:1]:
         oldest, newest = operator.CUDA_MINIMUM_COMPUTE_CAPABILITY, operator.CUDA_MAXIMUM_COMPUTE_CAPABILITY
         if not operator.is_available():

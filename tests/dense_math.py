@@ -112,11 +112,20 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 
 def seen_of_lists(
-    lists: Any, mask_mod: Callable[..., bool], tensors: Sequence[Tensor], query: Tensor, key: Tensor, *, of_keys: bool
+    lists: Any,
+    mask_mod: Callable[..., bool],
+    tensors: Sequence[Tensor] | None,
+    query: Tensor,
+    key: Tensor,
+    *,
+    of_keys: bool,
 ) -> Tensor | None:
     """The pairs (H, S, T) that lists of blocks with and without a mask say; None without lists."""
     if lists is None:
         return None
+    for x in tensors or ():  # as the library asks: one dimension alone has stride 1, or of several one has a size
+        near = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride == 1]
+        assert len(near) == 1 or sum(size > 1 for size in near) == 1
     (rows, cols), heads = lists.block_size, query.shape[2]
     places = [torch.arange(n) for n in (query.shape[1], key.shape[1])]
     seen = torch.zeros(heads, *(len(x) for x in places), dtype=torch.bool)

@@ -175,9 +175,10 @@ def test_tables_are_computed_emulated(
 
     for name in ("forward", "gradients"):
         monkeypatch.setattr(FlashAttention4Table, name, counted(name, getattr(FlashAttention4Table, name)))
-    geometry = Geometry(q_len=300, kv_len=300, num_heads=2, num_kv_heads=1, is_causal=is_causal)
-    check_emulated(Fa4Backend().build(request()), geometry, pattern, head_dim=8)
-    assert ran == ["forward", "gradients", "gradients"]
+    for length in (300, 100):  # of one block too
+        geometry = Geometry(q_len=length, kv_len=length, num_heads=2, num_kv_heads=1, is_causal=is_causal)
+        check_emulated(Fa4Backend().build(request()), geometry, pattern, head_dim=8)
+    assert ran == ["forward", "gradients", "gradients"] * 2
 
 
 gpu = pytest.mark.skipif(not HERE or not torch.cuda.is_available(), reason="needs an sm_90 card and flash-attn-4")
@@ -256,7 +257,9 @@ def test_what_its_tables_cannot_say_is_core_s() -> None:
 @pytest.mark.gpu
 @gpu
 def test_offsets_and_unequal_lengths() -> None:
-    for q_len, kv_len, is_causal in ((1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False)):
+    for q_len, kv_len, is_causal in (
+        (1, 300, True), (77, 300, True), (300, 77, False), (77, 300, False), (77, 77, True)
+    ):  # fmt: skip
         geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=4, num_kv_heads=4, is_causal=is_causal)
         for pattern in (DILATED, Local((70, 30)), Random(2, 128, seed=7)):
             check(build("fa4", pattern, geometry, "bfloat16", 64), geometry, [1e-2] * 5, through_lse=False)

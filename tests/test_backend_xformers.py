@@ -180,12 +180,25 @@ def test_the_switch_for_deterministic_algorithms_excludes_flash(stand_in: Path) 
         torch.use_deterministic_algorithms(False)
 
 
+DID_NOT_LOAD = """
+_built_with_cuda = False
+try:
+    try:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+    except OSError as exc:
+        raise RuntimeError("xFormers can't load C++/CUDA extensions.") from exc
+except RuntimeError as e:
+    _cpp_library_load_exception = e
+"""
+
+
 @needs_absence
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
         ("ops/fmha/flash.py", "import flash_attn.flash_attn_interface", "No module named 'flash_attn'"),
-        ("_cpp_lib.py", "_built_with_cuda = False", "one whose library did not load"),
+        ("_cpp_lib.py", "_built_with_cuda, _cpp_library_load_exception = False, None", "one without"),
+        ("_cpp_lib.py", DID_NOT_LOAD, "OSError: libcudart.so.12: cannot open shared object file"),
     ],
 )
 def test_a_library_that_does_not_work_is_refused_with_the_cause(

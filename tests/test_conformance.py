@@ -139,8 +139,10 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path, pytestc
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed, 1 skipped" in done.stdout
     assert "not on a CUDA device" in done.stdout
-    unknown = python(None, "-m", "pytest", *(word.replace("sdpa", "spda") for word in arguments))
-    assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: --conformance spda: unknown backend 'spda' (did you mean 'sdpa'?)" in unknown.stdout + unknown.stderr
+    for workers in ([], ["-n", "1"]):
+        unknown = python(None, "-m", "pytest", *(word.replace("sdpa", "spda") for word in arguments), *workers)
+        assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
+        said = unknown.stdout + unknown.stderr
+        assert "ERROR: --conformance spda: unknown backend 'spda' (did you mean 'sdpa'?)" in said
     with pytest.raises(ValueError, match="no option named '--conformance'"):  # nobody has asked this pytest
         pytestconfig.getoption("--conformance")

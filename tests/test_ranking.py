@@ -47,8 +47,13 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": WINDOW, "varlen": True}, True),
         ({"pattern": WINDOW, "context_parallel": ContextParallel(size=2)}, True),
         ({"pattern": Local(70) | Random(2, 64), "head_dim": 192}, True),
-        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32"}, True),
-        ({"pattern": SINKS, "head_dim": 72, "dtype": "float32"}, False),
+        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32"}, False),
+        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32", "seq_len": 8191}, True),  # launches are what bounds
+        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32", "seq_len": 8192}, False),
+        ({"pattern": SINKS, "head_dim": 72, "dtype": "float32", "seq_len": 4096}, False),
+        ({"pattern": SINKS, "head_dim": 64, "dtype": "float32", "varlen": True}, True),
+        ({"pattern": BLOCKS, "head_dim": 64, "dtype": "float32"}, True),
+        ({"pattern": BLOCKS, "head_dim": 72, "dtype": "float32"}, False),
         ({"pattern": LONGNET | WINDOW, "head_dim": 192}, True),
         ({"pattern": LONGNET | WINDOW, "dtype": "float32"}, False),
         ({"pattern": LONGNET | LONGNET}, True),  # as many branches as they are lowered to
@@ -78,7 +83,7 @@ def test_a_window_is_for_kernels_that_have_windows() -> None:
     assert found["bfloat16", 56] == ["fa3", "triton", "sdpa", "fa4", "flex"]
     assert found["bfloat16", 64] == found["bfloat16", 128] == ["fa3", "fa4", "triton", "sdpa", "flex"]
     assert found["bfloat16", 192] == ["fa3", "sdpa", "fa4", "triton", "flex"]
-    assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]
+    assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]  # of so few tokens
     assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]
 
 

@@ -8,7 +8,6 @@ is an item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,21 +24,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--conformance-device", metavar="DEVICE", help="device to test on; by default all declared ones")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a backend that cannot be tested before pytest-xdist starts workers, whose own errors it does not show."""
+    if getattr(config.option, "dist", "no") != "no":
+        for name in config.getoption("--conformance"):
+            _trials(config, name)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add the kit's items to those that were collected, before -k and -m choose among them."""
     for name in config.getoption("--conformance"):
-        try:
-            items.extend(_items(session, config, name))
-        except ConfigError as error:
-            raise pytest.UsageError(f"--conformance {name}: {error}") from error
+        for trial in _trials(config, name):
+            label = str(trial).replace(" ", "-")
+            items.append(ConformanceItem.from_parent(session, name=f"conformance[{name}-{label}]", trial=trial))
 
 
-def _items(session: pytest.Session, config: pytest.Config, name: str) -> Iterator[pytest.Item]:
-    kit = Kit(name, quick=config.getoption("--conformance-quick"), device=config.getoption("--conformance-device"))
-    for trial in kit.trials():
-        label = str(trial).replace(" ", "-")
-        yield ConformanceItem.from_parent(session, name=f"conformance[{name}-{label}]", trial=trial)
+def _trials(config: pytest.Config, name: str) -> list[Trial]:
+    quick, device = config.getoption("--conformance-quick"), config.getoption("--conformance-device")
+    try:
+        return list(Kit(name, quick=quick, device=device).trials())
+    except ConfigError as error:
+        raise pytest.UsageError(f"--conformance {name}: {error}") from error
 
 
 class ConformanceItem(pytest.Item):
