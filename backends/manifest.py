@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from ..core.geometry import one_token
 from ..registry.hooks import hookimpl
 from ..registry.specs import BackendSpec, Range, Request, compute_capability
+from . import cards
 
 if TYPE_CHECKING:
     from ..core.bands import Band
@@ -42,7 +43,6 @@ _WHOLE: Final = {
 }
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
-_OLDEST_OF_TRITON: Final = (8, 0)  # compute capability, by its own list of supported hardware
 _SHORT: Final = 1 << 13  # tokens below which `sdpa`'s launches of a window take longer than `triton`'s in float32
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
@@ -119,8 +119,8 @@ TRITON = BackendSpec(
     priority=40,  # where it is the fastest; see `dilated_attention_rank_backends` below
     capabilities=_WHOLE
     | {
+        # On sm_90 by itself, on other cards for users who say so: `fused.backend` judges.
         "device_types": ("cuda",),
-        "arch": ("sm_90",),
         "dtypes": ("float32", *_HALVES),
         "head_dims": Range(16, 256, 8),
         "dynamic_tables": True,
@@ -179,24 +179,32 @@ def _bands(request: Request) -> tuple[Band, ...]:
 
 
 def _fuses(request: Request) -> bool:
-    """Whether the fused kernels are the fastest for a request, by docs/performance_log.md, "What `auto` picked"."""
+    """Whether the fused kernels are the fastest for a request.
+
+    By docs/performance_log.md: "What `auto` picked", and for cards that are no Hopper, whose windows are faster as
+    FlashAttention-2's, "Other cards".
+    """
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config, layouts = request.config, request.needs["layouts"]
     head_dim, is_half = config.head_dim, config.dtype in _HALVES
+    is_hopper = cards.compiled_for(request.device.arch) == cards.PROVEN
     if "dynamic_tables" in request.needs:
         return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
     if "block" in layouts:
         if is_half:
-            return head_dim <= 128 or not _bands(request)
+            return (is_hopper and head_dim <= 128) or not _bands(request)
         if head_dim > 64 or "branch" in layouts:  # branches lose more than blocks gain
             return False
         is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
         return is_short or not _bands(request)
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
-    fewest = 1 if config.varlen else 2 if head_dim <= 64 else 3  # of several lengths, whose launches are many else
-    return is_half and len(branches) >= fewest and (head_dim <= 128 or head_dim == 256)
+    fewest = 2 if is_hopper and head_dim <= 64 else 3
+    if config.varlen:
+        fewest = 1  # of several lengths, whose launches are many else
+    is_narrow = head_dim <= 128 or head_dim == 256 if is_hopper else head_dim <= 64
+    return is_half and len(branches) >= fewest and is_narrow
 
 
 def _suits_flex(request: Request) -> bool:
@@ -208,7 +216,7 @@ def _suits_flex(request: Request) -> bool:
     from ..core.lowering import table_block_size
 
     config = request.config
-    if compute_capability(request.device.arch) < _OLDEST_OF_TRITON:
+    if compute_capability(request.device.arch) < cards.OLDEST:
         return False
     is_known = config.seq_len is not None and "context_parallel" not in request.needs
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches

@@ -18,8 +18,9 @@ import attrs
 import torch
 
 from dilated_attention import Dilated, Global, Local, Pattern, Random
+from dilated_attention.backends.cards import PROVEN
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.tiles import TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import TileSizes
 from dilated_attention.bench.timing import difference, random_inputs
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -53,8 +54,8 @@ def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> fl
     found: list[tuple[torch.Tensor, ...]] = []
     for dtype, asked in ((torch.float32, exact), (torch.bfloat16, exact), (torch.bfloat16, piece)):
         query, key, value, dout = (x.to(dtype) for x in tensors)
-        fed = can_be_fed(head_dim, dtype, version("triton"))
-        kernel = FusedKernel("checked", TileSizes.of(head_dim, dtype, is_causal=is_causal, fed=fed), bound_from)
+        tiles = TileSizes.chosen(PROVEN, head_dim, dtype, is_causal=is_causal, version=version("triton"))
+        kernel = FusedKernel("checked", tiles, bound_from)
         out, lse = kernel.forward(query, key, value, piece)
         found.append((out, *kernel.backward(dout, query, key, value, out, lse, asked)))
     expected, *others = found

@@ -6,7 +6,8 @@ python -m benchmarks.tiles longnet-128k --pass keys --tile ring:64,4,232,parts=1
 A tile is ROWS,COLUMNS,WARPS,STAGES, or ring:COLUMNS,STAGES,REGISTERS of the kernels for Hopper, with 64 rows a part
 (with ",adds" for --pass gradients, all of them in one launch).
 Cases are those of `bench`. All tiles are compiled first, in processes of their own; then each is compared with the
-kernels in Triton, and all take turns as CUDA graphs. A card of compute capability 9.0 is needed.
+kernels in Triton, and all take turns as CUDA graphs. The kernels for Hopper need a card of compute capability 9.0; with
+TRITON_OVERRIDE_ARCH=sm80 such a card runs what an older one would.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ import attrs
 import torch
 from torch import Tensor
 
+from dilated_attention.backends.cards import OLDEST, compiled_for
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import BOUND_FROM
-from dilated_attention.backends.fused.tiles import PASSES, Pass, Tile, Tiles, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import PASSES, Pass, Tile, Tiles, TileSizes
 from dilated_attention.bench.cases import BenchCase, named_cases
 from dilated_attention.bench.graphs import capture
 from dilated_attention.bench.timing import Call, difference, in_turns
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
+from dilated_attention.registry.device import describe_device
+from dilated_attention.registry.specs import compute_capability
 
 _BOUND: Final = 1e-2  # of 16-bit results of the same sums
 
@@ -64,6 +68,11 @@ def parsed_tile(text: str) -> Tile:
         return Tile.by_ring(*numbers, parts=int(named.get("parts", 2)), split=split, adds=adds)
     rows, columns, warps, stages = numbers
     return Tile(rows, columns, warps, stages, int(named["registers"]) if named else None, split)
+
+
+def _arch() -> str:
+    """What Triton compiles for here."""
+    return compiled_for(describe_device("cuda").arch)
 
 
 @attrs.frozen(eq=False)
@@ -108,9 +117,9 @@ class Passes:
 
     def chosen(self) -> Tiles:
         """Those that the backend takes."""
-        dtype = self.inputs[0].dtype
-        fed = can_be_fed(self.case.head_dim, dtype, version("triton"))
-        return self.tiles(TileSizes.of(self.case.head_dim, dtype, is_causal=self.case.is_causal, fed=fed))
+        case, dtype = self.case, self.inputs[0].dtype
+        of_card = TileSizes.chosen(_arch(), case.head_dim, dtype, is_causal=case.is_causal, version=version("triton"))
+        return self.tiles(of_card)
 
     def call(self, which: Pass, tile: Tile) -> Call:
         """One pass with that tile.
@@ -183,8 +192,8 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> None:
         raise ConfigError("a ring with 1 part serves gradients of keys alone; add --pass keys")
     if any(tile.adds for tile in more) and args.passes != ["gradients"]:
         raise ConfigError("a tile that adds serves gradients in one launch alone; add --pass gradients")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise ConfigError("it needs a card of compute capability 9.0 (H100, H200)")
+    if not torch.cuda.is_available() or compute_capability(_arch()) < OLDEST:
+        raise ConfigError("it needs a CUDA card of compute capability 8.0 or newer, 9.0 (H100, H200) for rings")
     if args.share is None and args.processes > 1:
         compile_ahead(given, args.processes)
     number = 0

@@ -283,6 +283,21 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def named_value(text: str, *, flag: str) -> tuple[str, Any]:
+    """A name and its value of `name=value`, the value in TOML's notation; what is none is a string.
+
+    Raises:
+        ConfigError: without a name or =.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{flag} must be name=value, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level table of a TOML or JSON file.
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from ...core.errors import ConfigError
 from ...core.geometry import one_token
 from ...core.lowering import split, table_block_size
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
+from ...registry.specs import compute_capability
+from ..cards import OLDEST, PROVEN, ROOMY_KIB, compiled_for, shared_kib
 from ..libraries import checked_options, compiler_refusals, labelled
 from .kernel import FusedKernel
-from .tiles import TileSizes, can_be_fed
+from .tiles import WIDEST_FLOAT32, TileSizes
 from .walks import MAX_PERIOD, period_of
 
 MIN_BLOCK: Final = 16  # what a product of tiles takes
@@ -25,11 +28,19 @@ if TYPE_CHECKING:
 
 
 class TritonBackend:
-    """All branches, or all blocks, in one launch of our own kernels. It has no options."""
+    """All branches, or all blocks, in one launch of our own kernels.
+
+    They have passed the conformance kit on Hopper, and are refused on other cards unless the user says that they have
+    passed it there: `backend_options={"triton": {"unproven_card": True}}`.
+    """
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
-        """No compiler; dilation rates whose classes of positions repeat too late; blocks that no tile divides."""
-        checked_options(request, "triton")
+        """No compiler; dilation rates whose classes of positions repeat too late; blocks that no tile divides; cards.
+
+        Raises:
+            ConfigError: for an option that there is not, or that is no bool.
+        """
+        yield from _card_refusals(request)
         yield from compiler_refusals()
         branches, size = _shape(request)
         period = period_of(branches)
@@ -41,23 +52,46 @@ class TritonBackend:
 
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
-        return f"fused{' in Gluon' if self._is_fed(request) else ''} ({labelled('triton')})"
+        return f"fused{' in Gluon' if _is_fed(request) else ''} ({labelled('triton')})"
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        config, fed = request.config, self._is_fed(request)
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, fed=fed)
-        return FusedKernel(self.pin(request), tiles)
+        return FusedKernel(self.pin(request), _tiles(request))
 
-    def _is_fed(self, request: Request) -> bool:
-        """Whether any of it is computed by the kernels for Hopper."""
-        config, (branches, size) = request.config, _shape(request)
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        if not can_be_fed(config.head_dim, dtype, version("triton")):
-            return False
-        tiles = TileSizes.of(config.head_dim, dtype, is_causal=config.is_causal, fed=True)
-        return bool(branches) or (size > 0 and tiles.within(size).forward.parts > 0)
+
+def _tiles(request: Request) -> TileSizes:
+    config, arch = request.config, compiled_for(request.device.arch)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return TileSizes.chosen(arch, config.head_dim, dtype, is_causal=config.is_causal, version=version("triton"))
+
+
+def _is_fed(request: Request) -> bool:
+    """Whether any of it is computed by the kernels for Hopper."""
+    tiles, (branches, size) = _tiles(request), _shape(request)
+    found = ([tiles.branches] if branches else []) + ([tiles.within(size)] if size else [])
+    return any(each.forward.parts > 0 for each in found)
+
+
+def _card_refusals(request: Request) -> Iterator[Refusal]:
+    """Why the kernels are not for this card."""
+    options = checked_options(request, "triton", ("unproven_card",))
+    is_allowed = options.get("unproven_card", False)
+    if not isinstance(is_allowed, bool):
+        raise ConfigError(f"backend_options['triton']['unproven_card'] must be True or False, got {is_allowed!r}")
+    config, arch = request.config, compiled_for(request.device.arch)
+    if compute_capability(arch) < OLDEST:
+        yield Refusal("arch", arch, f"sm_{OLDEST[0]}{OLDEST[1]} or newer")
+    elif arch != PROVEN and not is_allowed:
+        kit = "dilated-attention conformance triton --device cuda --option unproven_card=true"
+        remedy = f"run `{kit}` there; if it passes, backend_options={{'triton': {{'unproven_card': True}}}}"
+        yield Refusal("arch", arch, f"{PROVEN}, where it passed the conformance kit", remedy)
+    elif config.dtype == "float32" and config.head_dim > WIDEST_FLOAT32 and shared_kib(arch) < ROOMY_KIB:
+        yield Refusal(
+            "head_dims",
+            f"head_dim={config.head_dim} in float32",
+            f"up to {WIDEST_FLOAT32} with the {shared_kib(arch)} KiB of shared memory of {arch}",
+            "use bfloat16",
+        )
 
 
 def _shape(request: Request) -> tuple[tuple[Branch, ...], int]:

@@ -7,12 +7,15 @@ from typing import Final, Literal
 import attrs
 import torch
 
+from ..cards import PROVEN, ROOMY_KIB, shared_kib
+
 Pass = Literal["forward", "queries", "keys", "gradients"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
 
 # Releases of Triton that the kernels in Gluon serve: which tests they passed with each, and how fast
 # they are with it, is in docs/performance_log.md, "With which Triton".
 GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
+WIDEST_FLOAT32: Final = 128  # head_dim whose tiles of float32 fit with less
 _FEWEST: Final = 24  # registers that warps can give the others but for
 
 
@@ -137,6 +140,33 @@ class TileSizes:
         else:
             return cls.alike(Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)))
         return cls(few if is_causal else attrs.evolve(few, forward=forward), blocks, few)
+
+    @classmethod
+    def chosen(cls, arch: str, head_dim: int, dtype: torch.dtype, *, is_causal: bool, version: str) -> TileSizes:
+        """Those for a card, as `cards.compiled_for` names it, with a release of Triton."""
+        if arch != PROVEN:
+            return cls.elsewhere(head_dim, dtype, shared_kib(arch))
+        return cls.of(head_dim, dtype, is_causal=is_causal, fed=can_be_fed(head_dim, dtype, version))
+
+    @classmethod
+    def elsewhere(cls, head_dim: int, dtype: torch.dtype, shared_kib: int) -> TileSizes:
+        """Those of other cards than Hopper's, whose programs may have so much shared memory.
+
+        Their products take operands from registers (mma.sync). What was fastest when an H200 ran that
+        (docs/performance_log.md, "Other cards").
+        """
+        if dtype == torch.float32:
+            return cls.of(head_dim, dtype, is_causal=True)
+        if head_dim <= 64:
+            few = Tiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 2, 168), Tile(64, 64, 4, 2))
+            branches = Tiles(Tile(128, 64, 4, 3), Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 2, 168))
+            return cls(branches, attrs.evolve(few, forward=branches.forward), few)
+        if head_dim <= 128:
+            few = Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255))
+            branches = Tiles(Tile(128, 64, 8, 2), few.queries, Tile(32, 64, 4, 2))
+            return cls(branches, attrs.evolve(few, forward=Tile(128, 64, 4, 2)), few)
+        stages = 2 if shared_kib >= ROOMY_KIB else 1
+        return cls.alike(Tiles(Tile(64, 32, 4, stages), Tile(64, 32, 4, stages), Tile(32, 32, 4, stages)))
 
     @classmethod
     def alike(cls, tiles: Tiles) -> TileSizes:

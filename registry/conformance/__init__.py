@@ -37,6 +37,7 @@ def run(
     device: str | None = None,
     quick: bool = False,
     patterns: Sequence[Mapping[str, Any]] = (),
+    options: Mapping[str, Any] | None = None,
     large: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -48,6 +49,7 @@ def run(
         device: the one to test on; by default one of each type that is declared and is here.
         quick: a smaller grid, of seconds instead of minutes.
         patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
+        options: of the backend, as `backend_options` has them.
         large: also try tensors of more than 2**31 elements, which takes several GB.
         progress: called after each check with the number made and the number of all.
 
@@ -57,7 +59,7 @@ def run(
     Raises:
         ConfigError: for an unknown backend or pattern, or where no declared device is here.
     """
-    kit = Kit(backend, registry=registry, device=device, quick=quick, patterns=patterns, large=large)
+    kit = Kit(backend, registry=registry, device=device, quick=quick, patterns=patterns, options=options, large=large)
     trials = list(kit.trials())
     outcomes = []
     for number, trial in enumerate(trials, start=1):
@@ -75,6 +77,7 @@ class Conformance:
         device: the one to test on; by default one of each type that is declared and is here.
         quick: a smaller grid, of seconds instead of minutes.
         patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
+        options: of the backend, as `backend_options` has them.
         large: also try tensors of more than 2**31 elements.
         registry: where the backend is registered; by default the process's own registry.
     """
@@ -83,6 +86,7 @@ class Conformance:
     device: ClassVar[str | None] = None
     quick: ClassVar[bool] = False
     patterns: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    options: ClassVar[Mapping[str, Any]] = {}
     large: ClassVar[bool] = False
     registry: ClassVar[Registry | None] = None
 
@@ -95,6 +99,7 @@ class Conformance:
                 device=self.device,
                 quick=self.quick,
                 patterns=self.patterns,
+                options=self.options,
                 large=self.large,
             )
             trials = list(kit.trials())

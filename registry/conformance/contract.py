@@ -177,7 +177,8 @@ def _words(change: Mapping[str, Any]) -> str:
 
 def options(kit: Kit) -> Iterator[Finding]:
     """An option that the backend does not have is an error that names it, never ignored."""
-    config = attrs.evolve(kit.templates[0].config(kit.name), backend_options={kit.name: {_UNKNOWN_OPTION: 1}})
+    asked = {kit.name: {**kit.options, _UNKNOWN_OPTION: 1}}
+    config = attrs.evolve(kit.templates[0].config(kit.name), backend_options=asked)
     try:
         build_from(config, kit.registry)
     except (ConfigError, NoBackendError) as error:

@@ -99,7 +99,12 @@ def request_of(case: Case, backend: str) -> Request:
 
 
 def candidates(
-    spec: BackendSpec, devices: Sequence[str], patterns: Mapping[str, Pattern], *, quick: bool
+    spec: BackendSpec,
+    devices: Sequence[str],
+    patterns: Mapping[str, Pattern],
+    *,
+    quick: bool,
+    options: Mapping[str, Any],
 ) -> Iterator[Case]:
     """Every point of the grid, declared or not."""
     declared = spec.capabilities.get("head_dims", ())
@@ -129,6 +134,7 @@ def candidates(
                 q_len=length,
                 kv_len=length,
                 requires_grad=backward,
+                options=tuple(options.items()),
             )
 
 

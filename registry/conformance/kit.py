@@ -107,6 +107,7 @@ class Kit:
         device: the one to test on; by default one of each type that is declared and is here.
         quick: a smaller grid, of seconds instead of minutes.
         patterns: mappings of further patterns to test with, beside the kit's own.
+        options: of the backend, as `backend_options` has them.
         large: also try tensors of more than 2**31 elements, which takes several GB.
 
     Raises:
@@ -121,6 +122,7 @@ class Kit:
         device: str | None = None,
         quick: bool = False,
         patterns: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
         large: bool = False,
     ) -> None:
         self.name = backend
@@ -131,7 +133,7 @@ class Kit:
                 f"unknown backend {backend!r}{did_you_mean(backend, known)}; known are {', '.join(known)}"
             )
         self.registered = self.registry.backends[backend]
-        self.quick, self.large = quick, large
+        self.quick, self.large, self.options = quick, large, dict(options or {})
         self.devices = devices_of(self.registered.spec, device)
         self.refusals: dict[str, int] = {}
         self._patterns = patterns_of(self.registry, patterns)
@@ -151,7 +153,8 @@ class Kit:
     def cases(self) -> tuple[Case, ...]:
         """The grid: every candidate that is declared and that the backend does not refuse by itself."""
         found = []
-        for case in candidates(self.registered.spec, self.devices, self._patterns, quick=self.quick):
+        spec, options = self.registered.spec, self.options
+        for case in candidates(spec, self.devices, self._patterns, quick=self.quick, options=options):
             belongs, refusals = admitted(self.registered, case)
             if belongs:
                 found.append(case)

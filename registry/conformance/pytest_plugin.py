@@ -1,6 +1,6 @@
 """The kit as a plugin of pytest, for those who ask: no file of tests is needed.
 
-    pytest -p dilated_attention.registry.conformance.pytest_plugin --conformance NAME [--conformance-quick]
+    pytest -p dilated_attention.registry.conformance.pytest_plugin --conformance NAME [--conformance-quick] [-n 8]
 
 or `pytest_plugins = ["dilated_attention.registry.conformance.pytest_plugin"]` in a conftest.py. Each check on each case
 is an item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 
+from ...core.config import named_value
 from ...core.errors import ConfigError
 from . import Kit, Trial
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--conformance NAME` (repeatable), `--conformance-quick`, `--conformance-device`."""
+    """`--conformance NAME` and `--conformance-option NAME=VALUE` (repeatable), `--conformance-quick`, `-device`."""
     group = parser.getgroup("dilated-attention")
     group.addoption("--conformance", action="append", default=[], metavar="NAME", help="backend to put to the kit")
     group.addoption("--conformance-quick", action="store_true", help="the smaller grid, of seconds")
+    group.addoption(
+        "--conformance-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the backend"
+    )
     group.addoption("--conformance-device", metavar="DEVICE", help="device to test on; by default all declared ones")
 
 
@@ -42,8 +46,10 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 def _trials(config: pytest.Config, name: str) -> list[Trial]:
     quick, device = config.getoption("--conformance-quick"), config.getoption("--conformance-device")
+    given = config.getoption("--conformance-option")
     try:
-        return list(Kit(name, quick=quick, device=device).trials())
+        options = dict(named_value(text, flag="--conformance-option") for text in given)
+        return list(Kit(name, quick=quick, device=device, options=options).trials())
     except ConfigError as error:
         raise pytest.UsageError(f"--conformance {name}: {error}") from error
 

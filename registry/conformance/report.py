@@ -64,6 +64,7 @@ class Report:
         backend: the backend's name.
         origin: its distribution and version.
         devices: what it was tested on.
+        options: of the backend, with which it was tested.
         quick: on the smaller grid.
         cases: number of cases of the grid.
         rows: one a check.
@@ -76,6 +77,7 @@ class Report:
     backend: str
     origin: str
     devices: tuple[str, ...]
+    options: dict[str, Any]
     quick: bool
     cases: int
     rows: tuple[Row, ...]
@@ -91,6 +93,7 @@ class Report:
             backend=kit.name,
             origin=kit.registered.source.origin,
             devices=kit.devices,
+            options=dict(kit.options),
             quick=kit.quick,
             cases=len(kit.cases),
             rows=tuple(_row(check.name, check.title, outcomes) for check in CHECKS),
@@ -114,6 +117,7 @@ class Report:
             "backend": self.backend,
             "origin": self.origin,
             "devices": list(self.devices),
+            "options": self.options,
             "quick": self.quick,
             "cases": self.cases,
             "passed": self.passed,
@@ -160,6 +164,7 @@ def _unchecked(kit: Kit) -> Iterator[str]:
 def _text(report: Report) -> Iterator[str]:
     grid = "quick grid" if report.quick else "full grid"
     on = ", ".join(report.devices)
+    on += "".join(f", {name}={value}" for name, value in report.options.items())
     yield f"{report.backend} of {report.origin} on {on}: {counted(report.cases, 'case')} ({grid})"
     yield ""
     header = ("check", "status", "made", "worst error", "allowed", "correlation", "where")

@@ -22,7 +22,7 @@ from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
 from .console import AsJson, registry, show
-from .core.config import read_mapping
+from .core.config import named_value, read_mapping
 from .core.errors import (
     ConfigError,
     DilatedAttentionError,
@@ -247,6 +247,10 @@ def conformance(
             "--pattern", "-p", metavar="TOML", help="A further pattern, in TOML: '{kind = \"local\", window_size = 8}'."
         ),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend. Repeatable."),
+    ] = None,
     large: Annotated[
         bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
     ] = False,
@@ -266,6 +270,7 @@ def conformance(
             device=device,
             quick=quick,
             patterns=[_mapping(text) for text in pattern or ()],
+            options=dict(named_value(text, flag="--option") for text in option or ()),
             large=large,
             progress=advance,
         )
@@ -309,7 +314,8 @@ def _pattern(kind: str | None, parameters: dict[str, Any], of_file: object) -> d
 def _parameters(options: Sequence[str], segment_lengths: str | None, dilation_rates: str | None) -> dict[str, Any]:
     """A pattern's parameters from the flags, each of them given once."""
     parameters: dict[str, Any] = {}
-    for name, value in map(_option, options):
+    for option in options:
+        name, value = named_value(option, flag="--pattern-option")
         if name in parameters:
             raise ConfigError(f"--pattern-option {name} is given twice; give it once")
         parameters[name] = value
@@ -329,14 +335,3 @@ def _integers(name: str, text: str) -> list[int]:
     except ValueError as error:
         flag = f"--{name.replace('_', '-')}"
         raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from error
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """`name=value`, the value in TOML's notation; what is none is a string."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--pattern-option must be name=value, got {text!r}")
-    try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, value

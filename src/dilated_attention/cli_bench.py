@@ -41,7 +41,10 @@ def bench(
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases.")] = False,
     backend: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="NAME, NAME:KERNEL or auto. Repeatable. Default: all that take a case."),
+        typer.Option(
+            metavar="NAME",
+            help="NAME, NAME:KERNEL, NAME:OPTION=VALUE or auto. Repeatable. Default: all that take a case.",
+        ),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls of each. Default: 7.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda where there is one.")] = None,

@@ -10,7 +10,7 @@ import attrs
 from torch import Tensor
 
 from ..core.checks import did_you_mean
-from ..core.config import AttentionConfig
+from ..core.config import AttentionConfig, named_value
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern, Union
@@ -64,8 +64,10 @@ class BenchCase:
         """The likeness that is compared with the oracle."""
         return attrs.evolve(self, pattern=self.gate_pattern, seq_len=self.gate_len)
 
-    def config(self, backend: str, kernel: str = "", *, device: str) -> AttentionConfig:
-        """What is built."""
+    def config(self, backend: str, option: str = "", *, device: str) -> AttentionConfig:
+        """What is built; `option` of the backend is NAME=VALUE, or the name of a kernel."""
+        named = option if "=" in option else f"kernel={option}"
+        options = dict([named_value(named, flag="--backend")]) if option else {}
         return AttentionConfig(
             pattern=self.pattern,
             num_heads=self.num_heads,
@@ -75,7 +77,7 @@ class BenchCase:
             device=device,
             is_causal=self.is_causal,
             backend=backend,
-            backend_options={backend: {"kernel": kernel}} if kernel else {},
+            backend_options={backend: options} if option else {},
             seq_len=self.seq_len,
         )
 

@@ -162,16 +162,16 @@ def ours(gate: Gate, names: Iterable[str], note: Callable[[str], None]) -> list[
     case, device = gate.case, gate.device
     fastest, found = math.inf, list[Contender]()
     for name in dict.fromkeys(names):
-        backend, _, kernel = name.partition(":")
-        plan = explain(case.config(backend, kernel, device=device))
+        backend, _, option = name.partition(":")
+        plan = explain(case.config(backend, option, device=device))
         if plan.backend is None:
             note(f"{case.name}: {name} refuses: {_reasons(plan, backend)}")
             continue
         with gate.reporting(name):
-            error = gate.error(name, _attend(case.small(), backend, kernel, device), case.gate_pattern)
+            error = gate.error(name, _attend(case.small(), backend, option, device), case.gate_pattern)
             if error is None:
                 continue
-            attention = build_attention(case.config(backend, kernel, device=device))
+            attention = build_attention(case.config(backend, option, device=device))
             contender = _contender(gate, backend, plan.kernel, attention, error, plan)
             if not gate.agrees(name, contender.forward()):
                 continue
@@ -209,8 +209,8 @@ def admitted(gate: Gate, peer: Peer, make: PeerMaker) -> Contender | None:
     return None
 
 
-def _attend(case: BenchCase, backend: str, kernel: str, device: str) -> Attend:
-    attention = build_attention(case.config(backend, kernel, device=device))
+def _attend(case: BenchCase, backend: str, option: str, device: str) -> Attend:
+    attention = build_attention(case.config(backend, option, device=device))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out: Tensor = attention(query, key, value)

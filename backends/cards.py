@@ -1,0 +1,29 @@
+"""Which cards our own kernels (`fused`) run on. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from ..registry.specs import compute_capability
+
+PROVEN: Final = "sm_90"  # on which they have passed the conformance kit
+OLDEST: Final = (8, 0)  # compute capability, by Triton's own list of supported hardware
+# KiB of shared memory that a program may have, by the CUDA C++ Programming Guide's table of technical specifications.
+_SHARED_KIB: Final = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+ROOMY_KIB: Final = 163  # with which every tile fits
+_LEAST_SHARED_KIB: Final = 99  # of all others from `OLDEST` on
+
+
+def compiled_for(arch: str) -> str:
+    """The architecture whose instructions Triton takes on a card: its own, or what TRITON_OVERRIDE_ARCH names.
+
+    So a newer card runs, for tests, what an older one would.
+    """
+    other = os.environ.get("TRITON_OVERRIDE_ARCH", "")
+    return f"sm_{other.removeprefix('sm')}" if other else arch
+
+
+def shared_kib(arch: str) -> int:
+    """KiB of shared memory that a program may have there."""
+    return _SHARED_KIB.get(compute_capability(arch), _LEAST_SHARED_KIB)
