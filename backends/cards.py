@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Final
 
+from ..core.refusal import Refusal
 from ..registry.specs import compute_capability
 
 PROVEN: Final = "sm_90"  # on which they have passed the conformance kit
@@ -22,6 +24,12 @@ def compiled_for(arch: str) -> str:
     """
     other = os.environ.get("TRITON_OVERRIDE_ARCH", "")
     return f"sm_{other.removeprefix('sm')}" if other else arch
+
+
+def age_refusals(arch: str) -> Iterator[Refusal]:
+    """A card that Triton does not support."""
+    if compute_capability(arch) < OLDEST:
+        yield Refusal("arch", arch, f"sm_{OLDEST[0]}{OLDEST[1]} or newer, which Triton supports")
 
 
 def shared_kib(arch: str) -> int:

@@ -19,6 +19,7 @@ from ..core.blocking import lower_blocks
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.refusal import Refusal
+from .cards import age_refusals, compiled_for
 from .flex_tables import FlexTables, ScoreMod, table_bytes
 from .libraries import checked_options, compiler_refusals
 from .recording import not_recording, of_part, recording
@@ -42,8 +43,9 @@ class FlexBackend:
     """FlexAttention: every pattern that is known when a length is met, on CUDA. It has no options."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
-        """No compiler, and tables that are too large at the length that the request names."""
+        """No compiler, cards that it has none for, and tables that are too large at the length of the request."""
         checked_options(request, "flex")
+        yield from age_refusals(compiled_for(request.device.arch))
         yield from compiler_refusals()
         config = request.config
         if config.seq_len is None:

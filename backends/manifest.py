@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..core.geometry import one_token
 from ..registry.hooks import hookimpl
-from ..registry.specs import BackendSpec, Range, Request, compute_capability
+from ..registry.specs import BackendSpec, Range, Request
 from . import cards
 
 if TYPE_CHECKING:
@@ -216,8 +216,6 @@ def _suits_flex(request: Request) -> bool:
     from ..core.lowering import table_block_size
 
     config = request.config
-    if compute_capability(request.device.arch) < cards.OLDEST:
-        return False
     is_known = config.seq_len is not None and "context_parallel" not in request.needs
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
     if _bands(request) or not (has_blocks_alone and is_known and config.dtype in _HALVES):

@@ -48,8 +48,10 @@ def test_they_are_refused_there_until_the_user_allows_it(arch: str) -> None:
 
 
 def test_older_ones_are_refused_even_so() -> None:
-    (refusal,) = verdict("triton", card("sm_75"), pattern=LONGNET, **ALLOWED).refusals
-    assert (refusal.code, refusal.required, refusal.actual) == ("arch", "sm_75", "sm_80 or newer")
+    for backend in ("triton", "flex"):
+        (refusal,) = verdict(backend, card("sm_75"), pattern=LONGNET, **ALLOWED).refusals
+        assert (refusal.code, refusal.required) == ("arch", "sm_75")
+        assert refusal.actual == "sm_80 or newer, which Triton supports"
 
 
 def test_hopper_needs_no_permission() -> None:

@@ -152,16 +152,6 @@ def test_long_tables_of_whole_blocks_are_flash_attention_4s(fields: dict[str, An
         assert order[1] == "triton"
 
 
-@pytest.mark.parametrize(
-    ("arch", "is_before"), [("sm_75", False), ("sm_80", True), ("sm_120", True), ("gfx942", False)]
-)
-def test_flex_needs_a_card_that_triton_supports(arch: str, is_before: bool) -> None:
-    card = attrs.evolve(H100, arch=arch)
-    asked = request(card, pattern=BLOCKS, dtype="float16", seq_len=4096)
-    order = manifest.dilated_attention_rank_backends(asked, [manifest.FLEX, manifest.SDPA])
-    assert (order[0] == "flex") is is_before
-
-
 def test_a_third_party_of_a_higher_priority_stays_before_both() -> None:
     theirs = attrs.evolve(manifest.SDPA, name="theirs", priority=manifest.TRITON.priority + 1)
     asked = request(H100, pattern=BLOCKS, dtype="bfloat16", seq_len=4096)

@@ -13,8 +13,7 @@ from ...core.geometry import one_token
 from ...core.lowering import split, table_block_size
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
-from ...registry.specs import compute_capability
-from ..cards import OLDEST, PROVEN, ROOMY_KIB, compiled_for, shared_kib
+from ..cards import PROVEN, ROOMY_KIB, age_refusals, compiled_for, shared_kib
 from ..libraries import checked_options, compiler_refusals, labelled
 from .kernel import FusedKernel
 from .tiles import WIDEST_FLOAT32, TileSizes
@@ -79,8 +78,8 @@ def _card_refusals(request: Request) -> Iterator[Refusal]:
     if not isinstance(is_allowed, bool):
         raise ConfigError(f"backend_options['triton']['unproven_card'] must be True or False, got {is_allowed!r}")
     config, arch = request.config, compiled_for(request.device.arch)
-    if compute_capability(arch) < OLDEST:
-        yield Refusal("arch", arch, f"sm_{OLDEST[0]}{OLDEST[1]} or newer")
+    if is_old := [*age_refusals(arch)]:
+        yield from is_old
     elif arch != PROVEN and not is_allowed:
         kit = "dilated-attention conformance triton --device cuda --option unproven_card=true"
         remedy = f"run `{kit}` there; if it passes, backend_options={{'triton': {{'unproven_card': True}}}}"
