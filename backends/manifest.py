@@ -147,6 +147,21 @@ FLEX = BackendSpec(
     requires=("triton>=3.4",),
 )
 
+MATH = BackendSpec(
+    name="math",
+    target="dilated_attention.backends.products:MathBackend",
+    priority=-60,  # for what nothing else takes: dropout, and head_dims beyond 256
+    capabilities=_WHOLE
+    | {
+        "device_types": ("cpu", "cuda"),
+        "dtypes": ("float64", "float32", *_HALVES),
+        "head_dims": Range(1, 1 << 16),
+        "dynamic_tables": True,
+        "dropout": True,
+        "deterministic": ("forward", "backward"),
+    },
+)
+
 REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
@@ -166,7 +181,7 @@ REFERENCE = BackendSpec(
 @hookimpl
 def dilated_attention_backends() -> Iterable[BackendSpec]:
     """Those that need torch alone, and those over third-party kernels."""
-    return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, REFERENCE)
+    return (TRITON, FA3, FA4, SDPA, XFORMERS, FLEX, MATH, REFERENCE)
 
 
 def _bands(request: Request) -> tuple[Band, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .composer import accumulator_dtype, delta_of
+from .draws import Draws
 from .kernel import DensePiece, Tables
 from .layout import BlockLayout
 from .limits import at_once
@@ -95,6 +96,8 @@ class BlockProduct:
         workspace_bytes: bound on the temporaries of one step.
         one_index: the classes count through all batch rows, which may see different blocks; else each batch row is
             computed with the same classes.
+        has_repeats: some mask counts a pair more than once.
+        draws: the dropout of the one pass that it is for; None without.
     """
 
     block_size: int
@@ -103,6 +106,8 @@ class BlockProduct:
     scale: float
     workspace_bytes: int
     one_index: bool = False
+    has_repeats: bool = False
+    draws: Draws | None = None
 
     @classmethod
     def prepare(
@@ -111,7 +116,14 @@ class BlockProduct:
         """Sort the layout's rows into classes and move its tables to `device`."""
         accumulate = accumulator_dtype(dtype)
         bias = torch.tensor(layout.masks, dtype=accumulate, device=device).log_()
-        return cls(layout.block_size, tuple(_classes(layout, device, accumulate)), bias, scale, workspace_bytes)
+        return cls(
+            layout.block_size,
+            tuple(_classes(layout, device, accumulate)),
+            bias,
+            scale,
+            workspace_bytes,
+            has_repeats=layout.masks.max(initial=0) > 1,
+        )
 
     @property
     def name(self) -> str:
@@ -139,6 +151,8 @@ class BlockProduct:
                     top.masked_fill_(top == -math.inf, 0.0)
                     weights = scores.sub_(top).exp_()
                     total = weights.sum(dim=-1, keepdim=True)
+                    if self.draws is not None:
+                        weights *= self._kept(weights, part, self.draws)
                     part_out = bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
                     out[row].index_copy_(0, part.queries, part_out)
                     lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
@@ -169,9 +183,13 @@ class BlockProduct:
                     lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                     delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                     p = self._scores(q, k, part).sub_(lse_part).exp_()
-                    _put_add(dv[row], part.keys, bmm(p.to(do.dtype).mT, do))
-                    ds = bmm(do, v.mT).sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
-                    del p
+                    kept = None if self.draws is None else self._kept(p, part, self.draws)
+                    _put_add(dv[row], part.keys, bmm((p if kept is None else p * kept).to(do.dtype).mT, do))
+                    ds = bmm(do, v.mT)
+                    if kept is not None:
+                        ds *= kept
+                    ds = ds.sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
+                    del p, kept
                     dq[row].index_copy_(0, part.queries, bmm(ds, k))
                     _put_add(dk[row], part.keys, bmm(ds.mT, q))
         return self._rows(dq, query), self._rows(dk, key), self._rows(dv, value)
@@ -208,9 +226,12 @@ class BlockProduct:
 
     def _scores(self, q: Tensor, k: Tensor, part: ItemClass) -> Tensor:
         """Scaled scores (I, b, blocks * b) with the logarithm of the multiplicities added."""
-        size, partial = self.block_size, part.masks.shape[1]
-        scores = bmm(q, k.mT).mul_(self.scale)
-        blocks = torch.unflatten(scores, -1, (-1, size))
+        return self._with_counts(bmm(q, k.mT).mul_(self.scale), part)
+
+    def _with_counts(self, scores: Tensor, part: ItemClass) -> Tensor:
+        """Scores with the logarithm of the multiplicities added, in place."""
+        partial = part.masks.shape[1]
+        blocks = torch.unflatten(scores, -1, (-1, self.block_size))
         if partial:
             bias = torch.unflatten(self.bias.index_select(0, part.masks.flatten()), 0, part.masks.shape)
             blocks[:, :, :partial] += bias.transpose(1, 2)
@@ -218,10 +239,17 @@ class BlockProduct:
             blocks[:, :, partial:] += part.log_weights[:, None, :, None]
         return scores
 
+    def _kept(self, like: Tensor, part: ItemClass, draws: Draws) -> Tensor:
+        """Factors of the weights of a chunk, shaped as they are."""
+        if part.log_weights is None and not self.has_repeats:
+            return draws.factors(like)
+        return draws.factors(like, self._with_counts(torch.zeros_like(like), part).exp_().round_())
+
     def _chunks(self, query: Tensor) -> Iterator[ItemClass]:
         size, head_dim = self.block_size, query.shape[3]
-        # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element.
-        block_bytes = 2 * size * (size + head_dim) * accumulator_dtype(query.dtype).itemsize
+        # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element; with draws a third.
+        scores = size * (2 if self.draws is None else 3)
+        block_bytes = size * (scores + 2 * head_dim) * accumulator_dtype(query.dtype).itemsize
         for group in self.classes:
             yield from group.chunks(block_bytes, at_once(self.workspace_bytes, query))
 
@@ -233,7 +261,7 @@ class BlockProduct:
         size = self.block_size
         x = functional.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
         x = torch.unflatten(x, 2, (-1, size)).flatten(1, 2)
-        return _widened(x.flatten(0, 1).unsqueeze(0) if self.one_index else x)
+        return widened(x.flatten(0, 1).unsqueeze(0) if self.one_index else x)
 
     def _source(self, x: Tensor) -> Callable[[int, Tensor], Tensor]:
         """What takes blocks of x (B, T, K, D) for a batch row at an index (I, c), as `_take` does.
@@ -252,7 +280,7 @@ class BlockProduct:
             head = index.flatten()[:, None] // rows
             # Past the end there is the last key again, which masks hide.
             at = (index.flatten()[:, None] % rows * size + place).clamp(max=length - 1)
-            return _widened(x[head // heads + row, at, head % heads].view(index.shape[0], -1, head_dim))
+            return widened(x[head // heads + row, at, head % heads].view(index.shape[0], -1, head_dim))
 
         return take
 
@@ -276,7 +304,7 @@ class BlockProduct:
         return blocks.view(batch, heads, -1, head_dim)[:, :, :length].transpose(1, 2)
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """float32 for halves on CPU, where `torch.bmm` takes no out_dtype."""
     return x.float() if x.dtype in _HALF and not x.is_cuda else x
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from .plan import AttentionPlan, BackendRow
+
+# Backends for what no other takes, in words.
+_SLOW: Final = {
+    "math": "PyTorch's matrix products, no fused kernel",
+    "reference": "the oracle, in float64 over every pair of tokens",
+}
 
 
 def explain_plan(plan: AttentionPlan) -> str:
@@ -14,7 +20,7 @@ def explain_plan(plan: AttentionPlan) -> str:
     lines = [_headline(plan), f"  for     {request_words(plan.config, plan.device)}"]
     first, *more = _layout_words(plan)
     lines += [f"  layout  {first}", *(f"          {line}" for line in more)]
-    lines += _oracle_words(plan)
+    lines += _slow_words(plan)
     if plan.exchange is not None:
         ring = plan.exchange
         lines.append(
@@ -115,12 +121,12 @@ def _headline(plan: AttentionPlan) -> str:
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
 
 
-def _oracle_words(plan: AttentionPlan) -> Iterator[str]:
-    """That `auto` was left with the oracle, and what would bring back the fastest backend that takes a little less."""
-    if plan.backend == "reference" and plan.config["backend"] == "auto":
+def _slow_words(plan: AttentionPlan) -> Iterator[str]:
+    """That `auto` was left with what is slow, and what would bring back the fastest that takes a little less."""
+    if plan.backend in _SLOW and plan.config["backend"] == "auto":
         near = [row for row in plan.rows if row.near_miss and row.near_miss.verified]
         remedy = f"; {near[0].name} {near[0].near_miss}" if near else ""
-        yield f"  slow    the oracle, in float64 over every pair of tokens, as nothing faster takes this{remedy}"
+        yield f"  slow    {_SLOW[plan.backend]}, as nothing faster takes this{remedy}"
 
 
 def _open_words(plan: AttentionPlan) -> Iterator[str]:

@@ -39,7 +39,7 @@ class MultiheadAttention(nn.Module):
     Args:
         embed_dim: E.
         num_heads: H; a divisor of E.
-        dropout: of attention weights, while training. Few backends have it; where none does, the first call says so.
+        dropout: of attention weights, while training. `auto` then takes `math`, which is slow on a card.
         bias: of the projections.
         kdim: width of keys, by default E.
         vdim: width of values, by default E.

@@ -267,6 +267,7 @@ def test_the_best_ranked_is_chosen_and_the_others_are_usable(discover: Discover)
         ("fast", "chosen"),
         ("sdpa", "usable"),
         ("slow", "usable"),
+        ("math", "usable"),
         ("reference", "usable"),
     ]
 
@@ -282,15 +283,26 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
     assert "reference  usable" in text
 
 
-def test_reference_is_chosen_only_where_nothing_else_fits() -> None:
+@pytest.mark.parametrize(
+    ("backend", "fields", "near"),
+    [
+        ("math", {"head_dim": 16, "dropout_p": 0.1}, "sdpa would be usable with dropout_p=0.0"),
+        ("reference", {"head_dim": 16, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
+    ],
+)
+def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, fields: dict[str, Any], near: str) -> None:
     assert explain(num_heads=2, head_dim=16).backend == "sdpa"
-    assert explain(num_heads=2, head_dim=16, dropout_p=0.1, seq_len=128).backend == "reference"
-    said = next(x for x in explain(num_heads=2, head_dim=16, dropout_p=0.1).explain().splitlines() if "  slow  " in x)
-    assert said.endswith("as nothing faster takes this; sdpa would be usable with dropout_p=0.0")
-    assert "  slow  " not in explain(num_heads=2, head_dim=16, backend="reference").explain()  # asked for, no surprise
-    none = explain(num_heads=2, head_dim=16, dropout_p=0.1, seq_len=100_000)
-    assert none.backend is None
-    assert codes(none, "reference") == {"reference_mask_bytes"}
+    plan = explain(num_heads=2, **fields)
+    assert plan.backend == backend
+    said = next(line for line in plan.explain().splitlines() if "  slow  " in line)
+    assert f"as nothing faster takes this; {near}" in said
+    assert "  slow  " not in explain(num_heads=2, head_dim=16, backend=backend).explain()  # asked for, no surprise
+
+
+def test_reference_is_refused_where_its_mask_does_not_fit() -> None:
+    plan = explain(num_heads=2, head_dim=16, dropout_p=0.1, seq_len=100_000, backend="reference")
+    assert plan.backend is None
+    assert codes(plan, "reference") == {"reference_mask_bytes"}
 
 
 def test_a_plan_survives_json(discover: Discover) -> None:
@@ -343,7 +355,7 @@ def test_the_plan_says_which_kernels_need_no_table() -> None:
 def test_explain_is_plain_text_with_every_reason_on_its_own_line(discover: Discover) -> None:
     plan = asked(discover(toy={}), dtype="float64", dropout_p=0.25, seq_len=16_384, is_causal=True)
     lines = plan.explain().splitlines()
-    assert lines[0] == "no backend fits"
+    assert lines[0] == "math (matrix products) chosen; torch.compile: opaque"
     assert lines[1].startswith(
         "  for     causal full attention over 16,384 tokens: 8 heads, head_dim 64, float64 on cpu"
     )

@@ -24,7 +24,7 @@ from .timing import difference, milliseconds, training
 BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 # Kernels among which a backend chooses on CUDA; where it is not told which, each is measured.
 _KERNELS: Final = {"sdpa": ("cudnn", "flash"), "xformers": ("flash", "cutlass")}
-_ORACLE: Final = "reference"
+_FOR_THE_REST: Final = ("math", "reference")  # what no other backend takes, and slow
 # One of ours is left out where a pass takes this long, and that many times as long as another of ours.
 _SLOW_MS: Final = 250.0
 _SLOWER: Final = 10.0
@@ -150,7 +150,7 @@ def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callab
     for row in plan.rows:
         if row.status not in ("chosen", "usable"):
             refused.append(row.name)
-        elif row.name != _ORACLE:
+        elif row.name not in _FOR_THE_REST:
             kernels = _KERNELS.get(row.name, ()) if case.device == "cuda" and device.startswith("cuda") else ()
             yield from [f"{row.name}:{kernel}" for kernel in kernels] or [row.name]
     if refused:

@@ -1,0 +1,166 @@
+"""The `math` backend: PyTorch's matrix products over the pattern alone, in chunks. It drops attention weights.
+
+It is what SDPBackend.MATH is among PyTorch's: not fast, and there for what no fused kernel takes. Unlike that one it
+forms no more scores at once than `Limits.workspace_bytes` has room for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..core.block_product import BlockProduct
+from ..core.composer import Composer, merge_
+from ..core.dense_products import DenseProducts
+from ..core.draws import Draws
+from ..core.dynamic_tables import DynamicTables
+from ..core.pattern import LearnedPattern
+from ..core.refusal import Refusal
+from ..core.schedule import Schedule, schedule
+
+if TYPE_CHECKING:
+    from ..core.kernel import LayoutPiece
+    from ..core.layout import Layout
+    from ..registry.specs import Request
+
+_NAME: Final = "matrix products"
+
+
+class MathBackend:
+    """Every pattern, dtype and head_dim. It has no options."""
+
+    def refusals(self, request: Request) -> Iterator[Refusal]:
+        """The same bits on every run, where gradients of keys are added atomically."""
+        request.options("math", allowed=())
+        config = request.config
+        if config.deterministic and config.requires_grad and request.device.type != "cpu":
+            yield Refusal("deterministic", "a deterministic backward", f"atomic additions on {request.device.type}")
+
+    def pin(self, request: Request) -> str:
+        """There is one sub-kernel."""
+        return _NAME
+
+    def build(self, request: Request) -> MathKernel:
+        """The kernel for `request`."""
+        config = request.config
+        return MathKernel(getattr(torch, config.dtype), config.limits.workspace_bytes)
+
+
+@attrs.frozen(eq=False)
+class _Prepared:
+    """A layout, ready on a device: its branches as dense pieces, its blocks, and those that a gate names at a call."""
+
+    calls: Schedule
+    blocks: BlockProduct | None
+    dynamic: DynamicTables | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.calls, self.blocks, self.dynamic) if x is not None)
+
+    def blocks_of(self, piece: LayoutPiece, draws: Draws | None) -> BlockProduct | None:
+        """The product over the blocks of one pass."""
+        blocks = self.blocks
+        if self.dynamic is not None and piece.tables is not None:
+            blocks = self.dynamic.bind(piece.tables)
+        return None if blocks is None else attrs.evolve(blocks, scale=piece.scale, draws=draws)
+
+
+class MathKernel:
+    """Computes a `LayoutPiece`; blocks first, then branches, in both passes, so that both draw the same dropout.
+
+    Args:
+        dtype: of queries, keys and values.
+        workspace_bytes: bound on the temporaries of one step.
+    """
+
+    name = _NAME
+
+    def __init__(self, dtype: torch.dtype, workspace_bytes: int) -> None:
+        self._dtype = dtype
+        self._workspace_bytes = workspace_bytes
+        self._prepared: WeakKeyDictionary[Layout, dict[torch.device, _Prepared]] = WeakKeyDictionary()
+
+    def prepare(self, layout: Layout, device: torch.device) -> int:
+        """As `Prepares.prepare`."""
+        return self._of(layout, device).nbytes
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        """As `LayoutKernel.forward`."""
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        prepared, draws = self._of(piece.layout, query.device), _draws(piece, query.device)
+        blocks, composer = prepared.blocks_of(piece, draws), self._composer(piece, draws)
+        if blocks is None:
+            out, lse = composer.forward(query, key, value, prepared.calls)
+        else:
+            out, lse = blocks.forward(query, key, value)
+            if prepared.calls.calls:
+                merge_(out, lse, *composer.forward(query, key, value, prepared.calls))
+        return out.to(query.dtype), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        piece: LayoutPiece,
+        *,
+        dlse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LayoutKernel.backward`."""
+        dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
+        prepared, draws = self._of(piece.layout, query.device), _draws(piece, query.device)
+        blocks, composer = prepared.blocks_of(piece, draws), self._composer(piece, draws)
+        lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys, where p is then 0
+        grads = None if blocks is None else blocks.gradients(dout, query, key, value, out, lse, dlse)
+        if grads is not None and not prepared.calls.calls:
+            return grads
+        given = query, key, value, out, lse, prepared.calls
+        more = composer.backward(dout, *given) if dlse is None else composer.backward_through_lse(dout, dlse, *given)
+        return more if grads is None else (grads[0] + more[0], grads[1] + more[1], grads[2] + more[2])
+
+    def _of(self, layout: Layout, device: torch.device) -> _Prepared:
+        known = self._prepared.setdefault(layout, {})
+        if device not in known:
+            known[device] = self._make(layout, device)
+        return known[device]
+
+    def _make(self, layout: Layout, device: torch.device) -> _Prepared:
+        geometry, pattern = layout.geometry, layout.pattern.unwrap()
+        if isinstance(pattern, LearnedPattern):
+            dynamic = DynamicTables.prepare(
+                pattern,
+                geometry,
+                scale=1.0,
+                device=device,
+                dtype=self._dtype,
+                workspace_bytes=self._workspace_bytes,
+            )
+            return _Prepared(Schedule((), 0), None, dynamic)
+        blocks = None
+        if layout.blocks is not None:
+            blocks = BlockProduct.prepare(
+                layout.blocks,
+                scale=1.0,
+                device=device,
+                dtype=self._dtype,
+                workspace_bytes=self._workspace_bytes,
+            )
+        return _Prepared(schedule(layout.branches, geometry), blocks, None)
+
+    def _composer(self, piece: LayoutPiece, draws: Draws | None) -> Composer:
+        kernel = DenseProducts(self._workspace_bytes, draws)
+        return Composer(kernel, piece.scale, piece.deterministic, self._workspace_bytes)
+
+
+def _draws(piece: LayoutPiece, device: torch.device) -> Draws | None:
+    return None if piece.seed is None else Draws.of(piece.dropout_p, piece.seed, device)

@@ -1,0 +1,125 @@
+"""Dense pieces by PyTorch's own batched matrix products, in chunks, on whatever device its tensors are; with dropout.
+
+Shapes: B batch, S query length, T key length, H query heads, K key-value heads, D head_dim, I items, of which each is a
+query head of a batch row. Scores are formed in the accumulator's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from .block_product import bmm, widened
+from .composer import accumulator_dtype, delta_of
+from .draws import Draws
+from .kernel import DensePiece
+from .limits import at_once
+
+_CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is
+_SCORE_SIZED = 4  # temporaries of a chunk that are as large as its scores, at most
+
+
+@attrs.frozen(eq=False)
+class DenseProducts:
+    """A dense kernel.
+
+    Attributes:
+        workspace_bytes: bound on the temporaries of one step.
+        draws: the dropout of the one pass that it is for; None without.
+    """
+
+    workspace_bytes: int
+    draws: Draws | None = None
+    takes_dlse: bool = True
+
+    @property
+    def name(self) -> str:
+        """As traces show it."""
+        return "products"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        """See `DenseKernel`."""
+        batch, length, heads, _ = query.shape
+        q, k, v = _items(query), _items(key), _items(value)
+        out = torch.empty(q.shape, dtype=accumulator_dtype(query.dtype), device=query.device)
+        lse = torch.empty(q.shape[:2], dtype=out.dtype, device=query.device)
+        for items, rows, cols, of_keys in self._chunks(query, key, piece):
+            part = q[items, rows]
+            scores = self._scores(part, _taken(k, of_keys, cols), rows, piece)
+            top = scores.amax(dim=-1, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(dim=-1, keepdim=True)
+            if self.draws is not None:
+                weights *= self.draws.factors(weights)
+            out[items, rows] = bmm(weights.to(part.dtype), _taken(v, of_keys, cols)) / total
+            lse[items, rows] = (top + total.log()).squeeze(-1)
+        return _rows(out, batch).to(query.dtype), lse.view(batch, heads, length)
+
+    def backward(
+        self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DenseKernel`."""
+        batch = query.shape[0]
+        delta = delta_of(dout, piece.dlse, out).flatten(0, 1).unsqueeze(-1)
+        lse = lse.flatten(0, 1).unsqueeze(-1)
+        do, q, k, v = (_items(x) for x in (dout, query, key, value))
+        dq, dk, dv = (torch.zeros(x.shape, dtype=accumulator_dtype(query.dtype), device=x.device) for x in (q, k, v))
+        for items, rows, cols, of_keys in self._chunks(query, key, piece):
+            do_part, q_part, k_part = do[items, rows], q[items, rows], _taken(k, of_keys, cols)
+            p = self._scores(q_part, k_part, rows, piece).sub_(lse[items, rows]).exp_()
+            kept = None if self.draws is None else self.draws.factors(p)
+            dv[:, cols].index_add_(0, of_keys, bmm((p if kept is None else p * kept).to(do.dtype).mT, do_part))
+            ds = bmm(do_part, _taken(v, of_keys, cols).mT)
+            if kept is not None:
+                ds *= kept
+            ds = ds.sub_(delta[items, rows]).mul_(p).mul_(piece.scale).to(q.dtype)
+            dq[items, rows] = bmm(ds, k_part)
+            dk[:, cols].index_add_(0, of_keys, bmm(ds.mT, q_part))
+        return _rows(dq, batch), _rows(dk, batch), _rows(dv, batch)
+
+    def _chunks(self, query: Tensor, key: Tensor, piece: DensePiece) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+        """Items and rows that are computed together, the columns that they may see, and the items of their keys."""
+        (batch, length, heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
+        row_bytes = _SCORE_SIZED * kv_len * accumulator_dtype(query.dtype).itemsize
+        room = max(1, at_once(self.workspace_bytes, query) // row_bytes)
+        rows = min(length, room, _CAUSAL_ROWS if piece.is_causal else length)
+        items = max(1, room // rows)
+        item = torch.arange(batch * heads, device=query.device)
+        of_keys = item // heads * kv_heads + item % heads // (heads // kv_heads)
+        for first in range(0, batch * heads, items):
+            for row in range(0, length, rows):
+                last = kv_len if not piece.is_causal else min(row + rows, kv_len)
+                yield (
+                    slice(first, first + items),
+                    slice(row, row + rows),
+                    slice(0, last),
+                    of_keys[first : first + items],
+                )
+
+    def _scores(self, q: Tensor, k: Tensor, rows: slice, piece: DensePiece) -> Tensor:
+        """Scaled scores (I, rows, columns), -inf where a causal piece hides a key."""
+        scores = bmm(q, k.mT).mul_(piece.scale)
+        if piece.is_causal:
+            row = torch.arange(rows.start, rows.start + q.shape[1], device=q.device)
+            hidden = torch.arange(k.shape[1], device=q.device) > row[:, None]
+            scores.masked_fill_(hidden, -math.inf)
+        return scores
+
+
+def _items(x: Tensor) -> Tensor:
+    """x (B, S, H, D) as (B * H, S, D); float32 for halves on CPU."""
+    return widened(x.transpose(1, 2).flatten(0, 1))
+
+
+def _taken(x: Tensor, items: Tensor, cols: slice) -> Tensor:
+    """Some columns of items (I, T, D)."""
+    return x[:, cols].index_select(0, items)
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    """The inverse of `_items`, as a view."""
+    return torch.unflatten(x, 0, (batch, -1)).transpose(1, 2)

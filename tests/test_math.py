@@ -1,0 +1,212 @@
+"""The backend `math`: PyTorch's matrix products, and the dropout of attention weights that it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dilated_attention import (
+    Attention,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Limits,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+    build_attention,
+    explain,
+)
+from dilated_attention.core import reference
+from dilated_attention.core.draws import Draws
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.models import MultiheadAttention
+from dilated_attention.registry.conformance import Conformance
+
+from .support import error
+
+TOKENS = 40  # no more than there are columns of head_dim, so that values can name keys
+LONGNET = Dilated(segment_lengths=(8, 16, 40), dilation_rates=(1, 2, 4))
+PATTERNS: list[Pattern] = [
+    Full(),
+    LONGNET,
+    LONGNET + Full(),  # occurrences of one pair in several calls
+    Full() + Full(),  # and in one
+    Local(5),
+    Local(5) | Global(3),
+    Local(5) + Local(9) + Random(2, 8, seed=1),  # masks and blocks that count pairs more than once
+    LONGNET | Random(2, 8, seed=3),
+    LONGNET + Random(2, 8, seed=3),
+    Strided(3),
+]
+
+
+class TestConformance(Conformance):
+    """Out, lse and gradients against float64, over all that it declares."""
+
+    backend = "math"
+    device = "cpu"
+    quick = True
+
+
+def build(pattern: Pattern, **fields: Any) -> Attention:
+    """On the CPU, in float64."""
+    given = {"num_heads": 4, "num_kv_heads": 2, "head_dim": TOKENS, "dtype": "float64", "device": "cpu"} | fields
+    return build_attention(pattern=pattern, backend="math", **given)  # type: ignore[arg-type]
+
+
+def drawn(attention: Attention, *tensors: Tensor, seed: int, **call: Any) -> Tensor:
+    """Out, with the dropout that torch's seed determines."""
+    torch.manual_seed(seed)
+    out = attention(*tensors, **call)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def expected(counts: Tensor, factors: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention whose weights (B, H, S, T) are multiplied by factors, from the definition."""
+    k, v = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+    scores = torch.einsum("bshd,bthd->bhst", query, k) / query.shape[3] ** 0.5 + counts.log()
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhst,bthd->bshd", weights * factors, v)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 26, 1 << 13])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_what_is_dropped_is_dropped_exactly(pattern: Pattern, is_causal: bool, workspace_bytes: int) -> None:
+    """Values that name their keys show the factors of all weights; with these, any values and gradients are checked."""
+    p = 0.3
+    limits = Limits(workspace_bytes=workspace_bytes)
+    attention = build(pattern, is_causal=is_causal, dropout_p=p, limits=limits)
+    generator = torch.Generator().manual_seed(5)
+    query, key, value, dout = (
+        torch.randn(2, TOKENS, heads, TOKENS, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)
+    )
+    geometry = Geometry(q_len=TOKENS, kv_len=TOKENS, num_heads=4, num_kv_heads=2, is_causal=is_causal)
+    counts = torch.as_tensor(reference.multiplicity(pattern, geometry)).double()
+    names = torch.eye(TOKENS, dtype=torch.float64)[None, :, None].expand(2, TOKENS, 2, TOKENS)
+    weights = expected(counts, torch.ones(()), query, key, names).transpose(1, 2)
+    seen = weights > 0
+    dropped = drawn(attention, query, key, names, seed=11).transpose(1, 2)
+    factors = torch.where(seen, dropped / weights, 0.0)
+    keep = 1 - round(p * 65536) / 65536
+    kept = factors * counts * keep  # how many occurrences of each pair
+    assert (kept - kept.round()).abs().max() < 1e-6
+    assert bool(((kept > -1e-6) & (kept < counts + 1e-6)).all())
+    share = float(kept.sum() / (counts.expand_as(kept)[seen]).sum())
+    assert abs(share - keep) < 4 * (p * keep / float(counts.expand_as(kept)[seen].sum())) ** 0.5
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    out = drawn(attention, *leaves, seed=11)
+    grads = torch.autograd.grad(out, leaves, dout)
+    exact = [x.clone().requires_grad_() for x in (query, key, value)]
+    exact_out = expected(counts, factors, *exact)
+    exact_grads = torch.autograd.grad(exact_out, exact, dout)
+    for a, b in zip((out, *grads), (exact_out, *exact_grads), strict=True):
+        assert error(a, b) < 1e-12
+    assert not torch.equal(drawn(attention, query, key, names, seed=12).transpose(1, 2), dropped)
+
+
+def test_a_learned_pattern_drops_too() -> None:
+    attention = build(Learned(block_size=8, blocks_per_row=2), is_causal=True, dropout_p=0.25)
+    tensors = [torch.randn(2, TOKENS, heads, TOKENS, dtype=torch.float64) for heads in (4, 2)]
+    names = torch.eye(TOKENS, dtype=torch.float64)[None, :, None].expand(2, TOKENS, 2, TOKENS)
+    dropped = drawn(attention, *tensors, names, seed=3)
+    attention.eval()
+    weights = drawn(attention, *tensors, names, seed=3)
+    factors = torch.where(weights > 0, dropped / weights, 0.0)
+    is_kept = (factors * 0.75 - 1).abs() < 1e-9
+    assert bool((is_kept | (factors == 0)).all())
+    assert 0.7 < float(is_kept.sum() / (weights > 0).sum()) < 0.8
+
+
+def test_eval_and_no_dropout_are_alike() -> None:
+    query, key, value = (torch.randn(1, TOKENS, heads, TOKENS, dtype=torch.float64) for heads in (4, 2, 2))
+    without = build(LONGNET)(query, key, value)
+    assert torch.equal(build(LONGNET, dropout_p=0.5).eval()(query, key, value), without)
+    assert not torch.equal(build(LONGNET, dropout_p=0.5)(query, key, value), without)
+
+
+def test_documents_draw_for_themselves() -> None:
+    """Two equal documents are dropped differently, and the same seed drops the same."""
+    attention = build(Full(), dropout_p=0.5)
+    query, key = (torch.zeros(1, 2 * 20, heads, TOKENS, dtype=torch.float64) for heads in (4, 2))
+    value = torch.eye(TOKENS, dtype=torch.float64)[:20].repeat(2, 1)[None, :, None].expand(1, TOKENS, 2, TOKENS)
+    ends = torch.tensor([0, 20, 40])
+    first, second = torch.split(drawn(attention, query, key, value, seed=4, cu_seqlens=ends), 20, dim=1)
+    assert not torch.equal(first, second)
+    again = drawn(attention, query, key, value, seed=4, cu_seqlens=ends)
+    assert torch.equal(again, torch.cat([first, second], dim=1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recomputing_draws_the_same(checkpointing: bool) -> None:
+    attention = build(LONGNET, dropout_p=0.4, activation_checkpointing=checkpointing)
+    query, key = (torch.randn(1, TOKENS, heads, TOKENS, dtype=torch.float64) for heads in (4, 2))
+    value = torch.randn(1, TOKENS, 2, TOKENS, dtype=torch.float64, requires_grad=True)
+    out = drawn(attention, query, key, value, seed=9)
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    # Out is linear in the values: with ones as dout, <grad, value> is the sum of out.
+    with torch.no_grad():
+        assert abs(float((grad * value).sum() - out.sum())) < 1e-9
+
+
+@pytest.mark.parametrize("dropout_p", [1e-4, 0.1, 0.5, 0.9999, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_draws_are_as_probable_as_they_say(dropout_p: float, dtype: torch.dtype) -> None:
+    draws = Draws.of(dropout_p, torch.tensor(3), torch.device("cpu"))
+    assert abs(draws.keep - (1 - dropout_p)) <= 2**-16
+    factors = draws.factors(torch.empty(1001, 1003, dtype=dtype))
+    assert factors.dtype == dtype
+    found = float((factors > 0).double().mean())
+    assert abs(found - draws.keep) < 5 * (draws.keep * (1 - draws.keep) / factors.numel()) ** 0.5 + 1e-9
+    assert torch.allclose(factors[factors > 0], torch.tensor(1 / draws.keep, dtype=dtype), rtol=1e-6)
+
+
+def test_occurrences_are_drawn_one_by_one() -> None:
+    draws = Draws.of(0.25, torch.tensor(3), torch.device("cpu"))
+    counts = torch.tensor([0.0, 1.0, 2.0, 5.0])[:, None].expand(4, 20_000).contiguous()
+    factors = draws.factors(counts, counts)
+    assert not factors[0].any()
+    for row, count in zip(factors[1:], (1, 2, 5), strict=True):
+        kept = row * count * 0.75
+        assert (kept - kept.round()).abs().max() < 1e-5
+        assert abs(float(kept.mean()) / count - 0.75) < 0.015
+        assert abs(float(kept.var()) / count - 0.1875) < 0.015
+
+
+def test_it_serves_what_nothing_else_takes() -> None:
+    shape: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "device": "cpu", "seq_len": 1 << 18, "pattern": LONGNET}
+    assert explain(**shape).backend == "sdpa"
+    assert explain(**shape, dropout_p=0.1).backend == "math"
+    assert explain(**(shape | {"head_dim": 300})).backend == "math"
+    assert explain(**shape, dropout_p=0.1, deterministic=True).backend == "math"
+
+
+def test_a_layer_of_torch_keeps_its_default_dropout() -> None:
+    """Whose attention drops a tenth of its weights while it trains."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    assert layer.self_attn.dropout == 0.1
+    layer.register_module("self_attn", MultiheadAttention(32, 4, pattern=LONGNET, dropout=0.1, batch_first=True))
+    x = torch.randn(2, TOKENS, 32, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+def test_the_workspace_bounds_what_is_formed_at_once() -> None:
+    """Of 16 MiB of scores for each head no more than the limit."""
+    small = build(Full(), num_heads=1, num_kv_heads=1, head_dim=8, dtype="float32", dropout_p=0.1)
+    limits = attrs.evolve(small.config.limits, workspace_bytes=1 << 20)
+    attention = build_attention(attrs.evolve(small.config, limits=limits))
+    x = torch.randn(1, 2048, 1, 8, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        attention(x, x, x).sum().backward()
+    most = max(event.self_cpu_memory_usage for event in profile.events() or ())
+    assert most <= 1 << 20
