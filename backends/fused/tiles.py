@@ -160,7 +160,7 @@ class TileSizes:
         if head_dim <= 64:
             few = Tiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 2, 168), Tile(64, 64, 4, 2))
             branches = Tiles(Tile(128, 64, 4, 3), Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 2, 168))
-            return cls(branches, attrs.evolve(few, forward=branches.forward), few)
+            return cls(branches, attrs.evolve(few, forward=Tile(128, 64, 4, 2)), few)
         if head_dim <= 128:
             few = Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, 255))
             branches = Tiles(Tile(128, 64, 8, 2), few.queries, Tile(32, 64, 4, 2))
