@@ -78,15 +78,17 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
         raise NoBackendError(plan.explain())
     capabilities = selection.chosen.registered.spec.capabilities
     kernel = _kernel(selection.chosen, request)
+    has_dlse = takes_dlse(kernel) or _has_dlse(selection.chosen, request)
     if selection.companion is not None:
-        kernel = _ring_kernel(kernel, selection.chosen, selection.companion, request)
+        dense: Any = _kernel(selection.companion, request)
+        has_dlse = has_dlse and (takes_dlse(dense) or _has_dlse(selection.companion, request))
+        kernel = _ring_kernel(kernel, dense, selection.chosen, selection.companion)
     traits: dict[str, Any] = {
-        "has_dlse": all(_has_dlse(v, request) for v in (selection.chosen, selection.companion) if v is not None),
+        "has_dlse": has_dlse,
         "call_axes": frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
         "backend": plan.backend,
         "plan": plan.digest,
     }
-    traits["has_dlse"] |= takes_dlse(kernel)
     if config.ring_size > 1:
         return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))
     takes_layout = not takes_dense(selection.chosen.registered.spec)
@@ -108,11 +110,10 @@ def _check_parallel(config: AttentionConfig, mesh: object) -> None:
     check_mesh(mesh, config.ring_size)
 
 
-def _ring_kernel(kernel: Any, chosen: Verdict, companion: Verdict, request: Request) -> RingKernel:
+def _ring_kernel(kernel: Any, dense: Any, chosen: Verdict, companion: Verdict) -> RingKernel:
     """The chosen kernel, for whole layouts, with its companion's."""
     from ..exchange.ring_kernel import RingKernel
 
-    dense: Any = _kernel(companion, request)
     takes_staged = bool(chosen.registered.spec.capabilities.get("staged_blocks", False))
     return RingKernel(kernel, dense, companion.registered.spec.name, takes_staged)
 

@@ -6,7 +6,17 @@ import attrs
 import pytest
 import torch
 
-from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, build_attention
+from dilated_attention import (
+    ConfigError,
+    ContextParallel,
+    Dilated,
+    Full,
+    Global,
+    Local,
+    Pattern,
+    Random,
+    build_attention,
+)
 from dilated_attention.backends.sdpa import SdpaBackend
 from dilated_attention.core.band_calls import dense_form
 from dilated_attention.core.composer import Composer
@@ -54,6 +64,10 @@ def test_a_build_asks_the_kernel_where_more_columns_are_refused(
 ) -> None:
     monkeypatch.setattr(SdpaBackend, "build", lambda *_: kernel)
     attention = build_attention(num_heads=1, head_dim=256, backend="sdpa")
+    assert attention._engine.has_dlse is has_dlse
+    # Of a kernel for whole layouts and its companion for the rows of other ranks both have to.
+    one = ContextParallel(size=1)
+    attention = build_attention(num_heads=1, head_dim=256, backend="reference", context_parallel=one, device="cpu")
     assert attention._engine.has_dlse is has_dlse
 
 
