@@ -167,10 +167,13 @@ def explain(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
     arch: Annotated[
         str | None,
-        typer.Option(help="A CUDA card that need not be here: sm_90, sm_80, ..., or h100, a100, l4, t4.", metavar="SM"),
+        typer.Option(
+            help="A CUDA card that need not be here: sm_90, sm_80, ..., or t4, a100, l4, h100, h200, b200.",
+            metavar="SM",
+        ),
     ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Probability of dropping attention weights.")] = None,
     varlen: Annotated[
         bool | None, typer.Option("--varlen/--no-varlen", help="For padded rows and packed documents.")
     ] = None,
