@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -283,19 +283,24 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def named_value(text: str, *, flag: str) -> tuple[str, Any]:
-    """A name and its value of `name=value`, the value in TOML's notation; what is none is a string.
+def named_values(texts: Iterable[str], *, flag: str) -> dict[str, Any]:
+    """Names and values of `name=value`, the values in TOML's notation; what is none is a string.
 
     Raises:
-        ConfigError: without a name or =.
+        ConfigError: without a name or =, or for a name that is given twice.
     """
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"{flag} must be name=value, got {text!r}")
-    try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, value
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{flag} must be name=value, got {text!r}")
+        if name in found:
+            raise ConfigError(f"{flag} {name} is given twice; give it once")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

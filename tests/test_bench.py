@@ -204,6 +204,13 @@ def test_a_misspelt_backend_is_told_before_anything_is_measured(invoke: Invoke, 
     assert done.stderr.endswith("; got 'sdap' (did you mean 'sdpa'?)\n")
 
 
+@pytest.mark.parametrize("name", ["auto:kernel=flash", "sdpa:", "sdpa:=1"])
+def test_a_backend_with_half_an_option_is_told_before_anything_is_measured(invoke: Invoke, name: str) -> None:
+    done = invoke("bench", "--case", "tiny", "--device", "cpu", "--backend", name)
+    said = f"error: --backend must be NAME, NAME:KERNEL, NAME:OPTION=VALUE or auto, got {name!r}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 @pytest.mark.parametrize("command", [["demo"], ["bench"], ["bench", "--scaling", "--gpus", "1"]])
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
     tmp_path: Path, invoke: Invoke, command: list[str]

@@ -10,6 +10,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import attrs
 import pytest
@@ -18,7 +20,7 @@ from benchmarks.detection import LEAK, SLOW, compared, copied_checkout, plant
 from dilated_attention.bench import checkout
 from dilated_attention.bench.cases import CASES
 from dilated_attention.bench.checkout import commit_of, git
-from dilated_attention.bench.compare import CompareSettings, WorkerProcess, compare
+from dilated_attention.bench.compare import CompareSettings, WorkerProcess, compare, prepared
 from dilated_attention.bench.intervals import Interval, ratio_interval, student_quantile
 from dilated_attention.errors import ConfigError
 
@@ -114,6 +116,27 @@ def test_what_cannot_be_compared_is_refused(invoke: Invoke, arguments: list[str]
     device = [] if "--list" in arguments else ["--device", "cpu"]
     done = invoke("bench", *device, *arguments)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("triton:unproven_card=true", {"triton": {"unproven_card": True}}),
+        ("sdpa:flash", {"sdpa": {"kernel": "flash"}}),
+        ("sdpa", {}),
+    ],
+)
+def test_both_sides_are_built_with_the_option(backend: str, options: dict[str, object]) -> None:
+    asked: list[dict[str, object]] = []
+
+    def ask(command: str, *, config: dict[str, object], shape: object) -> dict[str, object]:
+        asked.append(config)
+        return {"backend": config["backend"], "kernel": "", "sums": [[1.0]]}
+
+    workers: Any = [SimpleNamespace(ask=ask)] * 2
+    made = prepared(TINY, CompareSettings(backend=backend), workers)
+    assert made == [f"{backend.partition(':')[0]}: "] * 2
+    assert [config["backend_options"] for config in asked] == [options] * 2
 
 
 def test_an_installed_copy_has_nothing_to_compare_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,11 @@ def test_names_that_do_not_exist_and_devices_that_are_not_here() -> None:
         Kit("sdpa", device="meta")
     with pytest.raises(ConfigError, match=r"^device 'cuda:99': there is none on this machine$"):
         Kit("sdpa", device="cuda:99")
+    without_names: Any = "kernel"
+    with pytest.raises(ConfigError, match=r"^options must map option names of 'sdpa' to values, got 'kernel'$"):
+        Kit("sdpa", options=without_names)
+    with pytest.raises(ConfigError, match=r"backend_options\['sdpa'\] has no 'kernal' \(did you mean 'kernel'\?\)"):
+        run("sdpa", quick=True, options={"kernal": "flash"})
 
 
 def test_every_check_says_what_it_asserts() -> None:

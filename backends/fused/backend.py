@@ -76,13 +76,15 @@ def _card_refusals(request: Request) -> Iterator[Refusal]:
     options = checked_options(request, "triton", ("unproven_card",))
     is_allowed = options.get("unproven_card", False)
     if not isinstance(is_allowed, bool):
-        raise ConfigError(f"backend_options['triton']['unproven_card'] must be True or False, got {is_allowed!r}")
+        spelt = "True or False (true or false in TOML, JSON and on the command line)"
+        raise ConfigError(f"backend_options['triton']['unproven_card'] must be {spelt}, got {is_allowed!r}")
     config, arch = request.config, compiled_for(request.device.arch)
     if is_old := [*age_refusals(arch)]:
         yield from is_old
     elif arch != PROVEN and not is_allowed:
         kit = "dilated-attention conformance triton --device cuda --option unproven_card=true"
-        remedy = f"run `{kit}` there; if it passes, backend_options={{'triton': {{'unproven_card': True}}}}"
+        allowing = "backend_options={'triton': {'unproven_card': True}}"
+        remedy = f"run `{kit}` on such a card; if it passes, allow it by {allowing}"
         yield Refusal("arch", arch, f"{PROVEN}, where it passed the conformance kit", remedy)
     elif config.dtype == "float32" and config.head_dim > WIDEST_FLOAT32 and shared_kib(arch) < ROOMY_KIB:
         yield Refusal(

@@ -57,7 +57,7 @@ def run(
         The report; `print(report)` shows the table, `report.passed` says whether all is well.
 
     Raises:
-        ConfigError: for an unknown backend or pattern, or where no declared device is here.
+        ConfigError: for an unknown backend, pattern or option, or where no declared device is here.
     """
     kit = Kit(backend, registry=registry, device=device, quick=quick, patterns=patterns, options=options, large=large)
     trials = list(kit.trials())

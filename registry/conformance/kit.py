@@ -111,7 +111,7 @@ class Kit:
         large: also try tensors of more than 2**31 elements, which takes several GB.
 
     Raises:
-        ConfigError: for an unknown backend or pattern, or where no declared device is here.
+        ConfigError: for an unknown backend or pattern, options without names, or where no declared device is here.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class Kit:
             raise ConfigError(
                 f"unknown backend {backend!r}{did_you_mean(backend, known)}; known are {', '.join(known)}"
             )
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"options must map option names of {backend!r} to values, got {options!r}")
         self.registered = self.registry.backends[backend]
         self.quick, self.large, self.options = quick, large, dict(options or {})
         self.devices = devices_of(self.registered.spec, device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ...core.config import named_value
+from ...core.config import named_values
 from ...core.errors import ConfigError
 from . import Kit, Trial
 
@@ -48,7 +48,7 @@ def _trials(config: pytest.Config, name: str) -> list[Trial]:
     quick, device = config.getoption("--conformance-quick"), config.getoption("--conformance-device")
     given = config.getoption("--conformance-option")
     try:
-        options = dict(named_value(text, flag="--conformance-option") for text in given)
+        options = named_values(given, flag="--conformance-option")
         return list(Kit(name, quick=quick, device=device, options=options).trials())
     except ConfigError as error:
         raise pytest.UsageError(f"--conformance {name}: {error}") from error

@@ -22,7 +22,7 @@ from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
 from .console import AsJson, registry, show
-from .core.config import named_value, read_mapping
+from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
     DilatedAttentionError,
@@ -167,10 +167,13 @@ def explain(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: torch's.")] = None,
     arch: Annotated[
         str | None,
-        typer.Option(help="A CUDA card that need not be here: sm_90, sm_80, ..., or h100, a100, l4, t4.", metavar="SM"),
+        typer.Option(
+            help="A CUDA card that need not be here: sm_90, sm_80, ..., or t4, a100, l4, h100, h200, b200.",
+            metavar="SM",
+        ),
     ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout probability.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Probability of dropping attention weights.")] = None,
     varlen: Annotated[
         bool | None, typer.Option("--varlen/--no-varlen", help="For padded rows and packed documents.")
     ] = None,
@@ -249,7 +252,9 @@ def conformance(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend. Repeatable."),
+        typer.Option(
+            "--option", "-o", metavar="NAME=VALUE", help="An option of the backend: unproven_card=true. Repeatable."
+        ),
     ] = None,
     large: Annotated[
         bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
@@ -270,7 +275,7 @@ def conformance(
             device=device,
             quick=quick,
             patterns=[_mapping(text) for text in pattern or ()],
-            options=dict(named_value(text, flag="--option") for text in option or ()),
+            options=named_values(option or (), flag="--option"),
             large=large,
             progress=advance,
         )
@@ -313,12 +318,7 @@ def _pattern(kind: str | None, parameters: dict[str, Any], of_file: object) -> d
 
 def _parameters(options: Sequence[str], segment_lengths: str | None, dilation_rates: str | None) -> dict[str, Any]:
     """A pattern's parameters from the flags, each of them given once."""
-    parameters: dict[str, Any] = {}
-    for option in options:
-        name, value = named_value(option, flag="--pattern-option")
-        if name in parameters:
-            raise ConfigError(f"--pattern-option {name} is given twice; give it once")
-        parameters[name] = value
+    parameters = named_values(options, flag="--pattern-option")
     for name, text in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
         if text is None:
             continue

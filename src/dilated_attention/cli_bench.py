@@ -43,7 +43,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="NAME, NAME:KERNEL, NAME:OPTION=VALUE or auto. Repeatable. Default: all that take a case.",
+            help="NAME, NAME:KERNEL, NAME:OPTION=VALUE or auto. Repeatable. "
+            "Default: all that take a case, but math and reference.",
         ),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls of each. Default: 7.", min=1)] = None,
@@ -157,9 +158,12 @@ def _device(name: str | None) -> str:
 
 
 def _check_backends(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a backend that nobody registers, before anything is measured or checked out."""
+    """Raise `ConfigError` for what names no registered backend, before anything is measured or checked out."""
     for name in names:
-        require_choice("--backend", name.partition(":")[0], ("auto", *registry().backends))
+        backend, colon, option = name.partition(":")
+        require_choice("--backend", backend, ("auto", *registry().backends))
+        if colon and (backend == "auto" or option.strip().startswith("=") or not option.strip()):
+            raise ConfigError(f"--backend must be NAME, NAME:KERNEL, NAME:OPTION=VALUE or auto, got {name!r}")
 
 
 def _load(paths: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ import attrs
 from torch import Tensor
 
 from ..core.checks import did_you_mean
-from ..core.config import AttentionConfig, named_value
+from ..core.config import AttentionConfig, named_values
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern, Union
@@ -26,6 +26,12 @@ _CPU_LENGTHS: Final = (1024, 2048, 4096, 8192)
 _LENGTHS: Final = (2048, 4096, 8192, 16384, 32768)
 _GIGAPATH: Final = (1024, 5792, 32768, 185363, 1048576)
 _GIGAPATH_RATES: Final = (1, 2, 4, 8, 16)
+
+
+def backend_options(backend: str, option: str) -> dict[str, dict[str, Any]]:
+    """The field of a configuration that `option`, NAME=VALUE or the name of a kernel, stands for; of "" none."""
+    named = option if "=" in option else f"kernel={option}"
+    return {backend: named_values([named], flag="--backend")} if option else {}
 
 
 @attrs.frozen(kw_only=True)
@@ -66,8 +72,6 @@ class BenchCase:
 
     def config(self, backend: str, option: str = "", *, device: str) -> AttentionConfig:
         """What is built; `option` of the backend is NAME=VALUE, or the name of a kernel."""
-        named = option if "=" in option else f"kernel={option}"
-        options = dict([named_value(named, flag="--backend")]) if option else {}
         return AttentionConfig(
             pattern=self.pattern,
             num_heads=self.num_heads,
@@ -77,7 +81,7 @@ class BenchCase:
             device=device,
             is_causal=self.is_causal,
             backend=backend,
-            backend_options={backend: options} if option else {},
+            backend_options=backend_options(backend, option),
             seq_len=self.seq_len,
         )
 

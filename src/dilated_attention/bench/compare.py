@@ -23,7 +23,7 @@ import attrs
 
 from ..core.errors import ConfigError, DilatedAttentionError
 from ..core.explain import columns
-from .cases import BenchCase
+from .cases import BenchCase, backend_options
 from .checkout import checkout_root, git
 from .contenders import BOUNDS, Gate, ours
 from .history import PHASES, Phase
@@ -42,7 +42,7 @@ class CompareSettings:
     Attributes:
         ref: what git calls the old code.
         device: torch's name of the device.
-        backend: `auto`, NAME or NAME:KERNEL.
+        backend: `auto`, NAME, NAME:KERNEL or NAME:OPTION=VALUE.
         threshold: a ratio of times beyond this is a slow-down.
         memory_threshold: growth of peak memory beyond so many bytes is flagged.
         seconds: longest time for one case and phase; an interval that is still wide then is undecided.
@@ -201,7 +201,7 @@ def compare(
         for case in cases:
             failures += wrong[case.name]
             try:
-                made = _prepared(case, settings, workers)
+                made = prepared(case, settings, workers)
             except ConfigError as error:
                 say(f"{case.name}: left out: {error}")
                 continue
@@ -222,12 +222,11 @@ def _gated(case: BenchCase, settings: CompareSettings) -> list[str]:
     return [] if ours(gate, [settings.backend], notes.append) else gate.failures or notes
 
 
-def _prepared(case: BenchCase, settings: CompareSettings, workers: Sequence[WorkerProcess]) -> list[str] | None:
+def prepared(case: BenchCase, settings: CompareSettings, workers: Sequence[WorkerProcess]) -> list[str] | None:
     """Both workers have built and warmed up the case; their backends and kernels, or None where results differ."""
     data = case.to_dict()
-    backend, _, kernel = settings.backend.partition(":")
-    options = {backend: {"kernel": kernel}} if kernel else {}
-    config = data["config"] | {"backend": backend, "backend_options": options}
+    backend, _, option = settings.backend.partition(":")
+    config = data["config"] | {"backend": backend, "backend_options": backend_options(backend, option)}
     answers = [worker.ask("prepare", config=config, shape=data["shape"]) for worker in workers]
     sums = [[number for pair in answer["sums"] for number in pair] for answer in answers]
     scale = max(abs(number) for number in sums[0])

@@ -136,7 +136,10 @@ class Gate:
 
 
 def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callable[[str], None]) -> Iterator[str]:
-    """`backend` or `backend:kernel` of all that are asked for, or of all that take the case; the rest is noted."""
+    """NAME, NAME:KERNEL or NAME:OPTION=VALUE: those asked for, or all that take the case and are not `_FOR_THE_REST`.
+
+    Those that refuse it are noted.
+    """
     plan = explain(case.config("auto", device=device))
     if wanted:
         for name in wanted:

@@ -28,7 +28,7 @@ class Settings:
     Attributes:
         device: torch's name of the device.
         rounds: timed calls of each; the median counts.
-        backends: `backend` or `backend:kernel`; all that take a case where none are named.
+        backends: NAME, NAME:KERNEL or NAME:OPTION=VALUE; where none are named, as `contenders.candidates` says.
         makers: of peers.
         case_seconds: rounds become fewer, but not below three, where they would take longer than this.
         slowest_seconds: a peer is left out where one training step of it would take longer by its FLOPs.
