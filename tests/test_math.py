@@ -102,6 +102,8 @@ def test_what_is_dropped_is_dropped_exactly(pattern: Pattern, is_causal: bool, w
     assert bool(((kept > -1e-6) & (kept < counts + 1e-6)).all())
     share = float(kept.sum() / (counts.expand_as(kept)[seen]).sum())
     assert abs(share - keep) < 4 * (p * keep / float(counts.expand_as(kept)[seen].sum())) ** 0.5
+    spread = float((kept - counts * keep)[seen].square().sum() / counts.expand_as(kept)[seen].sum())
+    assert abs(spread / (p * keep) - 1) < 0.15  # occurrences of a pair are drawn one by one
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     out = drawn(attention, *leaves, seed=11)
     grads = torch.autograd.grad(out, leaves, dout)
