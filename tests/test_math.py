@@ -212,3 +212,34 @@ def test_the_workspace_bounds_what_is_formed_at_once() -> None:
         attention(x, x, x).sum().backward()
     most = max(event.self_cpu_memory_usage for event in profile.events() or ())
     assert most <= 1 << 20
+
+
+def most_of(name: str, attention: Attention, length: int) -> int:
+    """The most bytes that one run of an operator of torch allocates in both passes."""
+    config = attention.config
+    query, key, value = (
+        torch.randn(1, length, heads, config.head_dim, requires_grad=True)
+        for heads in (config.num_heads, config.kv_heads, config.kv_heads)
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        attention(query, key, value).sum().backward()
+    found = [int(event.self_cpu_memory_usage) for event in profile.events() or () if event.name == name]
+    assert len(found) > 1
+    return max(found)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "length"), [(1, 1024), (8, 4096)])
+def test_copies_of_keys_are_within_the_workspace_too(num_kv_heads: int, length: int) -> None:
+    """Short segments of a large head_dim have many more elements of keys than scores."""
+    limits = Limits(workspace_bytes=1 << 19)
+    shape = {"num_heads": 8, "num_kv_heads": num_kv_heads, "head_dim": 256, "dtype": "float32", "limits": limits}
+    attention = build(Dilated(segment_lengths=(8,), dilation_rates=(1,)), **shape)
+    for name in ("aten::index_select", "aten::bmm"):
+        assert 2 * most_of(name, attention, length) <= limits.workspace_bytes
+
+
+def test_counts_of_repeated_pairs_are_within_the_workspace() -> None:
+    """Weights, counts, probabilities or divisors, and what is drawn: a quarter for each."""
+    limits = Limits(workspace_bytes=1 << 22)
+    attention = build(Local(5) + Local(9), head_dim=8, dtype="float32", dropout_p=0.1, limits=limits)
+    assert 4 * most_of("aten::clamp", attention, 2048) <= limits.workspace_bytes
