@@ -43,6 +43,7 @@ PATTERNS: list[Pattern] = [
     Local(5) + Local(9) + Random(2, 8, seed=1),  # masks and blocks that count pairs more than once
     LONGNET | Random(2, 8, seed=3),
     LONGNET + Random(2, 8, seed=3),
+    sum([Random(2, 8, seed=1)] * 4, start=Random(2, 8, seed=1)),  # whole blocks that do, which exp(log(5)) is below
     Strided(3),
 ]
 
