@@ -54,15 +54,23 @@ class MathBackend:
 
 @attrs.frozen(eq=False)
 class _Prepared:
-    """A layout, ready on a device: its branches as dense pieces, its blocks, and those that a gate names at a call."""
+    """A layout, ready on a device: its branches as dense pieces, its blocks, and those that a gate names at a call.
+
+    `drawn` are the calls of a pass with dropout: one for each time that a branch counts, since each draws for itself.
+    """
 
     calls: Schedule
+    drawn: Schedule
     blocks: BlockProduct | None
     dynamic: DynamicTables | None
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.calls, self.blocks, self.dynamic) if x is not None)
+        return sum(x.nbytes for x in (self.calls, self.drawn, self.blocks, self.dynamic) if x is not None)
+
+    def calls_of(self, draws: Draws | None) -> Schedule:
+        """The dense pieces of one pass."""
+        return self.calls if draws is None else self.drawn
 
     def blocks_of(self, piece: LayoutPiece, draws: Draws | None) -> BlockProduct | None:
         """The product over the blocks of one pass."""
@@ -94,14 +102,15 @@ class MathKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        prepared, draws = self._of(piece.layout, query.device), _draws(piece, query.device)
-        blocks, composer = prepared.blocks_of(piece, draws), self._composer(piece, draws)
+        draws, composer = self._drawing(piece, query.device)
+        prepared = self._of(piece.layout, query.device)
+        blocks, calls = prepared.blocks_of(piece, draws), prepared.calls_of(draws)
         if blocks is None:
-            out, lse = composer.forward(query, key, value, prepared.calls)
+            out, lse = composer.forward(query, key, value, calls)
         else:
             out, lse = blocks.forward(query, key, value)
-            if prepared.calls.calls:
-                merge_(out, lse, *composer.forward(query, key, value, prepared.calls))
+            if calls.calls:
+                merge_(out, lse, *composer.forward(query, key, value, calls))
         return out.to(query.dtype), lse
 
     def backward(
@@ -118,13 +127,14 @@ class MathKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
         dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
-        prepared, draws = self._of(piece.layout, query.device), _draws(piece, query.device)
-        blocks, composer = prepared.blocks_of(piece, draws), self._composer(piece, draws)
+        draws, composer = self._drawing(piece, query.device)
+        prepared = self._of(piece.layout, query.device)
+        blocks, calls = prepared.blocks_of(piece, draws), prepared.calls_of(draws)
         lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys, where p is then 0
         grads = None if blocks is None else blocks.gradients(dout, query, key, value, out, lse, dlse)
-        if grads is not None and not prepared.calls.calls:
+        if grads is not None and not calls.calls:
             return grads
-        given = query, key, value, out, lse, prepared.calls
+        given = query, key, value, out, lse, calls
         more = composer.backward(dout, *given) if dlse is None else composer.backward_through_lse(dout, dlse, *given)
         return more if grads is None else (grads[0] + more[0], grads[1] + more[1], grads[2] + more[2])
 
@@ -145,7 +155,7 @@ class MathKernel:
                 dtype=self._dtype,
                 workspace_bytes=self._workspace_bytes,
             )
-            return _Prepared(Schedule((), 0), None, dynamic)
+            return _Prepared(Schedule((), 0), Schedule((), 0), None, dynamic)
         blocks = None
         if layout.blocks is not None:
             blocks = BlockProduct.prepare(
@@ -155,12 +165,11 @@ class MathKernel:
                 dtype=self._dtype,
                 workspace_bytes=self._workspace_bytes,
             )
-        return _Prepared(schedule(layout.branches, geometry), blocks, None)
+        one_by_one = [attrs.evolve(branch, weight=1) for branch in layout.branches for _ in range(branch.weight)]
+        return _Prepared(schedule(layout.branches, geometry), schedule(one_by_one, geometry), blocks, None)
 
-    def _composer(self, piece: LayoutPiece, draws: Draws | None) -> Composer:
+    def _drawing(self, piece: LayoutPiece, device: torch.device) -> tuple[Draws | None, Composer]:
+        """The dropout of one pass, and what computes its dense pieces with it."""
+        draws = None if piece.seed is None else Draws.of(piece.dropout_p, piece.seed, device)
         kernel = DenseProducts(self._workspace_bytes, draws)
-        return Composer(kernel, piece.scale, piece.deterministic, self._workspace_bytes)
-
-
-def _draws(piece: LayoutPiece, device: torch.device) -> Draws | None:
-    return None if piece.seed is None else Draws.of(piece.dropout_p, piece.seed, device)
+        return draws, Composer(kernel, piece.scale, piece.deterministic, self._workspace_bytes)

@@ -241,16 +241,21 @@ class BlockProduct:
 
     def _kept(self, like: Tensor, part: ItemClass, draws: Draws) -> Tensor:
         """Factors of the weights of a chunk, shaped as they are."""
-        if part.log_weights is None and not self.has_repeats:
+        if not self._repeats(part):
             return draws.factors(like)
         return draws.factors(like, self._with_counts(torch.zeros_like(like), part).exp_().round_())
 
+    def _repeats(self, part: ItemClass) -> bool:
+        """Whether some pairs of these items may count more than once."""
+        return part.log_weights is not None or self.has_repeats
+
     def _chunks(self, query: Tensor) -> Iterator[ItemClass]:
         size, head_dim = self.block_size, query.shape[3]
-        # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element; with draws a third.
-        scores = size * (2 if self.draws is None else 3)
-        block_bytes = size * (scores + 2 * head_dim) * accumulator_dtype(query.dtype).itemsize
         for group in self.classes:
+            # Two score-sized and two key-sized temporaries live at once, at most 8 bytes an element; with draws a
+            # third, and a fourth where they count.
+            scores = 2 if self.draws is None else 3 + self._repeats(group)
+            block_bytes = size * (scores * size + 2 * head_dim) * accumulator_dtype(query.dtype).itemsize
             yield from group.chunks(block_bytes, at_once(self.workspace_bytes, query))
 
     def _blocks(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .limits import at_once
 
 _CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is
 _SCORE_SIZED = 4  # temporaries of a chunk that are as large as its scores, at most
+_ROW_SIZED = 2  # and as large as its queries, and as its keys
 
 
 @attrs.frozen(eq=False)
@@ -83,11 +84,12 @@ class DenseProducts:
 
     def _chunks(self, query: Tensor, key: Tensor, piece: DensePiece) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """Items and rows that are computed together, the columns that they may see, and the items of their keys."""
-        (batch, length, heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
-        row_bytes = _SCORE_SIZED * kv_len * accumulator_dtype(query.dtype).itemsize
-        room = max(1, at_once(self.workspace_bytes, query) // row_bytes)
-        rows = min(length, room, _CAUSAL_ROWS if piece.is_causal else length)
-        items = max(1, room // rows)
+        (batch, length, heads, head_dim), (_, kv_len, kv_heads, _) = query.shape, key.shape
+        itemsize, room = accumulator_dtype(query.dtype).itemsize, at_once(self.workspace_bytes, query)
+        row_bytes = (_SCORE_SIZED * kv_len + _ROW_SIZED * head_dim) * itemsize
+        rows = min(length, max(1, room // row_bytes), _CAUSAL_ROWS if piece.is_causal else length)
+        # One item's keys are copied whatever room there is: with fewer rows they would be more often.
+        items = max(1, room // (rows * row_bytes + _ROW_SIZED * kv_len * head_dim * itemsize))
         item = torch.arange(batch * heads, device=query.device)
         of_keys = item // heads * kv_heads + item % heads // (heads // kv_heads)
         for first in range(0, batch * heads, items):

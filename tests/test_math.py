@@ -43,6 +43,7 @@ PATTERNS: list[Pattern] = [
     Local(5) + Local(9) + Random(2, 8, seed=1),  # masks and blocks that count pairs more than once
     LONGNET | Random(2, 8, seed=3),
     LONGNET + Random(2, 8, seed=3),
+    sum([Random(2, 8, seed=1)] * 4, start=Random(2, 8, seed=1)),  # whole blocks that do, which exp(log(5)) is below
     Strided(3),
 ]
 
@@ -102,6 +103,8 @@ def test_what_is_dropped_is_dropped_exactly(pattern: Pattern, is_causal: bool, w
     assert bool(((kept > -1e-6) & (kept < counts + 1e-6)).all())
     share = float(kept.sum() / (counts.expand_as(kept)[seen]).sum())
     assert abs(share - keep) < 4 * (p * keep / float(counts.expand_as(kept)[seen].sum())) ** 0.5
+    spread = float((kept - counts * keep)[seen].square().sum() / counts.expand_as(kept)[seen].sum())
+    assert abs(spread / (p * keep) - 1) < 0.15  # occurrences of a pair are drawn one by one
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     out = drawn(attention, *leaves, seed=11)
     grads = torch.autograd.grad(out, leaves, dout)
@@ -157,6 +160,60 @@ def test_recomputing_draws_the_same(checkpointing: bool) -> None:
         assert abs(float((grad * value).sum() - out.sum())) < 1e-9
 
 
+@pytest.mark.parametrize("strided", ["query", "key", "value", "dout"])
+@pytest.mark.parametrize("pattern", [Dilated(segment_lengths=(20,), dilation_rates=(1,)), Local(5)], ids=str)
+def test_strides_change_no_draw(pattern: Pattern, strided: str) -> None:
+    """More batch rows than segments: dense kernels are launched by strides, in one pass or the other."""
+    attention = build(pattern, dropout_p=0.5)
+    given = {"query": 4, "key": 2, "value": 2, "dout": 4}
+    tensors = {name: torch.randn(3, TOKENS, heads, TOKENS, dtype=torch.float64) for name, heads in given.items()}
+    results = []
+    for turned in ("", strided):
+        *leaves, dout = (
+            x.transpose(1, 2).contiguous().transpose(1, 2) if n == turned else x for n, x in tensors.items()
+        )
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = drawn(attention, *leaves, seed=2)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 26])
+@pytest.mark.parametrize("pattern", [Full(), Local(5), LONGNET, LONGNET + Local(5)], ids=str)
+def test_rows_without_keys_large_scores_and_gradients_of_lse(
+    pattern: Pattern, workspace_bytes: int, dtype: str, allowed: float
+) -> None:
+    """With a scale below 0, and in as little memory as can be."""
+    scale = -8.0 if dtype == "float32" else -0.5  # scores whose exponentials are not finite
+    limits = Limits(workspace_bytes=workspace_bytes)
+    attention = build(pattern, is_causal=True, head_dim=16, scale=scale, dtype=dtype, limits=limits)
+    given = [torch.randn(2, TOKENS, heads, 16, dtype=getattr(torch, dtype)) for heads in (4, 2, 2)]
+    upstream = torch.randn(2, TOKENS, 4, 16), torch.randn(2, 4, TOKENS)
+    found = []
+    for exact in (True, False):
+        q, k, v = (x.double().requires_grad_() if exact else x.clone().requires_grad_() for x in given)
+        if exact:
+            call: dict[str, Any] = {
+                "pattern": pattern,
+                "is_causal": True,
+                "scale": scale,
+                "q_offset": 0,
+                "kv_offset": 8,
+            }
+            out, lse = reference.attention(q, k, v, **call)
+        else:
+            out, lse = attention(q, k, v, return_lse=True, q_offset=0, kv_offset=8)
+            assert out.dtype == q.dtype
+        weights = [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)]
+        total = (out * weights[0]).sum() + (lse[:, :, 8:] * weights[1][:, :, 8:]).sum()
+        found.append((out, lse[:, :, 8:], *torch.autograd.grad(total, (q, k, v))))
+        assert bool((lse[:, :, :8] == -torch.inf).all())
+    for a, b in zip(*found, strict=True):
+        assert error(b, a) < allowed
+
+
 @pytest.mark.parametrize("dropout_p", [1e-4, 0.1, 0.5, 0.9999, 1 - 1e-9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_draws_are_as_probable_as_they_say(dropout_p: float, dtype: torch.dtype) -> None:
@@ -165,8 +222,18 @@ def test_the_draws_are_as_probable_as_they_say(dropout_p: float, dtype: torch.dt
     factors = draws.factors(torch.empty(1001, 1003, dtype=dtype))
     assert factors.dtype == dtype
     found = float((factors > 0).double().mean())
+    assert found > 0
     assert abs(found - draws.keep) < 5 * (draws.keep * (1 - draws.keep) / factors.numel()) ** 0.5 + 1e-9
     assert torch.allclose(factors[factors > 0], torch.tensor(1 / draws.keep, dtype=dtype), rtol=1e-6)
+
+
+def test_seeds_that_differ_in_any_of_32_bits_draw_differently() -> None:
+    """More a processor's generator does not look at."""
+    seeds = [0, *(1 << bit for bit in range(32))]
+    drawn_by = {
+        Draws.of(0.5, torch.tensor(s), torch.device("cpu")).factors(torch.empty(64)).numpy().tobytes() for s in seeds
+    }
+    assert len(drawn_by) == len(seeds)
 
 
 def test_occurrences_are_drawn_one_by_one() -> None:
@@ -200,13 +267,40 @@ def test_a_layer_of_torch_keeps_its_default_dropout() -> None:
     assert bool(x.grad.isfinite().all())
 
 
+def most_of(name: str, attention: Attention, length: int) -> int:
+    """The most bytes that one run of an operator of torch allocates in both passes."""
+    config = attention.config
+    query, key, value = (
+        torch.randn(1, length, heads, config.head_dim, requires_grad=True)
+        for heads in (config.num_heads, config.kv_heads, config.kv_heads)
+    )
+    with torch.profiler.profile(profile_memory=True) as profile:
+        attention(query, key, value).sum().backward()
+    found = [int(event.self_cpu_memory_usage) for event in profile.events() or () if event.name == name]
+    assert len(found) > 1
+    return max(found)
+
+
 def test_the_workspace_bounds_what_is_formed_at_once() -> None:
     """Of 16 MiB of scores for each head no more than the limit."""
-    small = build(Full(), num_heads=1, num_kv_heads=1, head_dim=8, dtype="float32", dropout_p=0.1)
+    small = build(Full(), num_heads=2, num_kv_heads=2, head_dim=8, dtype="float32", dropout_p=0.1)
     limits = attrs.evolve(small.config.limits, workspace_bytes=1 << 20)
     attention = build_attention(attrs.evolve(small.config, limits=limits))
-    x = torch.randn(1, 2048, 1, 8, requires_grad=True)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        attention(x, x, x).sum().backward()
-    most = max(event.self_cpu_memory_usage for event in profile.events() or ())
-    assert most <= 1 << 20
+    assert 4 * most_of("aten::bmm", attention, 2048) <= 1 << 20
+
+
+@pytest.mark.parametrize(("num_kv_heads", "length"), [(1, 1024), (8, 4096)])
+def test_copies_of_keys_are_within_the_workspace_too(num_kv_heads: int, length: int) -> None:
+    """Short segments of a large head_dim have many more elements of keys than scores."""
+    limits = Limits(workspace_bytes=1 << 19)
+    shape = {"num_heads": 8, "num_kv_heads": num_kv_heads, "head_dim": 256, "dtype": "float32", "limits": limits}
+    attention = build(Dilated(segment_lengths=(8,), dilation_rates=(1,)), **shape)
+    for name in ("aten::index_select", "aten::bmm"):
+        assert 2 * most_of(name, attention, length) <= limits.workspace_bytes
+
+
+def test_counts_of_repeated_pairs_are_within_the_workspace() -> None:
+    """Weights, counts, probabilities or divisors, and what is drawn: a quarter for each."""
+    limits = Limits(workspace_bytes=1 << 22)
+    attention = build(Local(5) + Local(9), head_dim=8, dtype="float32", dropout_p=0.1, limits=limits)
+    assert 4 * most_of("aten::clamp", attention, 2048) <= limits.workspace_bytes
