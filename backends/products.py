@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..core.block_product import BlockProduct
 from ..core.composer import Composer, merge_
-from ..core.dense_products import DenseProducts
 from ..core.draws import Draws
 from ..core.dynamic_tables import DynamicTables
 from ..core.pattern import LearnedPattern
 from ..core.refusal import Refusal
 from ..core.schedule import Schedule, schedule
+from .dense_products import DenseProducts
 
 if TYPE_CHECKING:
     from ..core.kernel import LayoutPiece

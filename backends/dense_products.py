@@ -13,14 +13,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from .block_product import bmm, widened
-from .composer import accumulator_dtype, delta_of
-from .draws import Draws
-from .kernel import DensePiece
-from .limits import at_once
+from ..core.block_product import bmm, widened
+from ..core.composer import accumulator_dtype, delta_of
+from ..core.draws import Draws
+from ..core.kernel import DensePiece
+from ..core.limits import at_once
 
 _CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is
-_SCORE_SIZED = 4  # temporaries of a chunk that are as large as its scores, at most
+_SCORE_SIZED = 2  # temporaries of a chunk that are as large as its scores, at most; with draws twice as many
 _ROW_SIZED = 2  # and as large as its queries, and as its keys
 
 
@@ -86,7 +86,8 @@ class DenseProducts:
         """Items and rows that are computed together, the columns that they may see, and the items of their keys."""
         (batch, length, heads, head_dim), (_, kv_len, kv_heads, _) = query.shape, key.shape
         itemsize, room = accumulator_dtype(query.dtype).itemsize, at_once(self.workspace_bytes, query)
-        row_bytes = (_SCORE_SIZED * kv_len + _ROW_SIZED * head_dim) * itemsize
+        score_sized = _SCORE_SIZED if self.draws is None else 2 * _SCORE_SIZED
+        row_bytes = (score_sized * kv_len + _ROW_SIZED * head_dim) * itemsize
         rows = min(length, max(1, room // row_bytes), _CAUSAL_ROWS if piece.is_causal else length)
         # One item's keys are copied whatever room there is: with fewer rows they would be more often.
         items = max(1, room // (rows * row_bytes + _ROW_SIZED * kv_len * head_dim * itemsize))
