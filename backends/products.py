@@ -39,8 +39,11 @@ class MathBackend:
         """The same bits on every run, where gradients of keys are added atomically."""
         request.options("math", allowed=())
         config = request.config
-        if config.deterministic and config.requires_grad and request.device.type != "cpu":
-            yield Refusal("deterministic", "a deterministic backward", f"atomic additions on {request.device.type}")
+        is_exact = request.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        if config.deterministic and config.requires_grad and not is_exact:
+            actual = f"atomic additions on {request.device.type}, as PyTorch's switch is off"
+            remedy = "call torch.use_deterministic_algorithms(True) before building"
+            yield Refusal("deterministic", "a deterministic backward", actual, remedy)
 
     def pin(self, request: Request) -> str:
         """There is one sub-kernel."""

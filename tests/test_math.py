@@ -256,6 +256,19 @@ def test_it_serves_what_nothing_else_takes() -> None:
     assert explain(**shape, dropout_p=0.1, deterministic=True).backend == "math"
 
 
+def test_on_a_card_gradients_are_deterministic_where_pytorch_is_told_to() -> None:
+    asked: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "arch": "sm_90", "pattern": LONGNET, "deterministic": True}
+    (row,) = [row for row in explain(**asked, dropout_p=0.1).rows if row.name == "math"]
+    assert [refusal.code for refusal in row.refusals] == ["deterministic"]
+    assert "torch.use_deterministic_algorithms(True)" in str(row.refusals[0])
+    assert explain(**asked, dropout_p=0.1, requires_grad=False).backend == "math"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert explain(**asked, dropout_p=0.1).backend == "math"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_layer_of_torch_keeps_its_default_dropout() -> None:
     """Whose attention drops a tenth of its weights while it trains."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
