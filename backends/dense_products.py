@@ -13,11 +13,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.block_product import bmm, widened
 from ..core.composer import accumulator_dtype, delta_of
 from ..core.draws import Draws
 from ..core.kernel import DensePiece
 from ..core.limits import at_once
+from ..core.products import attend_rows, bmm, score_gradients, widened
 
 _CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is
 _SCORE_SIZED = 2  # temporaries of a chunk that are as large as its scores, at most; with draws twice as many
@@ -48,16 +48,10 @@ class DenseProducts:
         q, k, v = _items(query), _items(key), _items(value)
         out = torch.empty(q.shape, dtype=accumulator_dtype(query.dtype), device=query.device)
         lse = torch.empty(q.shape[:2], dtype=out.dtype, device=query.device)
+        factors = None if self.draws is None else self.draws.factors
         for items, rows, cols, of_keys in self._chunks(query, key, piece):
-            part = q[items, rows]
-            scores = self._scores(part, _taken(k, of_keys, cols), rows, piece)
-            top = scores.amax(dim=-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(dim=-1, keepdim=True)
-            if self.draws is not None:
-                weights *= self.draws.factors(weights)
-            out[items, rows] = bmm(weights.to(part.dtype), _taken(v, of_keys, cols)) / total
-            lse[items, rows] = (top + total.log()).squeeze(-1)
+            scores = self._scores(q[items, rows], _taken(k, of_keys, cols), rows, piece)
+            out[items, rows], lse[items, rows] = attend_rows(scores, _taken(v, of_keys, cols), factors)
         return _rows(out, batch).to(query.dtype), lse.view(batch, heads, length)
 
     def backward(
@@ -74,10 +68,8 @@ class DenseProducts:
             p = self._scores(q_part, k_part, rows, piece).sub_(lse[items, rows]).exp_()
             kept = None if self.draws is None else self.draws.factors(p)
             dv[:, cols].index_add_(0, of_keys, bmm((p if kept is None else p * kept).to(do.dtype).mT, do_part))
-            ds = bmm(do_part, _taken(v, of_keys, cols).mT)
-            if kept is not None:
-                ds *= kept
-            ds = ds.sub_(delta[items, rows]).mul_(p).mul_(piece.scale).to(q.dtype)
+            v_part = _taken(v, of_keys, cols)
+            ds = score_gradients(p, kept, do_part, v_part, delta[items, rows], piece.scale).to(q.dtype)
             dq[items, rows] = bmm(ds, k_part)
             dk[:, cols].index_add_(0, of_keys, bmm(ds.mT, q_part))
         return _rows(dq, batch), _rows(dk, batch), _rows(dv, batch)

@@ -151,6 +151,11 @@ class Listed:
             return np.zeros_like(self.table), 1
         return self.table, self.tables
 
+    @property
+    def mask_cols(self) -> int:
+        """Columns of `MaskBits.numbers`: the library refuses a tensor with stride 1 in more than one dimension."""
+        return max(self.cols, 2)
+
     @cached_property
     def widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The most blocks with a mask in a row, and in a column, at least 1; and those without."""
@@ -167,7 +172,7 @@ class Listed:
         for in_row, in_col in self.widths:
             total += self.heads.size * (self.rows * (in_row + 1) + self.cols * (in_col + 1))
         if masks:
-            total += self.numbered[1] * self.rows * max(self.cols, 2) + masks * BLOCK * BLOCK // _WORD
+            total += self.numbered[1] * self.rows * self.mask_cols + masks * BLOCK * BLOCK // _WORD
         return _INT_BYTES * total
 
     def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,8 +193,7 @@ class Listed:
         if not masked.any():
             return None
         table, tables = self.numbered
-        # The library refuses a tensor of which more than one dimension has stride 1, as where the last has size 1.
-        numbers = np.zeros((tables, self.rows, max(self.cols, 2)), dtype=np.int32)
+        numbers = np.zeros((tables, self.rows, self.mask_cols), dtype=np.int32)
         numbers[table[masked], self.row[masked], self.col[masked]] = self.mask_ids[masked]
         heads = blocks.head_table if tables > 1 else np.zeros_like(blocks.head_table)
         words = np.packbits(blocks.masks, axis=-1, bitorder="little").view("<i4")

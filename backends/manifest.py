@@ -218,8 +218,8 @@ def _fuses(request: Request) -> bool:
     fewest = 2 if is_hopper and head_dim <= 64 else 3
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
-    is_narrow = head_dim <= 128 or head_dim == 256 if is_hopper else head_dim <= 64
-    return is_half and len(branches) >= fewest and is_narrow
+    is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim == 256))
+    return is_half and len(branches) >= fewest and is_suited
 
 
 def _suits_flex(request: Request) -> bool:

@@ -23,20 +23,12 @@ from .draws import Draws
 from .kernel import DensePiece, Tables
 from .layout import BlockLayout
 from .limits import at_once
+from .products import attend_rows, bmm, score_gradients, widened
 from .tracing import span
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
     from .kernel import BlockTable
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product with float32 sums and, for half-precision operands, a float32 result."""
-    if a.dtype in _HALF:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b)
 
 
 def block_table(
@@ -146,16 +138,9 @@ class BlockProduct:
             for row in range(q_blocks.shape[0]):
                 for part in self._chunks(query):
                     q, k, v = _take(q_blocks[row], part.queries), take_k(row, part.keys), take_v(row, part.keys)
-                    scores = self._scores(q, k, part)
-                    top = scores.amax(dim=-1, keepdim=True)
-                    top.masked_fill_(top == -math.inf, 0.0)
-                    weights = scores.sub_(top).exp_()
-                    total = weights.sum(dim=-1, keepdim=True)
-                    if self.draws is not None:
-                        weights *= self._kept(weights, part, self.draws)
-                    part_out = bmm(weights.to(v.dtype), v) / torch.where(total == 0, 1.0, total)
+                    part_out, part_lse = attend_rows(self._scores(q, k, part), v, self._factors(part))
                     out[row].index_copy_(0, part.queries, part_out)
-                    lse[row].index_copy_(0, part.queries, (top + total.log()).squeeze(-1))
+                    lse[row].index_copy_(0, part.queries, part_lse)
         return self._rows(out, query), self._row_values(lse, query)
 
     def backward(
@@ -183,12 +168,10 @@ class BlockProduct:
                     lse_part = lse_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                     delta_part = delta_blocks[row].index_select(0, part.queries).unsqueeze(-1)
                     p = self._scores(q, k, part).sub_(lse_part).exp_()
-                    kept = None if self.draws is None else self._kept(p, part, self.draws)
+                    factors = self._factors(part)
+                    kept = None if factors is None else factors(p)
                     _put_add(dv[row], part.keys, bmm((p if kept is None else p * kept).to(do.dtype).mT, do))
-                    ds = bmm(do, v.mT)
-                    if kept is not None:
-                        ds *= kept
-                    ds = ds.sub_(delta_part).mul_(p).mul_(self.scale).to(q.dtype)
+                    ds = score_gradients(p, kept, do, v, delta_part, self.scale).to(q.dtype)
                     del p, kept
                     dq[row].index_copy_(0, part.queries, bmm(ds, k))
                     _put_add(dk[row], part.keys, bmm(ds.mT, q))
@@ -239,11 +222,14 @@ class BlockProduct:
             blocks[:, :, partial:] += part.log_weights[:, None, :, None]
         return scores
 
-    def _kept(self, like: Tensor, part: ItemClass, draws: Draws) -> Tensor:
-        """Factors of the weights of a chunk, shaped as they are."""
+    def _factors(self, part: ItemClass) -> Callable[[Tensor], Tensor] | None:
+        """What draws the factors of a chunk's weights, shaped as they are; None without dropout."""
+        draws = self.draws
+        if draws is None:
+            return None
         if not self._repeats(part):
-            return draws.factors(like)
-        return draws.factors(like, self._with_counts(torch.zeros_like(like), part).exp_().round_())
+            return draws.factors
+        return lambda like: draws.factors(like, self._with_counts(torch.zeros_like(like), part).exp_().round_())
 
     def _repeats(self, part: ItemClass) -> bool:
         """Whether some pairs of these items may count more than once."""
@@ -307,11 +293,6 @@ class BlockProduct:
         """The inverse of `_blocks`: (B, S, H, D) as a view."""
         batch, length, heads, head_dim = like.shape
         return blocks.view(batch, heads, -1, head_dim)[:, :, :length].transpose(1, 2)
-
-
-def widened(x: Tensor) -> Tensor:
-    """float32 for halves on CPU, where `torch.bmm` takes no out_dtype."""
-    return x.float() if x.dtype in _HALF and not x.is_cuda else x
 
 
 def _take(blocks: Tensor, index: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_product import bmm
 from .checks import require_int
 from .composer import accumulator_dtype
 from .errors import ConfigError
 from .geometry import Geometry, one_token
 from .pattern import Pattern
+from .products import bmm, exponentials, widened
 from .tracing import span
 
 if TYPE_CHECKING:
@@ -269,8 +269,8 @@ class DecodingCache:
             value: as key.
         """
         width = int(self._used.max(initial=0))
-        keys = [_wide(x).flatten(0, 1) for x in (self._keys[:, :, :width], key.transpose(1, 2))]
-        values = [_wide(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
+        keys = [widened(x).flatten(0, 1) for x in (self._keys[:, :, :width], key.transpose(1, 2))]
+        values = [widened(x).flatten(0, 1) for x in (self._values[:, :, :width], value.transpose(1, 2))]
         new = np.arange(self.seq_len, self.seq_len + query.shape[1], dtype=np.int64)
         positions = np.concatenate([self._positions[:, :width], np.tile(new, (self._heads, 1))], axis=1)
         batch, count, heads, _ = query.shape
@@ -298,12 +298,10 @@ class DecodingCache:
         counts = self._counts(places, positions)
         self.engine.forwards.add(0, 0, batch * int(counts.sum()))
         bias = torch.from_numpy(counts).to(query.device, dtype).log_()
-        q = _wide(query).transpose(1, 2).reshape(batch * self._heads, heads // self._heads * count, head_dim)
+        q = widened(query).transpose(1, 2).reshape(batch * self._heads, heads // self._heads * count, head_dim)
         scores = torch.cat([bmm(q, key.mT) for key in keys], dim=-1).mul_(self.engine.scale)
         scores = scores.view(batch, heads, count, columns).add_(bias)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
-        total = weights.sum(dim=-1, keepdim=True)
+        weights, total, _ = exponentials(scores)
         shares = weights.view(*q.shape[:2], columns).to(q.dtype)
         held = values[0].shape[1]
         out = bmm(shares[..., :held], values[0]) + bmm(shares[..., held:], values[1])
@@ -340,8 +338,3 @@ def _moved(held: Tensor, rows: list[Tensor], room: int) -> Tensor:
     for head, index in enumerate(rows):
         new[:, head, : index.shape[0]] = held[:, head].index_select(1, index)
     return new
-
-
-def _wide(x: Tensor) -> Tensor:
-    """What the products take: half precision on a CPU becomes float32, as its products have no other sums."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda else x

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .plan import AttentionPlan, BackendRow
 
 # Backends for what no other takes, in words.
-_SLOW: Final = {
+SLOW: Final = {
     "math": "PyTorch's matrix products, no fused kernel",
     "reference": "the oracle, in float64 over every pair of tokens",
 }
@@ -123,10 +123,10 @@ def _headline(plan: AttentionPlan) -> str:
 
 def _slow_words(plan: AttentionPlan) -> Iterator[str]:
     """That `auto` was left with what is slow, and what would bring back the fastest that takes a little less."""
-    if plan.backend in _SLOW and plan.config["backend"] == "auto":
+    if plan.backend in SLOW and plan.config["backend"] == "auto":
         near = [row for row in plan.rows if row.near_miss and row.near_miss.verified]
         remedy = f"; {near[0].name} {near[0].near_miss}" if near else ""
-        yield f"  slow    {_SLOW[plan.backend]}, as nothing faster takes this{remedy}"
+        yield f"  slow    {SLOW[plan.backend]}, as nothing faster takes this{remedy}"
 
 
 def _open_words(plan: AttentionPlan) -> Iterator[str]:

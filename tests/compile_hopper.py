@@ -49,9 +49,10 @@ def kernel(folder: str, module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"fused.{module}"), name)
 
 
-def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers: int) -> tuple[int, str]:
-    """Bytes of shared memory, and what ptxas says of it."""
+def source_of(make: Any, fn: Any, constants: dict[str, Any], dtype: str = "bf16") -> Any:
+    """What is compiled of a kernel: `make` is the compiler's class for its dialect, `dtype` that of the tensors."""
     kinds = {name: POINTERS.get(name, "fp32" if name in FLOATS else "i32") for name in fn.arg_names}
+    kinds = {name: kind.replace("bf16", dtype) for name, kind in kinds.items()}
     kinds |= {name: f"tensordesc<{BOXES[name].format(**constants)}>" for name in kinds if name in BOXES}
     signature = kinds | dict.fromkeys(constants, "constexpr")
     values = {(i,): constants[name] for i, name in enumerate(fn.arg_names) if name in constants}
@@ -60,7 +61,12 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers
         for i, name in enumerate(fn.arg_names)
         if name in POINTERS or name in ALIGNED or name.startswith("stride")
     }
-    source = GluonASTSource(fn, signature, values, divisible)
+    return make(fn, signature, values, divisible)
+
+
+def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, registers: int) -> tuple[int, str]:
+    """Bytes of shared memory, and what ptxas says of it."""
+    source = source_of(GluonASTSource, fn, constants)
     options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}
     with contextlib.redirect_stdout(io.StringIO()) as said:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

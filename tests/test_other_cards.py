@@ -127,7 +127,7 @@ def shared_bytes(kind: str, which: Pass, tile: Tile, head_dim: int, dtype: str, 
     triton: Any = pytest.importorskip("triton")
     compiler: Any = importlib.import_module("triton.compiler")
     target: Any = importlib.import_module("triton.backends.compiler").GPUTarget
-    from .compile_hopper import ALIGNED, FLOATS, POINTERS
+    from .compile_hopper import source_of
 
     module, name = (OF_BRANCHES if kind == "branches" else OF_BLOCKS)[which]
     fn = getattr(importlib.import_module(f"dilated_attention.backends.fused.{module}"), name)
@@ -137,14 +137,7 @@ def shared_bytes(kind: str, which: Pass, tile: Tile, head_dim: int, dtype: str, 
         "PACKED": True, "BOUNDED": True, "ADDS": True, "IN_ORDER": True, "BLOCK": 64 if kind.endswith("64") else 128,
     }  # fmt: skip
     taken = {key: value for key, value in constants.items() if key in fn.arg_names}
-    kinds = {n: POINTERS.get(n, "fp32" if n in FLOATS else "i32").replace("bf16", dtype) for n in fn.arg_names}
-    aligned = [n in POINTERS or n in ALIGNED or n.startswith("stride") for n in fn.arg_names]
-    source = compiler.ASTSource(
-        fn,
-        kinds | dict.fromkeys(taken, "constexpr"),
-        {(i,): taken[n] for i, n in enumerate(fn.arg_names) if n in taken},
-        {(i,): [["tt.divisibility", 16]] for i, is_so in enumerate(aligned) if is_so},
-    )
+    source = source_of(compiler.ASTSource, fn, taken, dtype)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     options |= {"maxnreg": tile.registers} if tile.registers else {}
     return int(triton.compile(source, target=target("cuda", capability, 32), options=options).metadata.shared)

@@ -67,7 +67,7 @@ class Case:
     requires_grad: bool = True
     deterministic: bool = False
     dropout_p: float = 0.0
-    options: tuple[tuple[str, Any], ...] = attrs.field(default=(), eq=False)  # a kit has the same in all of its cases
+    options: Mapping[str, Any] = attrs.field(factory=dict, eq=False)  # a kit has the same in all of its cases
 
     def __str__(self) -> str:
         heads = f"{self.num_heads}" if self.num_heads == self.num_kv_heads else f"{self.num_heads}/{self.num_kv_heads}"
@@ -113,7 +113,7 @@ class Case:
             deterministic=self.deterministic,
             dropout_p=self.dropout_p,
             backend=backend,
-            backend_options={backend: dict(self.options)} if self.options else {},
+            backend_options={backend: self.options} if self.options else {},
         )
 
 

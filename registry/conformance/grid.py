@@ -134,7 +134,7 @@ def candidates(
                 q_len=length,
                 kv_len=length,
                 requires_grad=backward,
-                options=tuple(options.items()),
+                options=options,
             )
 
 

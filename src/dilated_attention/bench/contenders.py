@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.attention import Attention
+from ..core.explain import SLOW
 from ..core.pattern import Pattern
 from ..core.plan import AttentionPlan
 from ..registry.build import build_attention, explain
@@ -24,7 +25,6 @@ from .timing import difference, milliseconds, training
 BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 # Kernels among which a backend chooses on CUDA; where it is not told which, each is measured.
 _KERNELS: Final = {"sdpa": ("cudnn", "flash"), "xformers": ("flash", "cutlass")}
-_FOR_THE_REST: Final = ("math", "reference")  # what no other backend takes, and slow
 # One of ours is left out where a pass takes this long, and that many times as long as another of ours.
 _SLOW_MS: Final = 250.0
 _SLOWER: Final = 10.0
@@ -136,7 +136,7 @@ class Gate:
 
 
 def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callable[[str], None]) -> Iterator[str]:
-    """NAME, NAME:KERNEL or NAME:OPTION=VALUE: those asked for, or all that take the case and are not `_FOR_THE_REST`.
+    """NAME, NAME:KERNEL or NAME:OPTION=VALUE: those asked for, or all that take the case and are not `SLOW`.
 
     Those that refuse it are noted.
     """
@@ -153,7 +153,7 @@ def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callab
     for row in plan.rows:
         if row.status not in ("chosen", "usable"):
             refused.append(row.name)
-        elif row.name not in _FOR_THE_REST:
+        elif row.name not in SLOW:
             kernels = _KERNELS.get(row.name, ()) if case.device == "cuda" and device.startswith("cuda") else ()
             yield from [f"{row.name}:{kernel}" for kernel in kernels] or [row.name]
     if refused:
