@@ -6,7 +6,6 @@ forms no more scores at once than `Limits.workspace_bytes` has room for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
@@ -15,8 +14,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core import composed
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer, merge_
+from ..core.composer import Composer
 from ..core.draws import Draws
 from ..core.dynamic_tables import DynamicTables
 from ..core.pattern import LearnedPattern
@@ -84,7 +84,7 @@ class _Prepared:
 
 
 class MathKernel:
-    """Computes a `LayoutPiece`; blocks first, then branches, in both passes, so that both draw the same dropout.
+    """Computes a `LayoutPiece`, on compact tensors: what is computed together, and so draws, is alike in both passes.
 
     Args:
         dtype: of queries, keys and values.
@@ -105,15 +105,7 @@ class MathKernel:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        draws, composer = self._drawing(piece, query.device)
-        prepared = self._of(piece.layout, query.device)
-        blocks, calls = prepared.blocks_of(piece, draws), prepared.calls_of(draws)
-        if blocks is None:
-            out, lse = composer.forward(query, key, value, calls)
-        else:
-            out, lse = blocks.forward(query, key, value)
-            if calls.calls:
-                merge_(out, lse, *composer.forward(query, key, value, calls))
+        out, lse = composed.forward(*self._pass(piece, query.device), query, key, value)
         return out.to(query.dtype), lse
 
     def backward(
@@ -130,16 +122,7 @@ class MathKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `LayoutKernel.backward`."""
         dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
-        draws, composer = self._drawing(piece, query.device)
-        prepared = self._of(piece.layout, query.device)
-        blocks, calls = prepared.blocks_of(piece, draws), prepared.calls_of(draws)
-        lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys, where p is then 0
-        grads = None if blocks is None else blocks.gradients(dout, query, key, value, out, lse, dlse)
-        if grads is not None and not calls.calls:
-            return grads
-        given = query, key, value, out, lse, calls
-        more = composer.backward(dout, *given) if dlse is None else composer.backward_through_lse(dout, dlse, *given)
-        return more if grads is None else (grads[0] + more[0], grads[1] + more[1], grads[2] + more[2])
+        return composed.backward(*self._pass(piece, query.device), dout, dlse, query, key, value, out, lse)
 
     def _of(self, layout: Layout, device: torch.device) -> _Prepared:
         known = self._prepared.setdefault(layout, {})
@@ -171,8 +154,16 @@ class MathKernel:
         one_by_one = [attrs.evolve(branch, weight=1) for branch in layout.branches for _ in range(branch.weight)]
         return _Prepared(schedule(layout.branches, geometry), schedule(one_by_one, geometry), blocks, None)
 
-    def _drawing(self, piece: LayoutPiece, device: torch.device) -> tuple[Draws | None, Composer]:
-        """The dropout of one pass, and what computes its dense pieces with it."""
-        draws = None if piece.seed is None else Draws.of(piece.dropout_p, piece.seed, device)
-        kernel = DenseProducts(self._workspace_bytes, draws)
-        return draws, Composer(kernel, piece.scale, piece.deterministic, self._workspace_bytes)
+    def _pass(self, piece: LayoutPiece, device: torch.device) -> tuple[Composer, Schedule, BlockProduct | None]:
+        """What computes dense pieces, which they are, and the product over blocks, for one pass.
+
+        Pieces and blocks each draw a dropout of their own, so that it does not matter which come first.
+        """
+        prepared = self._of(piece.layout, device)
+        of_calls = of_blocks = None
+        if piece.seed is not None:
+            of_calls, of_blocks = (Draws.of(piece.dropout_p, piece.seed + n, device) for n in range(2))
+        composer = Composer(
+            DenseProducts(self._workspace_bytes, of_calls), piece.scale, piece.deterministic, self._workspace_bytes
+        )
+        return composer, prepared.calls_of(of_calls), prepared.blocks_of(piece, of_blocks)

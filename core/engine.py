@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.utils._python_dispatch import _disable_current_modes
 
+from . import composed
 from .band_calls import dense_form
 from .block_product import BlockProduct, block_table
 from .cache import ByteLRU
-from .composer import merge_
 from .composers import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
@@ -275,13 +275,7 @@ class Engine:
             return out.contiguous(), lse.contiguous()
         assert self._composers is not None
         composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
-        if program.blocks is None:
-            out, lse = composer.forward(query, key, value, program.schedule)
-        else:
-            out, lse = program.blocks.forward(query, key, value)
-            if program.schedule.calls:
-                dense, dense_lse = composer.forward(query, key, value, program.schedule)
-                merge_(out, lse, dense, dense_lse)
+        out, lse = composed.forward(composer, program.schedule, program.blocks, query, key, value)
         if out.dtype != query.dtype:
             out = out.to(query.dtype)
         return out.contiguous(), lse.contiguous()
@@ -337,20 +331,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert self._composers is not None
         composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
-        if program.blocks is not None or program.schedule.cover == 0:
-            lse = torch.where(lse == -math.inf, math.inf, lse)  # rows without keys: every kernel then finds p = 0
-        grads = None
-        if program.schedule.calls:
-            given = (query, key, value, out, lse, program.schedule)
-            grads = (
-                composer.backward(dout, *given) if dlse is None else composer.backward_through_lse(dout, dlse, *given)
-            )
-        if program.blocks is not None:
-            more = program.blocks.gradients(dout, query, key, value, out, lse, dlse)
-            return more if grads is None else (more[0] + grads[0], more[1] + grads[1], more[2] + grads[2])
-        if grads is None:
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        return grads
+        of_program = composer, program.schedule, program.blocks
+        return composed.backward(*of_program, dout, dlse, query, key, value, out, lse)
 
     def received(
         self, query: Tensor, key: Tensor, lse: Tensor, q_offset: int, kv_offset: int, tables: Tensor | None
