@@ -1,7 +1,8 @@
 """PyTorch's own attention kernels as dense kernels, called below `scaled_dot_product_attention`.
 
 Only those that return lse and whose backward takes out and lse: aten's flash kernel for CPUs, and on CUDA its
-FlashAttention-2, cuDNN and memory-efficient kernels. All take strided views.
+FlashAttention-2, cuDNN and memory-efficient kernels. All take strided views. FlashAttention-2 and the memory-efficient
+kernel drop weights themselves; where the CPU's would, matrix products do, and FlashAttention-2 for cuDNN's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core.draws import Draws
 from ..core.kernel import DenseKernel, DensePiece
+from ..core.limits import Limits
+from .dense_products import DenseProducts
+from .philox import PhiloxDraws
 
 _aten = torch.ops.aten
 _Grads = tuple[Tensor, Tensor, Tensor]
+_STEPS = 256  # in which FlashAttention-2 counts probabilities
 
 
 def _bhsd(*tensors: Tensor) -> list[Tensor]:
@@ -27,6 +33,11 @@ class CpuFlash:
     """aten's flash attention for CPUs: float64, float32, bfloat16, float16, any head_dim, grouped queries."""
 
     name: str = "aten flash for CPU"
+    workspace_bytes: int = Limits().workspace_bytes  # bound on the temporaries of a pass that drops
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseProducts:
+        """See `Drops`."""
+        return DenseProducts(workspace_bytes=self.workspace_bytes, draws=Draws.of(dropout_p, seed, device))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
@@ -45,9 +56,9 @@ class CpuFlash:
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _no_dropout_state(device: torch.device) -> Tensor:
-    """The random state that a backward asks for and, without dropout, never reads."""
-    return torch.zeros(2, dtype=torch.uint64, device=device)
+def _state(draws: PhiloxDraws | None) -> tuple[float, int]:
+    """The dropout_p of a backward, and the seed of the random state that it never reads where that is 0."""
+    return (0.0, 0) if draws is None else (draws.dropout_p, draws.backward())
 
 
 @attrs.frozen
@@ -59,9 +70,27 @@ class CudaFlash:
 
     name: str = "flash"
     takes_windows: bool = True
+    draws: PhiloxDraws | None = None  # of the one pass that it is for
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaFlash:
+        """See `Drops`; dropout_p is rounded to 256ths.
+
+        The kernel keeps a pair if a byte is at most 255 keep, rounded down, and scales by 1 / keep: of 256ths that is
+        how often it keeps one.
+        """
+        dropped = min(max(round(dropout_p * _STEPS), 1), _STEPS - 1)
+        return attrs.evolve(self, draws=PhiloxDraws.of(dropped / _STEPS, seed))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
+        if self.draws is None:
+            return self._forward(query, key, value, piece, 0.0)
+        with self.draws.forward(query.device):
+            return self._forward(query, key, value, piece, self.draws.dropout_p)
+
+    def _forward(
+        self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
         left, right = piece.window or (None, None)
         out, lse, *_ = _aten._flash_attention_forward.default(
             query,
@@ -71,7 +100,7 @@ class CudaFlash:
             None,
             query.shape[1],
             key.shape[1],
-            0.0,
+            dropout_p,
             piece.is_causal,
             False,
             scale=piece.scale,
@@ -84,7 +113,11 @@ class CudaFlash:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
-        state = _no_dropout_state(query.device)
+        dropout_p, seed = _state(self.draws)
+        state = torch.zeros(2, dtype=torch.int64, device=query.device)
+        if seed:
+            state[0].fill_(seed)  # a number that a kernel brings: no copy that the device is waited for
+        state = state.view(torch.uint64)
         left, right = piece.window or (None, None)
         dq, dk, dv = _aten._flash_attention_backward.default(
             dout,
@@ -97,7 +130,7 @@ class CudaFlash:
             None,
             query.shape[1],
             key.shape[1],
-            0.0,
+            dropout_p,
             piece.is_causal,
             state,
             state,
@@ -118,6 +151,10 @@ class CudaCudnn:
 
     name: str = "cudnn"
     takes_windows: bool = True
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaFlash:
+        """See `Drops`."""
+        return CudaFlash().dropping(dropout_p, seed, device)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
@@ -168,12 +205,25 @@ class CudaEfficient:
     """The memory-efficient (CUTLASS) kernel: float32, bfloat16 and float16, head_dim a multiple of 4 (8 for halves)."""
 
     name: str = "efficient"
+    draws: PhiloxDraws | None = None  # of the one pass that it is for
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaEfficient:
+        """See `Drops`."""
+        return attrs.evolve(self, draws=PhiloxDraws.of(dropout_p, seed))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
+        if self.draws is None:
+            return self._forward(query, key, value, piece, 0.0)
+        with self.draws.forward(query.device):
+            return self._forward(query, key, value, piece, self.draws.dropout_p)
+
+    def _forward(
+        self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
         key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention.default(
-            *_bhsd(query, key, value), None, True, 0.0, piece.is_causal, scale=piece.scale
+            *_bhsd(query, key, value), None, True, dropout_p, piece.is_causal, scale=piece.scale
         )
         return out.transpose(1, 2), lse[:, :, : query.shape[1]]
 
@@ -189,15 +239,16 @@ class CudaEfficient:
         batch, heads, length = lse.shape
         aligned = lse.new_full((batch, heads, -(-length // 32) * 32), math.inf)
         aligned[:, :, :length] = lse
-        state = torch.zeros((), dtype=torch.int64, device=query.device)
+        dropout_p, seed = _state(self.draws)
+        state = torch.tensor([seed, 0], dtype=torch.int64, device="cpu")  # where it is read but for captures
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
             *_bhsd(dout, query, _repeat_heads(key, query), _repeat_heads(value, query)),
             None,
             out.contiguous().transpose(1, 2),
             aligned,
-            state,
-            state,
-            0.0,
+            state[0],
+            state[1],
+            dropout_p,
             [True, True, True, False],
             piece.is_causal,
             scale=piece.scale,

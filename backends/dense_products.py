@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.composer import accumulator_dtype, delta_of
 from ..core.draws import Draws
 from ..core.kernel import DensePiece
-from ..core.limits import at_once
+from ..core.limits import Limits, at_once
 from ..core.products import attend_rows, bmm, score_gradients, widened
 
 _CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is
@@ -29,18 +29,19 @@ class DenseProducts:
     """A dense kernel.
 
     Attributes:
+        name: as plans show it.
         workspace_bytes: bound on the temporaries of one step.
         draws: the dropout of the one pass that it is for; None without.
     """
 
-    workspace_bytes: int
+    name: str = "matrix products"
+    workspace_bytes: int = Limits().workspace_bytes
     draws: Draws | None = None
     takes_dlse: bool = True
 
-    @property
-    def name(self) -> str:
-        """As traces show it."""
-        return "products"
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseProducts:
+        """See `Drops`; dropout_p is rounded to 16 bits."""
+        return attrs.evolve(self, draws=Draws.of(dropout_p, seed, device))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""

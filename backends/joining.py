@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import ForOneLength, Tables, takes_dlse, takes_windows
+from ..core.kernel import Drops, ForOneLength, Tables, takes_dlse, takes_windows
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class JoiningKernel:
     """
 
     kernel: DenseKernel
-    _launched: set[_Variant] = attrs.field(factory=set, init=False, eq=False, repr=False)
+    _launched: set[_Variant] = attrs.field(factory=set, eq=False, repr=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -68,6 +68,11 @@ class JoiningKernel:
     def takes_dlse(self) -> bool:
         """As the kernel does."""
         return takes_dlse(self.kernel)
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> JoiningKernel:
+        """See `Drops`; of a kernel that is one."""
+        assert isinstance(self.kernel, Drops)
+        return JoiningKernel(self.kernel.dropping(dropout_p, seed, device), launched=self._launched)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""

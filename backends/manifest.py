@@ -44,6 +44,7 @@ _WHOLE: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
 _SHORT: Final = 1 << 13  # tokens below which `sdpa`'s launches of a window take longer than `triton`'s in float32
+_LONG_DENSE: Final = 1 << 14  # tokens from which dense attention takes longer than anything around it
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
 _FINEST_OF_FLEX: Final = 64  # smaller blocks make masks of nearly all of its 128 x 128, more than fit
@@ -57,6 +58,7 @@ SDPA = BackendSpec(
         "device_types": ("cpu", "cuda"),
         "dtypes": ("float64", "float32", *_HALVES),
         "head_dims": Range(1, 256),
+        "dropout": True,
         "deterministic": ("forward", "backward"),
         "cuda_graph": True,
     },
@@ -150,13 +152,12 @@ FLEX = BackendSpec(
 MATH = BackendSpec(
     name="math",
     target="dilated_attention.backends.products:MathBackend",
-    priority=-60,  # for what nothing else takes: dropout, and head_dims beyond 256
-    capabilities=_WHOLE
+    priority=-60,  # for what nothing else takes: head_dims beyond 256, and float64 on a card
+    capabilities=_DENSE
     | {
         "device_types": ("cpu", "cuda"),
         "dtypes": ("float64", "float32", *_HALVES),
         "head_dims": Range(1, 1 << 16),
-        "dynamic_tables": True,
         "dropout": True,
         "deterministic": ("forward", "backward"),
     },
@@ -193,6 +194,20 @@ def _bands(request: Request) -> tuple[Band, ...]:
     return bands_of(request.pattern) or ()
 
 
+def _is_long_and_dense(request: Request) -> bool:
+    """Whether every query sees every key (causal ones every earlier one), on a Hopper card, of so many tokens."""
+    from ..core.lowering import split  # brings numpy, which listing backends does without
+
+    config = request.config
+    is_hopper = cards.compiled_for(request.device.arch) == cards.PROVEN
+    if not is_hopper or config.dtype not in _HALVES or request.needs["layouts"] != ("branch",):
+        return False
+    if config.seq_len is None or config.seq_len < _LONG_DENSE or config.varlen or "context_parallel" in request.needs:
+        return False
+    branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
+    return [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+
+
 def _fuses(request: Request) -> bool:
     """Whether the fused kernels are the fastest for a request.
 
@@ -219,7 +234,9 @@ def _fuses(request: Request) -> bool:
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
     is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim == 256))
-    return is_half and len(branches) >= fewest and is_suited
+    if len(branches) < fewest:
+        return 32 < head_dim <= 64 and _is_long_and_dense(request)
+    return is_half and is_suited
 
 
 def _suits_flex(request: Request) -> bool:
@@ -275,14 +292,19 @@ def _suits_fa4(request: Request) -> bool:
 def dilated_attention_rank_backends(request: Request, candidates: Sequence[BackendSpec]) -> Sequence[str]:
     """By priority, which of kernels for whole layouts depends on what they would compute.
 
-    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's or -4's, and long
-    tables of whole blocks are FlashAttention-4's at head_dim 128.
+    `flex` is for blocks that the fused kernels are refused for. A window alone is FlashAttention-3's or -4's, as long
+    dense attention is, and long tables of whole blocks are FlashAttention-4's at head_dim 128.
     """
     from ..core.bands import only_window
 
     priorities = {spec.name: spec.priority for spec in candidates}
+    is_dense = _is_long_and_dense(request)
+    if is_dense and FA4.name in priorities and request.config.head_dim in (64, 128):  # those that were measured
+        priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
     if not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
+    elif is_dense:
+        priorities[TRITON.name] = FA3.priority - 2
     elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2
         # Those that were measured; at 64 its forward pass alone is no faster.

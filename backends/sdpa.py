@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from ..core.checks import require_choice
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # From the fastest to the slowest, as measured on an H100 (docs/performance_log.md, "Dense kernels on one H100").
 _CUDA_KERNELS: dict[str, DenseKernel] = {k.name: k for k in (CudaCudnn(), CudaFlash(), CudaEfficient())}
 _HALVES = ("bfloat16", "float16")
+_DROPS_BY = {"aten flash for CPU": "matrix products", "cudnn": "flash"}  # of those that drop no weights themselves
 
 
 class SdpaBackend:
@@ -52,11 +54,17 @@ class SdpaBackend:
         """The fastest kernel that takes the request, or the forced one."""
         candidates = _candidates(request)
         if request.device.type == "cpu":
-            return CpuFlash()
+            return _named(CpuFlash(workspace_bytes=request.config.limits.workspace_bytes), request)
         for name, kernel in candidates.items():
             if not any(_kernel_refusals(name, request)):
-                return joining(kernel)
+                return joining(_named(kernel, request))
         raise ConfigError("sdpa was asked to build what it refused")
+
+
+def _named(kernel: DenseKernel, request: Request) -> DenseKernel:
+    """The kernel, which names the one that computes while weights are dropped, if that is another."""
+    other = _DROPS_BY.get(kernel.name) if request.config.dropout_p else None
+    return kernel if other is None else attrs.evolve(kernel, name=f"{kernel.name}, dropout by {other}")  # type: ignore[misc]
 
 
 def _forced_kernel(request: Request) -> str | None:
@@ -99,7 +107,7 @@ def _is_served(arch: str, served: list[str]) -> bool:
 def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     """Why one of the CUDA kernels cannot take the request."""
     config = request.config
-    major, _ = compute_capability(request.device.arch)
+    major, minor = compute_capability(request.device.arch)
     half = config.dtype in _HALVES
     oldest, widest, multiple = {"cudnn": (9, 128, 8), "flash": (8, 256, 8), "efficient": (5, None, 8 if half else 4)}[
         name
@@ -111,6 +119,13 @@ def _kernel_refusals(name: str, request: Request) -> Iterator[Refusal]:
     if config.head_dim % multiple or (widest is not None and config.head_dim > widest):
         bound = "" if widest is None else f" up to {widest}"
         yield Refusal("head_dims", str(config.head_dim), f"multiples of {multiple}{bound} ({name})", "pad with zeros")
+    most_lacking = 256 if config.dropout_p else 224
+    has_small_cores = (major == 8 and minor >= 6) or major == 12  # without the shared memory for the widest gradients
+    if name == "flash" and has_small_cores and config.requires_grad and 192 < config.head_dim <= most_lacking:
+        others = "" if most_lacking == 256 else " and from 232"
+        yield Refusal(
+            "head_dims", str(config.head_dim), f"up to 192{others}, with gradients ({name})", "pad with zeros"
+        )
     if name == "efficient" and config.dtype == "float64":
         yield Refusal("dtypes", "float64", f"float32, {', '.join(_HALVES)} (efficient)", "use float32")
     if name == "efficient" and config.dtype == "bfloat16" and major < 8:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import torch
 from torch import Tensor, nn
 
 from .checks import require_int
 from .composer import accumulator_dtype
+from .config import refuse_arguments
 from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
 from .errors import ConfigError
@@ -100,6 +101,7 @@ class Attention(nn.Module):
         kv_offset: int = 0,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        **unknown: Never,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
 
@@ -121,6 +123,7 @@ class Attention(nn.Module):
                 cache, and a query is padding where that key is.
             cu_seqlens: (documents + 1,) int32 or int64, the cumulative lengths of documents packed one behind the other
                 in a batch of one row: 0 first, the row's length last. A document may be empty.
+            **unknown: none; told where they belong.
 
         Returns:
             out, shaped like query, or (out, lse).
@@ -128,20 +131,19 @@ class Attention(nn.Module):
         Raises:
             ConfigError: for shapes, dtypes or devices other than those it was built for, for padding within a row's
                 tokens, lengths that do not add up, or a backend that does not declare varlen.
+            TypeError: for other arguments, such as is_causal, which is fixed when an attention is built.
         """
+        if unknown:
+            refuse_arguments(unknown)
         check_arguments(query, key, value, q_offset, kv_offset)
         device_type = self._device_type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 cast = [x.to(self._dtype) for x in (query, key, value)]
                 return self.forward(
-                    *cast,
-                    return_lse=return_lse,
-                    q_offset=q_offset,
-                    kv_offset=kv_offset,
-                    key_padding_mask=key_padding_mask,
-                    cu_seqlens=cu_seqlens,
-                )
+                    *cast, return_lse=return_lse, q_offset=q_offset, kv_offset=kv_offset,
+                    key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens,
+                )  # fmt: skip
         config = self.config
         swap = config.tensor_layout == "bhsd"
         if swap and query.dim() == key.dim() == value.dim() == 4:

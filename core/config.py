@@ -9,11 +9,11 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import attrs
 
-from .checks import MOST_POSITIONS, an_int, positive_int, require_choice, require_int
+from .checks import MOST_POSITIONS, an_int, did_you_mean, positive_int, require_choice, require_int
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
@@ -41,6 +41,8 @@ _ELSEWHERE: Final = {
     "embed_dim": "it takes head_dim, which is embed_dim // num_heads",
     "arch": "explain(..., arch=...) judges for a card that is not here; an attention is built for its device",
 }
+
+_OF_CALLS: Final = ("return_lse", "q_offset", "kv_offset", "key_padding_mask", "cu_seqlens")  # besides three tensors
 
 
 def _torch_name(value: object) -> object:
@@ -254,6 +256,15 @@ class AttentionConfig:
             "context_parallel": None if self.context_parallel is None else attrs.asdict(self.context_parallel),
             "limits": attrs.asdict(self.limits),
         }
+
+
+def refuse_arguments(given: Iterable[str]) -> NoReturn:
+    """Raise `TypeError` for arguments that a call does not take, naming where the first of them belongs."""
+    name = next(iter(given))
+    why = _ELSEWHERE.get(name) or f"it takes {', '.join(_OF_CALLS)}"
+    if name in keys_of(AttentionConfig):
+        why = f"it is fixed when the attention is built, by build_attention({name}=...)"
+    raise TypeError(f"a call of an attention has no {name!r}{did_you_mean(name, _OF_CALLS)}: {why}")
 
 
 def check_fields(mapping: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from .cache import ByteLRU
 from .composers import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
+from .dropping import of_one_pass, one_by_one
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
@@ -37,7 +38,9 @@ from .tracing import span
 if TYPE_CHECKING:
     from typing import Any
 
+    from .composer import Composer
     from .documents import Packing
+    from .kernel import BlockTable
 
 
 class Engine:
@@ -126,8 +129,10 @@ class Engine:
         """
         return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
 
-    def _program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
-        key = (q_len, kv_len, q_offset, kv_offset, device)
+    def _program(
+        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, *, drops: bool = False
+    ) -> Program:
+        key = (q_len, kv_len, q_offset, kv_offset, device, drops)
         found = self.programs.get(key)
         if found is not None:
             return found
@@ -139,10 +144,19 @@ class Engine:
         with span(self.range_name("lower")), _disable_current_modes():  # no fake tensors among those that are kept
             return self.programs.get_or_make(key, lambda: self._make_program(*key))
 
-    def _for_call(self, query: Tensor, key: Tensor, q_offset: int, kv_offset: int, packing: Packing | None) -> Program:
+    def _for_call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        q_offset: int,
+        kv_offset: int,
+        seed: Tensor | None,
+        packing: Packing | None,
+    ) -> Program:
         if packing is not None:
             return self._packed(packing, query.device)
-        return self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device)
+        drops = seed is not None and not self.takes_layout  # else what drops is the kernel for whole layouts
+        return self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device, drops=drops)
 
     def _packed(self, packing: Packing, device: torch.device) -> Program:
         """The program of documents that the kernel computes together."""
@@ -154,12 +168,14 @@ class Engine:
         with span(self.range_name("lower")), _disable_current_modes():
             return self._packings.program(packing, device)
 
-    def _make_program(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Program:
+    def _make_program(
+        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, drops: bool
+    ) -> Program:
         config = self.config
         self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
         if self._layout_kernel is None:
-            return self._composed(geometry, device, self.kernel)
+            return self._composed(geometry, device, self.kernel, drops=drops)
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
@@ -168,21 +184,27 @@ class Engine:
             return attrs.evolve(program, prepared_bytes=self._layout_kernel.prepare(layout, device))
         return program
 
-    def _composed(self, geometry: Geometry, device: torch.device, kernel: object = None) -> Program:
+    def _composed(
+        self, geometry: Geometry, device: torch.device, kernel: object = None, *, drops: bool = False
+    ) -> Program:
         """The program that core itself runs, with dense pieces, and with blocks unless `kernel` computes those.
 
-        It does where they are all there is: its results, of the inputs' dtype, are not merged.
+        It does where they are all there is: its results, of the inputs' dtype, are not merged. A program that `drops`
+        has calls that count pairs once, and no windows as squares, whose rows are read backwards.
         """
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
-        dense = dense_form(self.pattern, geometry, windows=self.takes_layout or takes_windows(self.kernel))
-        if dense is not None:
-            return Program(Layout(self.pattern, geometry, dense.branches, None), dense.schedule, bands=dense.bands)
+        windows = self.takes_layout or takes_windows(self.kernel)
+        dense = dense_form(self.pattern, geometry, windows=windows)
+        if dense is not None and (windows or not (drops and dense.bands)):
+            calls = one_by_one(dense.schedule) if drops else dense.schedule
+            return Program(Layout(self.pattern, geometry, dense.branches, None), calls, bands=dense.bands)
         layout = lower(self.pattern, geometry, limit_bytes=self.config.limits.layout_bytes)
         assert layout.blocks is not None
-        alone = kernel if not layout.branches else None
+        alone = kernel if not (layout.branches or drops) else None
         blocks = block_table(layout.blocks, alone, scale=self.scale, config=self.config, device=device)
-        return Program(layout, schedule(layout.branches, geometry), blocks)
+        calls = schedule(layout.branches, geometry)
+        return Program(layout, one_by_one(calls) if drops else calls, blocks)
 
     def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
         return Geometry(
@@ -245,10 +267,11 @@ class Engine:
         `lengths` are how many tokens of each batch row are counted, if not all. With a `packing` each of its documents
         is a sequence of its own, and there are no offsets.
         """
-        if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:  # all that kernels ask of strides
+        # All that kernels ask of strides, but for what is drawn.
+        if seed is not None or query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         batch = query.shape[0]
-        program = self._for_call(query, key, q_offset, kv_offset, packing)
+        program = self._for_call(query, key, q_offset, kv_offset, seed, packing)
         bound = program if tables is None else program.bound(tables)
         if profiler._is_profiler_enabled:  # as `span` asks, of which 0.2 us show in a tiny call
             with span(self._forward_name):
@@ -273,9 +296,8 @@ class Engine:
         if self._layout_kernel is not None:
             out, lse = self._layout_kernel.forward(query, key, value, self._piece(program, seed, tables))
             return out.contiguous(), lse.contiguous()
-        assert self._composers is not None
-        composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
-        out, lse = composed.forward(composer, program.schedule, program.blocks, query, key, value)
+        composer, blocks = self._of_pass(program, query, key, seed, is_filled)
+        out, lse = composed.forward(composer, program.schedule, blocks, query, key, value)
         if out.dtype != query.dtype:
             out = out.to(query.dtype)
         return out.contiguous(), lse.contiguous()
@@ -301,10 +323,10 @@ class Engine:
         """Return dq, dk, dv, contiguous, in the inputs' dtype: the exact gradients of `forward` (through lse too)."""
         self._check_dlse(dlse)
         with span(self._backward_name):
-            if any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
+            if seed is not None or any(x.stride(3) != 1 for x in (dout, query, key, value, out)):
                 dout, query, key, value, out = (x.contiguous() for x in (dout, query, key, value, out))
             batch = query.shape[0]
-            program = self._for_call(query, key, q_offset, kv_offset, packing)
+            program = self._for_call(query, key, q_offset, kv_offset, seed, packing)
             bound = program if tables is None else program.bound(tables)
             if not (program.pairs and query.numel()):
                 dq, dk, dv = empty_gradients(query, key, value)
@@ -312,27 +334,21 @@ class Engine:
                 piece = self._piece(bound, seed, tables)
                 dq, dk, dv = self._layout_kernel.backward(dout, query, key, value, out, lse, piece, dlse=dlse)
             else:
-                dq, dk, dv = self._backward(bound, dout, dlse, query, key, value, out, lse, lengths is not None)
+                composer, blocks = self._of_pass(bound, query, key, seed, lengths is not None)
+                of_program = composer, bound.schedule, blocks
+                dq, dk, dv = composed.backward(*of_program, dout, dlse, query, key, value, out, lse)
             grads = dq.to(query.dtype).contiguous(), dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
         self.backwards.add(calls, *program.counted(batch, lengths))
         return grads
 
-    def _backward(
-        self,
-        program: Program,
-        dout: Tensor,
-        dlse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_filled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_pass(
+        self, program: Program, query: Tensor, key: Tensor, seed: Tensor | None, is_filled: bool
+    ) -> tuple[Composer, BlockTable | None]:
+        """What computes dense pieces, and what computes blocks."""
+        if seed is not None:
+            return of_one_pass(self.kernel, program.blocks, seed, query.device, scale=self.scale, config=self.config)
         assert self._composers is not None
-        composer = self._composers.for_call(query.shape[1], key.shape[1], is_filled)
-        of_program = composer, program.schedule, program.blocks
-        return composed.backward(*of_program, dout, dlse, query, key, value, out, lse)
+        return self._composers.for_call(query.shape[1], key.shape[1], is_filled), program.blocks
 
     def received(
         self, query: Tensor, key: Tensor, lse: Tensor, q_offset: int, kv_offset: int, tables: Tensor | None

@@ -207,6 +207,24 @@ class ForOneLength(Protocol):
         """What gets all others."""
 
 
+@runtime_checkable
+class Drops(Protocol):
+    """What the `DenseKernel` of a backend that declares dropout has besides: it drops attention weights."""
+
+    def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseKernel:
+        """A kernel for one pass of a call, which multiplies weights by 1 / keep where a pair is kept, else by 0.
+
+        It gets what the kernel gets, in both passes the same pieces in the same order, of compact tensors. So the
+        seed, an int64 scalar on the CPU, determines what is dropped of each: other pairs in every piece, and the same
+        ones forward and backward. lse is that of all weights.
+
+        Args:
+            dropout_p: above 0 and below 1; a kernel may round it, but then keep is exactly how often a pair is kept.
+            seed: of the call.
+            device: of the tensors.
+        """
+
+
 def takes_windows(kernel: object) -> bool:
     """Whether a dense kernel takes pieces with a `window`, of whatever length."""
     if isinstance(kernel, ForOneLength) and not takes_windows(kernel.other_lengths):

@@ -168,14 +168,14 @@ class RingEngine(Engine):
         out, lse, _ = self.ring_forward(query, key, value)
         return out, lse
 
-    def _program(self, *_: object) -> NoReturn:
+    def _program(self, *_: object, **__: object) -> NoReturn:
         """Whatever would compute on this rank's keys alone is an error, not a local answer."""
         raise ConfigError(
             f"a ring of {self.communicator.size} ranks computes whole calls of one sequence only: no padding masks, "
             "packed documents, steps of decoding or other reads of a single rank's keys"
         )
 
-    def _composed(self, *_: object) -> NoReturn:
+    def _composed(self, *_: object, **__: object) -> NoReturn:
         """As `_program`."""
         self._program()
 

@@ -235,6 +235,23 @@ def test_no_second_derivative_is_an_error_not_a_wrong_number() -> None:
         grad.sum().backward()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("is_causal", r"it is fixed when the attention is built, by build_attention\(is_causal=\.\.\.\)"),
+        ("dropout_p", r"by build_attention\(dropout_p=\.\.\.\)"),
+        ("attn_mask", "who attends to whom is the pattern"),
+        ("enable_gqa", "grouped queries are said by num_kv_heads"),
+        ("key_padding", r"did you mean 'key_padding_mask'\?"),
+        ("rope", "it takes return_lse, q_offset, kv_offset, key_padding_mask, cu_seqlens"),
+    ],
+)
+def test_arguments_of_other_attentions_are_told_where_they_belong(argument: str, told: str) -> None:
+    x = torch.randn(1, 4, 4, 16)
+    with pytest.raises(TypeError, match=f"a call of an attention has no '{argument}'.*{told}"):
+        build()(x, x, x, **{argument: None})
+
+
 def test_dropout_is_exact_on_the_reference_backend_and_off_in_eval() -> None:
     attention = build(backend="reference", dropout_p=0.5, dtype="float64")
     short = Geometry.self_attention(24, 4)

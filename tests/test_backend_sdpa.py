@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.backends.sdpa import SdpaBackend
 from dilated_attention.core import arranged
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.kernel import CALL_AXES, DensePiece, ForOneLength, Joins
+from dilated_attention.core.kernel import CALL_AXES, DensePiece, Drops, ForOneLength, Joins, takes_windows
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.packed import attend_documents
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.selection import select
 
-from .kernel_kit import request, verdict
+from .kernel_kit import H100, request, verdict
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,40 @@ def test_cudnn_is_for_a_known_length_or_by_name() -> None:
     assert verdict("sdpa", **named).kernel == "cudnn"
     for seq_len in (None, 4096):
         assert not isinstance(SdpaBackend().build(request(seq_len=seq_len, **named)), ForOneLength)  # for any length
+
+
+def test_weights_are_dropped_by_kernels_that_can() -> None:
+    named: dict[str, Any] = {"backend_options": {"sdpa": {"kernel": "efficient"}}}
+    assert verdict("sdpa", dropout_p=0.1).kernel == "flash"
+    assert verdict("sdpa", dropout_p=0.1, seq_len=4096).kernel == "cudnn, dropout by flash"
+    assert verdict("sdpa", dropout_p=0.1, dtype="float32").kernel == "efficient"
+    assert verdict("sdpa", dropout_p=0.1, **named).kernel == "efficient"
+    for fields in ({}, {"seq_len": 4096}, named):
+        kernel = SdpaBackend().build(request(dropout_p=0.1, **fields))
+        assert isinstance(kernel, Drops)
+        dropping = kernel.dropping(0.1, torch.tensor(3), torch.device("cuda"))
+        assert (dropping.name == "efficient") is (fields is named)
+        assert takes_windows(dropping) is (fields is not named)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fields", "kernel"),
+    [
+        (192, {"dropout_p": 0.1}, "flash"),
+        (200, {}, "efficient"),
+        (224, {}, "efficient"),
+        (224, {"requires_grad": False}, "flash"),
+        (232, {}, "flash"),
+        (232, {"dropout_p": 0.1}, "efficient"),
+        (256, {"dropout_p": 0.1}, "efficient"),
+        (256, {"dropout_p": 0.1, "requires_grad": False}, "flash"),
+    ],
+)
+def test_small_cards_lack_the_widest_gradients(head_dim: int, fields: dict[str, Any], kernel: str) -> None:
+    """FlashAttention-2's, which PyTorch does not offer there either."""
+    for arch in ("sm_86", "sm_89"):
+        assert verdict("sdpa", attrs.evolve(H100, arch=arch), head_dim=head_dim, **fields).kernel == kernel
+    assert verdict("sdpa", attrs.evolve(H100, arch="sm_80"), head_dim=head_dim, **fields).kernel == "flash"
 
 
 def test_other_lengths_are_not_planned_for() -> None:

@@ -205,7 +205,7 @@ def test_it_compiles_whole() -> None:
 def test_no_table_is_made_on_a_processor() -> None:
     attention = build_attention(pattern=Local((9, 4)) | Global(3), num_heads=2, head_dim=8, backend="sdpa")
     attention.prepare(50)
-    program = attention._engine.programs.get((50, 50, 0, 0, torch.device("cpu")))
+    program = attention._engine.programs.get((50, 50, 0, 0, torch.device("cpu"), False))
     assert program is not None
     assert program.blocks is None
     assert program.layout.blocks is None

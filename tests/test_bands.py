@@ -215,7 +215,7 @@ def test_no_table_is_put_on_the_device_then() -> None:
     geometry = Geometry.self_attention(67, 2)
     engine = emulated_engine(ExactWindows(), geometry, WINDOW | SINKS, 8, takes_layout=False)
     layout = engine.prepare(67, 67, 0, 0, torch.device("cpu"))
-    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu")))
+    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu"), False))
     assert program is not None
     assert program.blocks is None
     assert layout.blocks is None  # none is made
@@ -227,7 +227,7 @@ def test_documents_that_are_filled_up_count_their_own_pairs(pattern: Pattern) ->
     causal = Geometry.self_attention(67, 2, is_causal=True)
     engine = emulated_engine(ExactWindows(), causal, pattern, 8, takes_layout=False)
     engine.prepare(67, 67, 0, 0, torch.device("cpu"))
-    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu")))
+    program = engine.programs.get((67, 67, 0, 0, torch.device("cpu"), False))
     assert program is not None
     lengths = (67, 66, 31, 1)
     alone = (lower(pattern, Geometry.self_attention(n, 2, is_causal=True)).pairs for n in lengths)

@@ -113,11 +113,12 @@ def test_an_error_shows_no_traceback() -> None:
 
 
 def test_no_backend_that_fits_is_status_3_with_the_table(invoke: Invoke) -> None:
-    done = invoke("explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa")
+    asked = ("explain", *LONGNET, "--head-dim", "300", "--backend", "sdpa")
+    done = invoke(*asked)
     assert done.returncode == 3
-    assert "dropout: needs dropout_p=0.1" in done.stdout
-    assert "-> would be usable with dropout_p=0.0" in done.stdout
-    assert as_json(invoke("explain", *LONGNET, "--dropout", "0.1", "--backend", "sdpa", "--json"))["backend"] is None
+    assert "head_dims: needs head_dim=300, has 1..256" in done.stdout
+    assert "-> would be usable with head_dim=256" in done.stdout
+    assert as_json(invoke(*asked, "--json"))["backend"] is None
 
 
 def test_doctor_names_versions_devices_and_what_is_missing(tmp_path: Path, invoke_at: Invoke) -> None:

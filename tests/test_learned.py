@@ -291,7 +291,7 @@ def test_backends_that_know_no_dynamic_tables_are_refused(backend: str) -> None:
         (lambda: Learned(16, 2) | Local(3), "cannot be part of a union"),
         (lambda: Local(3) + Learned(16, 2), "cannot be part of a sum"),
         (
-            lambda: build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8, dropout_p=0.1, backend="sdpa"),
+            lambda: build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8, dropout_p=0.1, backend="flex"),
             "dropout_p=0.1",
         ),
     ],

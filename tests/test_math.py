@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dilated_attention import (
     Attention,
@@ -25,13 +25,12 @@ from dilated_attention import (
 )
 from dilated_attention.core import reference
 from dilated_attention.core.draws import Draws
-from dilated_attention.core.geometry import Geometry
 from dilated_attention.models import MultiheadAttention
 from dilated_attention.registry.conformance import Conformance
 
+from .dropout_kit import TOKENS, build, check_draws, drawn
 from .support import error
 
-TOKENS = 40  # no more than there are columns of head_dim, so that values can name keys
 LONGNET = Dilated(segment_lengths=(8, 16, 40), dilation_rates=(1, 2, 4))
 PATTERNS: list[Pattern] = [
     Full(),
@@ -56,64 +55,26 @@ class TestConformance(Conformance):
     quick = True
 
 
-def build(pattern: Pattern, **fields: Any) -> Attention:
-    """On the CPU, in float64."""
-    given = {"num_heads": 4, "num_kv_heads": 2, "head_dim": TOKENS, "dtype": "float64", "device": "cpu"} | fields
-    return build_attention(pattern=pattern, backend="math", **given)  # type: ignore[arg-type]
-
-
-def drawn(attention: Attention, *tensors: Tensor, seed: int, **call: Any) -> Tensor:
-    """Out, with the dropout that torch's seed determines."""
-    torch.manual_seed(seed)
-    out = attention(*tensors, **call)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def expected(counts: Tensor, factors: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention whose weights (B, H, S, T) are multiplied by factors, from the definition."""
-    k, v = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
-    scores = torch.einsum("bshd,bthd->bhst", query, k) / query.shape[3] ** 0.5 + counts.log()
-    weights = scores.softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhst,bthd->bshd", weights * factors, v)
-
-
 @pytest.mark.parametrize("workspace_bytes", [1 << 26, 1 << 13])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_what_is_dropped_is_dropped_exactly(pattern: Pattern, is_causal: bool, workspace_bytes: int) -> None:
-    """Values that name their keys show the factors of all weights; with these, any values and gradients are checked."""
-    p = 0.3
     limits = Limits(workspace_bytes=workspace_bytes)
-    attention = build(pattern, is_causal=is_causal, dropout_p=p, limits=limits)
-    generator = torch.Generator().manual_seed(5)
-    query, key, value, dout = (
-        torch.randn(2, TOKENS, heads, TOKENS, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)
-    )
-    geometry = Geometry(q_len=TOKENS, kv_len=TOKENS, num_heads=4, num_kv_heads=2, is_causal=is_causal)
-    counts = torch.as_tensor(reference.multiplicity(pattern, geometry)).double()
-    names = torch.eye(TOKENS, dtype=torch.float64)[None, :, None].expand(2, TOKENS, 2, TOKENS)
-    weights = expected(counts, torch.ones(()), query, key, names).transpose(1, 2)
-    seen = weights > 0
-    dropped = drawn(attention, query, key, names, seed=11).transpose(1, 2)
-    factors = torch.where(seen, dropped / weights, 0.0)
-    keep = 1 - round(p * 65536) / 65536
-    kept = factors * counts * keep  # how many occurrences of each pair
-    assert (kept - kept.round()).abs().max() < 1e-6
-    assert bool(((kept > -1e-6) & (kept < counts + 1e-6)).all())
-    share = float(kept.sum() / (counts.expand_as(kept)[seen]).sum())
-    assert abs(share - keep) < 4 * (p * keep / float(counts.expand_as(kept)[seen].sum())) ** 0.5
-    spread = float((kept - counts * keep)[seen].square().sum() / counts.expand_as(kept)[seen].sum())
-    assert abs(spread / (p * keep) - 1) < 0.15  # occurrences of a pair are drawn one by one
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    out = drawn(attention, *leaves, seed=11)
-    grads = torch.autograd.grad(out, leaves, dout)
-    exact = [x.clone().requires_grad_() for x in (query, key, value)]
-    exact_out = expected(counts, factors, *exact)
-    exact_grads = torch.autograd.grad(exact_out, exact, dout)
-    for a, b in zip((out, *grads), (exact_out, *exact_grads), strict=True):
-        assert error(a, b) < 1e-12
-    assert not torch.equal(drawn(attention, query, key, names, seed=12).transpose(1, 2), dropped)
+    attention = build(pattern, is_causal=is_causal, dropout_p=0.3, limits=limits)
+    check_draws(attention, pattern, round(0.3 * 65536) / 65536, of_weights=1e-6, of_results=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [LONGNET + Full(), LONGNET + Random(2, 8, seed=3)], ids=str)
+def test_sdpa_drops_by_the_same_products_on_cpus(pattern: Pattern) -> None:
+    """And computes what drops nothing with its own kernel."""
+    fields: dict[str, Any] = {"is_causal": True, "dropout_p": 0.3}
+    by_sdpa, by_math = (build(pattern, backend=name, **fields) for name in ("sdpa", "math"))
+    assert by_sdpa.plan.kernel == "aten flash for CPU, dropout by matrix products"
+    tensors = [torch.randn(2, TOKENS, heads, TOKENS, dtype=torch.float64) for heads in (4, 2, 2)]
+    assert torch.equal(drawn(by_sdpa, *tensors, seed=7), drawn(by_math, *tensors, seed=7))
+    without = build(pattern, backend="sdpa", is_causal=True)
+    assert without.plan.kernel == "aten flash for CPU"
+    assert torch.equal(by_sdpa.eval()(*tensors), without(*tensors))
 
 
 def test_a_learned_pattern_drops_too() -> None:
@@ -251,13 +212,20 @@ def test_occurrences_are_drawn_one_by_one() -> None:
 def test_it_serves_what_nothing_else_takes() -> None:
     shape: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "device": "cpu", "seq_len": 1 << 18, "pattern": LONGNET}
     assert explain(**shape).backend == "sdpa"
-    assert explain(**shape, dropout_p=0.1).backend == "math"
+    assert explain(**shape, dropout_p=0.1, deterministic=True).backend == "sdpa"
     assert explain(**(shape | {"head_dim": 300})).backend == "math"
-    assert explain(**shape, dropout_p=0.1, deterministic=True).backend == "math"
+    on_a_card = {"device": None, "arch": "sm_90", "dtype": "float64"}
+    assert explain(**(shape | on_a_card), dropout_p=0.1).backend == "math"
 
 
 def test_on_a_card_gradients_are_deterministic_where_pytorch_is_told_to() -> None:
-    asked: dict[str, Any] = {"num_heads": 4, "head_dim": 64, "arch": "sm_90", "pattern": LONGNET, "deterministic": True}
+    asked: dict[str, Any] = {
+        "num_heads": 4,
+        "head_dim": 300,
+        "arch": "sm_90",
+        "pattern": LONGNET,
+        "deterministic": True,
+    }
     (row,) = [row for row in explain(**asked, dropout_p=0.1).rows if row.name == "math"]
     assert [refusal.code for refusal in row.refusals] == ["deterministic"]
     assert "torch.use_deterministic_algorithms(True)" in str(row.refusals[0])

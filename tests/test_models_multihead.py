@@ -208,7 +208,7 @@ def test_what_cannot_be_called_says_so() -> None:
         with pytest.raises(ConfigError, match=words):
             ours(*arguments, **fields)
     with pytest.raises(NoBackendError, match="dropout"):
-        MultiheadAttention(E, H, dropout=0.1, backend="sdpa")(x, x, x)
+        MultiheadAttention(E, H, dropout=0.1, backend="fa3")(x, x, x)
     far = MultiheadAttention(E, H, batch_first=True, positions="xpos", dtype=torch.float16)
     with pytest.raises(ConfigError, match="xPos scales the keys"):
         far.rotation(torch.empty(1, 10_000, 0, dtype=torch.float16))

@@ -8,7 +8,17 @@ import attrs
 import pytest
 import torch
 
-from dilated_attention import ContextParallel, Dilated, Full, Global, Learned, Local, Random, build_attention, explain
+from dilated_attention import (
+    ContextParallel,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Local,
+    Random,
+    build_attention,
+    explain,
+)
 from dilated_attention.backends import manifest
 
 from .kernel_kit import H100, request
@@ -68,6 +78,32 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
     assert order == (
         ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "order"),
+    [
+        ({}, ["fa4", "fa3", "triton", "sdpa"]),
+        ({"head_dim": 128}, ["fa4", "fa3", "sdpa", "triton"]),
+        ({"requires_grad": False}, ["fa3", "fa4", "triton", "sdpa"]),
+        ({"head_dim": 48}, ["fa3", "triton", "sdpa", "fa4"]),
+        ({"head_dim": 32}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"seq_len": (1 << 14) - 1}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"seq_len": None}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"dtype": "float32"}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"context_parallel": ContextParallel(size=2)}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"pattern": Dilated((1 << 14,), (1,))}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"varlen": True}, ["triton", "fa3", "sdpa", "fa4"]),
+    ],
+    ids=str,
+)
+def test_long_dense_attention_is_for_kernels_whose_launches_do_not_count(
+    fields: dict[str, Any], order: list[str]
+) -> None:
+    specs = [manifest.SDPA, manifest.TRITON, manifest.FA4, manifest.FA3]
+    given: dict[str, Any] = {"pattern": Full(), "head_dim": 64, "seq_len": 1 << 14, "is_causal": True} | fields
+    asked = request(H100, **given)
+    assert list(manifest.dilated_attention_rank_backends(asked, specs)) == order
 
 
 def test_a_window_is_for_kernels_that_have_windows() -> None:

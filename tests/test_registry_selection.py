@@ -275,19 +275,19 @@ def test_the_best_ranked_is_chosen_and_the_others_are_usable(discover: Discover)
 def test_a_backend_asked_for_by_name_never_falls_back() -> None:
     assert build_attention(num_heads=8, head_dim=64, backend="sdpa").plan.backend == "sdpa"
     with pytest.raises(NoBackendError) as caught:
-        build_attention(num_heads=8, head_dim=64, dropout_p=0.5, backend="sdpa")
+        build_attention(num_heads=8, head_dim=300, backend="sdpa")
     text = str(caught.value)
     assert text.startswith("backend 'sdpa' does not fit, and was asked for by name")
-    assert "dropout: needs dropout_p=0.5" in text
-    assert "-> would be usable with dropout_p=0.0" in text
+    assert "head_dims: needs head_dim=300, has 1..256" in text
+    assert "-> would be usable with head_dim=256" in text
     assert "reference  usable" in text
 
 
 @pytest.mark.parametrize(
     ("backend", "fields", "near"),
     [
-        ("math", {"head_dim": 16, "dropout_p": 0.1}, "sdpa would be usable with dropout_p=0.0"),
-        ("reference", {"head_dim": 16, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
+        ("math", {"head_dim": 300}, "sdpa would be usable with head_dim=256"),
+        ("reference", {"head_dim": 300, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
     ],
 )
 def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, fields: dict[str, Any], near: str) -> None:
@@ -355,7 +355,7 @@ def test_the_plan_says_which_kernels_need_no_table() -> None:
 def test_explain_is_plain_text_with_every_reason_on_its_own_line(discover: Discover) -> None:
     plan = asked(discover(toy={}), dtype="float64", dropout_p=0.25, seq_len=16_384, is_causal=True)
     lines = plan.explain().splitlines()
-    assert lines[0] == "math (matrix products) chosen; torch.compile: opaque"
+    assert lines[0] == "sdpa (aten flash for CPU, dropout by matrix products) chosen; torch.compile: opaque"
     assert lines[1].startswith(
         "  for     causal full attention over 16,384 tokens: 8 heads, head_dim 64, float64 on cpu"
     )

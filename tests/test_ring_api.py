@@ -92,16 +92,33 @@ def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> Non
     moved = attrs.evolve(plan, exchange=attrs.evolve(plan.exchange, companion="fa3"))
     assert moved.digest != plan.digest
     assert plan_facts(moved)["companion"] == "fa3"
-    wide = explain(fields, head_dim=300)  # more than any dense kernel takes
+    assert explain(fields, head_dim=300).exchange == attrs.evolve(
+        plan.exchange, companion="math", companion_kernel="matrix products"
+    )
+    wide = explain(fields, head_dim=300, arch="sm_90", deterministic=True)  # more than any dense kernel takes there
     assert wide.backend is None
     assert wide.rows[0].name == "reference"
     assert [str(refusal) for refusal in wide.rows[0].refusals] == [
         "companion: needs another backend for dense pieces over the rows that other ranks send, has none that takes "
         "this request; see the other rows"
     ]
-    assert wide.rows[0].near_miss is None  # no head_dim is out of its own range
+    assert wide.rows[0].near_miss is not None
+    assert wide.rows[0].near_miss.changes == {"deterministic": False}  # no head_dim is out of its own range
     with pytest.raises(NoBackendError, match="companion: needs another backend"):
-        build_attention(fields, head_dim=300, context_parallel=ContextParallel(size=1))
+        build_attention(fields, dtype="float64", dropout_p=0.5, context_parallel=ContextParallel(size=1))
+
+
+def test_what_dense_kernels_drop_they_drop_of_whole_sequences_alone() -> None:
+    plan = explain(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=4))
+    assert plan.backend is None
+    for row in plan.rows:
+        if row.name in ("sdpa", "math"):
+            assert [str(refusal) for refusal in row.refusals] == [
+                "dropout: needs dropout_p=0.5 where ranks share a sequence, has that of whole sequences alone; set "
+                "dropout_p=0"
+            ]
+            assert row.near_miss is not None
+            assert row.near_miss.changes == {"dropout_p": 0.0}
 
 
 def test_the_plan_is_a_tree() -> None:
@@ -125,7 +142,7 @@ def test_a_mesh_is_needed_exactly_where_ranks_share() -> None:
     with pytest.raises(ConfigError, match="rebuild found no attention"):
         rebuild(build_attention(**FIELDS), mesh=None, generation=1)
     with pytest.raises(NoBackendError):
-        build_attention(**FIELDS, dropout_p=0.5, backend="sdpa")
+        build_attention(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=1), backend="sdpa")
 
 
 def test_set_up_is_tried_again_with_growing_pauses_until_its_deadline() -> None:

@@ -133,6 +133,12 @@ def test_a_kernel_for_whole_layouts_in_bfloat16(ranks: Ranks) -> None:
     assert worst(ranks, config_of(LONGNET, dtype="bfloat16", backend="reference"), 4) < 1e-2
 
 
+def test_matrix_products_take_every_head_dim(ranks: Ranks) -> None:
+    for dtype, bound in (("float64", 1e-12), ("float32", 1e-5)):
+        fields = config_of(LONGNET + Local(5), dtype=dtype, backend="math", head_dim=264)
+        assert worst(ranks, fields, 3, through_lse=True) < bound
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("budget", [1 << 30, 1], ids=["selective", "hops"])
 def test_ranks_without_pairs_of_their_own_and_batches_of_none(ranks: Ranks, backend: str, budget: int) -> None:

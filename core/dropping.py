@@ -1,0 +1,70 @@
+"""Dropout of attention weights where core composes: of dense pieces by their kernel, of blocks by core's product.
+
+Each draws for itself, from a seed of its own, so that it does not matter which come first. Tensors are compact in both
+passes: what is launched together, and so is drawn together, is then alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from .block_product import BlockProduct
+from .composer import Composer
+from .draws import Draws
+from .errors import ConfigError
+from .kernel import Drops
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import AttentionConfig
+    from .kernel import BlockTable
+
+
+def one_by_one(schedule: Schedule) -> Schedule:
+    """The same calls, each as often as its pairs count: occurrences of a pair are dropped one by one."""
+    if all(call.weight == 1 for call in schedule.calls):
+        return schedule
+    once = [attrs.evolve(call, weight=1) for call in schedule.calls]
+    more = [one for one, call in zip(once, schedule.calls, strict=True) for _ in range(call.weight - 1)]
+    return Schedule((*once, *more), schedule.cover)
+
+
+def of_one_pass(
+    kernel: object,
+    blocks: BlockTable | None,
+    seed: Tensor,
+    device: torch.device,
+    *,
+    scale: float,
+    config: AttentionConfig,
+) -> tuple[Composer, BlockTable | None]:
+    """What computes dense pieces, and what computes blocks, in one pass of a call that drops.
+
+    Args:
+        kernel: for dense pieces; it is `Drops`.
+        blocks: core's product, or None.
+        seed: int64 scalar that determines the draws of both passes.
+        device: of the tensors.
+        scale: factor on q·k.
+        config: of the attention.
+
+    Raises:
+        ConfigError: during the capture of a CUDA graph, whose replays would all drop the same.
+    """
+    assert isinstance(kernel, Drops)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            f"dropout_p={config.dropout_p:g}: every replay of a CUDA graph would drop the same weights; call eval() "
+            "before the capture, or build with dropout_p=0"
+        )
+    limit = config.limits.workspace_bytes
+    composer = Composer(kernel.dropping(config.dropout_p, seed, device), scale, config.deterministic, limit)
+    if blocks is None:
+        return composer, None
+    assert isinstance(blocks, BlockProduct)
+    return composer, attrs.evolve(blocks, draws=Draws.of(config.dropout_p, seed + 1, device))
