@@ -18,7 +18,7 @@ import torch
 
 from ..core.refusal import Refusal
 from .joining import joining
-from .libraries import aligned, checked_options, first_line, labelled
+from .libraries import aligned, first_line, labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,11 +115,10 @@ def _label() -> str:
 
 
 class Fa3Backend:
-    """FlashAttention-3: bfloat16 and float16, head_dim a multiple of 8 up to 256, on sm_90. It has no options."""
+    """FlashAttention-3: bfloat16 and float16, head_dim a multiple of 8 up to 256, on sm_90."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """Operators that are not there, or not as they must be."""
-        checked_options(request, "fa3")
         found = find_operators()
         if isinstance(found, Refusal):
             yield found

@@ -16,7 +16,7 @@ from ..core.refusal import Refusal
 from .fa4_library import Library
 from .fa4_tables import FlashAttention4Table, checked, takes
 from .joining import joining
-from .libraries import checked_options, first_line, labelled
+from .libraries import first_line, labelled
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,10 @@ _DISTRIBUTION: Final = "flash-attn-4"
 
 
 class Fa4Backend:
-    """FlashAttention-4: bfloat16 and float16, the head_dims of the manifest, on sm_90. It has no options."""
+    """FlashAttention-4: bfloat16 and float16, the head_dims of the manifest, on sm_90."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """A library that cannot be imported: it stands on four others that it compiles with."""
-        checked_options(request, "fa4")
         try:
             Library.load()
         except (ImportError, OSError) as error:

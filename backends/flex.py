@@ -21,7 +21,7 @@ from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .cards import age_refusals, compiled_for
 from .flex_tables import FlexTables, ScoreMod, table_bytes
-from .libraries import checked_options, compiler_refusals
+from .libraries import compiler_refusals
 from .recording import not_recording, of_part, recording
 
 if TYPE_CHECKING:
@@ -40,11 +40,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float], t
 
 
 class FlexBackend:
-    """FlexAttention: every pattern that is known when a length is met, on CUDA. It has no options."""
+    """FlexAttention: every pattern that is known when a length is met, on CUDA."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """No compiler, cards that it has none for, and tables that are too large at the length of the request."""
-        checked_options(request, "flex")
         yield from age_refusals(compiled_for(request.device.arch))
         yield from compiler_refusals()
         config = request.config

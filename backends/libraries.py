@@ -5,44 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from ..core.checks import did_you_mean
-from ..core.errors import ConfigError
 from ..core.refusal import Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..registry.specs import Request
 
 # What Hopper's bulk copies (TMA) and 128-bit loads need of addresses and strides.
 ALIGNMENT_BYTES: Final = 16
 # Given at every launch of a Triton kernel of ours: Triton 3.9 warns where it is not, and 3.10 then rounds twice.
 FP_FUSION: Final = {"enable_fp_fusion": True}
-
-
-def checked_options(request: Request, backend: str, known: Iterable[str] = ()) -> Mapping[str, Any]:
-    """The options that the request gives for `backend`.
-
-    Raises:
-        ConfigError: for an option that is not among `known`.
-    """
-    allowed = tuple(known)
-    options = request.options(backend)
-    for name in options:
-        if name not in allowed:
-            hint = did_you_mean(name, allowed)
-            has = f"it has: {', '.join(allowed)}" if allowed else "it has none"
-            raise ConfigError(f"backend_options[{backend!r}] has no option {name!r}{hint}; {has}")
-    return options
 
 
 @cache

@@ -62,6 +62,7 @@ SDPA = BackendSpec(
         "deterministic": ("forward", "backward"),
         "cuda_graph": True,
     },
+    options={"kernel": "on CUDA: flash, cudnn (for any length) or efficient"},
 )
 
 # Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance_log.md, "Dense
@@ -113,6 +114,7 @@ XFORMERS = BackendSpec(
         "cuda_graph": True,
     },
     requires=("xformers>=0.0.34",),
+    options={"kernel": "flash or cutlass"},
 )
 
 TRITON = BackendSpec(
@@ -132,6 +134,7 @@ TRITON = BackendSpec(
         "cuda_graph": True,
     },
     requires=("triton>=3.4",),
+    options={"unproven_card": "true where the conformance kit has passed on a card that is no Hopper"},
 )
 
 FLEX = BackendSpec(

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 
 class MathBackend:
-    """Every pattern, dtype and head_dim. It has no options."""
+    """Every pattern, dtype and head_dim."""
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """The same bits on every run, where gradients of keys are added atomically."""
-        request.options("math", allowed=())
         config = request.config
         is_exact = request.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         if config.deterministic and config.requires_grad and not is_exact:

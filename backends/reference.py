@@ -30,7 +30,6 @@ class ReferenceBackend:
 
     def refusals(self, request: Request) -> Iterator[Refusal]:
         """The mask of the length that the request names, where it is too large."""
-        request.options("reference", allowed=())
         config = request.config
         if config.seq_len is None:
             return

@@ -69,7 +69,7 @@ def _named(kernel: DenseKernel, request: Request) -> DenseKernel:
 
 def _forced_kernel(request: Request) -> str | None:
     """The CUDA kernel that the options name, checked."""
-    options = request.options("sdpa", allowed=("kernel",))
+    options = request.options("sdpa")
     if "kernel" not in options:
         return None
     if request.device.type == "cpu":

@@ -18,7 +18,7 @@ from ..core.errors import ConfigError
 from ..core.refusal import Refusal
 from ..registry.specs import compute_capability
 from .joining import joining
-from .libraries import checked_options, first_line, labelled
+from .libraries import first_line, labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class XformersBackend:
 
 
 def _candidates(request: Request) -> tuple[str, ...]:
-    options = checked_options(request, "xformers", ("kernel",))
+    options = request.options("xformers")
     if "kernel" not in options:
         return _KERNELS
     return (require_choice("backend_options['xformers']['kernel']", options["kernel"], _KERNELS),)

@@ -11,6 +11,7 @@ from ..core.checks import did_you_mean
 from ..core.errors import ConfigError, PluginError
 from ..core.plan import BackendRow
 from ..core.refusal import Refusal
+from ..core.structure import check_keys
 from .capabilities import capability_refusals, device_refusals, requirement_refusals
 from .discovery import RegisteredBackend, Registry
 from .near import near_miss
@@ -57,7 +58,7 @@ def select(request: Request, registry: Registry) -> Selection:
     """Ask every backend and choose: the one asked for by name, or the best ranked that accepts.
 
     Raises:
-        ConfigError: for the name of an unknown backend, in `backend` or in `backend_options`.
+        ConfigError: for the name of an unknown backend, in `backend` or in `backend_options`, and as `judge`.
         PluginError: for a broken plugin, where the registry is strict.
     """
     _check_names(request, registry)
@@ -138,8 +139,13 @@ def _alone(verdict: Verdict, request: Request) -> Verdict:
 
 
 def judge(registered: RegisteredBackend, request: Request) -> Verdict:
-    """What a backend says about `request`; it is imported and asked only if its manifest admits the request."""
+    """What a backend says about `request`; it is imported and asked only if its manifest admits the request.
+
+    Raises:
+        ConfigError: for an option that the manifest does not name, or a value that the backend does not take.
+    """
     spec = registered.spec
+    check_keys(request.options(spec.name), spec.options, name=f"backend_options[{spec.name!r}]")
     refusals = [*device_refusals(request), *capability_refusals(request, spec), *requirement_refusals(spec)]
     if refusals:
         return Verdict(registered=registered, refusals=tuple(refusals))

@@ -16,7 +16,6 @@ from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Pattern
 from ..core.refusal import Refusal
-from ..core.structure import check_keys
 
 if TYPE_CHECKING:
     from ..core.kernel import DenseKernel, LayoutKernel
@@ -116,6 +115,11 @@ def _requirements(_: object, attribute: attrs.Attribute[Any], value: tuple[objec
         raise ConfigError(f"requires must be requirement strings such as 'xformers>=0.0.30', got {value!r}")
 
 
+def _described(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(word, str) for pair in value.items() for word in pair):
+        raise ConfigError(f"{attribute.name} must map the names of options to what they say, got {value!r}")
+
+
 def _string_tuple(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
@@ -132,6 +136,7 @@ class BackendSpec:
         capabilities: axis -> what is supported: True, a collection of names, a collection of integers or a `Range`.
             An axis that is not named is unsupported (see `AXES`).
         requires: what must be installed, as PEP 508 strings.
+        options: name -> what it says, of all that users may give in `backend_options`; another one is an error.
     """
 
     name: str = attrs.field(validator=_name)
@@ -140,6 +145,7 @@ class BackendSpec:
     priority: int = 0
     capabilities: Mapping[str, Any] = attrs.field(validator=_capabilities, hash=False)
     requires: tuple[str, ...] = attrs.field(default=(), converter=_string_tuple, validator=_requirements)
+    options: Mapping[str, str] = attrs.field(factory=dict, validator=_described, hash=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -207,20 +213,9 @@ class Request:
     device: Device
     needs: Mapping[str, Any]
 
-    def options(self, name: str, *, allowed: Collection[str] | None = None) -> Mapping[str, Any]:
-        """The options given for the backend `name`, which has to judge them itself.
-
-        Args:
-            name: the backend.
-            allowed: the options that it has; by default none is looked at.
-
-        Raises:
-            ConfigError: for an option that is not in `allowed`, naming the nearest that is.
-        """
-        options = self.config.backend_options.get(name, {})
-        if allowed is not None:
-            check_keys(options, allowed, name=f"backend_options[{name!r}]")
-        return options
+    def options(self, name: str) -> Mapping[str, Any]:
+        """The options given for the backend `name`: those of its manifest, with values that it has to judge."""
+        return self.config.backend_options.get(name, {})
 
 
 class Backend(Protocol):
@@ -242,7 +237,7 @@ class Backend(Protocol):
 
 
 class KernelBackend:
-    """A `Backend` that is its own kernel, computes whatever its capabilities admit, and has no options.
+    """A `Backend` that is its own kernel and computes whatever its capabilities admit.
 
     Derive from it and write `forward` and `backward`.
 
@@ -253,8 +248,7 @@ class KernelBackend:
     name: str
 
     def refusals(self, request: Request) -> Iterable[Refusal]:
-        """None; an option is an error that names it."""
-        request.options(self.name, allowed=())
+        """None."""
         return ()
 
     def pin(self, request: Request) -> str:

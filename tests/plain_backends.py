@@ -27,7 +27,6 @@ class Dense:
     name = "plain"
 
     def refusals(self, request: Request) -> Iterable[Refusal]:
-        request.options(request.config.backend, allowed=())
         return []
 
     def pin(self, request: Request) -> str:

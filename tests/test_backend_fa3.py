@@ -153,7 +153,7 @@ def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> 
 
 @needs_absence
 def test_it_has_no_options() -> None:
-    with pytest.raises(ConfigError, match=r"'fa3'\] has no option 'kernel'; it has none"):
+    with pytest.raises(ConfigError, match=r"'fa3'\] has no 'kernel'; it takes nothing"):
         verdict("fa3", backend_options={"fa3": {"kernel": "x"}})
 
 

@@ -126,7 +126,7 @@ def test_it_is_usable_where_it_is_installed_and_named_with_its_release(stand_in:
     assert found.accepts
     assert found.kernel == "FlashAttention-4 (flash-attn-4 4.0.0b36)"
     assert Fa4Backend().build(request()).name == found.kernel
-    with pytest.raises(ConfigError, match="it has none"):
+    with pytest.raises(ConfigError, match="it takes nothing"):
         verdict("fa4", backend_options={"fa4": {"x": 1}})
 
 

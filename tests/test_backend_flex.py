@@ -220,7 +220,7 @@ def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> 
 
 
 def test_bad_requests_say_so() -> None:
-    with pytest.raises(ConfigError, match="it has none"):
+    with pytest.raises(ConfigError, match="it takes nothing"):
         verdict("flex", backend_options={"flex": {"x": 1}})
     layout = lower(Full(), Geometry.self_attention(1024, 2))
     with pytest.raises(ConfigError, match=r"1,024 keys need 1,280 bytes, allowed are 1,279; raise Limits.layout_bytes"):

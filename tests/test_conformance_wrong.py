@@ -75,9 +75,9 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.CrashesAt48, DENSE, {"out"}),
     (wrong_backends.CrashesWhenAsked, DENSE, {"declared"}),
     (wrong_backends.NeverAccepts, DENSE, {"declared"}),
-    (wrong_backends.IgnoresOptions, DENSE, {"options"}),
     (wrong_backends.PinsAnother, DENSE, {"builds"}),
     (wrong_backends.CannotBuild, DENSE, {"builds"}),
+    (wrong_backends.CannotDrop, {**DENSE, "dropout": True}, {"dropout"}),
     (wrong_backends.DropsNothing, DROPPING, {"dropout"}),
     (wrong_backends.DropsWithoutScaling, DROPPING, {"dropout"}),
 ]
@@ -98,7 +98,6 @@ EXACTLY: dict[str, set[str]] = {
     "DrawsInBackward": {"random-state"},
     "CrashesWhenAsked": {"declared"},
     "NeverAccepts": {"declared"},
-    "IgnoresOptions": {"options"},
     "PinsAnother": {"builds"},
     "DropsNothing": {"dropout"},
     "DropsWithoutScaling": {"dropout"},

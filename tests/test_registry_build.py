@@ -30,6 +30,8 @@ from dilated_attention import (
         ({"backend": "sdap"}, ["unknown backend 'sdap'", "did you mean 'sdpa'", "registered are ", ", reference"]),
         ({"backend_options": {"spda": {}}}, ["backend_options", "did you mean 'sdpa'"]),
         ({"backend_options": {"sdpa": {"kernle": 1}}}, ["kernle", "did you mean 'kernel'"]),
+        ({"backend_options": {"triton": {"unproven": True}}}, ["unproven", "did you mean 'unproven_card'"]),
+        ({"backend_options": {"math": {"a": 1}}}, ["backend_options['math'] has no 'a'; it takes nothing"]),
         ({"device": "cdua"}, ["no device 'cdua'", "did you mean 'cuda'"]),
         ({"head_dims": 3}, ["'head_dims'", "did you mean 'head_dim'"]),
         ({"enable_gqa": True}, ["no 'enable_gqa'", "num_kv_heads"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -312,11 +312,6 @@ class NeverAccepts(Dense):
             yield Refusal("deterministic", "a deterministic backward", "atomic additions")
 
 
-class IgnoresOptions(Dense):
-    def refusals(self, request: Request) -> Iterable[Refusal]:
-        return []
-
-
 class PinsAnother(Dense):
     def pin(self, request: Request) -> str:
         return "fast"
@@ -327,6 +322,10 @@ class CannotBuild(Dense):
         if request.config.is_causal:
             raise NotImplementedError("causal")
         return self
+
+
+class CannotDrop(Dense):
+    """Declares dropout, of which its kernel knows nothing."""
 
 
 class DropsNothing(Whole):

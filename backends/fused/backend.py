@@ -14,7 +14,7 @@ from ...core.lowering import split, table_block_size
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
 from ..cards import PROVEN, ROOMY_KIB, age_refusals, compiled_for, shared_kib
-from ..libraries import checked_options, compiler_refusals, labelled
+from ..libraries import compiler_refusals, labelled
 from .kernel import FusedKernel
 from .tiles import WIDEST_FLOAT32, TileSizes
 from .walks import MAX_PERIOD, period_of
@@ -73,8 +73,7 @@ def _is_fed(request: Request) -> bool:
 
 def _card_refusals(request: Request) -> Iterator[Refusal]:
     """Why the kernels are not for this card."""
-    options = checked_options(request, "triton", ("unproven_card",))
-    is_allowed = options.get("unproven_card", False)
+    is_allowed = request.options("triton").get("unproven_card", False)
     if not isinstance(is_allowed, bool):
         spelt = "True or False (true or false in TOML, JSON and on the command line)"
         raise ConfigError(f"backend_options['triton']['unproven_card'] must be {spelt}, got {is_allowed!r}")

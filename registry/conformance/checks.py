@@ -184,7 +184,6 @@ CHECKS: Final = (
     Check("manifest", "backend", contract.manifest, _needs_installed),
     Check("declared", "backend", contract.declared),
     Check("undeclared", "backend", contract.undeclared),
-    Check("options", "backend", contract.options),
     Check(BUILDS, "every case", contract.builds),
     Check("forms", "every case", values.forms),
     Check("out", "every case", values.out),

@@ -13,7 +13,7 @@ import attrs
 
 from ...core.config import DTYPES as ALL_DTYPES
 from ...core.config import AttentionConfig
-from ...core.errors import ConfigError, NoBackendError, PluginError
+from ...core.errors import NoBackendError, PluginError
 from ..build import build_from
 from ..capabilities import covers, make_request
 from ..device import describe_device, device_type_of_torch, local_device_types
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .kit import Kit
 
 HEAVY: Final = ("torch", "triton", "numba", "cattrs")
-_UNKNOWN_OPTION: Final = "no_such_option"
 
 _LOAD: Final = """
 import sys
@@ -173,18 +172,3 @@ def _undeclared_requests(kit: Kit) -> Iterator[tuple[str, AttentionConfig, Devic
 
 def _words(change: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in change.items())
-
-
-def options(kit: Kit) -> Iterator[Finding]:
-    """An option that the backend does not have is an error that names it, never ignored."""
-    asked = {kit.name: {**kit.options, _UNKNOWN_OPTION: 1}}
-    config = attrs.evolve(kit.templates[0].config(kit.name), backend_options=asked)
-    try:
-        build_from(config, kit.registry)
-    except (ConfigError, NoBackendError) as error:
-        problem = "" if _UNKNOWN_OPTION in str(error) else f"the error does not name it: {error}"
-    except PluginError as error:
-        problem = f"it is taken for a fault of the plugin: {error}"
-    else:
-        problem = "is ignored; raise ConfigError from refusals() for options that the backend does not have"
-    yield Finding(what=f"backend_options[{kit.name!r}][{_UNKNOWN_OPTION!r}]", problem=problem)

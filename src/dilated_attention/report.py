@@ -73,6 +73,7 @@ def backends_data(registry: Registry) -> list[dict[str, Any]]:
             "api_version": registered.spec.api_version,
             "target": registered.spec.target,
             "requires": list(registered.spec.requires),
+            "options": dict(registered.spec.options),
             "missing": [text for text, _ in unmet_requirements(registered.spec.requires)],
             "capabilities": {axis: plain(value) for axis, value in registered.spec.capabilities.items()},
         }
@@ -89,6 +90,7 @@ def backends_text(registry: Registry) -> str:
         rows = [(axis, words_of(value) + _unknown(axis)) for axis, value in spec.capabilities.items()]
         missing = dict(unmet_requirements(spec.requires))
         rows += [("requires", f"{text}{_lack(text, missing)}") for text in spec.requires]
+        rows += [("option", f"{option}: {what}") for option, what in spec.options.items()]
         lines += [f"    {line}" for line in columns(rows)] if rows else []
         lines.append("")
     lines += _broken_lines(registry)
