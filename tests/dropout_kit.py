@@ -31,12 +31,12 @@ def drawn(attention: Attention, *tensors: Tensor, seed: int, **call: Any) -> Ten
     return out
 
 
-def expected(counts: Tensor, factors: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention whose weights (B, H, S, T) are multiplied by factors, from the definition."""
+def expected(counts: Tensor, factors: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose weights (B, H, S, T) are multiplied by factors, from the definition, and lse of all weights."""
     k, v = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
     scores = torch.einsum("bshd,bthd->bhst", query, k) / query.shape[3] ** 0.5 + counts.log()
     weights = scores.softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhst,bthd->bshd", weights * factors, v)
+    return torch.einsum("bhst,bthd->bshd", weights * factors, v), scores.logsumexp(-1)
 
 
 def check_draws(
@@ -63,7 +63,8 @@ def check_draws(
     counts = torch.as_tensor(reference.multiplicity(pattern, geometry)).double().to(device)
     names = torch.eye(TOKENS, dtype=dtype, device=device)[None, :, None].expand(batch, TOKENS, KV_HEADS, TOKENS)
     wide = [x.double() for x in (query, key, value)]
-    weights = expected(counts, torch.ones((), device=device), wide[0], wide[1], names.double()).transpose(1, 2)
+    whole, _ = expected(counts, torch.ones((), device=device), wide[0], wide[1], names.double())
+    weights = whole.transpose(1, 2)
     seen = weights > 0
     found = drawn(attention, query, key, names, seed=11)
     kept = torch.where(seen, found.double().transpose(1, 2) / weights, 0.0) * counts * keep  # occurrences of each pair
@@ -75,13 +76,18 @@ def check_draws(
     spread = float((kept - counts * keep)[seen].square().sum() / occurrences)
     assert abs(spread / (dropped * keep) - 1) < 0.15  # occurrences of a pair are drawn one by one
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    out = drawn(attention, *leaves, seed=11)
-    grads = torch.autograd.grad(out, leaves, dout)
+    torch.manual_seed(11)
+    out, lse = attention(*leaves, return_lse=True)
+    is_seen = counts.sum(-1) > 0  # of some key, by the query
+    dlse = torch.where(is_seen, torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(device), 0.0)
+    grads = torch.autograd.grad((out, lse), leaves, (dout, dlse.to(lse.dtype)))
     exact = [x.requires_grad_() for x in wide]
     factors = torch.where(seen, kept / (counts * keep), 0.0)
-    exact_out = expected(counts, factors, exact[0], exact[1], exact[2])
-    exact_grads = torch.autograd.grad(exact_out, exact, dout.double())
-    for a, b in zip((out, *grads), (exact_out, *exact_grads), strict=True):
+    exact_out, exact_lse = expected(counts, factors, exact[0], exact[1], exact[2])
+    exact_lse = torch.where(is_seen, exact_lse, 0.0)
+    exact_grads = torch.autograd.grad((exact_out, exact_lse), exact, (dout.double(), dlse))
+    found_lse = torch.where(is_seen, lse, 0.0)
+    for a, b in zip((out, found_lse, *grads), (exact_out, exact_lse, *exact_grads), strict=True):
         assert error(a, b) < of_results
     assert torch.equal(drawn(attention, query, key, names, seed=11), found)
     assert not torch.equal(drawn(attention, query, key, names, seed=12), found)
