@@ -18,6 +18,7 @@ from .ops import attend, intern, without_autocast
 from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
+from .transforms import refuse_mapped_dropout
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         self._words = (
             f"backend={plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
             f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
-            f"dtype={config.dtype}"
+            f"dtype={config.dtype}" + (f", dropout_p={config.dropout_p:g}" if config.dropout_p else "")
         )
 
     def extra_repr(self) -> str:
@@ -155,16 +156,9 @@ class Attention(nn.Module):
         if key_padding_mask is not None or cu_seqlens is not None:
             self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
             out, lse = attend_documents(
-                query,
-                key,
-                value,
-                self._engine,
-                key_padding_mask=key_padding_mask,
-                cu_seqlens=cu_seqlens,
-                seed=seed,
-                gate=self.gate if self._has_gate else None,
-                recompute=config.activation_checkpointing,
-            )
+                query, key, value, self._engine, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, seed=seed,
+                gate=self.gate if self._has_gate else None, recompute=config.activation_checkpointing,
+            )  # fmt: skip
         else:
             if q_offset is None:
                 q_offset = kv_offset + key.shape[1] - query.shape[1]
@@ -185,7 +179,10 @@ class Attention(nn.Module):
 
     def _seed(self) -> Tensor | None:
         """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
-        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if self.training else None
+        if not self.training:
+            return None
+        refuse_mapped_dropout()
+        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
 
     def _check_documents(
         self,

@@ -78,5 +78,11 @@ def require_positive(name: str, value: object) -> None:
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the candidate nearest to `word`, or an empty string."""
+    near = nearest(word, candidates)
+    return "" if near is None else f" (did you mean {near!r}?)"
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate nearest to `word`, if one is near."""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)  # at 0.5 "rope" is near "none"
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return near[0] if near else None

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 
 import attrs
 
-from .checks import MOST_POSITIONS, an_int, did_you_mean, positive_int, require_choice, require_int
+from .checks import MOST_POSITIONS, an_int, did_you_mean, nearest, positive_int, require_choice, require_int
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
@@ -42,6 +42,7 @@ _ELSEWHERE: Final = {
     "arch": "explain(..., arch=...) judges for a card that is not here; an attention is built for its device",
 }
 
+_MASKS: Final = ("attn_mask", "attention_mask", "attn_bias", "mask", "bias", "block_mask")  # as others call it
 _OF_CALLS: Final = ("return_lse", "q_offset", "kv_offset", "key_padding_mask", "cu_seqlens")  # besides three tensors
 
 
@@ -205,6 +206,11 @@ class AttentionConfig:
             raise ConfigError(
                 "varlen=True with context_parallel: ranks share one sequence, not several; leave out one of the two"
             )
+        if self.dropout_p and self.context_parallel is not None:
+            raise ConfigError(
+                f"dropout_p={self.dropout_p:g} with context_parallel: no attention that ranks share drops weights; "
+                "leave out one of the two"
+            )
         if self.ring_size > 1 and self.seq_len is not None and self.seq_len % self.ring_size:
             raise ConfigError(
                 f"seq_len must be a multiple of context_parallel.size, got {self.seq_len} and {self.ring_size}; "
@@ -260,11 +266,14 @@ class AttentionConfig:
 
 def refuse_arguments(given: Iterable[str]) -> NoReturn:
     """Raise `TypeError` for arguments that a call does not take, naming where the first of them belongs."""
-    name = next(iter(given))
-    why = _ELSEWHERE.get(name) or f"it takes {', '.join(_OF_CALLS)}"
-    if name in keys_of(AttentionConfig):
-        why = f"it is fixed when the attention is built, by build_attention({name}=...)"
-    raise TypeError(f"a call of an attention has no {name!r}{did_you_mean(name, _OF_CALLS)}: {why}")
+    name, fields = next(iter(given)), keys_of(AttentionConfig)
+    near = nearest(name, (*_OF_CALLS, *fields))
+    field = near if near in fields and name not in _MASKS else None
+    why = _ELSEWHERE.get("attn_mask" if name in _MASKS else name) or f"it takes {', '.join(_OF_CALLS)}"
+    if field is not None:
+        why = f"that is fixed when an attention is built, by build_attention({field}=...)"
+    hint = "" if field is not None or name in _MASKS else did_you_mean(name, _OF_CALLS)
+    raise TypeError(f"a call of an attention has no {name!r}{hint}: {why}")
 
 
 def check_fields(mapping: Mapping[str, Any]) -> None:

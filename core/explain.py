@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from .plan import AttentionPlan, BackendRow
+    from .plan import AttentionPlan, BackendRow, NearMiss
 
 # Backends for what no other takes, in words.
 SLOW: Final = {
@@ -123,10 +123,23 @@ def _headline(plan: AttentionPlan) -> str:
 
 def _slow_words(plan: AttentionPlan) -> Iterator[str]:
     """That `auto` was left with what is slow, and what would bring back the fastest that takes a little less."""
-    if plan.backend in SLOW and plan.config["backend"] == "auto":
-        near = [row for row in plan.rows if row.near_miss and row.near_miss.verified]
+    if plan.config["backend"] != "auto":
+        return
+    words = SLOW.get(plan.backend or "")
+    on_a_card = plan.device["type"] != "cpu"  # on CPUs nothing computes blocks faster
+    if plan.backend == "sdpa" and on_a_card and "block" in plan.layout.kinds:
+        words = "sdpa leaves blocks to core's matrix products"
+    if words:
+        near = [row for row in plan.rows if row.near_miss and row.near_miss.verified and row.near_miss.changes]
+        near.sort(key=lambda row: _intrusion(row.near_miss))
         remedy = f"; {near[0].name} {near[0].near_miss}" if near else ""
-        yield f"  slow    {SLOW[plan.backend]}, as nothing faster takes this{remedy}"
+        yield f"  slow    {words}, as nothing faster takes this{remedy}"
+
+
+def _intrusion(near: NearMiss | None) -> tuple[bool, int]:
+    """What is asked for would be given up, or much would be changed."""
+    changes = {} if near is None else near.changes
+    return not changes.keys().isdisjoint(("dropout_p", "deterministic", "requires_grad")), len(changes)
 
 
 def _open_words(plan: AttentionPlan) -> Iterator[str]:

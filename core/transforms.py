@@ -53,6 +53,15 @@ def is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def refuse_mapped_dropout() -> None:
+    """Raise `ConfigError` under torch.vmap, before a seed is drawn there."""
+    if torch.compiler.is_compiling() or not is_active():
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise ConfigError(_UNMAPPED["seed"])
+
+
 def needs_operator(dout: Tensor | None, dlse: Tensor | None) -> bool:
     """Whether a backward must be one operator: for a graph of it, and for batched gradients, which loop over it.
 

@@ -120,6 +120,20 @@ class BuiltAttention(nn.Module):
             self._learned_for = made
             self.learned = build_attention(self.config, dtype=made[0], device=made[1])
 
+    def set_dropout(self, dropout_p: float) -> None:
+        """Drop with that probability from now on; attentions that were built for others are kept.
+
+        Raises:
+            ConfigError: for a learned pattern, whose attention is built once, and for no probability below 1.
+        """
+        config = attrs.evolve(self.config, dropout_p=dropout_p)
+        if self.learned is not None and dropout_p != self.config.dropout_p:
+            raise ConfigError(
+                f"the {self.pattern.kind} pattern's attention was made with dropout_p={self.config.dropout_p:g}; make "
+                "the module with another"
+            )
+        self.config, self._has_dropout, self._builds = config, dropout_p > 0, _builds_of(config)
+
     @property
     def is_full(self) -> bool:
         """Whether queries and keys may come from different sequences: only `Full` asks nothing of positions."""
@@ -128,7 +142,10 @@ class BuiltAttention(nn.Module):
     def extra_repr(self) -> str:
         """The pattern, and what it was built for so far."""
         made = self._builds.made.items()
-        built = ", ".join(f"{dtype} on {device}: {a.plan.backend}" for (dtype, device, *_), a in made)
+        built = ", ".join(
+            f"{dtype} on {device}{', causal' * causal}{', with dropout' * drops}: {a.plan.backend}"
+            for (dtype, device, causal, drops), a in made
+        )
         mode = f", compatibility={self.compatibility!r}" if self.compatibility else ""
         return f"{self.pattern!r}{mode}, built for ({built})"
 

@@ -39,7 +39,7 @@ class MultiheadAttention(nn.Module):
     Args:
         embed_dim: E.
         num_heads: H; a divisor of E.
-        dropout: of attention weights, while training. `auto` then takes `math`, which is slow on a card.
+        dropout: of attention weights, while training; `module.dropout = p` changes it. `auto` then takes `sdpa`.
         bias: of the projections.
         kdim: width of keys, by default E.
         vdim: width of values, by default E.
@@ -133,6 +133,15 @@ class MultiheadAttention(nn.Module):
         self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(e + 2 * kv, **made)) if bias else None)
 
     @property
+    def dropout(self) -> float:
+        """With which probability attention weights are dropped while training."""
+        return self.attention.config.dropout_p
+
+    @dropout.setter
+    def dropout(self, dropout_p: float) -> None:
+        self.attention.set_dropout(dropout_p)
+
+    @property
     def _qkv_same_embed_dim(self) -> bool:
         """False: it is what keeps `nn.TransformerEncoderLayer` from its own dense attention in evaluation mode."""
         return False
@@ -178,6 +187,7 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
         rotation: Rotation | None = None,
@@ -194,6 +204,7 @@ class MultiheadAttention(nn.Module):
             need_weights: must be False: the weights are never formed.
             attn_mask: as in torch, only beside is_causal=True, whose mask the caller says that it is. Who attends to
                 whom is the pattern's.
+            average_attn_weights: as in torch, without effect where there are no weights.
             is_causal: no query sees a later key.
             rotation: positions worked out before, of `make_rotation`; otherwise they are worked out here, counting
                 the tokens of each row that are not padding.

@@ -4,7 +4,7 @@ What a plugin needs is here; `discovery`, `selection` and `build` are this packa
 """
 
 from ..core.geometry import Geometry
-from ..core.kernel import DenseKernel, DensePiece, LayoutKernel, LayoutPiece
+from ..core.kernel import DenseKernel, DensePiece, Drops, LayoutKernel, LayoutPiece
 from ..core.refusal import Refusal
 from .hooks import hookimpl
 from .specs import API_VERSION, AXES, Backend, BackendSpec, Device, KernelBackend, PatternSpec, Range, Request
@@ -17,6 +17,7 @@ __all__ = [
     "DenseKernel",
     "DensePiece",
     "Device",
+    "Drops",
     "Geometry",
     "KernelBackend",
     "LayoutKernel",

@@ -351,5 +351,7 @@ def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
         lacking += [f"other_lengths.{part}" for part in parts if not hasattr(kernel.other_lengths, part)]
     if lacking:
         name, origin = registered.spec.name, registered.source.origin
-        raise PluginError(f"backend {name!r} of {origin} built {kernel!r}, a kernel without {', '.join(lacking)}")
+        made = f"{type(kernel).__module__}.{type(kernel).__qualname__}"
+        remedy = "; add it, or declare no dropout" if lacking == ["dropping"] else ""
+        raise PluginError(f"backend {name!r} of {origin} built {made}, a kernel without {', '.join(lacking)}{remedy}")
     return kernel

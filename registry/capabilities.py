@@ -60,12 +60,7 @@ def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
     for axis, needed in request.needs.items():
         if axis == "arch" and any(refusal.code == "device_types" for refusal in refusals):
             continue  # an x86_64 is no wrong kind of CUDA card
-        is_dense = "dense" in spec.capabilities.get("layouts", ())
-        if axis == "dropout" and is_dense and "context_parallel" in request.needs:
-            words, remedy = f"{_need_words(axis, needed, request)} where ranks share a sequence", "set dropout_p=0"
-            refusals.append(Refusal(axis, words, "that of whole sequences alone", remedy))
-            continue
-        if axis in _COMPOSED_TRAITS and is_dense:
+        if axis in _COMPOSED_TRAITS and "dense" in spec.capabilities.get("layouts", ()):
             continue
         if axis not in spec.capabilities:
             if axis not in _NARROWING:

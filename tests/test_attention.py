@@ -238,9 +238,12 @@ def test_no_second_derivative_is_an_error_not_a_wrong_number() -> None:
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("is_causal", r"it is fixed when the attention is built, by build_attention\(is_causal=\.\.\.\)"),
-        ("dropout_p", r"by build_attention\(dropout_p=\.\.\.\)"),
+        ("is_causal", r"that is fixed when an attention is built, by build_attention\(is_causal=\.\.\.\)"),
+        ("causal", r"by build_attention\(is_causal=\.\.\.\)"),
+        ("dropout", r"by build_attention\(dropout_p=\.\.\.\)"),
+        ("seqlen", r"by build_attention\(seq_len=\.\.\.\)"),
         ("attn_mask", "who attends to whom is the pattern"),
+        ("attention_mask", "who attends to whom is the pattern"),
         ("enable_gqa", "grouped queries are said by num_kv_heads"),
         ("key_padding", r"did you mean 'key_padding_mask'\?"),
         ("rope", "it takes return_lse, q_offset, kv_offset, key_padding_mask, cu_seqlens"),

@@ -175,11 +175,12 @@ def test_rows_without_keys_large_scores_and_gradients_of_lse(
         assert error(b, a) < allowed
 
 
-@pytest.mark.parametrize("dropout_p", [1e-4, 0.1, 0.5, 0.9999, 1 - 1e-9])
+@pytest.mark.parametrize("dropout_p", [1e-9, 1e-4, 0.1, 0.5, 0.9999, 1 - 1e-9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_draws_are_as_probable_as_they_say(dropout_p: float, dtype: torch.dtype) -> None:
     draws = Draws.of(dropout_p, torch.tensor(3), torch.device("cpu"))
     assert abs(draws.keep - (1 - dropout_p)) <= 2**-16
+    assert 0 < draws.keep < 1
     factors = draws.factors(torch.empty(1001, 1003, dtype=dtype))
     assert factors.dtype == dtype
     found = float((factors > 0).double().mean())

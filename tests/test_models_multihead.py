@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dilated_attention import ConfigError, Dilated, Full, NoBackendError, reference
+from dilated_attention import ConfigError, Dilated, Full, Learned, NoBackendError, reference
 from dilated_attention.models import MultiheadAttention
 
 from .model_kit import data, gradients, padding
@@ -247,6 +247,24 @@ def test_compiled_without_graph_breaks() -> None:
     for given in (None, mask):
         expected, actual = ours(x, x, x, given, is_causal=True)[0], compiled(x, x, x, given, is_causal=True)[0]
         assert_close([actual, *gradients(actual, x)], [expected, *gradients(expected, x)])
+
+
+def test_dropout_may_be_set_as_torchs_is() -> None:
+    module, x = MultiheadAttention(E, H, dropout=0.5, batch_first=True), data(B, S, E)
+    still = MultiheadAttention(E, H, batch_first=True)
+    still.load_state_dict(module.state_dict())
+    assert module.dropout == 0.5
+    assert not torch.equal(module(x, x, x)[0], still(x, x, x)[0])
+    module.dropout = 0.0
+    assert torch.equal(module(x, x, x)[0], still(x, x, x, average_attn_weights=False)[0])
+    still.dropout = 0.5
+    assert not torch.equal(module(x, x, x)[0], still(x, x, x)[0])
+    with pytest.raises(ConfigError, match="dropout_p"):
+        module.dropout = 1.5
+    assert module.dropout == 0.0
+    learned = MultiheadAttention(E, H, pattern=Learned(block_size=8, blocks_per_row=2))
+    with pytest.raises(ConfigError, match=r"was made with dropout_p=0; make the module with another"):
+        learned.dropout = 0.1
 
 
 def test_dropout_is_for_training_only() -> None:

@@ -287,6 +287,7 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
     ("backend", "fields", "near"),
     [
         ("math", {"head_dim": 300}, "sdpa would be usable with head_dim=256"),
+        ("math", {"head_dim": 300, "dropout_p": 0.1, "arch": "sm_90"}, "sdpa would be usable with head_dim=256"),
         ("reference", {"head_dim": 300, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
     ],
 )
@@ -297,6 +298,18 @@ def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, field
     said = next(line for line in plan.explain().splitlines() if "  slow  " in line)
     assert f"as nothing faster takes this; {near}" in said
     assert "  slow  " not in explain(num_heads=2, head_dim=16, backend=backend).explain()  # asked for, no surprise
+
+
+def test_blocks_that_no_kernel_computes_are_slow() -> None:
+    asked: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": Random(2, 128)}
+    plan = explain(**asked, dropout_p=0.1, arch="sm_90")
+    assert plan.backend == "sdpa"
+    said = (
+        "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; triton would be usable"
+    )
+    assert any(line.startswith(f"{said} with dropout_p=0.0") for line in plan.explain().splitlines())
+    for fields in ({"device": "cpu"}, {"arch": "sm_90", "pattern": Local(8)}):
+        assert "  slow  " not in explain(**(asked | {"dropout_p": 0.1} | fields)).explain()
 
 
 def test_reference_is_refused_where_its_mask_does_not_fit() -> None:

@@ -16,7 +16,6 @@ from dilated_attention import (
     Dilated,
     Full,
     Learned,
-    NoBackendError,
     build_attention,
     explain,
     rebuild,
@@ -104,21 +103,6 @@ def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> Non
     ]
     assert wide.rows[0].near_miss is not None
     assert wide.rows[0].near_miss.changes == {"deterministic": False}  # no head_dim is out of its own range
-    with pytest.raises(NoBackendError, match="companion: needs another backend"):
-        build_attention(fields, dtype="float64", dropout_p=0.5, context_parallel=ContextParallel(size=1))
-
-
-def test_what_dense_kernels_drop_they_drop_of_whole_sequences_alone() -> None:
-    plan = explain(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=4))
-    assert plan.backend is None
-    for row in plan.rows:
-        if row.name in ("sdpa", "math"):
-            assert [str(refusal) for refusal in row.refusals] == [
-                "dropout: needs dropout_p=0.5 where ranks share a sequence, has that of whole sequences alone; set "
-                "dropout_p=0"
-            ]
-            assert row.near_miss is not None
-            assert row.near_miss.changes == {"dropout_p": 0.0}
 
 
 def test_the_plan_is_a_tree() -> None:
@@ -141,8 +125,8 @@ def test_a_mesh_is_needed_exactly_where_ranks_share() -> None:
     assert torch.equal(alone(x, x, x), build_attention(**FIELDS)(x, x, x))
     with pytest.raises(ConfigError, match="rebuild found no attention"):
         rebuild(build_attention(**FIELDS), mesh=None, generation=1)
-    with pytest.raises(NoBackendError):
-        build_attention(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=1), backend="sdpa")
+    with pytest.raises(ConfigError, match=r"dropout_p=0\.5 with context_parallel: no attention that ranks share drops"):
+        build_attention(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=1))
 
 
 def test_set_up_is_tried_again_with_growing_pauses_until_its_deadline() -> None:

@@ -137,6 +137,8 @@ def test_what_cannot_be_transformed_is_refused() -> None:
     dropping = build(dropout_p=0.5, backend="reference")
     with pytest.raises(ConfigError, match=r"dropout cannot be mapped by torch\.vmap; call eval"):
         vmap(dropping, randomness="same")(*one)
+    with pytest.raises(ConfigError, match=r"dropout cannot be mapped by torch\.vmap"):
+        vmap(grad(lambda *x: dropping(*x).sum()))(*one)
     assert torch.equal(vmap(dropping.eval())(*one)[2], dropping(*(x[2] for x in one)))
     with pytest.raises(ConfigError, match=r"torch\.func cannot trace"):
         grad(lambda x: build(Learned(4, 2))(x, key, value, key_padding_mask=MASK).sum())(query)

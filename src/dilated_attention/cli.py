@@ -173,7 +173,9 @@ def explain(
         ),
     ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Probability of dropping attention weights.")] = None,
+    dropout: Annotated[
+        float | None, typer.Option("--dropout", "--dropout-p", help="Probability of dropping attention weights.")
+    ] = None,
     varlen: Annotated[
         bool | None, typer.Option("--varlen/--no-varlen", help="For padded rows and packed documents.")
     ] = None,
