@@ -30,7 +30,7 @@ class Draws:
 
     @classmethod
     def of(cls, dropout_p: float, seed: Tensor, device: torch.device) -> Draws:
-        """Those that a seed, an int64 scalar, determines on a device; dropout_p is rounded to 65536ths, but not away."""
+        """Those that a seed (an int64 scalar) determines on a device. dropout_p is rounded to 65536ths, not away."""
         dropped = min(max(round(dropout_p * _PARTS), 1), _PARTS - 1)
         return cls(dropped, torch.Generator(device).manual_seed(int(seed)))
 
