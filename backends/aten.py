@@ -22,6 +22,7 @@ from .philox import PhiloxDraws
 _aten = torch.ops.aten
 _Grads = tuple[Tensor, Tensor, Tensor]
 _STEPS = 256  # in which FlashAttention-2 counts probabilities
+_MOST_DRAWN = 65_535  # batch rows that the memory-efficient kernel launches at once, as it has to where it drops
 
 
 def _bhsd(*tensors: Tensor) -> list[Tensor]:
@@ -34,6 +35,7 @@ class CpuFlash:
 
     name: str = "aten flash for CPU"
     workspace_bytes: int = Limits().workspace_bytes  # bound on the temporaries of a pass that drops
+    takes_dropout: bool = True
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseProducts:
         """See `Drops`."""
@@ -70,6 +72,7 @@ class CudaFlash:
 
     name: str = "flash"
     takes_windows: bool = True
+    takes_dropout: bool = True
     draws: PhiloxDraws | None = None  # of the one pass that it is for
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaFlash:
@@ -151,6 +154,7 @@ class CudaCudnn:
 
     name: str = "cudnn"
     takes_windows: bool = True
+    takes_dropout: bool = True
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaFlash:
         """See `Drops`."""
@@ -205,6 +209,7 @@ class CudaEfficient:
     """The memory-efficient (CUTLASS) kernel: float32, bfloat16 and float16, head_dim a multiple of 4 (8 for halves)."""
 
     name: str = "efficient"
+    takes_dropout: bool = True
     draws: PhiloxDraws | None = None  # of the one pass that it is for
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> CudaEfficient:
@@ -215,8 +220,13 @@ class CudaEfficient:
         """See `DenseKernel`."""
         if self.draws is None:
             return self._forward(query, key, value, piece, 0.0)
-        with self.draws.forward(query.device):
-            return self._forward(query, key, value, piece, self.draws.dropout_p)
+        found = []
+        for q, k, v in zip(*_parts(query, key, value), strict=True):
+            with self.draws.forward(query.device):
+                found.append(self._forward(q, k, v, piece, self.draws.dropout_p))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
     def _forward(
         self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece, dropout_p: float
@@ -235,6 +245,11 @@ class CudaEfficient:
         The kernel reads lse in aligned groups of 32 rows (those added here hold +inf, so that they weigh nothing) and,
         in half precision, takes out to be compact whatever its strides say.
         """
+        if self.draws is not None and query.shape[0] > _MOST_DRAWN:
+            parts = zip(*_parts(dout, query, key, value, out, lse), strict=True)
+            found = [self.backward(do, q, k, v, o, of_rows, piece) for do, q, k, v, o, of_rows in parts]
+            dqs, dks, dvs = zip(*found, strict=True)
+            return torch.cat(dqs), torch.cat(dks), torch.cat(dvs)
         kv_heads = key.shape[2]
         batch, heads, length = lse.shape
         aligned = lse.new_full((batch, heads, -(-length // 32) * 32), math.inf)
@@ -257,6 +272,11 @@ class CudaEfficient:
         if kv_heads != heads:
             dk, dv = (torch.unflatten(x, 2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
         return dq, dk, dv
+
+
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The batch rows of each tensor, as many at once as are drawn for together."""
+    return [torch.split(x, _MOST_DRAWN) for x in tensors]
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class DenseProducts:
     workspace_bytes: int = Limits().workspace_bytes
     draws: Draws | None = None
     takes_dlse: bool = True
+    takes_dropout: bool = True
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseProducts:
         """See `Drops`; dropout_p is rounded to 16 bits."""

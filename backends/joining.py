@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.kernel import Drops, ForOneLength, Tables, takes_dlse, takes_windows
+from ..core.kernel import Drops, ForOneLength, Tables, takes_dlse, takes_dropout, takes_windows
 from .libraries import FP_FUSION, can_compile
 
 if TYPE_CHECKING:
@@ -69,8 +69,13 @@ class JoiningKernel:
         """As the kernel does."""
         return takes_dlse(self.kernel)
 
+    @property
+    def takes_dropout(self) -> bool:
+        """As the kernel does."""
+        return takes_dropout(self.kernel)
+
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> JoiningKernel:
-        """See `Drops`; of a kernel that is one."""
+        """See `Drops`; where the kernel is one."""
         assert isinstance(self.kernel, Drops)
         return JoiningKernel(self.kernel.dropping(dropout_p, seed, device), launched=self._launched)
 

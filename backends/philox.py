@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import attrs
 import torch
 from torch import Tensor
 
+from ..core.draws import for_each_gradient
+
 _SEEDS = 1 << 62
+_TURN = Lock()  # of those who give a device's generator another state
 
 
 @attrs.frozen(eq=False)
@@ -35,16 +39,19 @@ class PhiloxDraws:
     def forward(self, device: torch.device) -> Iterator[None]:
         """The next call, of a forward pass: the device's generator has its state, and the one it had before after."""
         generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-        kept = generator.graphsafe_get_state()
-        generator.graphsafe_set_state(torch.Generator(device).manual_seed(self._next()))
-        try:
-            yield
-        finally:
-            generator.graphsafe_set_state(kept)
+        own = torch.Generator(device).manual_seed(self._next())
+        with _TURN:
+            kept = generator.graphsafe_get_state()
+            generator.graphsafe_set_state(own)
+            try:
+                yield
+            finally:
+                generator.graphsafe_set_state(kept)
 
     def backward(self) -> int:
         """The seed of the next call, of a backward pass; its offset is 0."""
         return self._next()
 
     def _next(self) -> int:
-        return int(torch.randint(_SEEDS, (), generator=self._seeds, device="cpu"))
+        with for_each_gradient():
+            return int(torch.randint(_SEEDS, (), generator=self._seeds, device="cpu"))

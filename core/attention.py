@@ -75,6 +75,8 @@ class Attention(nn.Module):
     def prepare(self, seq_len: int, *, kv_len: int | None = None) -> None:
         """Lower the pattern for a length ahead of its first use (before a CUDA graph is captured, say).
 
+        With dropout for what is computed in training, or after `eval()` for what is computed then.
+
         Args:
             seq_len: number of queries.
             kv_len: number of keys; `seq_len` if not given. The last query stands at the last key.
@@ -82,7 +84,8 @@ class Attention(nn.Module):
         kv_len = seq_len if kv_len is None else kv_len
         require_int("seq_len", seq_len, minimum=0)
         require_int("kv_len", kv_len, minimum=0)
-        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device())
+        drops = self.training and self.config.dropout_p > 0
+        self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device(), drops=drops)
 
     def _device(self) -> torch.device:
         """Where inputs are expected, with its index."""

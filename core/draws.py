@@ -5,6 +5,8 @@ Forward and backward compute the same tiles in the same order, so the draws of o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -14,6 +16,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PARTS: Final = 1 << 16  # in which probabilities are counted: four draws are cut from one of a generator's numbers
+
+
+@contextmanager
+def for_each_gradient() -> Iterator[None]:
+    """Random numbers may be drawn where torch batches gradients (`is_grads_batched`) and calls a backward for each.
+
+    It forbids them, since those of a vmap would depend on the batch; what a seed determines does not.
+    """
+    depth = torch._C._vmapmode_increment_nesting()
+    for _ in range(depth):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(depth - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 @attrs.frozen(eq=False)
@@ -46,11 +64,13 @@ class Draws:
         """
         if counts is None:
             return self._kept(like).to(like.dtype).mul_(1 / self.keep)
-        kept = torch.binomial(counts, torch.full_like(counts, self.keep), generator=self.generator)
+        with for_each_gradient():
+            kept = torch.binomial(counts, torch.full_like(counts, self.keep), generator=self.generator)
         return kept.div_(counts.clamp(min=1).mul_(self.keep))
 
     def _kept(self, like: Tensor) -> Tensor:
         numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-        numbers.random_(-(1 << 63), None, generator=self.generator)
+        with for_each_gradient():
+            numbers.random_(-(1 << 63), None, generator=self.generator)
         parts = numbers.view(torch.int16)[: like.numel()].view(like.shape)
         return parts >= self.dropped - _PARTS // 2

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from .kernel import BlockTable
 
 
+def refuse_capture(dropout_p: float, device: torch.device) -> None:
+    """Raise `ConfigError` while a CUDA graph is captured, whose replays would all drop the same."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; call eval() before "
+            "the capture, or build with dropout_p=0"
+        )
+
+
 def one_by_one(schedule: Schedule) -> Schedule:
     """The same calls, each as often as its pairs count: occurrences of a pair are dropped one by one."""
     if all(call.weight == 1 for call in schedule.calls):
@@ -53,15 +62,8 @@ def of_one_pass(
         scale: factor on q·k.
         config: of the attention.
 
-    Raises:
-        ConfigError: during the capture of a CUDA graph, whose replays would all drop the same.
     """
     assert isinstance(kernel, Drops)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            f"dropout_p={config.dropout_p:g}: every replay of a CUDA graph would drop the same weights; call eval() "
-            "before the capture, or build with dropout_p=0"
-        )
     limit = config.limits.workspace_bytes
     composer = Composer(kernel.dropping(config.dropout_p, seed, device), scale, config.deterministic, limit)
     if blocks is None:

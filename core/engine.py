@@ -20,7 +20,7 @@ from .cache import ByteLRU
 from .composers import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
-from .dropping import of_one_pass, one_by_one
+from .dropping import of_one_pass, one_by_one, refuse_capture
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
 from .errors import ConfigError
@@ -121,13 +121,16 @@ class Engine:
             layouts=self.programs.counters,
         )
 
-    def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
-        """Lower the pattern for these lengths, or find it lowered; returns the layout.
+    def prepare(
+        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, *, drops: bool = False
+    ) -> Layout:
+        """Lower the pattern for these lengths, or find it lowered; returns the layout. `drops` as calls with a seed do.
 
         Raises:
             ConfigError: during the capture of a CUDA graph, which must find the length already lowered.
         """
-        return self._program(q_len, kv_len, q_offset, kv_offset, device).layout
+        drops = drops and not self.takes_layout
+        return self._program(q_len, kv_len, q_offset, kv_offset, device, drops=drops).layout
 
     def _program(
         self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, *, drops: bool = False
@@ -155,6 +158,8 @@ class Engine:
     ) -> Program:
         if packing is not None:
             return self._packed(packing, query.device)
+        if seed is not None:
+            refuse_capture(self.config.dropout_p, query.device)
         drops = seed is not None and not self.takes_layout  # else what drops is the kernel for whole layouts
         return self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device, drops=drops)
 

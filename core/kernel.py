@@ -211,12 +211,16 @@ class ForOneLength(Protocol):
 class Drops(Protocol):
     """What the `DenseKernel` of a backend that declares dropout has besides: it drops attention weights."""
 
+    @property
+    def takes_dropout(self) -> bool:
+        """Whether `dropping` may be called."""
+
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseKernel:
         """A kernel for one pass of a call, which multiplies weights by 1 / keep where a pair is kept, else by 0.
 
         It gets what the kernel gets, in both passes the same pieces in the same order, of compact tensors. So the
         seed, an int64 scalar on the CPU, determines what is dropped of each: other pairs in every piece, and the same
-        ones forward and backward. lse is that of all weights.
+        ones forward and backward, whose tensors may have `WIDENING` more columns. lse is that of all weights.
 
         Args:
             dropout_p: above 0 and below 1; a kernel may round it, but then keep is exactly how often a pair is kept.
@@ -237,6 +241,11 @@ def takes_dlse(kernel: object) -> bool:
     if isinstance(kernel, ForOneLength) and not takes_dlse(kernel.other_lengths):
         return False
     return isinstance(kernel, TakesDlse) and kernel.takes_dlse
+
+
+def takes_dropout(kernel: object) -> bool:
+    """Whether a dense kernel drops attention weights."""
+    return isinstance(kernel, Drops) and kernel.takes_dropout
 
 
 class LayoutKernel(Protocol):

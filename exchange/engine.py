@@ -124,7 +124,9 @@ class RingEngine(Engine):
             waited_s=moved.waited_s,
         )
 
-    def prepare(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device) -> Layout:
+    def prepare(
+        self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, *, drops: bool = False
+    ) -> Layout:
         """Plan a whole sequence of `q_len` tokens for a batch of one; returns the layout of this rank's own keys.
 
         Raises:

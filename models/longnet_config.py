@@ -93,7 +93,7 @@ class LongNetConfig:
         layer_norm_eps: of all of them.
         activation: "gelu" or "relu".
         dropout: of what each part adds to the residual stream, and of the embedding.
-        attention_dropout: of attention weights, for which `auto` takes `math`, slow on a card.
+        attention_dropout: of attention weights, which `sdpa` drops: other kernels are not taken then.
         activation_dropout: inside the feed-forward layers.
         drop_path: probability of leaving out a part, for each sequence; grows from 0 to this with depth.
         vocab_size: of token models.

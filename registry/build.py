@@ -12,7 +12,7 @@ import attrs
 from ..core.bands import bands_of
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
-from ..core.kernel import CALL_AXES, WIDENING, Drops, ForOneLength, takes_dlse
+from ..core.kernel import CALL_AXES, WIDENING, ForOneLength, takes_dlse, takes_dropout
 from ..core.pattern import LearnedPattern, Pattern
 from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
@@ -345,7 +345,7 @@ def _kernel(chosen: Verdict, request: Request) -> DenseKernel | LayoutKernel:
         raise PluginError(f"backend {name!r} of {origin} failed while building: {describe(error)}") from error
     parts = ("name", "forward", "backward")
     lacking = [part for part in parts if not hasattr(kernel, part)]
-    if request.config.dropout_p and takes_dense(registered.spec) and not isinstance(kernel, Drops):
+    if request.config.dropout_p and takes_dense(registered.spec) and not takes_dropout(kernel):
         lacking.append("dropping")
     if isinstance(kernel, ForOneLength):
         lacking += [f"other_lengths.{part}" for part in parts if not hasattr(kernel.other_lengths, part)]

@@ -12,11 +12,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention import AttentionConfig, Dilated, Full, Local, Pattern
-from dilated_attention.backends.aten import CpuFlash
+from dilated_attention.backends.aten import CpuFlash, CudaFlash
+from dilated_attention.backends.joining import JoiningKernel
 from dilated_attention.backends.sdpa import SdpaBackend
 from dilated_attention.core import arranged
 from dilated_attention.core.engine import Engine
-from dilated_attention.core.kernel import CALL_AXES, DensePiece, Drops, ForOneLength, Joins, takes_windows
+from dilated_attention.core.kernel import (
+    CALL_AXES,
+    DensePiece,
+    Drops,
+    ForOneLength,
+    Joins,
+    takes_dropout,
+    takes_windows,
+)
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.packed import attend_documents
 from dilated_attention.registry.discovery import default_registry
@@ -122,6 +131,11 @@ def test_small_cards_lack_the_widest_gradients(head_dim: int, fields: dict[str, 
     for arch in ("sm_86", "sm_89"):
         assert verdict("sdpa", attrs.evolve(H100, arch=arch), head_dim=head_dim, **fields).kernel == kernel
     assert verdict("sdpa", attrs.evolve(H100, arch="sm_80"), head_dim=head_dim, **fields).kernel == "flash"
+
+
+def test_a_kernel_that_joins_drops_if_what_it_joins_does() -> None:
+    assert takes_dropout(JoiningKernel(CudaFlash()))
+    assert not takes_dropout(JoiningKernel(Told("drops nothing", [])))
 
 
 def test_other_lengths_are_not_planned_for() -> None:

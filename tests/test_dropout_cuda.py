@@ -61,6 +61,16 @@ def test_flash_attention_is_unbiased_in_256ths(dropout_p: float) -> None:
         assert abs(spread / (dropped / (1 - dropped)) - 1) < 0.1
 
 
+def test_more_batch_rows_than_a_launch_takes_are_dropped() -> None:
+    attention = build(Full(), backend="sdpa", device="cuda", dtype="float32", head_dim=8, dropout_p=0.5)
+    value = torch.ones((1 << 16) + 3, 2, KV_HEADS, 8, device="cuda", requires_grad=True)
+    query, key = (torch.zeros((1 << 16) + 3, 2, heads, 8, device="cuda") for heads in (HEADS, KV_HEADS))
+    out = attention(query, key, value)
+    assert set(out.unique().tolist()) == {0.0, 1.0, 2.0}
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    assert torch.allclose(grad.sum((1, 2)), out.sum((1, 2)))  # which is linear in the values, all of them 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_random_numbers_of_the_caller_stay_as_they_are(dtype: str) -> None:
     attention = build(LONGNET, backend="sdpa", device="cuda", dtype=dtype, dropout_p=0.5)

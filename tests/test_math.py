@@ -109,6 +109,30 @@ def test_documents_draw_for_themselves() -> None:
     assert torch.equal(again, torch.cat([first, second], dim=1))
 
 
+@pytest.mark.parametrize("backend", ["math", "sdpa", "reference"])
+@pytest.mark.parametrize("pattern", [LONGNET, LONGNET + Local(5)], ids=str)
+def test_batched_gradients_drop_the_same(pattern: Pattern, backend: str) -> None:
+    """Torch's loop over a batch of gradients lets nobody draw, but these numbers do not depend on it."""
+    attention = build(pattern, dropout_p=0.3, backend=backend, is_causal=True)
+    leaves = [torch.randn(1, TOKENS, heads, TOKENS, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    out = drawn(attention, *leaves, seed=6)
+    douts = torch.randn(3, *out.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(out, leaves, douts, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(douts):
+        for a, b in zip(batched, torch.autograd.grad(out, leaves, dout, retain_graph=True), strict=True):
+            assert error(a[i], b) < 1e-12
+
+
+def test_a_length_is_prepared_for_training_or_for_evaluation() -> None:
+    attention = build(Local(5), dropout_p=0.3)
+    tensors = [torch.randn(1, TOKENS, heads, TOKENS, dtype=torch.float64) for heads in (4, 2, 2)]
+    for number, mode in enumerate((attention.train, attention.eval), 1):
+        mode().prepare(TOKENS)
+        assert attention.counters().layouts.misses == number
+        attention(*tensors)
+        assert attention.counters().layouts.misses == number
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_recomputing_draws_the_same(checkpointing: bool) -> None:
     attention = build(LONGNET, dropout_p=0.4, activation_checkpointing=checkpointing)
