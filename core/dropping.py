@@ -61,7 +61,6 @@ def of_one_pass(
         device: of the tensors.
         scale: factor on q·k.
         config: of the attention.
-
     """
     assert isinstance(kernel, Drops)
     limit = config.limits.workspace_bytes
