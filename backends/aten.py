@@ -13,7 +13,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.draws import Draws
 from ..core.kernel import DenseKernel, DensePiece
 from ..core.limits import Limits
 from .dense_products import DenseProducts
@@ -39,7 +38,7 @@ class CpuFlash:
 
     def dropping(self, dropout_p: float, seed: Tensor, device: torch.device) -> DenseProducts:
         """See `Drops`."""
-        return DenseProducts(workspace_bytes=self.workspace_bytes, draws=Draws.of(dropout_p, seed, device))
+        return DenseProducts(workspace_bytes=self.workspace_bytes).dropping(dropout_p, seed, device)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
@@ -56,11 +55,6 @@ class CpuFlash:
             *_bhsd(dout, query, key, value, out), lse, 0.0, piece.is_causal, scale=piece.scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _state(draws: PhiloxDraws | None) -> tuple[float, int]:
-    """The dropout_p of a backward, and the seed of the random state that it never reads where that is 0."""
-    return (0.0, 0) if draws is None else (draws.dropout_p, draws.backward())
 
 
 @attrs.frozen
@@ -116,11 +110,10 @@ class CudaFlash:
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece
     ) -> _Grads:
         """See `DenseKernel`."""
-        dropout_p, seed = _state(self.draws)
-        state = torch.zeros(2, dtype=torch.int64, device=query.device)
-        if seed:
-            state[0].fill_(seed)  # a number that a kernel brings: no copy that the device is waited for
-        state = state.view(torch.uint64)
+        dropout_p, state = 0.0, torch.zeros(2, dtype=torch.uint64, device=query.device)  # never read without dropout
+        if self.draws is not None:
+            dropout_p = self.draws.dropout_p
+            state.view(torch.int64)[0].fill_(self.draws.next_seed())  # no copy that the device is waited for
         left, right = piece.window or (None, None)
         dq, dk, dv = _aten._flash_attention_backward.default(
             dout,
@@ -254,15 +247,18 @@ class CudaEfficient:
         batch, heads, length = lse.shape
         aligned = lse.new_full((batch, heads, -(-length // 32) * 32), math.inf)
         aligned[:, :, :length] = lse
-        dropout_p, seed = _state(self.draws)
-        state = torch.tensor([seed, 0], dtype=torch.int64, device="cpu")  # where it is read but for captures
+        dropout_p, seed = 0.0, torch.zeros((), dtype=torch.int64, device=query.device)  # never read without dropout
+        offset = seed
+        if self.draws is not None:  # both are read on the host
+            dropout_p, offset = self.draws.dropout_p, torch.zeros((), dtype=torch.int64, device="cpu")
+            seed = torch.full_like(offset, self.draws.next_seed())
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
             *_bhsd(dout, query, _repeat_heads(key, query), _repeat_heads(value, query)),
             None,
             out.contiguous().transpose(1, 2),
             aligned,
-            state[0],
-            state[1],
+            seed,
+            offset,
             dropout_p,
             [True, True, True, False],
             piece.is_causal,

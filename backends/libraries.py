@@ -19,7 +19,6 @@ from ..core.refusal import Refusal
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 # What Hopper's bulk copies (TMA) and 128-bit loads need of addresses and strides.
 ALIGNMENT_BYTES: Final = 16
 # Given at every launch of a Triton kernel of ours: Triton 3.9 warns where it is not, and 3.10 then rounds twice.

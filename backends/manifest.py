@@ -155,7 +155,7 @@ FLEX = BackendSpec(
 MATH = BackendSpec(
     name="math",
     target="dilated_attention.backends.products:MathBackend",
-    priority=-60,  # for what nothing else takes: head_dims beyond 256, and float64 on a card
+    priority=-60,  # for what nothing else takes: head_dims beyond 256 or of odd widths, and float64 on a card
     capabilities=_DENSE
     | {
         "device_types": ("cpu", "cuda"),
@@ -197,13 +197,16 @@ def _bands(request: Request) -> tuple[Band, ...]:
     return bands_of(request.pattern) or ()
 
 
+def _is_hopper(request: Request) -> bool:
+    return cards.compiled_for(request.device.arch) == cards.PROVEN
+
+
 def _is_long_and_dense(request: Request) -> bool:
     """Whether every query sees every key (causal ones every earlier one), on a Hopper card, of so many tokens."""
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config = request.config
-    is_hopper = cards.compiled_for(request.device.arch) == cards.PROVEN
-    if not is_hopper or config.dtype not in _HALVES or request.needs["layouts"] != ("branch",):
+    if not _is_hopper(request) or config.dtype not in _HALVES or request.needs["layouts"] != ("branch",):
         return False
     if config.seq_len is None or config.seq_len < _LONG_DENSE or config.varlen or "context_parallel" in request.needs:
         return False
@@ -221,7 +224,7 @@ def _fuses(request: Request) -> bool:
 
     config, layouts = request.config, request.needs["layouts"]
     head_dim, is_half = config.head_dim, config.dtype in _HALVES
-    is_hopper = cards.compiled_for(request.device.arch) == cards.PROVEN
+    is_hopper = _is_hopper(request)
     if "dynamic_tables" in request.needs:
         return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
     if "block" in layouts:
@@ -237,9 +240,7 @@ def _fuses(request: Request) -> bool:
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
     is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim == 256))
-    if len(branches) < fewest:
-        return 32 < head_dim <= 64 and _is_long_and_dense(request)
-    return is_half and is_suited
+    return is_half and len(branches) >= fewest and is_suited
 
 
 def _suits_flex(request: Request) -> bool:
@@ -301,13 +302,13 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     from ..core.bands import only_window
 
     priorities = {spec.name: spec.priority for spec in candidates}
-    is_dense = _is_long_and_dense(request)
-    if is_dense and FA4.name in priorities and request.config.head_dim in (64, 128):  # those that were measured
-        priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
-    if not _fuses(request):
+    if _is_long_and_dense(request):
+        head_dim = request.config.head_dim
+        priorities[TRITON.name] = FA3.priority - 2 if 32 < head_dim <= 64 else _OUTDONE
+        if head_dim in (64, 128):  # those that were measured
+            priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
+    elif not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
-    elif is_dense:
-        priorities[TRITON.name] = FA3.priority - 2
     elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2
         # Those that were measured; at 64 its forward pass alone is no faster.

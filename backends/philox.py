@@ -39,7 +39,7 @@ class PhiloxDraws:
     def forward(self, device: torch.device) -> Iterator[None]:
         """The next call, of a forward pass: the device's generator has its state, and the one it had before after."""
         generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-        own = torch.Generator(device).manual_seed(self._next())
+        own = torch.Generator(device).manual_seed(self.next_seed())
         with _TURN:
             kept = generator.graphsafe_get_state()
             generator.graphsafe_set_state(own)
@@ -48,10 +48,7 @@ class PhiloxDraws:
             finally:
                 generator.graphsafe_set_state(kept)
 
-    def backward(self) -> int:
-        """The seed of the next call, of a backward pass; its offset is 0."""
-        return self._next()
-
-    def _next(self) -> int:
+    def next_seed(self) -> int:
+        """That of the next call; its offset is 0."""
         with for_each_gradient():
             return int(torch.randint(_SEEDS, (), generator=self._seeds, device="cpu"))

@@ -14,15 +14,18 @@ from ..core.kernel import DenseKernel
 from ..core.refusal import Refusal
 from ..registry.specs import compute_capability
 from .aten import CpuFlash, CudaCudnn, CudaCudnnForOneLength, CudaEfficient, CudaFlash
+from .dense_products import DenseProducts
 from .joining import joining
 
 if TYPE_CHECKING:
     from ..registry.specs import Request
 
+CudaKernel = CudaCudnn | CudaFlash | CudaEfficient
 # From the fastest to the slowest, as measured on an H100 (docs/performance_log.md, "Dense kernels on one H100").
-_CUDA_KERNELS: dict[str, DenseKernel] = {k.name: k for k in (CudaCudnn(), CudaFlash(), CudaEfficient())}
+_CUDA_KERNELS: dict[str, CudaKernel] = {k.name: k for k in (CudaCudnn(), CudaFlash(), CudaEfficient())}
 _HALVES = ("bfloat16", "float16")
-_DROPS_BY = {"aten flash for CPU": "matrix products", "cudnn": "flash"}  # of those that drop no weights themselves
+# Of kernels that drop no weights themselves, which do it for them.
+_DROPS_BY = {CpuFlash().name: DenseProducts().name, CudaCudnn().name: CudaFlash().name}
 
 
 class SdpaBackend:
@@ -61,10 +64,10 @@ class SdpaBackend:
         raise ConfigError("sdpa was asked to build what it refused")
 
 
-def _named(kernel: DenseKernel, request: Request) -> DenseKernel:
+def _named(kernel: CpuFlash | CudaKernel, request: Request) -> DenseKernel:
     """The kernel, which names the one that computes while weights are dropped, if that is another."""
     other = _DROPS_BY.get(kernel.name) if request.config.dropout_p else None
-    return kernel if other is None else attrs.evolve(kernel, name=f"{kernel.name}, dropout by {other}")  # type: ignore[misc]
+    return kernel if other is None else attrs.evolve(kernel, name=f"{kernel.name}, dropout by {other}")
 
 
 def _forced_kernel(request: Request) -> str | None:
@@ -80,7 +83,7 @@ def _forced_kernel(request: Request) -> str | None:
     return require_choice("backend_options['sdpa']['kernel']", options["kernel"], _CUDA_KERNELS)
 
 
-def _candidates(request: Request) -> dict[str, DenseKernel]:
+def _candidates(request: Request) -> dict[str, CudaKernel]:
     """The CUDA kernels to choose among: the forced one, for any length, or all, cuDNN's where it would get calls."""
     forced = _forced_kernel(request)
     if forced is not None:

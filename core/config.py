@@ -268,12 +268,15 @@ def refuse_arguments(given: Iterable[str]) -> NoReturn:
     """Raise `TypeError` for arguments that a call does not take, naming where the first of them belongs."""
     name, fields = next(iter(given)), keys_of(AttentionConfig)
     near = nearest(name, (*_OF_CALLS, *fields))
-    field = near if near in fields and name not in _MASKS else None
-    why = _ELSEWHERE.get("attn_mask" if name in _MASKS else name) or f"it takes {', '.join(_OF_CALLS)}"
-    if field is not None:
-        why = f"that is fixed when an attention is built, by build_attention({field}=...)"
-    hint = "" if field is not None or name in _MASKS else did_you_mean(name, _OF_CALLS)
-    raise TypeError(f"a call of an attention has no {name!r}{hint}: {why}")
+    if name in _MASKS:
+        why = f": {_ELSEWHERE['attn_mask']}"
+    elif near in fields:
+        why = f": that is fixed when an attention is built, by build_attention({near}=...)"
+    elif name in _ELSEWHERE:
+        why = f": {_ELSEWHERE[name]}"
+    else:
+        why = f"{did_you_mean(name, _OF_CALLS)}: it takes {', '.join(_OF_CALLS)}"
+    raise TypeError(f"a call of an attention has no {name!r}{why}")
 
 
 def check_fields(mapping: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import attrs
 import torch
 
 from .block_product import BlockProduct
-from .composer import Composer
 from .draws import Draws
 from .errors import ConfigError
 from .kernel import Drops
@@ -21,7 +20,7 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import AttentionConfig
+    from .composer import Composer
     from .kernel import BlockTable
 
 
@@ -44,28 +43,20 @@ def one_by_one(schedule: Schedule) -> Schedule:
 
 
 def of_one_pass(
-    kernel: object,
-    blocks: BlockTable | None,
-    seed: Tensor,
-    device: torch.device,
-    *,
-    scale: float,
-    config: AttentionConfig,
+    composer: Composer, blocks: BlockTable | None, dropout_p: float, seed: Tensor, device: torch.device
 ) -> tuple[Composer, BlockTable | None]:
     """What computes dense pieces, and what computes blocks, in one pass of a call that drops.
 
     Args:
-        kernel: for dense pieces; it is `Drops`.
+        composer: of a kernel that is `Drops`.
         blocks: core's product, or None.
+        dropout_p: above 0.
         seed: int64 scalar that determines the draws of both passes.
         device: of the tensors.
-        scale: factor on q·k.
-        config: of the attention.
     """
-    assert isinstance(kernel, Drops)
-    limit = config.limits.workspace_bytes
-    composer = Composer(kernel.dropping(config.dropout_p, seed, device), scale, config.deterministic, limit)
+    assert isinstance(composer.kernel, Drops)
+    composer = attrs.evolve(composer, kernel=composer.kernel.dropping(dropout_p, seed, device))
     if blocks is None:
         return composer, None
     assert isinstance(blocks, BlockProduct)
-    return composer, attrs.evolve(blocks, draws=Draws.of(config.dropout_p, seed + 1, device))
+    return composer, attrs.evolve(blocks, draws=Draws.of(dropout_p, seed + 1, device))

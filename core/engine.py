@@ -129,13 +129,13 @@ class Engine:
         Raises:
             ConfigError: during the capture of a CUDA graph, which must find the length already lowered.
         """
-        drops = drops and not self.takes_layout
         return self._program(q_len, kv_len, q_offset, kv_offset, device, drops=drops).layout
 
     def _program(
         self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, *, drops: bool = False
     ) -> Program:
-        key = (q_len, kv_len, q_offset, kv_offset, device, drops)
+        # A kernel for whole layouts drops by itself.
+        key = (q_len, kv_len, q_offset, kv_offset, device, drops and not self.takes_layout)
         found = self.programs.get(key)
         if found is not None:
             return found
@@ -160,8 +160,8 @@ class Engine:
             return self._packed(packing, query.device)
         if seed is not None:
             refuse_capture(self.config.dropout_p, query.device)
-        drops = seed is not None and not self.takes_layout  # else what drops is the kernel for whole layouts
-        return self._program(query.shape[1], key.shape[1], q_offset, kv_offset, query.device, drops=drops)
+        lengths = query.shape[1], key.shape[1]
+        return self._program(*lengths, q_offset, kv_offset, query.device, drops=seed is not None)
 
     def _packed(self, packing: Packing, device: torch.device) -> Program:
         """The program of documents that the kernel computes together."""
@@ -180,7 +180,8 @@ class Engine:
         self._check_call(q_len, kv_len, q_offset, kv_offset)
         geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
         if self._layout_kernel is None:
-            return self._composed(geometry, device, self.kernel, drops=drops)
+            program = self._composed(geometry, device, self.kernel, drops=drops)
+            return attrs.evolve(program, schedule=one_by_one(program.schedule)) if drops else program
         layout = Layout(self.pattern, geometry, (), None)
         if self._learned is None:
             layout = lower(self.pattern, geometry, limit_bytes=config.limits.layout_bytes)
@@ -195,21 +196,19 @@ class Engine:
         """The program that core itself runs, with dense pieces, and with blocks unless `kernel` computes those.
 
         It does where they are all there is: its results, of the inputs' dtype, are not merged. A program that `drops`
-        has calls that count pairs once, and no windows as squares, whose rows are read backwards.
+        has no windows as squares, whose rows are read backwards.
         """
         if self._learned is not None:
             return self._make_dynamic(self._learned, geometry, device)
         windows = self.takes_layout or takes_windows(self.kernel)
         dense = dense_form(self.pattern, geometry, windows=windows)
         if dense is not None and (windows or not (drops and dense.bands)):
-            calls = one_by_one(dense.schedule) if drops else dense.schedule
-            return Program(Layout(self.pattern, geometry, dense.branches, None), calls, bands=dense.bands)
+            return Program(Layout(self.pattern, geometry, dense.branches, None), dense.schedule, bands=dense.bands)
         layout = lower(self.pattern, geometry, limit_bytes=self.config.limits.layout_bytes)
         assert layout.blocks is not None
         alone = kernel if not (layout.branches or drops) else None
         blocks = block_table(layout.blocks, alone, scale=self.scale, config=self.config, device=device)
-        calls = schedule(layout.branches, geometry)
-        return Program(layout, one_by_one(calls) if drops else calls, blocks)
+        return Program(layout, schedule(layout.branches, geometry), blocks)
 
     def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
         return Geometry(
@@ -350,9 +349,9 @@ class Engine:
         self, program: Program, query: Tensor, key: Tensor, seed: Tensor | None, is_filled: bool
     ) -> tuple[Composer, BlockTable | None]:
         """What computes dense pieces, and what computes blocks."""
-        if seed is not None:
-            return of_one_pass(self.kernel, program.blocks, seed, query.device, scale=self.scale, config=self.config)
         assert self._composers is not None
+        if seed is not None:
+            return of_one_pass(self._composers.own, program.blocks, self.config.dropout_p, seed, query.device)
         return self._composers.for_call(query.shape[1], key.shape[1], is_filled), program.blocks
 
     def received(

@@ -130,16 +130,15 @@ def _slow_words(plan: AttentionPlan) -> Iterator[str]:
     if plan.backend == "sdpa" and on_a_card and "block" in plan.layout.kinds:
         words = "sdpa leaves blocks to core's matrix products"
     if words:
-        near = [row for row in plan.rows if row.near_miss and row.near_miss.verified and row.near_miss.changes]
-        near.sort(key=lambda row: _intrusion(row.near_miss))
-        remedy = f"; {near[0].name} {near[0].near_miss}" if near else ""
+        near = [(row.name, row.near_miss) for row in plan.rows if row.near_miss is not None and row.near_miss.verified]
+        near.sort(key=lambda found: _intrusion(found[1]))
+        remedy = f"; {near[0][0]} {near[0][1]}" if near else ""
         yield f"  slow    {words}, as nothing faster takes this{remedy}"
 
 
-def _intrusion(near: NearMiss | None) -> tuple[bool, int]:
-    """What is asked for would be given up, or much would be changed."""
-    changes = {} if near is None else near.changes
-    return not changes.keys().isdisjoint(("dropout_p", "deterministic", "requires_grad")), len(changes)
+def _intrusion(near: NearMiss) -> tuple[bool, int]:
+    """Whether what is asked for would be given up, and how much would be changed."""
+    return not near.changes.keys().isdisjoint(("dropout_p", "deterministic", "requires_grad")), len(near.changes)
 
 
 def _open_words(plan: AttentionPlan) -> Iterator[str]:

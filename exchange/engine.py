@@ -129,6 +129,8 @@ class RingEngine(Engine):
     ) -> Layout:
         """Plan a whole sequence of `q_len` tokens for a batch of one; returns the layout of this rank's own keys.
 
+        No ring `drops`, as configurations see to.
+
         Raises:
             ConfigError: for a length that the ranks cannot share, other lengths of keys, or other offsets.
         """

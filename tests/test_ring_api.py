@@ -103,6 +103,9 @@ def test_a_backend_for_whole_layouts_needs_a_companion_for_dense_pieces() -> Non
     ]
     assert wide.rows[0].near_miss is not None
     assert wide.rows[0].near_miss.changes == {"deterministic": False}  # no head_dim is out of its own range
+    alone = explain(fields, head_dim=300, arch="sm_90", deterministic=True, context_parallel=ContextParallel(size=1))
+    assert alone.backend is None
+    assert "companion: needs another backend" in alone.explain()
 
 
 def test_the_plan_is_a_tree() -> None:
