@@ -17,7 +17,7 @@ from typing import Final
 import attrs
 import torch
 
-from dilated_attention import Dilated, Global, Local, Pattern, Random
+from dilated_attention import Dilated, Global, Local, Pattern, Random, build_attention
 from dilated_attention.backends.cards import PROVEN
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import TileSizes
@@ -43,6 +43,15 @@ CASES: Final[tuple[tuple[Pattern, int, bool, int], ...]] = (
     (_MASKED, 128, True, _NEVER),
     (_FULL, 128, False, _ALWAYS),
 )
+# pattern, head_dim, causal: over packed documents, whose kernels bound scores or not as they find worth it
+PACKED: Final[tuple[tuple[Pattern, int, bool], ...]] = (
+    (_BRANCHES, 64, True),
+    (_BRANCHES, 128, False),
+    (Random(2, 128), 64, True),
+    (_MASKED, 128, True),
+    (_MASKED, 64, False),
+)
+_ENDS: Final = (0, 0, 130, 131, 390)
 
 
 def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> float:
@@ -62,12 +71,30 @@ def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> fl
     return max(difference(a, b) for other in others for a, b in zip(other, expected, strict=True))
 
 
+def off_packed(pattern: Pattern, head_dim: int, is_causal: bool) -> float:
+    """The same of documents in one call."""
+    tensors = random_inputs((1, _ENDS[-1], 4, head_dim), "bfloat16", "cuda", kv_heads=2)
+    bounds, found = torch.tensor(_ENDS), list[tuple[torch.Tensor, ...]]()
+    for dtype, deterministic in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
+        attention = build_attention(
+            pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=head_dim, is_causal=is_causal, dtype=dtype,
+            deterministic=deterministic, backend="triton", device="cuda",
+        )  # fmt: skip
+        *given, dout = (x.detach().to(getattr(torch, dtype)).requires_grad_() for x in tensors)
+        out = attention(*given, cu_seqlens=bounds)
+        found.append((out.detach(), *torch.autograd.grad(out, given, dout.detach())))
+    expected, *others = found
+    return max(difference(a, b) for other in others for a, b in zip(other, expected, strict=True))
+
+
 def main() -> None:
-    """Run the cases that are named by number."""
-    chosen = [int(word) for word in sys.argv[1:]] or range(len(CASES))
+    """Run the cases that are named by number, those of documents after the others."""
+    chosen = [int(word) for word in sys.argv[1:]] or range(len(CASES) + len(PACKED))
     for number in chosen:
-        error = off(*CASES[number])
-        print(f"{number}: {CASES[number]} off by {error:.1e}", flush=True)
+        packed = number - len(CASES)
+        what = CASES[number] if packed < 0 else PACKED[packed]
+        error = off(*CASES[number]) if packed < 0 else off_packed(*PACKED[packed])
+        print(f"{number}: {what} off by {error:.1e}", flush=True)
         if not error < 1e-2:
             sys.exit(1)
 
