@@ -113,7 +113,7 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 def seen_of_lists(
     lists: Any,
-    mask_mod: Callable[..., bool],
+    mask_mod: Callable[..., Tensor],
     tensors: Sequence[Tensor] | None,
     query: Tensor,
     key: Tensor,
@@ -135,9 +135,9 @@ def seen_of_lists(
             for along, count in enumerate(counts[0, own].tolist()):
                 for across in indices[0, own, along, :count].tolist():
                     row, col = (across, along) if of_keys else (along, across)
-                    for q in places[0][row * rows : (row + 1) * rows].tolist():
-                        for k in places[1][col * cols : (col + 1) * cols].tolist():
-                            seen[head, q, k] = not is_masked or mask_mod([0], [head], [q], [k], None, tensors)
+                    q = places[0][row * rows : (row + 1) * rows, None]
+                    k = places[1][col * cols : (col + 1) * cols]
+                    seen[head, q, k] = mask_mod([0], [head], [q], [k], None, tensors) if is_masked else True
     return seen
 
 

@@ -41,9 +41,9 @@ needs_absence = pytest.mark.skipif(HERE, reason="flash-attn-4 is installed")
 # A distribution with the interface and the arithmetic of the library, which would copy what is not aligned.
 STAND_IN = {
     "flash_attn/cute/__init__.py": "",
-    "cutlass/__init__.py": "Boolean = bool",
+    "cutlass/__init__.py": "from torch import bool as Boolean",
     "cutlass/cute.py": "def jit(function): return function",
-    "flash_attn/cute/utils.py": "def scalar_to_ssa(a, dtype): return dtype(a)",
+    "flash_attn/cute/utils.py": "def scalar_to_ssa(a, dtype): return a.to(dtype)",
     "flash_attn/cute/block_sparsity.py": """
 from typing import Any, NamedTuple
 
