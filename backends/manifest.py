@@ -235,11 +235,12 @@ def _fuses(request: Request) -> bool:
         is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
         return is_short or not _bands(request)
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
-    # Padded to a power of two, which beyond 128 costs more than the dense kernels' calls. These win with one branch.
+    # Padded to a power of two, which from 129 to 192 costs more than the dense kernels' calls where gradients are
+    # computed. These win with one branch.
     fewest = 2 if is_hopper and head_dim <= 64 else 3
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
-    is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim == 256))
+    is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad))
     return is_half and len(branches) >= fewest and is_suited
 
 

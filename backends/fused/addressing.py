@@ -148,10 +148,19 @@ def next_run(
 
 
 @triton.jit
+def in_memory(base, rows, stride, column):
+    """Where columns (D,) of rows (M,) are, which begin at multiples of 16 bytes: see `launches.in_lines`.
+
+    By the strides alone Triton would not know that of a head_dim such as 136, and copy number by number.
+    """
+    return tl.multiple_of(base + (rows[:, None] * stride + column[None, :]), [1, 16])
+
+
+@triton.jit
 def load_rows(base, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows (M, D) of one head; zeros where a row is not valid and beyond head_dim."""
     column = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    pointers = in_memory(base, rows.to(tl.int64), stride, column)
     return tl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
 
 
@@ -161,7 +170,7 @@ def load_columns(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
     column = tl.arange(0, BLOCK_D)
     if WIDE:
         rows = rows.to(tl.int64)
-    pointers = base + (rows[:, None] * stride + column[None, :])
+    pointers = in_memory(base, rows, stride, column)
     if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
     return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
@@ -171,5 +180,5 @@ def load_columns(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 def store_rows(base, rows, stride, valid, x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write x (M, D) to rows of one head, in their dtype, where a row is valid."""
     column = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    pointers = in_memory(base, rows.to(tl.int64), stride, column)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (column < HEAD_DIM)[None, :])

@@ -46,7 +46,6 @@ class FusedKernel:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
-        self._is_fed = any(both.of(which).parts for both in (tiles.branches, tiles.blocks) for which in both.passes)
         self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None], tuple[Part, ...]]]
         self._parts = WeakKeyDictionary()
 
@@ -84,8 +83,7 @@ class FusedKernel:
 
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
-        given = (-query if piece.scale < 0 else query, *others)
-        return tuple(in_lines(x) for x in given) if self._is_fed else given
+        return tuple(in_lines(x) for x in (-query if piece.scale < 0 else query, *others))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""
@@ -254,6 +252,7 @@ def _prepare_rows(
 ) -> None:
     """Keep of rows what their gradients take: as pairs, or where there are sums in levels, for this scale."""
     batch, length, heads, head_dim = out.shape
+    dout, out = in_lines(dout), in_lines(out)
     constants = {"HAS_DLSE": dlse is not None, "IN_LEVELS": sums is not None}
     launch(
         gradient_kernels.prepare_rows,

@@ -126,7 +126,7 @@ def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
 
 
 def in_lines(x: Tensor) -> Tensor:
-    """Rows that begin at multiples of 16 bytes, which is what `hopper_ring` copies: x itself, or else a copy."""
+    """Rows that begin at multiples of 16 bytes, which is what kernels copy at once: x itself, or else a copy."""
     step = 16 // x.element_size()
     if x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:3]):
         return x
