@@ -333,8 +333,7 @@ class Attention(nn.Module):
             raise ConfigError(f"a step drops nothing, but dropout_p={self.config.dropout_p:g}; call eval() to decode")
         if not isinstance(cache, DecodingCache):
             raise ConfigError(f"cache must be what make_cache made, got {cache!r} ({type(cache).__name__})")
-        if cache.engine is not self._engine:
-            raise ConfigError("the cache was made by an attention of another configuration; make one with make_cache")
+        cache.require_engine(self._engine)
         with torch.no_grad(), without_autocast(query.device):
             out = cache.step(query, key, value)
         return out.transpose(1, 2) if swap else out

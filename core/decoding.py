@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -125,6 +126,16 @@ class DecodingCache:
         """Memory that the keys and values of all tokens seen would occupy, without room for more."""
         row = self._config.head_dim * self._keys.itemsize
         return 2 * self.batch_size * self._heads * self.seq_len * row
+
+    def require_engine(self, engine: Engine) -> None:
+        """Raise `ConfigError` unless it was made for `engine`."""
+        if engine is self.engine:
+            return
+        mine, other = (attrs.asdict(config, recurse=False) for config in (self._config, engine.config))
+        differs = "; ".join(f"{name} {mine[name]}, here {other[name]}" for name in mine if mine[name] != other[name])
+        raise ConfigError(
+            f"the cache was made by an attention of another configuration ({differs}); make one with make_cache"
+        )
 
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The next tokens' out (B, C, H, D), and what they leave behind; see `Attention.step`.

@@ -232,9 +232,14 @@ class BuiltAttention(nn.Module):
 
     @outside_graphs
     def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor) -> DecodingCache:
-        """An empty cache for decoding, causal, in the dtype and on the device of `like`; see `Attention.make_cache`."""
-        attention = self.attention_for(like.dtype, like.device.type, is_causal=True)
-        return attention.make_cache(batch_size, max_seq_len)
+        """An empty cache for decoding, causal, for what projections of `like` are; see `Attention.make_cache`.
+
+        They are on its device and of its dtype, or under autocast of autocast's, which leaves float64 alone.
+        """
+        dtype, device_type = like.dtype, like.device.type
+        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        return self.attention_for(dtype, device_type, is_causal=True).make_cache(batch_size, max_seq_len)
 
     @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:

@@ -215,7 +215,7 @@ class LongNetLM(nn.Module):
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:
-        """An empty cache for `step`.
+        """An empty cache for `step`; under autocast make it there, too.
 
         Args:
             batch_size: sequences decoded together, all of one length.

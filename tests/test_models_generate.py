@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import ConfigError, Dilated, Local
+from dilated_attention import ConfigError, Dilated, Learned, Local, Pattern
 from dilated_attention.models import LongNetConfig, LongNetLM
 
 from .support import error
@@ -44,6 +44,20 @@ def test_generation_is_forward_by_forward() -> None:
     for _ in range(30):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(model.generate(seen, 30), expected)
+
+
+@pytest.mark.parametrize("pattern", [Dilated((8, 16), (1, 2)), Learned(block_size=4, blocks_per_row=2)])
+def test_decoding_under_autocast(pattern: Pattern) -> None:
+    model, seen = language_model(torch.float32, positions="rotary", pattern=pattern), tokens(2, 20)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            cache = model.make_cache(2, 20)
+            parts = [model.step(part, cache) for part in torch.split(seen, [11, 1, 1, 7], dim=1)]
+            assert error(torch.cat(parts, dim=1), model(seen)) < 0.05
+            assert model.generate(seen[:, :5], 3).shape == (2, 8)
+    wide = language_model(positions="rotary")  # of which autocast leaves matrix products as they are
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(wide.generate(seen, 3), language_model(positions="rotary").generate(seen, 3))
 
 
 def test_draws() -> None:
