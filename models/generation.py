@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.checks import require_int
 from ..core.errors import ConfigError
+from .requirements import require_tokens
 
 if TYPE_CHECKING:
     from .longnet import LongNetLM
@@ -43,11 +44,12 @@ def generate(
     Raises:
         ConfigError: for what cannot be drawn, and as `LongNetLM.step`.
     """
-    if tokens_BS.dim() != 2 or tokens_BS.shape[1] < 1:
+    require_tokens(tokens_BS)
+    if tokens_BS.shape[1] < 1:
         raise ConfigError(f"prompts must be (batch, seq_len) with at least one token, got {tuple(tokens_BS.shape)}")
     require_int("max_new_tokens", max_new_tokens, minimum=1)
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must be finite and at least 0, got {temperature!r}")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be a number of at least 0 and finite, got {temperature!r}")
     if top_k is not None:
         require_int("top_k", top_k, minimum=1)
         if temperature == 0:

@@ -20,6 +20,7 @@ from .layers import LongNetDecoderLayer, LongNetEncoderLayer
 from .longnet_config import LongNetConfig, require_config
 from .multihead import as_padding
 from .positions import Rotation, make_rotation
+from .requirements import require_tokens
 
 _Device = torch.device | str | None
 
@@ -207,11 +208,7 @@ class LongNetLM(nn.Module):
 
     def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
-        if not isinstance(tokens_BS, Tensor) or tokens_BS.dtype not in (torch.int64, torch.int32):
-            found = tokens_BS.dtype if isinstance(tokens_BS, Tensor) else type(tokens_BS).__name__
-            raise ConfigError(f"tokens must be a tensor of int64 or int32, got {found}")
-        if tokens_BS.dim() != 2:
-            raise ConfigError(f"tokens must be (batch, seq_len), got {tuple(tokens_BS.shape)}")
+        require_tokens(tokens_BS)
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:
@@ -231,8 +228,9 @@ class LongNetLM(nn.Module):
         """Logits (B, S, V) of the next tokens, or at first of a prompt: what `forward` over all tokens gives for them.
 
         Raises:
-            ConfigError: in training mode, or as `Attention.step`.
+            ConfigError: in training mode, for what are no tokens, or as `Attention.step`.
         """
+        require_tokens(tokens_BS)
         if self.training:
             raise ConfigError("decoding wants evaluation mode; call eval() first")
         x_BSE = self.embedding(tokens_BS)

@@ -100,8 +100,21 @@ def test_what_cannot_be_decoded() -> None:
         language_model(is_causal=False).generate(seen, 3)
     with pytest.raises(ConfigError, match=r"tokens must be \(batch, seq_len\), got \(30,\)"):
         model(torch.zeros(30, dtype=torch.int64))
+    cache = model.make_cache(1, 9)
+    for wrong, words in (
+        (seen[0], r"tokens must be \(batch, seq_len\), got \(5,\)"),
+        (seen.float(), "tokens must be a tensor of int64 or int32, got torch.float32"),
+        ([[1, 2]], "tokens must be a tensor of int64 or int32, got list"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            model.step(wrong, cache)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=words):
+            model.generate(wrong, 3)  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match="dtype float64, here bfloat16"):
+        language_model(torch.float32).step(seen, cache)
     for arguments, words in (
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 3, "temperature": "1"}, "temperature must be a number of at least 0 and finite, got '1'"),
         ({"max_new_tokens": 3, "temperature": -1.0}, "temperature"),
         ({"max_new_tokens": 3, "top_k": 0}, "top_k"),
         ({"max_new_tokens": 3, "top_k": 5}, "top_k=5 is for draws, and temperature 0 takes the likeliest token"),
