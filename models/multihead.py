@@ -299,7 +299,12 @@ class MultiheadAttention(nn.Module):
             parts = chained(query, norm, project, recompute=recompute).split_with_sizes(sizes, dim=-1)
         else:
             packed = self.in_proj_weight
-            weights = packed.split_with_sizes(sizes) if packed is not None else [w for _, w in self._input_weights()]
+            # By name: what prunes or parametrizes a weight takes it out of the parameters, or puts it at their end.
+            weights = (
+                packed.split_with_sizes(sizes)
+                if packed is not None
+                else [getattr(self, f"{letter}_proj_weight") for letter in "qkv"]
+            )
             biases = self.in_proj_bias.split_with_sizes(sizes) if self.in_proj_bias is not None else (None, None, None)
             inputs = (query, key, value)
             parts = tuple(linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))

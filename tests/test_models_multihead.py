@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, NoBackendError, reference
 from dilated_attention.models import MultiheadAttention
@@ -72,6 +73,19 @@ def test_padding_on_either_side_is_torchs() -> None:
             assert_close(
                 [actual[~mask], *gradients(actual[~mask], x)], [expected[~mask], *gradients(expected[~mask], x)]
             )
+
+
+def test_weights_may_be_parametrized() -> None:
+    """As pruning and weight norms do, which take a parameter's name and change the order of the others."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(E, H, vdim=20, batch_first=True)
+    ours = MultiheadAttention(E, H, vdim=20, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    for module in (theirs, ours):
+        prune.l1_unstructured(module, "q_proj_weight", 0.5)  # type: ignore[no-untyped-call]
+        parametrizations.weight_norm(module, "k_proj_weight")
+    query, key, value = data(B, S, E), data(B, S, E, seed=1), data(B, S, 20, seed=2)
+    assert error(ours(query, key, value)[0], theirs(query, key, value, need_weights=False)[0]) < 1e-5
 
 
 def test_cross_attention_is_torchs() -> None:
