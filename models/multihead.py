@@ -92,6 +92,9 @@ class MultiheadAttention(nn.Module):
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         require_choice("positions", positions, POSITIONS)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                require_int(name, width, minimum=1)
         for name, number in (("gain", gain), ("rotary_base", rotary_base), ("xpos_base", xpos_base)):
             if number is not None:
                 require_positive(name, number)
@@ -222,6 +225,7 @@ class MultiheadAttention(nn.Module):
             raise ConfigError(
                 "attn_mask is taken only beside is_causal=True, as the causal mask; say who attends to whom by pattern="
             )
+        _check_tensors(query, key, value)
         is_single, is_self = query.dim() == 2, query is key and key is value
         if norm is not None and not is_self:
             raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
@@ -327,6 +331,19 @@ class MultiheadAttention(nn.Module):
                 f"only, not causal and without positions; got {self.attention.pattern!r}, is_causal={is_causal}, "
                 f"positions={self.positions!r}"
             )
+
+
+def _check_tensors(*inputs: object) -> None:
+    """Raise `ConfigError` for inputs that are no tensors, or nested ones."""
+    if not all(isinstance(x, Tensor) for x in inputs):
+        found = ", ".join(type(x).__name__ for x in inputs)
+        raise ConfigError(f"query, key and value must be tensors, got {found}")
+    if any(isinstance(x, Tensor) and x.is_nested for x in inputs):
+        raise ConfigError(
+            "query, key and value must be dense tensors, got nested ones. nn.TransformerEncoder makes them of padded "
+            "batches in evaluation mode: make the encoder with enable_nested_tensor=False, or set its "
+            "use_nested_tensor to False"
+        )
 
 
 def as_padding(mask: Tensor | None) -> Tensor | None:

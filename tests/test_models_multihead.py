@@ -192,6 +192,8 @@ def test_torchs_layers_take_it() -> None:
         ({"patern": Full()}, "did you mean 'pattern'"),
         ({"positions": "rotery"}, "did you mean 'rotary'"),
         ({"positions": "rope"}, "must be one of none, rotary, xpos; got 'rope'$"),
+        ({"kdim": 0}, "kdim must be at least 1, got 0"),
+        ({"vdim": 20.5}, "vdim must be an integer, got 20.5"),
         ({"gain": float("nan")}, "gain must be a positive number, got nan"),
         ({"rotary_base": "10000"}, "rotary_base must be a positive number, got '10000'"),
         ({"compatibility": "torchscale"}, "torchscale_zero_padding"),
@@ -209,6 +211,7 @@ def test_what_cannot_be_built_says_so(fields: dict[str, Any], words: str) -> Non
 def test_what_cannot_be_called_says_so() -> None:
     ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED)
     x, mask = data(B, S, E), padding(S, 9, 17, length=S)
+    ragged = torch.nested.nested_tensor([x[0], x[1, :9]], layout=torch.jagged)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("need_weights must be False", (x, x, x), {"need_weights": True}),
         ("attn_mask is taken only beside is_causal", (x, x, x), {"attn_mask": torch.zeros(S, S)}),
@@ -217,6 +220,8 @@ def test_what_cannot_be_called_says_so() -> None:
         ("must be bool", (x, x, x, mask.long()), {}),
         ("query has 24 tokens and key 20", (x, x[:, :20], x[:, :20]), {}),
         ("last of 32; got", (x, x, x[..., :5]), {}),
+        ("query, key and value must be tensors, got Tensor, list, NoneType", (x, [x], None), {}),
+        ("make the encoder with enable_nested_tensor=False", (ragged, ragged, ragged), {}),
     ]
     for words, arguments, fields in calls:
         with pytest.raises(ConfigError, match=words):
