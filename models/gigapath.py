@@ -22,6 +22,7 @@ from ..core.errors import ConfigError
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
 from .longnet_config import Checkpointing, LongNetConfig
+from .multihead import as_padding
 from .requirements import require
 from .torchscale import dilated_pattern, layer_count, take_stack
 
@@ -98,7 +99,7 @@ class SlideEncoder(nn.Module):
         Args:
             tiles_BLC: the tile encoder's features.
             coordinates_BL2: of each tile's corner, in pixels, at least 0 and inside the grid.
-            key_padding_mask: (B, L) bool, True for padding; slides of different sizes in one batch.
+            key_padding_mask: (B, L) bool, True for padding behind the tiles; slides of different sizes in one batch.
 
         Returns:
             (B, E).
@@ -118,11 +119,21 @@ class SlideEncoder(nn.Module):
 
     def _tokens(self, tiles: Tensor, coordinates: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Class token and tiles with their positions, (B, S, E), and their mask."""
-        if tiles.dim() != 3 or coordinates.shape != (*tiles.shape[:2], 2):
+        features = self.config.tile_features
+        if tiles.dim() != 3 or tiles.shape[2] != features or coordinates.shape != (*tiles.shape[:2], 2):
             raise ConfigError(
-                f"tiles must be (slides, tiles, {self.config.tile_features}) and coordinates (slides, tiles, 2), got "
+                f"tiles must be (slides, tiles, {features}) and coordinates (slides, tiles, 2), got "
                 f"{tuple(tiles.shape)} and {tuple(coordinates.shape)}"
             )
+        padding = as_padding(padding)
+        if padding is not None:
+            if padding.shape != tiles.shape[:2]:
+                raise ConfigError(
+                    f"key_padding_mask must be (slides, tiles) {tuple(tiles.shape[:2])}, got {tuple(padding.shape)}"
+                )
+            in_order = (padding[:, 1:] >= padding[:, :-1]).all()
+            require(in_order, "key_padding_mask: the padding of a slide stands behind its tiles, which are one run")
+            coordinates = coordinates.masked_fill(padding.unsqueeze(-1), 0)  # whatever stands there is no place
         x_BLE = self.tile_projection(tiles)
         x_BLE = x_BLE + self.positions(coordinates).to(x_BLE.dtype)
         class_token = self.class_token.to(x_BLE.dtype).expand(x_BLE.shape[0], -1, -1)
@@ -156,8 +167,9 @@ class SlideEncoder(nn.Module):
         tiles = x_BSE[:, 1:]
         if padding is None:
             return self.norm(tiles.mean(dim=1))  # type: ignore[no-any-return]
-        real = (~padding[:, 1:]).unsqueeze(-1)
-        return self.norm((tiles * real).sum(dim=1) / real.sum(dim=1).clamp(min=1))  # type: ignore[no-any-return]
+        absent = padding[:, 1:].unsqueeze(-1)
+        real = (~absent).sum(dim=1).clamp(min=1)
+        return self.norm(tiles.masked_fill(absent, 0).sum(dim=1) / real)  # type: ignore[no-any-return]
 
 
 def load_gigapath(

@@ -88,6 +88,10 @@ def test_slides_of_several_sizes_in_one_batch() -> None:
         batched = model(tiles.expand(3, -1, -1), places.expand(3, -1, -1), mask)
         alone = [model(tiles[:, :n], places[:, :n]) for n in (255, 1, 60)]
         assert worst(batched, torch.cat(alone)) < 1e-5
+        torn = mask.unsqueeze(-1)
+        filled = tiles.expand(3, -1, -1).masked_fill(torn, torch.nan), places.expand(3, -1, -1).masked_fill(torn, -1)
+        assert torch.equal(model(*filled, mask), batched)
+        assert torch.equal(model(*filled, torch.zeros(mask.shape).masked_fill(mask, -torch.inf)), batched)
     assert model.train().half().eval().bfloat16()(tiles.bfloat16(), places).dtype == torch.bfloat16
 
 
@@ -99,6 +103,12 @@ def test_gigapaths_constants() -> None:
         model(data(1, 2, 48), torch.tensor([[[0.0, 0.0], [0.0, 40 * 256.0]]]))
     with pytest.raises(ConfigError, match=r"coordinates \(slides, tiles, 2\)"):
         model(data(1, 2, 48), data(1, 3, 2))
+    with pytest.raises(ConfigError, match=r"\(slides, tiles, 48\) .* got \(1, 2, 40\)"):
+        model(data(1, 2, 40), torch.zeros(1, 2, 2))
+    with pytest.raises(ConfigError, match=r"key_padding_mask must be \(slides, tiles\) \(1, 2\), got \(1, 3\)"):
+        model(data(1, 2, 48), torch.zeros(1, 2, 2), torch.zeros(1, 3, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="padding of a slide stands behind its tiles"):
+        model(data(1, 2, 48), torch.zeros(1, 2, 2), torch.tensor([[True, False]]))
 
 
 def zero_padded(q: Tensor, k: Tensor, v: Tensor, pattern: Dilated) -> Tensor:
