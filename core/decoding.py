@@ -205,12 +205,17 @@ class DecodingCache:
         return query, lead, query[:, first : first + 1].clone() if begun else None
 
     def extend(self, key: Tensor, value: Tensor) -> None:
-        """Take in new tokens (B, C, K, D) whose output is not asked for, as far as later ones can reach them.
+        """Take in new tokens whose output is not asked for, as far as later ones can reach them.
+
+        Args:
+            key: (B, C, K, D), or (B, K, C, D) as `tensor_layout` says, of the attention's dtype.
+            value: like key.
 
         Raises:
-            ConfigError: another batch size, more tokens than `max_seq_len`, or a learned pattern, whose choice for
-                the tokens after these depends on queries.
+            ConfigError: other tensors or another batch size, inputs that require gradients, more tokens than
+                `max_seq_len`, or a learned pattern, whose choice for the tokens after these depends on queries.
         """
+        key, value = self._taken(key, value)
         self._check_room(key)
         if self._gate is not None:
             raise ConfigError(
@@ -222,6 +227,23 @@ class DecodingCache:
             self._used[:] = self.seq_len = end
         else:
             self._append_reachable(key, value)
+
+    def _taken(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of `extend` as (B, C, K, D); `ConfigError` for what is not as those of the cache are."""
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+            raise ConfigError(f"key and value must be tensors, got {type(key).__name__}, {type(value).__name__}")
+        held, heads_first = self._keys, self._config.tensor_layout == "bhsd"
+        if torch.is_autocast_enabled(held.device.type):
+            key, value = key.to(held.dtype), value.to(held.dtype)
+        heads, width = self._heads, self._config.head_dim
+        fits = key.dim() == 4 and (key.shape[1 if heads_first else 2], key.shape[3]) == (heads, width)
+        if not fits or any((x.shape, x.dtype, x.device) != (key.shape, held.dtype, held.device) for x in (key, value)):
+            wanted = f"{heads}, new_tokens, {width}" if heads_first else f"new_tokens, {heads}, {width}"
+            found = " and ".join(f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in (key, value))
+            raise ConfigError(f"key and value must be (batch, {wanted}) of {held.dtype} on {held.device}, got {found}")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise ConfigError("a cache records no gradient, but an input requires one; decode under torch.no_grad()")
+        return (key.transpose(1, 2), value.transpose(1, 2)) if heads_first else (key, value)
 
     def _place(self, key: Tensor, value: Tensor, end: int) -> None:
         """Write new rows, which do not count yet, behind those of all tokens seen."""

@@ -200,6 +200,40 @@ def test_tokens_without_outputs_can_be_taken_in() -> None:
         assert "seq_len=90" in repr(cache)
 
 
+@pytest.mark.parametrize("pattern", [LONGNET, Full()], ids=str)
+def test_what_is_taken_in_is_looked_at(pattern: Pattern) -> None:
+    query, key, value = tokens(20)
+    attention = build(pattern)
+    cache = attention.make_cache(2)
+    taken = r"key and value must be \(batch, new_tokens, 2, 8\) of torch.float32 on cpu, got "
+    for wrong in (
+        (key[:, :, :1], value[:, :, :1]),
+        (query, query),
+        (key, value[:, :7]),
+        (key, value[:1]),
+        (key[..., :1], value[..., :1]),
+        (key.double(), value.double()),
+        (key.transpose(1, 2), value.transpose(1, 2)),
+        (key[0], value[0]),
+    ):
+        with pytest.raises(ConfigError, match=taken):
+            cache.extend(*wrong)
+    with pytest.raises(ConfigError, match="key and value must be tensors, got list, Tensor"):
+        cache.extend([1], value)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"under torch.no_grad\(\)"):
+        cache.extend(key.clone().requires_grad_(), value)
+    assert cache.seq_len == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache.extend(key.bfloat16(), value.bfloat16())  # cast, as those of a step are
+    assert cache.seq_len == 20
+    turned = build(pattern, tensor_layout="bhsd")
+    cache = turned.make_cache(2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    cache.extend(k[:, :, :18], v[:, :, :18])
+    out = turned.step(q[:, :, 18:], k[:, :, 18:], v[:, :, 18:], cache)
+    assert error(out.transpose(1, 2), attention(query, key, value)[:, 18:]) < 1e-5
+
+
 def test_a_learned_pattern_takes_tokens_in_with_their_queries_only() -> None:
     attention = build(Learned(block_size=4, blocks_per_row=2))
     query, key, value = tokens(20)
