@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from hashlib import sha256
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,7 +148,7 @@ class _Implementation:
                 raise ConfigError(f"{name!r} follows from the model or from pattern=, and cannot be given here")
         check_fields(fields)
         self.pattern = _resolved(pattern)
-        self.layers: dict[int | str, Pattern] = {layer: _resolved(chosen) for layer, chosen in layers.items()}
+        self.layers: dict[int | str, Pattern] = {_layer(key): _resolved(chosen) for key, chosen in layers.items()}
         self.fields = dict(fields)
         self._built: dict[tuple[Any, ...], BuiltAttention] = {}
         self._asked = self.pattern, sorted(self.layers.items(), key=str), self.fields
@@ -317,6 +318,15 @@ class _Implementation:
 def _make_while_tracing(implementation: _Implementation, module: nn.Module, *identity: Any) -> bool:
     """Run by the compiler while it traces: choosing a backend is nothing for a graph."""
     return identity in implementation._built or implementation.make(module, *identity)
+
+
+def _layer(key: object) -> int | str:
+    """A key of `layers`; numbers of numpy as Python's, by which layers are looked up and checked."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, Integral) and not isinstance(key, bool):
+        return int(key)
+    raise ConfigError(f"layers must map layer numbers or types to patterns, got the key {key!r}")
 
 
 def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -215,6 +216,9 @@ def test_what_cannot_be_registered() -> None:
         ("follows from the model", {"dropout_p": 0.1}),
         ("did you mean 'backend'", {"backnd": "sdpa"}),
         ("layers must map layer numbers or types to patterns", {"layers": [Full()]}),
+        ("layer numbers or types to patterns, got the key 0.5", {"layers": {0.5: Full()}}),
+        ("layer numbers or types to patterns, got the key True", {"layers": {True: Full()}}),
+        ("layers names layer 2; the model has layers 0 to 1", {"layers": {np.int64(2): Full()}}),
     ]
     for words, fields in refused:
         with pytest.raises(ConfigError, match=words):
