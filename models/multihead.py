@@ -226,17 +226,17 @@ class MultiheadAttention(nn.Module):
                 "attn_mask is taken only beside is_causal=True, as the causal mask; say who attends to whom by pattern="
             )
         _check_tensors(query, key, value)
+        padding = as_padding(key_padding_mask)
         is_single, is_self = query.dim() == 2, query is key and key is value
         if norm is not None and not is_self:
             raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
         if is_single:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            key_padding_mask = key_padding_mask.unsqueeze(0) if key_padding_mask is not None else None
+            padding = padding.unsqueeze(0) if padding is not None else None
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         is_causal = is_causal or self.attention.config.is_causal
-        self._check_shapes(query, key, value, key_padding_mask, is_causal)
-        padding = as_padding(key_padding_mask)
+        self._check_shapes(query, key, value, padding, is_causal)
         q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self, norm=norm)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
@@ -348,6 +348,8 @@ def _check_tensors(*inputs: object) -> None:
 
 def as_padding(mask: Tensor | None) -> Tensor | None:
     """A bool mask from one that torch has turned into 0 and -inf."""
+    if not isinstance(mask, Tensor | None):
+        raise ConfigError(f"key_padding_mask must be a tensor, got {type(mask).__name__}")
     if mask is None or mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():

@@ -218,6 +218,7 @@ def test_what_cannot_be_called_says_so() -> None:
         (r"\(batch, kv_len\) \(3, 24\), got \(3, 23\)", (x, x, x, mask[:, 1:]), {}),
         ("0 or -inf everywhere", (x, x, x, torch.full(mask.shape, 0.5)), {}),
         ("must be bool", (x, x, x, mask.long()), {}),
+        ("key_padding_mask must be a tensor, got list", (x, x, x, mask.tolist()), {}),
         ("query has 24 tokens and key 20", (x, x[:, :20], x[:, :20]), {}),
         ("last of 32; got", (x, x, x[..., :5]), {}),
         ("query, key and value must be tensors, got Tensor, list, NoneType", (x, [x], None), {}),
