@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from ..core.checks import require_int
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
@@ -172,6 +173,23 @@ def _read_once(padding: Tensor | None) -> Tensor | None:
     return padding if padding is None or torch.compiler.is_compiling() else padding.cpu()
 
 
+def _require_cache(cache: object, num_layers: int) -> None:
+    """Raise `ConfigError` for what is no cache of a model of so many layers, before any of them takes tokens."""
+    if not isinstance(cache, LongNetCache):
+        raise ConfigError(f"cache must be what make_cache made, got {type(cache).__name__}")
+    if len(cache.layers) != num_layers:
+        raise ConfigError(
+            f"the cache was made for {len(cache.layers)} layers, and the model has {num_layers}; make one with its "
+            "make_cache"
+        )
+    seen = [layer.seq_len for layer in cache.layers]
+    if min(seen) != max(seen):
+        raise ConfigError(
+            f"the layers of the cache have seen {', '.join(map(str, seen))} tokens, as after a step that failed on the "
+            "way; make a new one"
+        )
+
+
 class LongNetLM(nn.Module):
     """A language model: embedding, stack, logits.
 
@@ -219,6 +237,7 @@ class LongNetLM(nn.Module):
             max_seq_len: most tokens that it will see.
         """
         layers: list[LongNetDecoderLayer] = self._decoder_layers()
+        require_int("max_seq_len", max_seq_len, minimum=1)
         like = self.embedding.weight
         caches = [layer.self_attn.attention.make_cache(batch_size, max_seq_len, like=like) for layer in layers]
         return LongNetCache(layers=caches, centre=max_seq_len // 2)
@@ -228,14 +247,17 @@ class LongNetLM(nn.Module):
         """Logits (B, S, V) of the next tokens, or at first of a prompt: what `forward` over all tokens gives for them.
 
         Raises:
-            ConfigError: in training mode, for what are no tokens, or as `Attention.step`.
+            ConfigError: in training mode, for what are no tokens, a cache of another model or of a step that failed
+                between its layers, or as `Attention.step`.
         """
         require_tokens(tokens_BS)
         if self.training:
             raise ConfigError("decoding wants evaluation mode; call eval() first")
+        layers = self._decoder_layers()
+        _require_cache(cache, len(layers))
         x_BSE = self.embedding(tokens_BS)
         rotation = self._rotation_at(cache, x_BSE)
-        for layer, held in zip(self._decoder_layers(), cache.layers, strict=True):
+        for layer, held in zip(layers, cache.layers, strict=True):
             x_BSE = layer.step(x_BSE, held, rotation)
         norm = self.stack.norm
         return self.logits(x_BSE if norm is None else norm(x_BSE))

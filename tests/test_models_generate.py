@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_the_cache_keeps_what_can_be_seen() -> None:
     model.step(tokens(1, 1024), cache)
     dense = sum(layer.dense_nbytes for layer in cache.layers)
     assert cache.nbytes < dense / 4
+
+
+def test_caches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = language_model(), tokens(1, 5)
+    with pytest.raises(ConfigError, match="cache must be what make_cache made, got NoneType"):
+        model.step(seen, None)  # type: ignore[arg-type]
+    for layers in (1, 3):
+        cache = language_model(num_layers=layers).make_cache(1, 9)
+        with pytest.raises(ConfigError, match=f"made for {layers} layers, and the model has 2"):
+            model.step(seen, cache)
+        assert cache.seq_len == 0
+    with pytest.raises(ConfigError, match="max_seq_len must be an integer, got None"):
+        model.make_cache(1, None)  # type: ignore[arg-type]
+    cache = model.make_cache(1, 9)
+    monkeypatch.setattr(cache.layers[1], "step", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        model.step(seen, cache)
+    with pytest.raises(ConfigError, match=r"layers of the cache have seen 5, 0 tokens.* make a new one"):
+        model.step(seen[:, :1], cache)
 
 
 def test_what_cannot_be_decoded() -> None:
