@@ -232,19 +232,22 @@ class BuiltAttention(nn.Module):
 
     @outside_graphs
     def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor) -> DecodingCache:
-        """An empty cache for decoding, causal, for what projections of `like` are; see `Attention.make_cache`.
-
-        They are on its device and of its dtype, or under autocast of autocast's, which leaves float64 alone.
-        """
-        dtype, device_type = like.dtype, like.device.type
-        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
-        return self.attention_for(dtype, device_type, is_causal=True).make_cache(batch_size, max_seq_len)
+        """An empty cache for decoding, causal, for what is projected of `like`; see `Attention.make_cache`."""
+        attention = self.attention_for(projected_dtype(like), like.device.type, is_causal=True)
+        return attention.make_cache(batch_size, max_seq_len)
 
     @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens' output (B, S, H, D), causal; see `Attention.step`."""
         return self.attention_for(query.dtype, query.device.type, is_causal=True).step(query, key, value, cache)
+
+
+def projected_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what is projected of `x`: under autocast that of autocast, which leaves float64 alone."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

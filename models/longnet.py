@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.checks import require_int
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
+from .built import projected_dtype
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
 from .longnet_config import LongNetConfig, require_config
 from .multihead import as_padding
@@ -275,7 +276,7 @@ class LongNetLM(nn.Module):
             self.config.positions,
             torch.arange(cache.seq_len, cache.seq_len + x_BSE.shape[1], device=x_BSE.device),
             self.config.head_dim,
-            dtype=x_BSE.dtype,
+            dtype=projected_dtype(x_BSE),
             base=self.config.rotary_base,
             xpos_base=self.config.xpos_base,
             centre=cache.centre,

@@ -16,7 +16,7 @@ from ..core.checks import require_choice, require_int, require_positive
 from ..core.config import check_fields
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
-from .built import BuiltAttention
+from .built import BuiltAttention, projected_dtype
 from .positions import POSITIONS, Rotation, make_rotation, positions_of, rotate
 from .recomputing import chained
 from .requirements import require
@@ -287,7 +287,7 @@ class MultiheadAttention(nn.Module):
             self.positions,
             places,
             self.head_dim,
-            dtype=like.dtype,
+            dtype=projected_dtype(like),
             base=self.rotary_base,
             xpos_base=self.xpos_base,
         )

@@ -61,6 +61,15 @@ def test_decoding_under_autocast(pattern: Pattern) -> None:
         assert torch.equal(wide.generate(seen, 3), language_model(positions="rotary").generate(seen, 3))
 
 
+def test_xpos_under_autocast_is_bounded_by_its_dtype() -> None:
+    model = language_model(torch.float32, positions="xpos")
+    assert model.step(tokens(1, 5), model.make_cache(1, 9_000)).isfinite().all()
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match=r"than torch\.float16 bears"):
+        model.step(tokens(1, 5), model.make_cache(1, 9_000))
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match=r"than torch\.float16 bears"):
+        model(tokens(1, 9_000))
+
+
 def test_draws() -> None:
     model, seen = language_model(torch.float32), tokens(1, 5)
     likeliest = model(seen)[0, -1].topk(3).indices.tolist()

@@ -232,6 +232,9 @@ def test_what_cannot_be_called_says_so() -> None:
     far = MultiheadAttention(E, H, batch_first=True, positions="xpos", dtype=torch.float16)
     with pytest.raises(ConfigError, match="xPos scales the keys"):
         far.rotation(torch.empty(1, 10_000, 0, dtype=torch.float16))
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ConfigError, match=r"more than torch.float16 bears"):
+        far.float().rotation(torch.empty(1, 10_000, 0))
+    assert far.double().rotation(torch.empty(1, 10_000, 0, dtype=torch.float64)).key_cos.dtype == torch.float64
 
 
 def test_other_dtypes_and_autocast() -> None:
