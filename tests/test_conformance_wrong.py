@@ -46,6 +46,11 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.SumsWithoutMaximum, DENSE, {"large-scores"}),
     (wrong_backends.SumsFromZero, DENSE, {"large-scores"}),
     (wrong_backends.DividesByAll, DENSE, {"ones", "out"}),
+    (wrong_backends.LseWithRowsFirst, DENSE, {"returns"}),
+    (wrong_backends.LseInFloat64, DENSE, {"returns"}),
+    (wrong_backends.ReturnsOutAlone, DENSE, {"returns"}),
+    (wrong_backends.ForgetsDv, DENSE, {"returns"}),
+    (wrong_backends.KeepsAGraph, DENSE, {"returns"}),
     (wrong_backends.OwnLse, DENSE, {"dq", "dk", "dv"}),
     (wrong_backends.SumForDk, DENSE, {"dk"}),
     (wrong_backends.UnscaledDq, DENSE, {"dq"}),
@@ -155,6 +160,20 @@ def test_each_fault_is_caught_by_the_checks_that_should(
         outcome = failing(kit, check)
         assert outcome is not None, f"{check} passes"
         assert str(outcome).startswith(check)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (wrong_backends.LseWithRowsFirst, "forward: returns lse of the shape (2, 131, 6), not (2, 6, 131)"),
+        (wrong_backends.LseInFloat64, "forward: returns lse in torch.float64, not in torch.float32"),
+        (wrong_backends.ReturnsOutAlone, "forward: returns a Tensor, not the 2 tensors out, lse"),
+        (wrong_backends.ForgetsDv, "backward: returns 2 values, not the 3 tensors dq, dk, dv"),
+        (wrong_backends.KeepsAGraph, "forward: returns out with a graph of its own"),
+    ],
+)
+def test_what_a_kernel_returns_is_told_in_the_words_of_the_contract(target: type, says: str) -> None:
+    assert says in str(failing(kit_of(target, DENSE), "returns"))
 
 
 @pytest.mark.slow

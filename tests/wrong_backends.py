@@ -113,6 +113,38 @@ class DividesByAll(Dense):
         return out / (1 + torch.exp(first - lse)).transpose(1, 2).unsqueeze(-1).to(out.dtype), lse
 
 
+class LseWithRowsFirst(Dense):
+    """lse is (B, S, H), as out is."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, lse.transpose(1, 2)
+
+
+class LseInFloat64(Dense):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(query, key, value, piece)
+        return out, lse.double()
+
+
+class ReturnsOutAlone(Dense):
+    def forward(self, *args: Any) -> Any:
+        return super().forward(*args)[0]
+
+
+class ForgetsDv(Dense):
+    def backward(self, *args: Any) -> Any:
+        return super().backward(*args)[:2]
+
+
+class KeepsAGraph(Dense):
+    """Its results hold on to all that they were made from, though nobody differentiates through them."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            return super().forward(query.detach().requires_grad_(), key, value, piece)
+
+
 class OwnLse(Dense):
     """The backward normalises each piece by itself instead of by the merged lse."""
 

@@ -136,6 +136,12 @@ def _needs_ring(kit: Kit, case: Case | None) -> str:
     return "" if takes_dense(kit.registered.spec) else _needs("context_parallel")(kit, case)
 
 
+def _needs_dense_pieces(kit: Kit, case: Case | None) -> str:
+    if case is not None and kit.subject(case).attention._engine._composers is None:
+        return "the backend takes whole layouts"
+    return ""
+
+
 def _needs_dense_rows(kit: Kit, case: Case | None) -> str:
     return "" if case is not None and isinstance(case.pattern, Full) else "the rows of the pattern are short"
 
@@ -185,6 +191,7 @@ CHECKS: Final = (
     Check("declared", "backend", contract.declared),
     Check("undeclared", "backend", contract.undeclared),
     Check(BUILDS, "every case", contract.builds),
+    Check("returns", "every case", contract.returns, _needs_dense_pieces),
     Check("forms", "every case", values.forms),
     Check("out", "every case", values.out),
     Check("lse", "every case", values.lse),

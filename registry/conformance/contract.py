@@ -6,14 +6,17 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import torch
+from torch import Tensor
 
 from ...core.config import DTYPES as ALL_DTYPES
 from ...core.config import AttentionConfig
 from ...core.errors import NoBackendError, PluginError
+from ...core.kernel import DensePiece
 from ..build import build_from
 from ..capabilities import covers, make_request
 from ..device import describe_device, device_type_of_torch, local_device_types
@@ -63,6 +66,44 @@ def builds(subject: Subject) -> Iterator[Finding]:
     pinned, built = subject.attention.plan.kernel, subject.attention._engine.kernel.name
     problem = "" if pinned == built else f"pin() names {pinned!r}, and build() makes {built!r}"
     yield Finding(what="kernel", problem=problem)
+
+
+def returns(subject: Subject) -> Iterator[Finding]:
+    """A dense kernel's own results: out as q, lse (B, H, S) in float32, or float64, and dq, dk, dv as q, k, v."""
+    kernel, case = subject.attention._engine.kernel, subject.case
+    query, key, value = subject.inputs
+    piece = DensePiece(is_causal=case.is_causal, scale=case.head_dim**-0.5, deterministic=case.deterministic)
+    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.no_grad():
+        forward = kernel.forward(query, key, value, piece)
+        problem = _problem(forward, {"out": (query.shape, None), "lse": (lse_shape, lse_dtype)}, query.device)
+        yield Finding(what="forward", problem=problem)
+        if not problem and case.requires_grad:
+            backward = kernel.backward(torch.ones_like(query), query, key, value, *forward, piece)
+            shapes = {"dq": (query.shape, None), "dk": (key.shape, None), "dv": (value.shape, None)}
+            yield Finding(what="backward", problem=_problem(backward, shapes, query.device))
+
+
+def _problem(
+    found: object, wanted: Mapping[str, tuple[Sequence[int], torch.dtype | None]], device: torch.device
+) -> str:
+    """What is wrong with the results of a kernel, or an empty string."""
+    if not isinstance(found, tuple | list) or len(found) != len(wanted):
+        kind = f"{len(found)} values" if isinstance(found, tuple | list) else f"a {type(found).__name__}"
+        return f"returns {kind}, not the {len(wanted)} tensors {', '.join(wanted)}"
+    for (name, (shape, dtype)), x in zip(wanted.items(), found, strict=True):
+        if not isinstance(x, Tensor):
+            return f"returns a {type(x).__name__} as {name}, not a tensor"
+        if x.shape != torch.Size(shape):
+            return f"returns {name} of the shape {tuple(x.shape)}, not {tuple(shape)}"
+        if dtype is not None and x.dtype != dtype:
+            return f"returns {name} in {x.dtype}, not in {dtype}"
+        if x.device != device:
+            return f"returns {name} on {x.device}, not on {device}"
+        if x.requires_grad:
+            return f"returns {name} with a graph of its own, which keeps its memory; leave autograd to the library"
+    return ""
 
 
 def declared(kit: Kit) -> Iterator[Finding]:
