@@ -307,6 +307,14 @@ class WritesIntoInputs(Dense):
         return result
 
 
+class KeepsItsInputs(Dense):
+    """Remembers the keys of its last call."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
+        self.last = key
+        return super().forward(query, key, value, piece)
+
+
 class Seeds(Dense):
     """Sets the caller's seed, to the same number every time."""
 

@@ -217,6 +217,7 @@ CHECKS: Final = (
     Check("strided", "few cases", memory.strided),
     Check("fresh-memory", "few cases", memory.fresh_memory),
     Check("own-results", "few cases", memory.own_results),
+    Check("released", "few cases", memory.released),
     Check("random-state", "few cases", memory.random_state),
     Check("same-bits", "few cases", memory.same_bits, _needs("deterministic", "forward"), _deterministic),
     Check("dropout", "few cases", pytorch.dropout, _needs("dropout"), _dropping),

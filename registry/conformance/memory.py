@@ -1,10 +1,12 @@
-"""Checks of memory: strides, fresh and shared buffers, inputs left alone, large offsets, equal bits."""
+"""Checks of memory: strides, fresh and shared buffers, inputs left alone and let go, large offsets, equal bits."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -101,6 +103,18 @@ def own_results(subject: Subject) -> Iterator[Finding]:
         yield Finding(what=name, problem=problem)
     for name, x, y in zip(("query", "key", "value"), subject.inputs, inputs, strict=True):
         yield Finding(what=name, problem="" if _same(x, y) else "was written to")
+
+
+def released(subject: Subject) -> Iterator[Finding]:
+    """Nothing holds on to the inputs of a call whose results are gone: their memory is free again."""
+    inputs = [x.clone() for x in subject.inputs]
+    stores = [weakref.ref(x.untyped_storage()) for x in inputs]  # as long-lived as the memory itself
+    subject.run(inputs)
+    inputs.clear()
+    gc.collect()
+    for name, store in zip(("query", "key", "value"), stores, strict=True):
+        problem = "" if store() is None else "is still held after the call; a kernel keeps no tensor that it was given"
+        yield Finding(what=name, problem=problem)
 
 
 def random_state(subject: Subject) -> Iterator[Finding]:
