@@ -128,7 +128,7 @@ def covers(declared: object, needed: object) -> bool:
         return False
     if isinstance(needed, tuple):
         return all(covers(declared, part) for part in needed)
-    if isinstance(declared, Range) or (isinstance(declared, Collection) and not isinstance(declared, str)):
+    if isinstance(declared, Range) or (isinstance(declared, Collection) and not isinstance(declared, str | bytes)):
         return needed in declared
     return type(declared) is type(needed) and declared == needed
 

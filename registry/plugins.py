@@ -30,13 +30,7 @@ S = TypeVar("S", BackendSpec, PatternSpec)
 
 
 class Hooks(Protocol):
-    """The hooks of one plugin, typed; pluggy returns a list, or one value for a first-result hook."""
-
-    def dilated_attention_backends(self) -> list[object]:
-        """One answer, or none."""
-
-    def dilated_attention_patterns(self) -> list[object]:
-        """One answer, or none."""
+    """The hook of a plugin that is called after discovery, typed."""
 
     def dilated_attention_rank_backends(self, *, request: Request, candidates: Sequence[BackendSpec]) -> object:
         """The answer, or None."""
@@ -122,12 +116,11 @@ def load_plugin(source: Source) -> Loaded:
     if not callers:
         fault = f"{plugin!r} carries no hook; mark its functions with dilated_attention.registry.hookimpl"
         return Loaded(source=source, faults=(fault,), import_seconds=seconds)
-    own = cast(Hooks, manager.hook)
-    backends, backend_faults = _specs(own.dilated_attention_backends, BackendSpec)
-    patterns, pattern_faults = _specs(own.dilated_attention_patterns, PatternSpec)
+    backends, backend_faults = _specs(manager.hook.dilated_attention_backends, BackendSpec)
+    patterns, pattern_faults = _specs(manager.hook.dilated_attention_patterns, PatternSpec)
     return Loaded(
         source=source,
-        hooks=own,
+        hooks=cast(Hooks, manager.hook),
         ranks="dilated_attention_rank_backends" in callers,
         backends=backends,
         patterns=patterns,
@@ -137,7 +130,7 @@ def load_plugin(source: Source) -> Loaded:
     )
 
 
-def _specs(hook: Callable[[], list[object]], kind: type[S]) -> tuple[tuple[S, ...], tuple[str, ...]]:
+def _specs(hook: pluggy.HookCaller, kind: type[S]) -> tuple[tuple[S, ...], tuple[str, ...]]:
     """The sound specs among a hook's answers, and a fault for everything else."""
     name = f"dilated_attention_{'backends' if kind is BackendSpec else 'patterns'}"
     try:
@@ -145,6 +138,8 @@ def _specs(hook: Callable[[], list[object]], kind: type[S]) -> tuple[tuple[S, ..
     except PLUGIN_FAULTS as error:  # the hook may be a generator, so its items are drawn in here too
         return (), (f"{name} raised {describe(error)}",)
     specs, faults = [], []
+    if len(answers) < len(hook.get_hookimpls()):  # pluggy leaves out whoever returns None
+        faults.append(f"{name} returned None, not an iterable of {kind.__name__}")
     for answer, items in answers:
         if items is None:
             faults.append(f"{name} returned {answer!r}, not an iterable of {kind.__name__}")

@@ -24,7 +24,7 @@ API_VERSION: Final = 1
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _TARGET: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_RESERVED: Final = ("auto",)
+_RESERVED: Final = ("auto", "union", "sum")  # what a configuration says of its own accord
 
 
 @attrs.frozen
@@ -93,7 +93,8 @@ AXES: Final[Mapping[str, str]] = {
 def _name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value) or value in _RESERVED:
         raise ConfigError(
-            f"{attribute.name} must be lower-case letters, digits, '_', '-' or '.', and not 'auto'; got {value!r}"
+            f"{attribute.name} must be lower-case letters, digits, '_', '-' or '.', and none of "
+            f"{', '.join(map(repr, _RESERVED))}; got {value!r}"
         )
 
 
@@ -102,11 +103,16 @@ def _target(_: object, attribute: attrs.Attribute[str], value: object) -> None:
         raise ConfigError(f"target must be 'package.module:attribute', got {value!r}")
 
 
+def _priority(_: object, attribute: attrs.Attribute[int], value: object) -> None:
+    if not is_int(value):
+        raise ConfigError(f"priority must be an integer, got {value!r}")
+
+
 def _capabilities(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"capabilities must map axis names to what is supported, got {value!r}")
     for axis in ("device_types", "dtypes", "layouts"):
-        if axis in value and (isinstance(value[axis], str) or not isinstance(value[axis], Collection)):
+        if axis in value and (isinstance(value[axis], str | bytes) or not isinstance(value[axis], Collection)):
             raise ConfigError(f"capabilities[{axis!r}] must be a collection of names, got {value[axis]!r}")
 
 
@@ -142,7 +148,7 @@ class BackendSpec:
     name: str = attrs.field(validator=_name)
     target: str = attrs.field(validator=_target)
     api_version: int = API_VERSION
-    priority: int = 0
+    priority: int = attrs.field(default=0, validator=_priority)
     capabilities: Mapping[str, Any] = attrs.field(validator=_capabilities, hash=False)
     requires: tuple[str, ...] = attrs.field(default=(), converter=_string_tuple, validator=_requirements)
     options: Mapping[str, str] = attrs.field(factory=dict, validator=_described, hash=False)

@@ -52,6 +52,10 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         "from dilated_attention.registry import hookimpl\n@hookimpl\ndef dilated_attention_patterns():\n    return 3",
         ["returned 3", "PatternSpec"],
     ),
+    "no-return": (
+        "from dilated_attention.registry import hookimpl\n@hookimpl\ndef dilated_attention_backends():\n    pass",
+        ["returned None", "BackendSpec"],
+    ),
     "generator": (
         "from dilated_attention.registry import hookimpl\n"
         "@hookimpl\ndef dilated_attention_backends():\n    yield from ()\n    raise KeyError('late')",
@@ -68,6 +72,23 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         "@hookimpl\ndef dilated_attention_backends():\n"
         "    return [BackendSpec(name='auto', target='a:b', capabilities={})]",
         ["ConfigError", "'auto'"],
+    ),
+    "priority": (
+        "from dilated_attention.registry import BackendSpec, hookimpl\n"
+        "@hookimpl\ndef dilated_attention_backends():\n"
+        "    return [BackendSpec(name='proud', target='a:b', priority='high', capabilities={})]",
+        ["priority must be an integer, got 'high'"],
+    ),
+    "bytes": (
+        "from dilated_attention.registry import BackendSpec, hookimpl\n"
+        "@hookimpl\ndef dilated_attention_backends():\n"
+        "    return [BackendSpec(name='bytes', target='a:b', capabilities={'dtypes': b'float32'})]",
+        ["capabilities['dtypes'] must be a collection of names, got b'float32'"],
+    ),
+    "reserved-kind": (
+        "from dilated_attention.registry import PatternSpec, hookimpl\n"
+        "@hookimpl\ndef dilated_attention_patterns():\n    return [PatternSpec(kind='union', target='a:b')]",
+        ["kind must be", "'auto', 'union', 'sum'; got 'union'"],
     ),
     "thief": (
         "from dilated_attention.registry import BackendSpec, hookimpl\n"
