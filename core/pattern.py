@@ -70,6 +70,8 @@ class Pattern(ABC):
     kind: ClassVar[str]
     # Queries of causal attention see the same keys if more tokens follow, and branches do not depend on lengths.
     keeps_prefixes: ClassVar[bool] = False
+    # `multiplicity` and `block_signature` do not depend on the head: all heads are lowered as one.
+    heads_alike: ClassVar[bool] = False
 
     def __new__(cls, *args: object, **fields: object) -> Self:
         """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""
@@ -122,7 +124,7 @@ class Pattern(ABC):
 
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head, counted from 0; heads of one group have the same multiplicity."""
-        return (0,) * num_heads
+        return (0,) * num_heads if self.heads_alike else tuple(range(num_heads))
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """Bounds on the keys seen from blocks of query positions query_low..query_high (inclusive), before causality.
@@ -164,8 +166,8 @@ class Pattern(ABC):
         return np.stack([query_low, key_low], axis=-1)
 
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """A group number per head, by default its own; heads of one have the same `block_signature` of every block."""
-        return tuple(range(num_heads))
+        """A group number per head; heads of one have the same `block_signature` of every block."""
+        return (0,) * num_heads if self.heads_alike else tuple(range(num_heads))
 
     def repeats(self) -> Repeats | None:
         """How it repeats itself along the sequence, if it does: what it costs a ring is then found for one period."""
@@ -243,6 +245,7 @@ class Full(Pattern):
 
     kind: ClassVar[str] = "full"
     keeps_prefixes: ClassVar[bool] = True
+    heads_alike: ClassVar[bool] = True
 
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
         """1 everywhere."""
@@ -268,10 +271,6 @@ class Full(Pattern):
         import numpy as np
 
         return np.zeros((query_low.size, 0), dtype=np.int64)
-
-    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The signature is that of every head."""
-        return (0,) * num_heads
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "full"}`."""

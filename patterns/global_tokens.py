@@ -29,6 +29,7 @@ class Global(Pattern):
 
     kind: ClassVar[str] = "global"
     keeps_prefixes: ClassVar[bool] = True
+    heads_alike: ClassVar[bool] = True
 
     tokens: int = attrs.field(validator=an_int(1, MOST_POSITIONS))
 
@@ -75,10 +76,6 @@ class Global(Pattern):
             return np.where(outside, -1, np.where(inside, -2, low + block_size))
 
         return np.stack([code(query_low), code(key_low)], axis=-1)
-
-    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The signature is that of every head."""
-        return (0,) * num_heads
 
     def repeats(self) -> Repeats:
         """Beyond the global tokens a query sees these alone."""

@@ -53,6 +53,7 @@ class Local(Pattern):
 
     kind: ClassVar[str] = "local"
     keeps_prefixes: ClassVar[bool] = True
+    heads_alike: ClassVar[bool] = True
 
     window_size: tuple[int, int] = attrs.field(converter=_both_sides, validator=_sides)
 
@@ -94,10 +95,6 @@ class Local(Pattern):
         left, right = self.window_size
         distance: IntArray = np.clip(query_low - key_low, -right - block_size, left + block_size)
         return distance[:, None]
-
-    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The signature is that of every head."""
-        return (0,) * num_heads
 
     def repeats(self) -> Repeats:
         """The window moves with its query."""

@@ -27,6 +27,7 @@ class Strided(Pattern):
 
     kind: ClassVar[str] = "strided"
     keeps_prefixes: ClassVar[bool] = True
+    heads_alike: ClassVar[bool] = True
 
     stride: int = attrs.field(validator=an_int(1, _MOST))
 
@@ -60,10 +61,6 @@ class Strided(Pattern):
     ) -> IntArray:
         """The distance of the corners modulo the stride."""
         return ((query_low - key_low) % self.stride)[:, None]
-
-    def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The signature is that of every head."""
-        return (0,) * num_heads
 
     def to_dict(self) -> dict[str, object]:
         """`{"kind": "strided", "stride": ...}`."""

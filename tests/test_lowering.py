@@ -108,9 +108,6 @@ class Noisy(Pattern):
     def max_multiplicity(self) -> int:
         return 2
 
-    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        return tuple(range(num_heads))
-
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("other", [Full(), Local(3), Dilated((8, 16), (1, 2))])

@@ -13,6 +13,7 @@ Ints = NDArray[np.int64]
 @attrs.frozen
 class LogSparse(Pattern):
     kind: ClassVar[str] = "log_sparse"
+    heads_alike: ClassVar[bool] = True
     base: int = 2
 
     def __attrs_post_init__(self) -> None:
