@@ -293,7 +293,7 @@ def block_multiplicity(
             np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
         )
     )
-    require_counts(pattern.kind, counts, (query_low.size, size, size))
+    require_counts(pattern.kind, counts, (query_low.size, size, size), pattern.max_multiplicity)
     allowed = (query < query_end) & (key < key_end)
     if geometry.is_causal:
         allowed &= key <= query

@@ -57,8 +57,8 @@ def require_choice(name: str, value: object, allowed: Iterable[str]) -> str:
     raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}")
 
 
-def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Raise `ConfigError` unless what a pattern's `multiplicity` gave for positions of `shape` are numbers of times."""
+def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...], most: int) -> None:
+    """Raise `ConfigError` unless what a pattern's `multiplicity` gave for positions of `shape` is 0 to `most` times."""
     name = f"multiplicity of a {kind} pattern"
     if counts.dtype != "int64":  # fractions would be cut off, and sums of other dtypes are not those of their numbers
         raise ConfigError(f"{name} must be int64, how often a query counts a key; got {counts.dtype}")
@@ -68,6 +68,11 @@ def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...]) -> N
         raise ConfigError(f"{name} must have the shape of its positions, {shape}, got {counts.shape}")
     if counts.size and counts.min() < 0:
         raise ConfigError(f"{name} must be at least 0, got {counts.min()}")
+    if counts.size and counts.max() > most:
+        raise ConfigError(
+            f"{name} must be at most {most}, which its max_multiplicity says, got {counts.max()}; have that property "
+            f"return the largest number"
+        )
 
 
 def require_positive(name: str, value: object) -> None:

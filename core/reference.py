@@ -31,7 +31,8 @@ def multiplicity(pattern: Pattern, geometry: Geometry) -> Tensor:
     key = np.arange(geometry.kv_len, dtype=np.int64)[None, None, :] + geometry.kv_offset
     head = np.arange(geometry.num_heads, dtype=np.int64)[:, None, None]
     counts = np.asarray(pattern.multiplicity(query, key, head, geometry))
-    require_counts(pattern.kind, counts, (geometry.num_heads, geometry.q_len, geometry.kv_len))
+    shape = geometry.num_heads, geometry.q_len, geometry.kv_len
+    require_counts(pattern.kind, counts, shape, pattern.max_multiplicity)
     allowed = (key <= query) if geometry.is_causal else np.ones((1, 1, 1), dtype=np.int64)
     dense = np.broadcast_to(counts * allowed, (geometry.num_heads, geometry.q_len, geometry.kv_len))
     return torch.from_numpy(np.array(dense, dtype=np.int64))

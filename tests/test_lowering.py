@@ -184,11 +184,15 @@ class Often(Pattern):
     kind = "often"
 
     def multiplicity(self, query: Dense, key: Dense, head: Dense, geometry: Geometry) -> Dense:
-        return (1 << 32) + 1 + 0 * (query + key + head)
+        return self.max_multiplicity + 0 * (query + key + head)
+
+    @property
+    def max_multiplicity(self) -> int:
+        return (1 << 32) + 1
 
     def key_spans(self, query_low: Dense, query_high: Dense, head: int, geometry: Geometry) -> KeySpans:
         spans = Full().key_spans(query_low, query_high, head, geometry)
-        return attrs.evolve(spans, multiplicity=(1 << 32) + 1)
+        return attrs.evolve(spans, multiplicity=self.max_multiplicity)
 
 
 @pytest.mark.parametrize(("length", "is_causal"), [(16, False), (16, True), (3, False)])

@@ -292,6 +292,7 @@ def returning(counts: Callable[[Any, Any], Any]) -> Pattern:
         (lambda query, key: np.exp(-abs(query - key)), "must be int64, how often a query counts a key; got float64"),
         (lambda query, key: query == key, "must be int64, how often a query counts a key; got bool"),
         (lambda query, key: np.minimum(key - query, 1), "must be at least 0, got -"),
+        (lambda query, key: abs(query - key) % 3, "must be at most 1, which its max_multiplicity says, got 2"),
         (lambda query, key: np.ones((3, 3), dtype=np.int64), r"must have the shape of its positions, .*, got \(3, 3\)"),
     ],
 )
