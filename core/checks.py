@@ -75,6 +75,11 @@ def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...], most
         )
 
 
+def promises(of: object, name: str) -> bool:
+    """Whether its very class promises that by an attribute: one derived from it may do otherwise."""
+    return bool(vars(type(of)).get(name, False))
+
+
 def require_positive(name: str, value: object) -> None:
     """Raise `ConfigError` unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

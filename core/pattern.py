@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import attrs
 
-from .checks import did_you_mean, positive_int
+from .checks import did_you_mean, positive_int, promises
 from .errors import ConfigError
 from .geometry import Geometry, joined_groups
 from .repeats import Repeats
@@ -70,7 +70,8 @@ class Pattern(ABC):
     kind: ClassVar[str]
     # Queries of causal attention see the same keys if more tokens follow, and branches do not depend on lengths.
     keeps_prefixes: ClassVar[bool] = False
-    # `multiplicity` and `block_signature` do not depend on the head: all heads are lowered as one.
+    # `multiplicity` and `block_signature` do not depend on the head: all are lowered as one. A class derived from one
+    # that promises this, or what stands above, promises it anew.
     heads_alike: ClassVar[bool] = False
 
     def __new__(cls, *args: object, **fields: object) -> Self:
@@ -124,7 +125,7 @@ class Pattern(ABC):
 
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head, counted from 0; heads of one group have the same multiplicity."""
-        return (0,) * num_heads if self.heads_alike else tuple(range(num_heads))
+        return (0,) * num_heads if promises(self, "heads_alike") else tuple(range(num_heads))
 
     def key_spans(self, query_low: IntArray, query_high: IntArray, head: int, geometry: Geometry) -> KeySpans:
         """Bounds on the keys seen from blocks of query positions query_low..query_high (inclusive), before causality.
@@ -167,7 +168,7 @@ class Pattern(ABC):
 
     def signature_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """A group number per head; heads of one have the same `block_signature` of every block."""
-        return (0,) * num_heads if self.heads_alike else tuple(range(num_heads))
+        return (0,) * num_heads if promises(self, "heads_alike") else tuple(range(num_heads))
 
     def repeats(self) -> Repeats | None:
         """How it repeats itself along the sequence, if it does: what it costs a ring is then found for one period."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
+from .checks import promises
 from .counting import query_pairs
 from .dynamic_tables import DynamicTables, dynamic_pairs
 from .filled import MOST_ADDED
@@ -27,14 +28,11 @@ if TYPE_CHECKING:
 
 
 def keeps_prefixes(pattern: Pattern) -> bool:
-    """Whether the queries of causal attention see the same keys if more tokens follow.
-
-    A class promises that for itself alone: one that is derived from it may see other keys.
-    """
+    """Whether the queries of causal attention see the same keys if more tokens follow."""
     named = pattern.unwrap()
     if isinstance(named, Union | Sum):
         return all(map(keeps_prefixes, named.of))
-    return bool(vars(type(named)).get("keeps_prefixes", False))
+    return promises(named, "keeps_prefixes")
 
 
 @attrs.frozen(eq=False)

@@ -188,6 +188,8 @@ def test_a_derived_class_promises_for_itself() -> None:
 
     assert keeps_prefixes(Local((9, 0)))
     assert not keeps_prefixes(Other((9, 0)))
+    assert Local((9, 0)).head_groups(3, 1) == Local((9, 0)).signature_groups(3, 1) == (0, 0, 0)
+    assert Other((9, 0)).head_groups(3, 1) == Other((9, 0)).signature_groups(3, 1) == (0, 1, 2)
 
 
 def test_a_graph_keeps_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
