@@ -96,8 +96,13 @@ def _array(name: str, entry: object, content: bytes, begin: int, source: str) ->
     count = 1
     for size in shape:
         count *= size
-    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] <= len(content) - begin or len(shape) > 3:
+    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or len(shape) > 3:
         raise problem
+    if begin + offsets[1] > len(content):
+        raise PatternFileError(
+            f"{source} is cut off: it has {len(content):,} bytes, and its tensor {name[:40]!r} ends after "
+            f"{begin + offsets[1]:,}; copy or save it again"
+        )
     if count * _BY_NAME[dtype].itemsize != offsets[1] - offsets[0]:
         raise problem
     try:

@@ -146,6 +146,14 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def test_a_file_that_is_cut_off_is_told_as_such(store: PatternStore) -> None:
+    path = save(store, "r", DRAWN[1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(PatternFileError, match=f"cut off: it has {len(whole) - 1:,} bytes, .* after {len(whole):,};"):
+        store.load("r")
+
+
 def test_five_thousand_damaged_files_are_all_refused(store: PatternStore, tmp_path: Path) -> None:
     rng = random.Random(0)
     bases = []
