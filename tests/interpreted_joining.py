@@ -156,7 +156,7 @@ def test_widths(head_dim: int) -> None:
     check(Dilated((8, 16), (1, 2)), Geometry.self_attention(20, 2, is_causal=True), head_dim)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(dilated(), geometries(max_len=30), st.integers(1, 2))
 def test_what_is_drawn(pattern: Pattern, geometry: Geometry, batch: int) -> None:
     """Against the composition that merges in turns."""
@@ -179,8 +179,8 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, is_strided: bool) ->
 
     Triton's interpreter rounds bfloat16 towards 0, with up to twice the error.
     """
-    geometry = Geometry.self_attention(96, 4, is_causal=True)
-    tensors = inputs(geometry, batch=2, head_dim=24, dtype=dtype)
+    geometry = Geometry.self_attention(64, 4, is_causal=True)
+    tensors = inputs(geometry, batch=1, head_dim=24, dtype=dtype)
     if is_strided:
         packed = torch.stack([x.detach() for x in tensors], dim=2)
         tensors = [packed[:, :, i].requires_grad_() for i in range(3)]

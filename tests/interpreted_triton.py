@@ -214,7 +214,7 @@ def test_more_classes_than_rows_of_a_tile() -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_rows_of_a_rare_branch_are_looked_at_by_themselves(is_causal: bool) -> None:
-    pattern, geometry = Dilated((8, 16, 80), (1, 2, 16)), Geometry.self_attention(75, 2, is_causal=is_causal)
+    pattern, geometry = Dilated((8, 16, 80), (1, 2, 16)), Geometry.self_attention(75, 1, is_causal=is_causal)
     for transposed in (False, True):
         branches = lower(pattern, geometry).branches
         tables = make_tables(branches, is_causal=is_causal, transposed=transposed, span=75)

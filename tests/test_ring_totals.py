@@ -177,7 +177,7 @@ def tables() -> st.SearchStrategy[Pattern]:
     is_stored=False,
     bytes_at_once=1 << 26,
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_tables_of_many_ranks_hold_those_of_each(
     pattern: Pattern, size: int, length: int, heads: tuple[int, int], is_causal: bool, is_stored: bool,
     bytes_at_once: int,
