@@ -11,6 +11,7 @@ program (the line of the kernel's `def`), which a barrier orders that it does no
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib.metadata import version
 from typing import Final
 
@@ -67,14 +68,13 @@ def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> fl
         kernel = FusedKernel("checked", tiles, bound_from)
         out, lse = kernel.forward(query, key, value, piece)
         found.append((out, *kernel.backward(dout, query, key, value, out, lse, asked)))
-    expected, *others = found
-    return max(difference(a, b) for other in others for a, b in zip(other, expected, strict=True))
+    return _worst(*found)
 
 
 def off_packed(pattern: Pattern, head_dim: int, is_causal: bool) -> float:
     """The same of documents in one call."""
     tensors = random_inputs((1, _ENDS[-1], 4, head_dim), "bfloat16", "cuda", kv_heads=2)
-    bounds, found = torch.tensor(_ENDS), list[tuple[torch.Tensor, ...]]()
+    bounds, found = torch.tensor(_ENDS), []
     for dtype, deterministic in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
         attention = build_attention(
             pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=head_dim, is_causal=is_causal, dtype=dtype,
@@ -83,17 +83,19 @@ def off_packed(pattern: Pattern, head_dim: int, is_causal: bool) -> float:
         *given, dout = (x.detach().to(getattr(torch, dtype)).requires_grad_() for x in tensors)
         out = attention(*given, cu_seqlens=bounds)
         found.append((out.detach(), *torch.autograd.grad(out, given, dout.detach())))
-    expected, *others = found
+    return _worst(*found)
+
+
+def _worst(expected: tuple[torch.Tensor, ...], *others: tuple[torch.Tensor, ...]) -> float:
     return max(difference(a, b) for other in others for a, b in zip(other, expected, strict=True))
 
 
 def main() -> None:
     """Run the cases that are named by number, those of documents after the others."""
-    chosen = [int(word) for word in sys.argv[1:]] or range(len(CASES) + len(PACKED))
-    for number in chosen:
-        packed = number - len(CASES)
-        what = CASES[number] if packed < 0 else PACKED[packed]
-        error = off(*CASES[number]) if packed < 0 else off_packed(*PACKED[packed])
+    runs = [(case, partial(off, *case)) for case in CASES] + [(case, partial(off_packed, *case)) for case in PACKED]
+    for number in [int(word) for word in sys.argv[1:]] or range(len(runs)):
+        what, run = runs[number]
+        error = run()
         print(f"{number}: {what} off by {error:.1e}", flush=True)
         if not error < 1e-2:
             sys.exit(1)

@@ -78,10 +78,6 @@ class Learned(LearnedPattern):
         share = Fraction(str(self.density or 1)).limit_denominator(_FINEST)
         object.__setattr__(self, "_ratio", (share.numerator, share.denominator))
 
-    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """Every head chooses for itself."""
-        return tuple(range(num_heads))
-
     def take(self, visible: Tensor) -> Tensor:
         """As `LearnedPattern.take`."""
         if self.blocks_per_row is not None:

@@ -68,10 +68,6 @@ class Random(Pattern):
                 f"density={self.density}"
             )
 
-    def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-        """Every head draws for itself."""
-        return tuple(range(num_heads))
-
     def _allowed(self, rows: IntArray, geometry: Geometry) -> tuple[IntArray, IntArray]:
         """Blocks that each row may choose from, and how many of them it takes; 1 of 1 for rows before position 0."""
         import numpy as np

@@ -137,9 +137,8 @@ def _needs_ring(kit: Kit, case: Case | None) -> str:
 
 
 def _needs_dense_pieces(kit: Kit, case: Case | None) -> str:
-    if case is not None and kit.subject(case).attention._engine._composers is None:
-        return "the backend takes whole layouts"
-    return ""
+    takes_layout = case is not None and kit.subject(case).attention._engine.takes_layout
+    return "the backend takes whole layouts" if takes_layout else ""
 
 
 def _needs_dense_rows(kit: Kit, case: Case | None) -> str:

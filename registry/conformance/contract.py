@@ -23,7 +23,7 @@ from ..device import describe_device, device_type_of_torch, local_device_types
 from ..selection import judge
 from ..specs import Device, Range
 from .grid import request_of
-from .measure import Finding
+from .measure import Finding, lse_form
 
 if TYPE_CHECKING:
     from .case import Case, Subject
@@ -73,11 +73,9 @@ def returns(subject: Subject) -> Iterator[Finding]:
     kernel, case = subject.attention._engine.kernel, subject.case
     query, key, value = subject.inputs
     piece = DensePiece(is_causal=case.is_causal, scale=case.head_dim**-0.5, deterministic=case.deterministic)
-    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad():
         forward = kernel.forward(query, key, value, piece)
-        problem = _problem(forward, {"out": (query.shape, None), "lse": (lse_shape, lse_dtype)}, query.device)
+        problem = _problem(forward, {"out": (query.shape, None), "lse": lse_form(query)}, query.device)
         yield Finding(what="forward", problem=problem)
         if not problem and case.requires_grad:
             backward = kernel.backward(torch.ones_like(query), query, key, value, *forward, piece)

@@ -128,6 +128,12 @@ def gradients(
     return dict(zip(GRADIENTS, torch.autograd.grad(outputs, list(inputs), grads), strict=True))
 
 
+def lse_form(query: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape (B, H, S) and dtype of the lse of queries (B, S, H, D): float32, or float64 for float64."""
+    batch, length, heads, _ = query.shape
+    return (batch, heads, length), torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 def upstream(
     out_shape: Sequence[int], lse_shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

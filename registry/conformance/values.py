@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .case import Subject
-from .measure import FLOAT_BOUNDS, GRADIENTS, Finding, compare
+from .measure import FLOAT_BOUNDS, GRADIENTS, Finding, compare, lse_form
 
 # Scores whose exponentials overflow, and with the other sign vanish or lose their digits: half precision is summed in
 # float32 too.
@@ -23,9 +23,7 @@ ROUNDINGS: Final = 4.0
 def forms(subject: Subject) -> Iterator[Finding]:
     """Shapes, dtypes and devices of the results: those of the inputs; lse (B, H, S) in float32, or float64."""
     query, key, value = subject.inputs
-    lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    wanted = {"out": (query.shape, query.dtype), "lse": (lse_shape, lse_dtype)}
+    wanted = {"out": (query.shape, query.dtype), "lse": lse_form(query)}
     wanted |= {name: (x.shape, x.dtype) for name, x in zip(GRADIENTS, (query, key, value), strict=True)}
     for name, x in subject.results.items():
         shape, dtype = wanted[name]
