@@ -130,6 +130,7 @@ TRITON = BackendSpec(
         "dynamic_tables": True,
         "context_parallel": True,
         "staged_blocks": True,
+        "dropout": True,
         "deterministic": ("forward", "backward"),
         "cuda_graph": True,
     },

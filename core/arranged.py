@@ -43,7 +43,7 @@ def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -
     depend on no length.
     """
     config = engine.config
-    if not isinstance(engine.kernel, Packs) or config.dropout_p or not keeps_prefixes(engine.pattern):
+    if not isinstance(engine.kernel, Packs) or not keeps_prefixes(engine.pattern):
         return False
     if _is_captured(device):  # a graph would keep tables that are gone when it is replayed
         return False

@@ -68,7 +68,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, S, H, D) and lse (B, H, S), contiguous; counters count `calls` more."""
     if isinstance(stacks, Packing):
-        return engine.forward(query, key, value, 0, 0, None, None, calls=calls, packing=stacks)
+        return engine.forward(query, key, value, 0, 0, seed, None, calls=calls, packing=stacks)
     batch, length, heads, _ = query.shape
     out = query.new_zeros(query.shape)
     dtype = accumulator_dtype(query.dtype)
@@ -107,7 +107,7 @@ def _backward(
     if out is None or lse is None:  # activation checkpointing
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
     if isinstance(stacks, Packing):
-        return engine.backward(dout, dlse, query, key, value, out, lse, 0, 0, None, None, calls=calls, packing=stacks)
+        return engine.backward(dout, dlse, query, key, value, out, lse, 0, 0, seed, None, calls=calls, packing=stacks)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
         taken = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def build(pattern: Pattern, **fields: Any) -> Attention:
     return build_attention(pattern=pattern, **(given | {"device": "cpu", "backend": "math"} | fields))
 
 
-def drawn(attention: Attention, *tensors: Tensor, seed: int, **call: Any) -> Tensor:
+def drawn(attention: Callable[..., Any], *tensors: Tensor, seed: int, **call: Any) -> Tensor:
     """Out, with the dropout that torch's seed determines."""
     torch.manual_seed(seed)
     out = attention(*tensors, **call)
@@ -52,15 +53,30 @@ def check_draws(
         of_results: bound on the relative errors of out and gradients, once it is known what was dropped.
         batch: of the tensors.
     """
-    config, keep = attention.config, 1 - dropped
-    dtype, device = getattr(torch, config.dtype), config.device
+    config = attention.config
+    geometry = Geometry(q_len=TOKENS, kv_len=TOKENS, num_heads=HEADS, num_kv_heads=KV_HEADS, is_causal=config.is_causal)
+    counts = torch.as_tensor(reference.multiplicity(pattern, geometry)).double().to(config.device)
+    bounds = {"of_weights": of_weights, "of_results": of_results}
+    check_counted(attention, counts, dropped, dtype=getattr(torch, config.dtype), batch=batch, **bounds)
+
+
+def check_counted(
+    attention: Callable[..., Any],
+    counts: Tensor,
+    dropped: float,
+    *,
+    dtype: torch.dtype,
+    of_weights: float,
+    of_results: float,
+    batch: int,
+) -> None:
+    """As `check_draws`, of whatever is called like an attention, whose pairs count so often: (..., S, T) float64."""
+    keep, device = 1 - dropped, counts.device
     generator = torch.Generator().manual_seed(5)
     query, key, value, dout = (
         torch.randn(batch, TOKENS, heads, TOKENS, dtype=torch.float64, generator=generator).to(device, dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     )
-    geometry = Geometry(q_len=TOKENS, kv_len=TOKENS, num_heads=HEADS, num_kv_heads=KV_HEADS, is_causal=config.is_causal)
-    counts = torch.as_tensor(reference.multiplicity(pattern, geometry)).double().to(device)
     names = torch.eye(TOKENS, dtype=dtype, device=device)[None, :, None].expand(batch, TOKENS, KV_HEADS, TOKENS)
     wide = [x.double() for x in (query, key, value)]
     whole, _ = expected(counts, torch.ones((), device=device), wide[0], wide[1], names.double())

@@ -189,9 +189,10 @@ def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
 
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     def tables(
-        branches: tuple[Branch, ...], causal: bool, transposed: bool, span: int, on: torch.device
+        branches: tuple[Branch, ...], causal: bool, transposed: bool, span: int, on: torch.device, apart: bool
     ) -> DeviceTables:
         """Short segments, weighted all the same."""
+        assert not apart
         made = make_tables(branches, is_causal=causal, transposed=transposed, span=span, merge_from=1)
         return DeviceTables.of(made, on)
 

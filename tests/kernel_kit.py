@@ -225,8 +225,8 @@ def check_graph(attention: Attention, geometry: Geometry) -> None:
         assert error(a, e) < 5e-3  # a backward adds up in any order
 
 
-def run_interpreted(name: str, chosen: str = "") -> None:
-    """The tests of a file beside this one, or those that `chosen` names, pass in Triton's interpreter.
+def run_interpreted(name: str) -> None:
+    """The tests of a file beside this one pass in Triton's interpreter.
 
     In a process of its own: Triton decides when it is imported whether its functions are interpreted.
     """
@@ -235,7 +235,8 @@ def run_interpreted(name: str, chosen: str = "") -> None:
     if Version(version("triton")) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip("Triton's interpreter before 3.7 reads scalars as NumPy 2.4 no longer allows")
     path = Path(__file__).with_name(name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(path)]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.interpreting"]
+    command = [sys.executable, "-m", "pytest", *options, str(path)]
     found = subprocess.run(
         command, cwd=path.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -111,7 +111,7 @@ def test_keys_of_documents_are_seen_from_their_own_queries(pattern: Pattern) -> 
     lengths = (1, 16, 17, 32, 61, 90)
     starts = np.cumsum([0, *lengths])
     documents = tuple(Document(0, int(at), n, int(at), n) for at, n in zip(starts, lengths, strict=False))
-    packed = packed_blocks(blocks, Packing(documents, 1, int(starts[-1]), int(starts[-1])), CPU)
+    packed = packed_blocks(blocks, Packing(documents, 1, int(starts[-1]), int(starts[-1])), CPU, apart=False)
     (ends, places), columns = packed.by_columns.packed or (None, None), packed.by_columns
     assert ends is not None
     assert places is not None
@@ -139,7 +139,7 @@ def test_rows_that_everyone_sees_come_first() -> None:
     everyone = blocks_of(Local(20) | Global(20), 900, is_causal=False)
     assert [known_blocks(everyone, CPU, transposed=side).leading for side in (False, True)] == [2, 2]
     documents = tuple(Document(0, at, 100, at, 100) for at in (0, 200, 400))
-    packed = packed_blocks(blocks, Packing(documents, 1, 900, 900), CPU)
+    packed = packed_blocks(blocks, Packing(documents, 1, 900, 900), CPU, apart=False)
     assert (packed.by_rows.leading, packed.by_columns.leading) == (0, 6)
     assert packed.by_columns.packed is not None
     assert packed.by_columns.packed[1][:6, 2].tolist() == [0, 1] * 3

@@ -45,6 +45,32 @@ def test_the_memory_efficient_kernel_drops_exactly(pattern: Pattern, is_causal: 
     check_draws(attention, pattern, 0.3, of_weights=1e-3, of_results=1e-4, batch=8)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", [*PATTERNS, Random(2, 16, seed=3)], ids=str)
+def test_the_fused_kernels_drop_exactly(pattern: Pattern, is_causal: bool, dtype: str) -> None:
+    fields = {"backend": "triton", "device": "cuda", "dtype": dtype}
+    attention = build(pattern, is_causal=is_causal, dropout_p=0.3, **fields)
+    of_weights, of_results = (0.2, 2e-2) if dtype == "bfloat16" else (1e-3, 1e-4)
+    check_draws(attention, pattern, 0.3, of_weights=of_weights, of_results=of_results, batch=8)
+
+
+@pytest.mark.parametrize("dropout_p", [1e-5, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("pattern", [Full(), Random(density=0.25, block_size=128)], ids=str)
+def test_the_fused_kernels_are_unbiased(pattern: Pattern, dropout_p: float) -> None:
+    """As below, with rows of so many keys that all tiles are met."""
+    attention = build(pattern, backend="triton", device="cuda", dtype="float32", dropout_p=dropout_p)
+    length = 2048
+    query, key = (torch.zeros(16, length, heads, TOKENS, device="cuda") for heads in (HEADS, KV_HEADS))
+    out = attention(query, key, torch.ones_like(key)).double()
+    keys = length if pattern == Full() else length / 4
+    pairs = 16 * HEADS * length * keys
+    assert abs(float(out.mean()) - 1) < 5 * (dropout_p / (1 - dropout_p) / pairs) ** 0.5
+    if dropout_p > 0.05:
+        spread = float(out[..., 0].var() * keys)
+        assert abs(spread / (dropout_p / (1 - dropout_p)) - 1) < 0.1
+
+
 @pytest.mark.parametrize("dropout_p", [1e-5, 0.1, 0.5, 0.999])
 def test_flash_attention_is_unbiased_in_256ths(dropout_p: float) -> None:
     """Of equal scores each weighs 1 / T: out is as much of a value as keys are kept. Many values, which round apart."""

@@ -51,11 +51,15 @@ class TritonBackend:
 
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
-        return f"fused{' in Gluon' if _is_fed(request) else ''} ({labelled('triton')})"
+        in_gluon = _is_fed(request)
+        by = (
+            f"{' in Gluon' if in_gluon else ''}{', dropout in Triton' if in_gluon and request.config.dropout_p else ''}"
+        )
+        return f"fused{by} ({labelled('triton')})"
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        return FusedKernel(self.pin(request), _tiles(request))
+        return FusedKernel(self.pin(request), _tiles(request), drops=request.config.dropout_p > 0)
 
 
 def _tiles(request: Request) -> TileSizes:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head_of_blocks
+from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
@@ -115,12 +116,12 @@ def merge(out, lse, out_more, lse_more):
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def attend_blocks(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks, ends, documents,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, head_table, starts, cols, biases, mask_ids, masks, ends, documents, draws,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_len, k_len, scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr, PACKED: tl.constexpr,
-    IN_ORDER: tl.constexpr,
+    IN_ORDER: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of a tile of queries of one head, merged into what is there if ADDS: grid (tiles * heads, batch)."""
     length = q_len
@@ -136,6 +137,10 @@ def attend_blocks(
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
+    row_place = (batch * num_heads + head) * length + place + row
+    of_keys, of_queries = 0, 0
+    if DROPS:
+        of_keys, of_queries = draws_of_keys(draws), draws_of_queries(draws, row_place)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
     for step in range((masked - first) * parts):
@@ -143,7 +148,7 @@ def attend_blocks(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, out, row_sum, row_max, scale,
-            tl.load(biases + entry), HEAD_DIM, BLOCK_D, False, PRECISION, WIDE,
+            tl.load(biases + entry), of_keys, of_queries, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -151,7 +156,8 @@ def attend_blocks(
         seen = tl.load(cols + entry) * BLOCK + within
         column = tl.minimum(seen, k_len - 1)
         k = load_columns(k_base, column, stride_ks, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + tl.load(biases + entry)
+        bias = tl.load(biases + entry)
+        scores = tl.dot(q, k.trans(), input_precision=PRECISION) * scale + (0.0 if DROPS else bias)
         met = met_of_entry(masks, tl.load(mask_ids + entry), inside, within, seen, k_len, False, BLOCK, IN_ORDER)
         scores = tl.where(met, scores, -_INF)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -160,14 +166,18 @@ def attend_blocks(
         shrink = tl.exp2(row_max - shift)
         row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max
+        if DROPS:
+            p = tl.where(is_kept(of_keys, of_queries, column, bias, False), p, 0.0)
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     out /= counted[:, None]
+    if DROPS:
+        out *= scale_of_kept(draws)
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
-    lse_place = lse_ptr + (batch * num_heads + head) * length + place + row
+    lse_place = lse_ptr + row_place
     if ADDS:
         if last > first:
             there = load_rows(o_base, row, stride_os, valid, HEAD_DIM, BLOCK_D).to(tl.float32)

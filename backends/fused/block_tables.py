@@ -43,7 +43,7 @@ class BlockTables:
             mask begin; cols (E,) int32; biases (E,) float32, binary logarithm of the weight; mask_ids (E,) int32, -1
             without a mask; masks (M, 2, b, b / 32) int32, 32 pairs in a number, the first in its lowest bit: the keys
             of each query, and the queries of each key. A block whose pairs count differently stands there once for each
-            weight.
+            weight; where occurrences are apart, once for each of those, whose number is then in the place of its bias.
         batch_tables: 0; or H where every batch row has tables of its own, and head_table is (B·H,).
         packed: where the block rows of documents are, and where their blocks end (see `packed_blocks`), or None.
         programs: block rows that are computed; R but for documents.
@@ -62,8 +62,16 @@ class BlockTables:
     leading: int = 0
 
     @classmethod
-    def of(cls, layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False) -> BlockTables:
-        """Sort the blocks by table, row and whether they have a mask.
+    def of(
+        cls,
+        layout: BlockLayout,
+        device: torch.device,
+        *,
+        transposed: bool,
+        in_order: bool = False,
+        apart: bool = False,
+    ) -> BlockTables:
+        """Sort the blocks by table, row and whether they have a mask, their occurrences `apart` if told so.
 
         Where they are to be `in_order` of their columns they are not told apart by that, and starts is (T·R + 1,).
         """
@@ -76,6 +84,10 @@ class BlockTables:
         table, row, col, ids = table[each], row[each], col[each], ids[each]
         plane = np.where(ids < 0, -1, plane)
         weights = np.where(ids < 0, layout.weights[each], planes.weights[plane])
+        biases = np.log2(weights)
+        if apart:
+            each, biases = np.arange(len(ids)).repeat(weights), ranges(np.zeros_like(weights), weights)
+            table, row, col, plane = table[each], row[each], col[each], plane[each]
         if transposed:
             row, col = col, row
             rows = -(-layout.geometry.kv_len // layout.block_size)
@@ -86,7 +98,7 @@ class BlockTables:
             layout.head_table,
             starts.astype(np.int32),
             col[order].astype(np.int32),
-            np.log2(weights[order]).astype(np.float32),
+            biases[order].astype(np.float32),
             plane[order].astype(np.int32),
             planes.bits,
         )
@@ -97,15 +109,18 @@ class BlockTables:
         return cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)
 
 
-# Of each table of blocks that is alive: what kernels read of it, by device, direction and order.
-_KNOWN: WeakKeyDictionary[BlockLayout, dict[tuple[torch.device, bool, bool], BlockTables]] = WeakKeyDictionary()
+# Of each table of blocks that is alive: what kernels read of it, by device, direction, order, and if occurrences are
+# apart.
+_KNOWN: WeakKeyDictionary[BlockLayout, dict[tuple[torch.device, bool, bool, bool], BlockTables]] = WeakKeyDictionary()
 
 
-def known_blocks(layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False) -> BlockTables:
+def known_blocks(
+    layout: BlockLayout, device: torch.device, *, transposed: bool, in_order: bool = False, apart: bool = False
+) -> BlockTables:
     """`BlockTables.of` these, made once."""
-    known, kind = _KNOWN.setdefault(layout, {}), (device, transposed, in_order)
+    known, kind = _KNOWN.setdefault(layout, {}), (device, transposed, in_order, apart)
     if kind not in known:
-        known[kind] = BlockTables.of(layout, device, transposed=transposed, in_order=in_order)
+        known[kind] = BlockTables.of(layout, device, transposed=transposed, in_order=in_order, apart=apart)
     return known[kind]
 
 
@@ -128,9 +143,9 @@ class KnownBlocks:
     by_columns: BlockTables
 
     @classmethod
-    def of(cls, layout: BlockLayout, device: torch.device) -> KnownBlocks:
-        """Of all its blocks."""
-        by_rows, by_columns = (known_blocks(layout, device, transposed=side) for side in (False, True))
+    def of(cls, layout: BlockLayout, device: torch.device, *, apart: bool = False) -> KnownBlocks:
+        """Of all its blocks, their occurrences `apart` if told so."""
+        by_rows, by_columns = (known_blocks(layout, device, transposed=side, apart=apart) for side in (False, True))
         return cls(layout.geometry, layout.block_size, layout.pairs, by_rows, by_columns)
 
     @property

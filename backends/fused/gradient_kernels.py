@@ -19,6 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
+from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
 
 LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
@@ -101,9 +102,16 @@ def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
 @triton.jit
 def query_gradient_tile(
     q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    of_keys, of_queries, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k."""
+    """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k.
+
+    Where it DROPS, dout·v is times `rescale` of pairs that are kept, and 0 of others; `bias` as in `attend_tile`.
+    """
+    occurrence = bias
+    if DROPS:
+        bias = 0.0
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
@@ -111,6 +119,8 @@ def query_gradient_tile(
     if is_partial:
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
+    if DROPS:
+        dp = tl.where(is_kept(of_keys, of_queries, rows, occurrence, False), dp * rescale, 0.0)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
@@ -119,13 +129,13 @@ def query_gradient_tile(
 def gradients_of_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, draws, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head = tile_and_head(num_heads)
@@ -149,6 +159,9 @@ def gradients_of_queries(
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row = (batch * num_heads + head) * length + first_row + position - q_low
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
+    of_keys, of_queries, rescale = 0, 0, 0
+    if DROPS:
+        of_keys, of_queries, rescale = draws_of_keys(draws), draws_of_queries(draws, row), scale_of_kept(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
@@ -162,7 +175,8 @@ def gradients_of_queries(
         rows = begin + tl.minimum(offset, left - 1) * step
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, HEAD_DIM, BLOCK_D, PRECISION, WIDE,
+            full < BLOCK_N if SPLIT else True, scale, bias, of_keys, of_queries, rescale,
+            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -175,9 +189,17 @@ def gradients_of_queries(
 @triton.jit
 def key_gradient_tile(
     k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, is_partial, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    draws, first_query, key, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed."""
+    """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed.
+
+    Where it DROPS, dv is to be multiplied by the scale of what is kept. `first_query` is the number of the query
+    at row 0 among all of the call, `key` (M,) the places of the keys; `bias` as in `attend_tile`.
+    """
+    occurrence = bias
+    if DROPS:
+        bias = 0.0
     q = load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
     dout = load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
     lse, delta = unpack(tl.load(stats_base + rows))
@@ -185,8 +207,14 @@ def key_gradient_tile(
     p = tl.exp2(scores * scale + (bias - lse)[None, :])
     if is_partial:
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    kept = p
+    if DROPS:
+        is_met = is_kept(draws_of_keys(draws), draws_of_queries(draws, first_query + rows), key, occurrence, True)
+        kept = tl.where(is_met, p, 0.0)
+    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
+    if DROPS:
+        dp = tl.where(is_met, dp * scale_of_kept(draws), 0.0)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     return tl.dot(ds, q, dk, input_precision=PRECISION), dv
 
@@ -195,13 +223,13 @@ def key_gradient_tile(
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, draws, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the queries of one query head: grid (tiles * query heads, batch)."""
     tile, head = tile_and_head(num_heads)
@@ -223,7 +251,7 @@ def gradients_of_keys(
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + first_row * stride_vs
     k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    stats_base = stats_ptr + (batch * num_heads + head) * length + first_column
+    first_query = (batch * num_heads + head) * length + first_column
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -237,13 +265,16 @@ def gradients_of_keys(
             runs += 4
         rows = begin + tl.minimum(offset, left - 1) * step
         dk, dv = key_gradient_tile(
-            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, HEAD_DIM, BLOCK_D, PRECISION, WIDE,
+            k, v, dk, dv, q_base, g_base, stats_ptr + first_query, stride_qs, stride_gs, rows, offset, bound,
+            full < BLOCK_N if SPLIT else True, scale, bias, draws, first_query, position - k_low,
+            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
         full -= BLOCK_N
         bound -= BLOCK_N
+    if DROPS:
+        dv *= scale_of_kept(draws)
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(dk_ptr + place_out, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

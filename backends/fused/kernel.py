@@ -14,6 +14,7 @@ from ...core.pattern import LearnedPattern
 from ...core.tracing import span
 from . import gradient_kernels
 from .block_tables import KnownBlocks
+from .draws import draws_of
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
 from .launching import launch
 from .named_blocks import NamedBlocks
@@ -40,22 +41,26 @@ class FusedKernel:
         name: the pinned sub-kernel, as the plan shows it.
         tiles: of the kernels.
         bound_from: from how many pairs a key on a part bounds the scores before it attends.
+        drops: in training weights are dropped, for which there are tables of their own.
     """
 
-    def __init__(self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM) -> None:
+    def __init__(self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM, *, drops: bool = False) -> None:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
-        self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None], tuple[Part, ...]]]
+        self._drops = drops
+        self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None, bool], tuple[Part, ...]]]
         self._parts = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
-        return sum(part.nbytes for part in self.parts(layout, device))
+        kinds = (False, True) if self._drops else (False,)
+        return sum(part.nbytes for drops in kinds for part in self.parts(layout, device, drops=drops))
 
     def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device, *, deterministic: bool) -> int:
-        """As `Packs.prepare_packing`."""
-        return sum(part.nbytes for part in self.parts(layout, device, packing, deterministic=deterministic))
+        """As `Packs.prepare_packing`; where weights are dropped, for training, which often meets other documents."""
+        parts = self.parts(layout, device, packing, deterministic=deterministic, drops=self._drops)
+        return sum(part.nbytes for part in parts)
 
     def parts(
         self,
@@ -64,22 +69,24 @@ class FusedKernel:
         packing: Packing | None = None,
         *,
         deterministic: bool = False,
+        drops: bool = False,
     ) -> tuple[Part, ...]:
         """The parts of a layout with their tables on the device, of all documents of a packing; made once."""
-        known, key = self._parts.setdefault(layout, {}), (device, packing)
+        known, key = self._parts.setdefault(layout, {}), (device, packing, drops)
         if key not in known:
+            tiles = (self.tiles.unfed or self.tiles) if drops else self.tiles
             found: list[Part] = []
             if layout.branches:
-                given = (layout.branches, layout.geometry, self.tiles.branches, device, self._bound_from, packing)
-                found.append(BranchPart(*given, deterministic=deterministic))
-            blocks = _blocks_of(layout, device, packing)
+                given = (layout.branches, layout.geometry, tiles.branches, device, self._bound_from, packing)
+                found.append(BranchPart(*given, deterministic=deterministic, apart=drops))
+            blocks = _blocks_of(layout, device, packing, apart=drops)
             if blocks is not None:
-                found.append(BlockPart(blocks, self.tiles.within(blocks.block_size), self._bound_from))
+                found.append(BlockPart(blocks, tiles.within(blocks.block_size), self._bound_from))
             known[key] = tuple(found)
         return known[key]
 
     def _parts_of(self, piece: LayoutPiece, query: Tensor) -> tuple[Part, ...]:
-        return self.parts(piece.layout, query.device, piece.packing)
+        return self.parts(piece.layout, query.device, piece.packing, drops=piece.seed is not None)
 
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
@@ -91,12 +98,13 @@ class FusedKernel:
         parts = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
-        for part in parts:
+        for number, part in enumerate(parts):
             out = _room(query.shape, _part_dtype(query, parts), query.device, piece)
             lse = _room((batch, heads, length), torch.float32, query.device, piece, -math.inf)
             scales = (abs(piece.scale) * _LOG2_E,)
+            given = (query, key, value, out, lse), (query, key, value, out), scales
             with span(part.name):
-                part.run("forward", (query, key, value, out, lse), (query, key, value, out), scales, named=piece.tables)
+                part.run("forward", *given, named=piece.tables, draws=_draws(piece, number, query))
             if merged is None:
                 merged = out, lse
             else:
@@ -183,11 +191,12 @@ class FusedKernel:
         parts, total = self._parts_of(piece, query), dq
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
-        for part in parts:
+        for number, part in enumerate(parts):
             into = _room(query.shape, _part_dtype(query, parts), query.device, piece) if dq is None else dq
-            pointers, strided = (query, key, value, dout, row_sums, into), (query, key, value, dout, into)
+            given = (query, key, value, dout, row_sums, into), (query, key, value, dout, into), scales
+            draws = _draws(piece, number, query)
             with span(f"{part.name}, gradients of queries"):
-                part.run("queries", pointers, strided, scales, adds=dq is not None, named=piece.tables)
+                part.run("queries", *given, adds=dq is not None, named=piece.tables, draws=draws)
             total = into if total is None or total is into else total.add_(into)
         assert total is not None
         return total if dq is not None else total.to(query.dtype)
@@ -217,12 +226,13 @@ class FusedKernel:
         # Query heads that share a key-value head write apart and are summed after.
         key_dtype = _part_dtype(key, parts) if heads == kv_heads else torch.float32
         sums: list[Tensor] = []
-        for part in parts:
+        for number, part in enumerate(parts):
             shape = batch, kv_len, heads, head_dim
             grads = [_room(shape, key_dtype, key.device, piece) for _ in range(2)]
-            pointers = (query, key, value, dout, of_rows, *more, *grads)
+            strided = (query, key, value, dout, *more, grads[0])
+            given = (query, key, value, dout, of_rows, *more, *grads), strided, scales
             with span(f"{part.name}, gradients of {'all' if which == 'gradients' else 'keys'}"):
-                part.run(which, pointers, (query, key, value, dout, *more, grads[0]), scales, named=piece.tables)
+                part.run(which, *given, named=piece.tables, draws=_draws(piece, number, query))
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dk, dv = sums
         if heads > kv_heads:
@@ -231,14 +241,19 @@ class FusedKernel:
         return dk.to(key.dtype), dv.to(value.dtype)
 
 
-def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None) -> Blocks | None:
-    """The blocks of a layout, if it has any, for all documents of a packing."""
+def _draws(piece: LayoutPiece, part: int, query: Tensor) -> Tensor | None:
+    """Which weights of a part of a layout are dropped, if any."""
+    return None if piece.seed is None else draws_of(piece.dropout_p, piece.seed, part, query.device)
+
+
+def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None, *, apart: bool) -> Blocks | None:
+    """The blocks of a layout, if it has any, for all documents of a packing; their occurrences apart."""
     if packing is not None and layout.blocks is not None:
-        return packed_blocks(layout.blocks, packing, device)
+        return packed_blocks(layout.blocks, packing, device, apart=apart)
     pattern = layout.pattern.unwrap()
     if isinstance(pattern, LearnedPattern):
         return NamedBlocks.of(pattern, layout.geometry, device)
-    return None if layout.blocks is None else KnownBlocks.of(layout.blocks, device)
+    return None if layout.blocks is None else KnownBlocks.of(layout.blocks, device, apart=apart)
 
 
 def _levels(rows: Tensor) -> Tensor:

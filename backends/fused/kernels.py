@@ -19,6 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
+from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
 
 _INF = tl.constexpr(float("inf"))
 FIXED_BELOW = tl.constexpr(48.0)  # see `reach`
@@ -33,22 +34,29 @@ def partial_sums(p):
 @triton.jit
 def attend_tile(
     q, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, out, row_sum, row_max, scale, bias,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    of_keys, of_queries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns.
 
     Where `is_partial`, a row meets only columns whose `index` (N,) is below its `bound` (M,). Where `FIXED`, `row_max`
-    is known to be no less than any score without its bias, and stays.
+    is known to be no less than any score without its bias, and stays. Where it DROPS, all count once, and `bias` is
+    which occurrence they are: sums are of all, and products of those that are kept.
     """
+    occurrence = bias
+    if DROPS:
+        bias = 0.0
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     if FIXED:
         p = tl.exp2(scores * scale + (bias - row_max)[:, None])
         if is_partial:
             p = tl.where(index[None, :] < bound[:, None], p, 0.0)
+        row_sum += partial_sums(p)
+        if DROPS:
+            p = tl.where(is_kept(of_keys, of_queries, rows, occurrence, False), p, 0.0)
         v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
-        out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
-        return out, row_sum + partial_sums(p), row_max
+        return tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION), row_sum, row_max
     if is_partial:
         scores = tl.where(index[None, :] < bound[:, None], scores, -_INF)
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale + bias)
@@ -56,6 +64,8 @@ def attend_tile(
     p = tl.exp2(scores * scale + (bias - shift)[:, None])
     shrink = tl.exp2(row_max - shift)
     row_sum = row_sum * shrink[:, None] + partial_sums(p)
+    if DROPS:
+        p = tl.where(is_kept(of_keys, of_queries, rows, occurrence, False), p, 0.0)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
@@ -75,9 +85,9 @@ def reach(q, largest, scale):
 @triton.jit
 def _attend_runs(
     q, k_base, v_base, stride_k, stride_v, runs, total, walks, biases, position, valid, k_low, k_high,
-    out, row_sum, row_max, scale,
+    out, row_sum, row_max, scale, of_keys, of_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Adds the columns of all runs to the sums of a tile of queries, not yet divided: out, row_sum and row_max."""
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -92,7 +102,7 @@ def _attend_runs(
         rows = begin + tl.minimum(offset, left - 1) * step
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_k, stride_v, rows, offset, bound, full < BLOCK_N if SPLIT else True,
-            out, row_sum, row_max, scale, bias, HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE,
+            out, row_sum, row_max, scale, bias, of_keys, of_queries, HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -105,12 +115,12 @@ def _attend_runs(
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, largest_ptr,
     head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start, runs, totals,
-    documents, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    documents, draws, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, q_low, q_high, k_low, k_high, origin, scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, BOUNDED: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile of queries of one head: grid (tiles * heads, batch)."""
     tile, head = tile_and_head(num_heads)
@@ -134,6 +144,10 @@ def attend(
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
+    row_place = (batch * num_heads + head) * length + first_row + position - q_low
+    of_keys, of_queries = 0, 0
+    if DROPS:
+        of_keys, of_queries = draws_of_keys(draws), draws_of_queries(draws, row_place)
     if BOUNDED:
         limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
         is_bounded = tl.max(limit, 0) < FIXED_BELOW
@@ -141,23 +155,24 @@ def attend(
         row_max = tl.where(is_bounded, limit, row_max)
         out, row_sum, row_max = _attend_runs(
             q, k_base, v_base, stride_ks, stride_vs, runs, tl.where(is_bounded, total, 0), walks, biases,
-            position, valid, k_low, k_high, out, row_sum, row_max, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION, WIDE, SPLIT, SHIFTS,
+            position, valid, k_low, k_high, out, row_sum, row_max, scale, of_keys, of_queries,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
         )  # fmt: skip
         total = tl.where(is_bounded, 0, total)
     out, row_sum, row_max = _attend_runs(
         q, k_base, v_base, stride_ks, stride_vs, runs, total, walks, biases,
-        position, valid, k_low, k_high, out, row_sum, row_max, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS,
+        position, valid, k_low, k_high, out, row_sum, row_max, scale, of_keys, of_queries,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
     )  # fmt: skip
     row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
+    if DROPS:
+        out *= scale_of_kept(draws)
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(o_base, position - q_low, stride_os, valid, out, HEAD_DIM, BLOCK_D)
-    lse_base = lse_ptr + (batch * num_heads + head) * length + first_row
-    tl.store(lse_base + position - q_low, lse, mask=valid)
+    tl.store(lse_ptr + row_place, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)

@@ -6,6 +6,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import attrs
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -65,6 +66,7 @@ class Part(Protocol):
         *,
         adds: bool = False,
         named: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> None:
         """Launch one program a tile of rows, query head and batch row.
 
@@ -75,6 +77,7 @@ class Part(Protocol):
             scales: what it takes of scales.
             adds: merge into what is there, or add to it; of blocks, forward and for queries.
             named: the blocks of this call, as `LayoutPiece.tables`.
+            draws: of `draws.draws_of`, where weights are dropped; its tables then have occurrences apart.
         """
 
 
@@ -139,18 +142,20 @@ def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def known_tables(
-    branches: tuple[Branch, ...], is_causal: bool, transposed: bool, span: int, device: torch.device
+    branches: tuple[Branch, ...], is_causal: bool, transposed: bool, span: int, device: torch.device, apart: bool
 ) -> DeviceTables:
     """The tables for branches over positions below `span`, kept: lengths that are new at every call share them."""
     with _disable_current_modes():  # no fake tensors among those that are kept
-        return DeviceTables.of(make_tables(branches, is_causal=is_causal, transposed=transposed, span=span), device)
+        made = make_tables(branches, is_causal=is_causal, transposed=transposed, span=span, apart=apart)
+        return DeviceTables.of(made, device)
 
 
 class BranchPart:
     """All branches of a layout, or those of all documents of a call.
 
     Where they hold many pairs, the forward pass first finds the largest key of each head: with that bound of the
-    scores the softmax needs no running maximum. Float16 has too few exponents for it.
+    scores the softmax needs no running maximum. Float16 has too few exponents for it. Where occurrences are to be
+    `apart`, each is computed by itself.
 
     Raises:
         ConfigError: for positions beyond `MAX_POSITION`.
@@ -166,6 +171,7 @@ class BranchPart:
         packing: Packing | None = None,
         *,
         deterministic: bool = False,
+        apart: bool = False,
     ) -> None:
         positions = (geometry.q_offset, geometry.kv_offset, geometry.seq_len)
         if max(map(abs, positions)) >= MAX_POSITION:
@@ -175,6 +181,8 @@ class BranchPart:
             )
         self.name = ", ".join(branch_name(branch.segment_length, branch.stride) for branch in branches)
         self.passes = tiles.passes
+        if apart:
+            branches = tuple(attrs.evolve(branch, weight=1) for branch in branches for _ in range(branch.weight))
         self._group_size = geometry.group_size
         q_low, k_low = geometry.q_offset, geometry.kv_offset
         self._ends = q_low, q_low + geometry.q_len, k_low, k_low + geometry.kv_len
@@ -183,7 +191,9 @@ class BranchPart:
         pairs = sum(branch_pairs(branch, geometry) for branch in branches)
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         span = 0 if min(positions) < 0 else roomy_span(branches, geometry.seq_len)
-        self._tables = tuple(known_tables(branches, geometry.is_causal, side, span, device) for side in (False, True))
+        self._tables = tuple(
+            known_tables(branches, geometry.is_causal, side, span, device, apart) for side in (False, True)
+        )
         self._packing = packing
         self._limits = self._ends if packing is None else (0, packing.q_len, 0, packing.kv_len)
         self._listed: dict[Pass, Runs] = {}
@@ -215,6 +225,7 @@ class BranchPart:
         *,
         adds: bool = False,
         named: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> None:
         """As `Part.run`."""
         assert not adds
@@ -238,6 +249,8 @@ class BranchPart:
             runs.totals,
             runs.documents,
         )
+        if not tile.parts:
+            pointers, constants["DROPS"] = (*pointers, runs.documents if draws is None else draws), draws is not None
         numbers = (
             *_strides(strided),
             *self._limits,
@@ -313,6 +326,7 @@ class BlockPart:
         *,
         adds: bool = False,
         named: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> None:
         """As `Part.run`."""
         geometry, (query, key, *_) = self._blocks.geometry, pointers
@@ -332,6 +346,8 @@ class BlockPart:
             pointers = (*pointers[:_SUMS], box, *pointers[_SUMS + 1 :])
             strided = tuple(x for x in strided if x is not sums)
         pointers = (*pointers, *tables.tensors, *(tables.packed or tables.tensors[:2]))  # any, where none is read
+        if not tile.parts:
+            pointers, constants["DROPS"] = (*pointers, pointers[-1] if draws is None else draws), draws is not None
         numbers = (
             *_strides(strided),
             *((query.shape[1], key.shape[1]) if is_packed else (geometry.q_len, geometry.kv_len)),

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ...core.layout import BlockLayout
 
 
-def packed_blocks(layout: BlockLayout, packing: Packing, device: torch.device) -> KnownBlocks:
+def packed_blocks(layout: BlockLayout, packing: Packing, device: torch.device, *, apart: bool) -> KnownBlocks:
     """The tables for documents with as many queries as keys; `layout` is of a sequence no shorter than any."""
     row, start, length, _, _ = packing.places.T
     rows = -(-length // layout.block_size)
     fields = np.stack([row, start, length], axis=1).repeat(rows, axis=0)
     fields = np.insert(fields, 2, ranges(np.zeros_like(rows), rows), axis=1)
     is_causal = layout.geometry.is_causal
-    by_rows = known_blocks(layout, device, transposed=False, in_order=not is_causal)
-    by_columns = known_blocks(layout, device, transposed=True, in_order=True)
+    by_rows = known_blocks(layout, device, transposed=False, in_order=not is_causal, apart=apart)
+    by_columns = known_blocks(layout, device, transposed=True, in_order=True, apart=apart)
     leads = fields[:, 2] < by_columns.leading
     documents = moved(np.concatenate([fields[leads], fields[~leads]]).astype(np.int32), device)
     programs, leading = len(fields), int(leads.sum())

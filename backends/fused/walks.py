@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import attrs
 import numpy as np
@@ -51,6 +51,7 @@ class Walk:
         inner: length of the segments that the two last modes speak of, else 1.
         weight: multiplicity of each pair.
         row_rate: 0, or: only rows whose place in the segment is `residue` modulo this are meant.
+        branch: which of the branches it is of, where they are walked apart.
     """
 
     segment: int
@@ -60,6 +61,7 @@ class Walk:
     inner: int = 1
     weight: int = 1
     row_rate: int = 0
+    branch: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -78,7 +80,8 @@ class Tables:
         counts: (N, G) int32, walks of each group.
         walks: (N, G, W, 9) int32, the fields of `Walk` but its weight, and the binary logarithms, rounded down, of its
             segment, stride and inner.
-        bias: (N, G, W) float32, binary logarithm of the weight.
+        bias: (N, G, W) float32, binary logarithm of the weight; or of walks apart, which all have the weight 1, the
+            number of their branch.
         shifts: segments, strides and inner segments are powers of two everywhere.
     """
 
@@ -135,7 +138,13 @@ def _repeats(branch: Branch, span: int) -> bool:
 
 
 def make_tables(
-    branches: Sequence[Branch], *, is_causal: bool, transposed: bool, span: int, merge_from: int = 32
+    branches: Sequence[Branch],
+    *,
+    is_causal: bool,
+    transposed: bool,
+    span: int,
+    merge_from: int = 32,
+    apart: bool = False,
 ) -> Tables:
     """The tables for branches over positions below `span`.
 
@@ -146,10 +155,13 @@ def make_tables(
         span: one past the last position; 0 where some are negative.
         merge_from: fewest columns that a progression must have in a segment for columns of several branches to be
             met once.
+        apart: columns of several branches are met once for each, from rows and from columns alike. Branches then have
+            the weight 1.
     """
+    assert not apart or all(branch.weight == 1 for branch in branches)
     heads = list(zip(*(branch.offsets for branch in branches), strict=True))
     kinds = sorted(set(heads), key=heads.index)
-    planner = _Planner(tuple(branches), is_causal, transposed, span, merge_from).best(kinds[0])
+    planner = _Planner(tuple(branches), is_causal, transposed, span, merge_from, apart).best(kinds[0])
     period, groups = planner.period, [planner.groups(offsets) for offsets in kinds]
     most_groups = max(len(of_kind) for of_kind in groups)
     most_walks = max(1, *(len(walks) for of_kind in groups for _, walks in of_kind))
@@ -167,12 +179,12 @@ def make_tables(
         bias=np.zeros((*shape, most_walks), dtype=np.float32),
     )
     for kind, of_kind in enumerate(groups):
-        _fill(tables, kind, of_kind)
+        _fill(tables, kind, of_kind, apart)
     divisors = tables.walks[..., (0, 1, 4)]
     return attrs.evolve(tables, shifts=bool((divisors & (divisors - 1) == 0).all()))
 
 
-def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]]) -> None:
+def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]], apart: bool) -> None:
     start = 0
     for group, (residues, walks) in enumerate(groups):
         end = start + len(residues)
@@ -186,8 +198,16 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]])
             fields = (walk.segment, walk.stride, walk.residue, walk.mode, walk.inner, walk.row_rate)
             logs = (max(x, 1).bit_length() - 1 for x in (walk.segment, walk.stride, walk.inner))
             tables.walks[kind, group, index] = (*fields, *logs)
-            tables.bias[kind, group, index] = math.log2(walk.weight)
+            tables.bias[kind, group, index] = walk.branch if apart else math.log2(walk.weight)
         start = end
+
+
+class _Kept(NamedTuple):
+    """A branch that keeps a row, with the offset that it has for the head, and its number among all branches."""
+
+    branch: Branch
+    offset: int
+    number: int
 
 
 @attrs.frozen
@@ -203,6 +223,7 @@ class _Planner:
     transposed: bool
     span: int
     merge_from: int
+    apart: bool
     most_rate: int = 1
     regular: tuple[bool, ...] = attrs.field(init=False)  # whether rows are grouped by a branch's classes
 
@@ -243,26 +264,28 @@ class _Planner:
 
     def groups(self, offsets: tuple[int | None, ...]) -> list[tuple[list[int], list[Walk]]]:
         """Residues and walks of each group of rows of a head with these offsets, those with most branches first."""
-        used = [(b, o, by) for b, o, by in zip(self.branches, offsets, self.regular, strict=True) if o is not None]
-        regular = [(b, o) for b, o, by in used if by]
-        others = [(b, o) for b, o, by in used if not by]
+        of_branches = enumerate(zip(self.branches, offsets, self.regular, strict=True))
+        used = [(_Kept(b, o, i), by) for i, (b, o, by) in of_branches if o is not None]
+        regular = [kept for kept, by in used if by]
+        others = [kept for kept, by in used if not by]
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         period = self.period
         for residue in range(period):
-            keep = tuple(i for i, (b, o) in enumerate(regular) if (residue - o) % b.stride == 0)
-            beside = tuple(i for i, (b, o) in enumerate(others) if self._may_keep(b, o, residue, period))
+            keep = tuple(i for i, (b, o, _) in enumerate(regular) if (residue - o) % b.stride == 0)
+            beside = tuple(i for i, kept in enumerate(others) if self._may_keep(kept, residue, period))
             members.setdefault((keep, beside), []).append(residue)
         order = sorted(members, key=lambda kept: (-len(kept[0]) - len(kept[1]), kept))
         return [
             (
                 members[keep, beside],
-                [*self._walks([regular[i] for i in keep]), *(self._row_by_row(*others[i]) for i in beside)],
+                [*self._walks([regular[i] for i in keep]), *(self._row_by_row(others[i]) for i in beside)],
             )
             for keep, beside in order
         ]
 
-    def _may_keep(self, branch: Branch, offset: int, residue: int, period: int) -> bool:
+    def _may_keep(self, kept: _Kept, residue: int, period: int) -> bool:
         """Whether a row of this residue can be of the branch's class, in any segment."""
+        branch, offset, _ = kept
         return not _repeats(branch, self.span) or (residue - offset) % math.gcd(period, branch.stride) == 0
 
     def cost(self, offsets: tuple[int | None, ...]) -> float:
@@ -271,31 +294,33 @@ class _Planner:
         shares = ((len(residues) / period, walks) for residues, walks in self.groups(offsets))
         return sum(share * sum(_columns(walk, _ROWS / share, whole) for walk in walks) for share, walks in shares)
 
-    def _walks(self, kept: list[tuple[Branch, int]]) -> list[Walk]:
-        """Walks of a row that these branches keep, merged where their segments nest."""
-        chains: list[list[tuple[Branch, int]]] = []
+    def _walks(self, kept: list[_Kept]) -> list[Walk]:
+        """Walks of a row that these branches keep, merged where their segments nest and they are not to be apart."""
+        chains: list[list[_Kept]] = []
         outer = -1
-        for branch, offset in sorted(kept, key=lambda one: -(self._length(one[0]) or math.inf)):
-            length = self._length(branch)
+        for one in sorted(kept, key=lambda one: -(self._length(one.branch) or math.inf)):
+            length = self._length(one.branch)
             if outer == length or outer == 0 or (outer > 0 and length and outer % length == 0):
-                chains[-1].append((branch, offset))
+                chains[-1].append(one)
             else:
-                chains.append([(branch, offset)])
+                chains.append([one])
             outer = length
         walks: list[Walk] = []
         for chain in chains:
-            merged = self._merged(chain)
-            walks += [self._plain(b, o) for b, o in chain] if merged is None else merged
+            merged = None if self.apart else self._merged(chain)
+            walks += map(self._plain, chain) if merged is None else merged
         return walks
 
-    def _plain(self, branch: Branch, offset: int) -> Walk:
+    def _plain(self, kept: _Kept) -> Walk:
         """One branch by itself."""
-        return Walk(self._length(branch), branch.stride, offset, self._own_mode(), weight=branch.weight)
+        branch, offset, number = kept
+        own = self._own_mode()
+        return Walk(self._length(branch), branch.stride, offset, own, weight=branch.weight, branch=number)
 
-    def _row_by_row(self, branch: Branch, offset: int) -> Walk:
+    def _row_by_row(self, kept: _Kept) -> Walk:
         """A branch that the groups do not go by; its classes count from the start of each segment."""
-        length = self._length(branch) or 1 << (self.span - 1).bit_length()
-        return Walk(length, branch.stride, offset, self._own_mode(), weight=branch.weight, row_rate=branch.stride)
+        rate, length = kept.branch.stride, self._length(kept.branch) or 1 << (self.span - 1).bit_length()
+        return attrs.evolve(self._plain(kept), segment=length, row_rate=rate)
 
     def _length(self, branch: Branch) -> int:
         """Its segment length, 0 where all positions lie in one segment."""
@@ -307,17 +332,17 @@ class _Planner:
             return Mode.ALL
         return Mode.FROM_ROW if self.transposed else Mode.UP_TO_ROW
 
-    def _merged(self, kept: list[tuple[Branch, int]]) -> list[Walk] | None:
+    def _merged(self, kept: list[_Kept]) -> list[Walk] | None:
         """Each column once: those of the innermost segment, then of each segment around it.
 
         None for a single branch, and where a progression would be too short.
         """
-        lengths = sorted({self._length(branch) for branch, _ in kept}, key=lambda w: w or math.inf)
+        lengths = sorted({self._length(one.branch) for one in kept}, key=lambda w: w or math.inf)
         if len(kept) < 2:
             return None
         walks: list[Walk] = []
         for level, length in enumerate(lengths):
-            counted = [(b, o) for b, o in kept if self._length(b) in lengths[level:]]
+            counted = [one for one in kept if self._length(one.branch) in lengths[level:]]
             inner = lengths[level - 1] if level else 1
             modes: tuple[Mode, ...] = (Mode.BEFORE_INNER, Mode.AFTER_INNER)
             if self.is_causal:
@@ -339,10 +364,10 @@ def _columns(walk: Walk, reach: float, whole: int) -> float:
     return max(1.0, reach / length) * _COLUMNS * math.ceil(met / walk.stride / _COLUMNS)
 
 
-def _progressions(counted: list[tuple[Branch, int]]) -> Iterator[tuple[int, int, int]]:
+def _progressions(counted: list[_Kept]) -> Iterator[tuple[int, int, int]]:
     """Stride, residue and multiplicity of progressions that hold every counted position once."""
-    period = math.lcm(*(branch.stride for branch, _ in counted))
-    weights = [sum(b.weight for b, o in counted if (x - o) % b.stride == 0) for x in range(period)]
+    period = math.lcm(*(one.branch.stride for one in counted))
+    weights = [sum(b.weight for b, o, _ in counted if (x - o) % b.stride == 0) for x in range(period)]
 
     def split(stride: int, residue: int) -> Iterator[tuple[int, int, int]]:
         found = weights[residue::stride]

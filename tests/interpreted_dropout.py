@@ -1,0 +1,96 @@
+"""Dropout in the fused kernels under Triton's interpreter on the CPU; `test_backend_triton` runs this file."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention import Attention, AttentionConfig, Dilated, Full, Global, Learned, Local, Pattern, Random
+from dilated_attention.backends.fused.kernel import FusedKernel
+from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
+from dilated_attention.core import reference
+from dilated_attention.core.engine import Engine
+from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.ops import attend, intern
+from dilated_attention.core.packed import attend_documents
+
+from .dropout_kit import HEADS, KV_HEADS, TOKENS, check_counted, check_draws
+from .learned_kit import seen_pairs
+
+BOUNDS = {"of_weights": 1e-3, "of_results": 1e-5}
+
+
+class Interpreted:
+    """The calls of an `Attention` over the fused kernels on a CPU: of documents with `ends`, or of `tables`, if any."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        *,
+        is_causal: bool,
+        tile: int = 16,
+        bound_from: int = 1 << 30,
+        ends: Tensor | None = None,
+        tables: Tensor | None = None,
+    ) -> None:
+        given: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": TOKENS, "dropout_p": 0.3}
+        self.config = AttentionConfig(pattern=pattern, device="cpu", is_causal=is_causal, **given)
+        self.ends, self.tables = ends, tables
+        tiles = TileSizes.alike(Tiles.alike(Tile(tile, tile, 4, 1)))
+        kernel = FusedKernel(f"interpreted, {tile}, {bound_from}", tiles, bound_from, drops=True)
+        axes = frozenset(CALL_AXES)
+        self.engine = intern(Engine(self.config, pattern, kernel, takes_layout=True, has_dlse=True, call_axes=axes))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False) -> Any:
+        seed = torch.randint(1 << 62, ())
+        if self.ends is not None:
+            rest: dict[str, Any] = {"key_padding_mask": None, "cu_seqlens": self.ends, "gate": None, "recompute": False}
+            found = attend_documents(query, key, value, self.engine, seed=seed, **rest)
+        else:
+            rest = {"q_offset": 0, "kv_offset": 0, "tables": self.tables, "recompute": False}
+            found = attend(query, key, value, self.engine, seed=seed, **rest)
+        return found if return_lse else found[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_causal", "given"),
+    [
+        (Dilated((8, 16, 40), (1, 2, 4)), False, {"bound_from": 0}),
+        (Dilated((8, 12), (1, 3)) + Full() + Full(), True, {"tile": 32}),
+        (Random(2, 16, seed=3), True, {}),
+        (Local(5) + Local(9), False, {"tile": 64}),
+        (Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}),
+    ],
+    ids=["bounded", "equal branches", "blocks", "weights", "both"],
+)
+def test_it_drops_exactly(pattern: Pattern, is_causal: bool, given: dict[str, Any]) -> None:
+    attention = Interpreted(pattern, is_causal=is_causal, **given)
+    check_draws(cast("Attention", attention), pattern, 0.3, batch=1, **BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_causal"),
+    [(Dilated((8, 16), (1, 2)), True), (Random(2, 16, seed=3) + Local((9, 0)), True), (Local(5) + Local(9), False)],
+    ids=["branches", "blocks", "bands"],
+)
+def test_documents_of_one_launch_drop_each_for_itself(pattern: Pattern, is_causal: bool) -> None:
+    ends = torch.tensor([0, 17, 40])
+    counts = torch.zeros(HEADS, TOKENS, TOKENS, dtype=torch.float64)
+    for start, end in ((0, 17), (17, 40)):
+        geometry = Geometry.self_attention(end - start, HEADS, is_causal=is_causal)
+        counts[:, start:end, start:end] = torch.as_tensor(reference.multiplicity(pattern, geometry))
+    attention = Interpreted(pattern, is_causal=is_causal, ends=ends, tile=64)
+    check_counted(attention, counts, 0.3, dtype=torch.float32, batch=1, **BOUNDS)
+
+
+def test_blocks_that_a_gate_names_are_dropped() -> None:
+    pattern = Learned(block_size=16, blocks_per_row=2)
+    tables = torch.tensor([[[[0, -1], [1, 0], [2, other]] for other in (0, 1, 1, 0)]])
+    geometry = Geometry(q_len=TOKENS, kv_len=TOKENS, num_heads=HEADS, num_kv_heads=KV_HEADS, is_causal=True)
+    attention = Interpreted(pattern, is_causal=True, tables=tables)
+    counts = seen_pairs(tables, geometry, 16).double()
+    check_counted(attention, counts, 0.3, dtype=torch.float32, batch=1, **BOUNDS)
