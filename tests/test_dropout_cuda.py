@@ -47,7 +47,7 @@ def test_the_memory_efficient_kernel_drops_exactly(pattern: Pattern, is_causal: 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("pattern", [*PATTERNS, Random(2, 16, seed=3)], ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS[:-2], LONGNET | Random(2, 16, seed=3), Random(2, 16, seed=3)], ids=str)
 def test_the_fused_kernels_drop_exactly(pattern: Pattern, is_causal: bool, dtype: str) -> None:
     fields = {"backend": "triton", "device": "cuda", "dtype": dtype}
     attention = build(pattern, is_causal=is_causal, dropout_p=0.3, **fields)

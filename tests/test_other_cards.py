@@ -135,7 +135,8 @@ def compiled(kind: str, which: Pass, tile: Tile, head_dim: int, dtype: str, capa
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_N": tile.columns, "BLOCK_M": tile.rows,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "SPLIT": tile.split, "SHIFTS": True, "WIDE": True,
-        "PACKED": True, "BOUNDED": True, "ADDS": True, "IN_ORDER": True, "BLOCK": 64 if kind.endswith("64") else 128,
+        "PACKED": True, "BOUNDED": True, "ADDS": True, "IN_ORDER": True, "DROPS": True,
+        "BLOCK": 64 if kind.endswith("64") else 128,
     }  # fmt: skip
     taken = {key: value for key, value in constants.items() if key in fn.arg_names}
     source = source_of(compiler.ASTSource, fn, taken, dtype)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
 from .block_kernels import met_of_entry, rows_of_program
-from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
+from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -42,9 +42,10 @@ def block_gradients_of_queries(
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row_place = (batch * num_heads + head) * length + place + row
     lse, delta = unpack(tl.load(stats_ptr + row_place, mask=valid, other=0))
-    of_keys, of_queries, rescale = 0, 0, 0
+    words, least, rescale = 0, 0, 0
     if DROPS:
-        of_keys, of_queries, rescale = draws_of_keys(draws), draws_of_queries(draws, row_place), scale_of_kept(draws)
+        words, least = words_of_queries(draws, tl.where(valid, row_place, 0)), threshold(draws)
+        rescale = scale_of_kept(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -53,7 +54,7 @@ def block_gradients_of_queries(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, scale,
-            tl.load(biases + entry), of_keys, of_queries, rescale, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), draws, words, least, rescale, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -68,7 +69,7 @@ def block_gradients_of_queries(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         if DROPS:
-            dp = tl.where(is_kept(of_keys, of_queries, column, bias, False), dp * rescale, 0.0)
+            dp = tl.where(is_kept(words, words_of_keys(draws, column, bias), least), dp * rescale, 0.0)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
@@ -105,6 +106,9 @@ def block_gradients_of_keys(
     k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
     first_query = (batch * num_heads + head) * length + place
+    key_place, least, rescale = 0, 0, 0
+    if DROPS:
+        key_place, least, rescale = tl.where(valid, row, 0), threshold(draws), scale_of_kept(draws)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
@@ -114,7 +118,8 @@ def block_gradients_of_keys(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dk, dv = key_gradient_tile(
             k, v, dk, dv, q_base, g_base, stats_ptr + first_query, stride_qs, stride_gs, column, offset, offset, False,
-            scale, tl.load(biases + entry), draws, first_query, row, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            scale, tl.load(biases + entry), draws, first_query, key_place, least, rescale,
+            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -130,15 +135,16 @@ def block_gradients_of_keys(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         kept = p
         if DROPS:
-            is_met = is_kept(draws_of_keys(draws), draws_of_queries(draws, first_query + column), row, bias, True)
+            of_columns = words_of_queries(draws, first_query + column)
+            is_met = is_kept(words_of_keys(draws, key_place, bias), of_columns, least)
             kept = tl.where(is_met, p, 0.0)
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         if DROPS:
-            dp = tl.where(is_met, dp * scale_of_kept(draws), 0.0)
+            dp = tl.where(is_met, dp * rescale, 0.0)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
     if DROPS:
-        dv *= scale_of_kept(draws)
+        dv *= rescale
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
     store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

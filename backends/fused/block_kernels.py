@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head_of_blocks
-from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
+from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
@@ -138,9 +138,9 @@ def attend_blocks(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + place + row
-    of_keys, of_queries = 0, 0
+    words, least = 0, 0
     if DROPS:
-        of_keys, of_queries = draws_of_keys(draws), draws_of_queries(draws, row_place)
+        words, least = words_of_queries(draws, tl.where(valid, row_place, 0)), threshold(draws)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
     for step in range((masked - first) * parts):
@@ -148,7 +148,7 @@ def attend_blocks(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, out, row_sum, row_max, scale,
-            tl.load(biases + entry), of_keys, of_queries, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), draws, words, least, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -167,7 +167,7 @@ def attend_blocks(
         row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max
         if DROPS:
-            p = tl.where(is_kept(of_keys, of_queries, column, bias, False), p, 0.0)
+            p = tl.where(is_kept(words, words_of_keys(draws, column, bias), least), p, 0.0)
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     row_sum = tl.sum(row_sum, 1)

@@ -50,6 +50,7 @@ class BlockTables:
         blocks: E, where that is known; the tensors have 1 for none.
         leading: the first block rows that have many times as many blocks as most, as where keys are seen by everyone:
             what begins with them does not end with them.
+        occurrences: the most of a pair, where they are apart.
     """
 
     block_size: int
@@ -60,6 +61,7 @@ class BlockTables:
     programs: int = attrs.field(default=attrs.Factory(lambda self: self.block_rows, takes_self=True))
     blocks: int | None = None
     leading: int = 0
+    occurrences: int = 1
 
     @classmethod
     def of(
@@ -84,8 +86,9 @@ class BlockTables:
         table, row, col, ids = table[each], row[each], col[each], ids[each]
         plane = np.where(ids < 0, -1, plane)
         weights = np.where(ids < 0, layout.weights[each], planes.weights[plane])
-        biases = np.log2(weights)
+        biases, occurrences = np.log2(weights), 1
         if apart:
+            occurrences = int(weights.max(initial=1))
             each, biases = np.arange(len(ids)).repeat(weights), ranges(np.zeros_like(weights), weights)
             table, row, col, plane = table[each], row[each], col[each], plane[each]
         if transposed:
@@ -106,7 +109,8 @@ class BlockTables:
         tensors = tuple(moved(np.array(array), device) for array in padded)
         of_row = np.bincount(table * rows + row, minlength=tables * rows).reshape(tables, rows).max(axis=0)
         leading = int(np.argmin(np.append(of_row > _MANY * max(1.0, of_row.mean()), False)))
-        return cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)
+        made = cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)
+        return attrs.evolve(made, occurrences=occurrences)
 
 
 # Of each table of blocks that is alive: what kernels read of it, by device, direction, order, and if occurrences are
@@ -153,6 +157,11 @@ class KnownBlocks:
         """Memory of both, each tensor once."""
         read = (x for tables in (self.by_rows, self.by_columns) for x in (*tables.tensors, *(tables.packed or ())))
         return sum(x.nbytes for x in {id(x): x for x in read}.values())
+
+    @property
+    def occurrences(self) -> int:
+        """The most of a pair, where they are apart."""
+        return self.by_rows.occurrences
 
     def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
         """One of them."""

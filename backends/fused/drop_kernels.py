@@ -1,8 +1,9 @@
 """Dropout inside the kernels, in Triton: which occurrences of pairs they keep, told by the places of these alone.
 
-Whether one is kept is a hash of the call's seed, of the query's batch row, head and place, of the key's place, and of
-which occurrence of the pair it is. So passes that meet pairs in another order, or in tiles of other sizes, drop the
-same ones, and nothing is drawn ahead or kept in memory. `draws_ptr` is what `draws.draws_of` made.
+Every query of a call has two random words a and b of 32 bits, and every occurrence of a key c and d. An occurrence of a
+pair is kept where a·c + b·d, modulo 2^32 and signed, is not below a threshold: a multilinear hash (Lemire and Kaser,
+"Strongly universal string hashing is fast", arXiv 1202.4961) of two words, each of which stands for a place. So passes
+that meet pairs in another order, or in tiles of other sizes, drop the same, and a pair costs two multiplications.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .addressing import AS_THEY_ARE
+
+HEADER = tl.constexpr(3)  # numbers before the words: see `draw_words`
+
 
 @triton.jit
-def mixed(x):
+def _mixed(x):
     """A permutation of the numbers of 32 bits, in which every bit depends on all ("lowbias32", C. Wellons, 2018)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -20,43 +25,57 @@ def mixed(x):
 
 
 @triton.jit
-def _word(draws_ptr, index: tl.constexpr):
-    return tl.load(draws_ptr + index).to(tl.uint32, bitcast=True)
+def _joined(low, high):
+    return low.to(tl.int64) | (high.to(tl.int64) << 32)
+
+
+@triton.jit(do_not_specialize=AS_THEY_ARE)
+def draw_words(seeds_ptr, draws_ptr, length, key_words, all_words, BLOCK_M: tl.constexpr):
+    """The words of keys, for each of their occurrences, and of queries, in pairs of 32 bits: grid (tiles,).
+
+    Before them: the threshold and, as a float32, 1 / keep; the `length` of the keys; and where those of queries begin.
+    `seeds_ptr` is what `draws.draws_of` made.
+    """
+    seeds = seeds_ptr.to(tl.pointer_type(tl.uint32))
+    number = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_key = number < key_words
+    own = tl.where(is_key, number, number - key_words).to(tl.uint32)
+    low = _mixed(own ^ tl.where(is_key, tl.load(seeds), tl.load(seeds + 2)))
+    high = _mixed(own ^ tl.where(is_key, tl.load(seeds + 1), tl.load(seeds + 3)))
+    tl.store(draws_ptr + HEADER + number, _joined(low, high), mask=number < all_words)
+    if tl.program_id(0) == 0:
+        tl.store(draws_ptr, _joined(tl.load(seeds + 4), tl.load(seeds + 5)))
+        tl.store(draws_ptr + 1, length.to(tl.int64))
+        tl.store(draws_ptr + 2, (key_words + HEADER).to(tl.int64))
 
 
 @triton.jit
-def draws_of_keys(draws_ptr):
-    """What the draws of all pairs share: a word that is mixed with the keys' places, and the last number dropped."""
-    return _word(draws_ptr, 0), tl.load(draws_ptr + 3)
-
-
-@triton.jit
-def draws_of_queries(draws_ptr, row):
-    """Two words for each of some queries, by their number among all queries of the call."""
-    row = row.to(tl.uint32)
-    return mixed(row ^ _word(draws_ptr, 1)), mixed(row ^ _word(draws_ptr, 2))
+def threshold(draws_ptr):
+    """The least number of a pair that is kept."""
+    return tl.load(draws_ptr).to(tl.int32)
 
 
 @triton.jit
 def scale_of_kept(draws_ptr):
     """By what weights that are kept are multiplied: 1 / keep."""
-    return tl.load(draws_ptr + 4).to(tl.float32, bitcast=True)
+    return (tl.load(draws_ptr) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def is_kept(of_keys, of_queries, place, occurrence, BY_KEYS: tl.constexpr):
-    """Which pairs are kept of queries (M,) and the keys (N,) at a place, (M, N); BY_KEYS of keys (M,) and queries (N,).
+def words_of_queries(draws_ptr, row):
+    """Of queries by their number among all of the call."""
+    return tl.load(draws_ptr + tl.load(draws_ptr + 2) + row)
 
-    `occurrence` (a float32) tells those of equal pairs apart. Two multiplications mix the words of a query and of a
-    key: what is left of their structure would show in the lowest bits, and the highest decide.
-    """
-    word, dropped = of_keys
-    first, second = of_queries
-    key = mixed((place.to(tl.uint32) + occurrence.to(tl.uint32) * 0x9E3779B9) ^ word)
-    if BY_KEYS:
-        key, first, second = key[:, None], first[None, :], second[None, :]
-    else:
-        key, first, second = key[None, :], first[:, None], second[:, None]
-    x = (key ^ first) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B + second
-    return x.to(tl.int32, bitcast=True) >= dropped
+
+@triton.jit
+def words_of_keys(draws_ptr, place, occurrence):
+    """Of keys at their places, for one of their occurrences (a float32)."""
+    return tl.load(draws_ptr + HEADER + occurrence.to(tl.int64) * tl.load(draws_ptr + 1) + place)
+
+
+@triton.jit
+def is_kept(of_rows, of_columns, least):
+    """Which pairs (M, N) are kept of queries and keys with these words, either of which are rows."""
+    first = of_rows.to(tl.int32)[:, None] * of_columns.to(tl.int32)[None, :]
+    second = (of_rows >> 32).to(tl.int32)[:, None] * (of_columns >> 32).to(tl.int32)[None, :]
+    return first + second >= least

@@ -19,7 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
-from .drop_kernels import draws_of_keys, draws_of_queries, is_kept, scale_of_kept
+from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
 
 LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
@@ -102,15 +102,15 @@ def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
 @triton.jit
 def query_gradient_tile(
     q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,
-    of_keys, of_queries, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    draws, words, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k.
 
     Where it DROPS, dout·v is times `rescale` of pairs that are kept, and 0 of others; `bias` as in `attend_tile`.
     """
-    occurrence = bias
     if DROPS:
+        of_columns = words_of_keys(draws, rows, bias)
         bias = 0.0
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
@@ -120,7 +120,7 @@ def query_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     if DROPS:
-        dp = tl.where(is_kept(of_keys, of_queries, rows, occurrence, False), dp * rescale, 0.0)
+        dp = tl.where(is_kept(words, of_columns, least), dp * rescale, 0.0)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
@@ -159,9 +159,10 @@ def gradients_of_queries(
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row = (batch * num_heads + head) * length + first_row + position - q_low
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
-    of_keys, of_queries, rescale = 0, 0, 0
+    words, least, rescale = 0, 0, 0
     if DROPS:
-        of_keys, of_queries, rescale = draws_of_keys(draws), draws_of_queries(draws, row), scale_of_kept(draws)
+        words, least = words_of_queries(draws, tl.where(valid, row, 0)), threshold(draws)
+        rescale = scale_of_kept(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
@@ -175,7 +176,7 @@ def gradients_of_queries(
         rows = begin + tl.minimum(offset, left - 1) * step
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, of_keys, of_queries, rescale,
+            full < BLOCK_N if SPLIT else True, scale, bias, draws, words, least, rescale,
             HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
@@ -189,7 +190,7 @@ def gradients_of_queries(
 @triton.jit
 def key_gradient_tile(
     k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, is_partial, scale, bias,
-    draws, first_query, key, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    draws, first_query, key, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed.
@@ -197,8 +198,8 @@ def key_gradient_tile(
     Where it DROPS, dv is to be multiplied by the scale of what is kept. `first_query` is the number of the query
     at row 0 among all of the call, `key` (M,) the places of the keys; `bias` as in `attend_tile`.
     """
-    occurrence = bias
     if DROPS:
+        words, of_columns = words_of_keys(draws, key, bias), words_of_queries(draws, first_query + rows)
         bias = 0.0
     q = load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
     dout = load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
@@ -209,12 +210,12 @@ def key_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     kept = p
     if DROPS:
-        is_met = is_kept(draws_of_keys(draws), draws_of_queries(draws, first_query + rows), key, occurrence, True)
+        is_met = is_kept(words, of_columns, least)
         kept = tl.where(is_met, p, 0.0)
     dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
     if DROPS:
-        dp = tl.where(is_met, dp * scale_of_kept(draws), 0.0)
+        dp = tl.where(is_met, dp * rescale, 0.0)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     return tl.dot(ds, q, dk, input_precision=PRECISION), dv
 
@@ -252,6 +253,9 @@ def gradients_of_keys(
     k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
     first_query = (batch * num_heads + head) * length + first_column
+    key, least, rescale = 0, 0, 0
+    if DROPS:
+        key, least, rescale = tl.where(valid, position - k_low, 0), threshold(draws), scale_of_kept(draws)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -266,7 +270,7 @@ def gradients_of_keys(
         rows = begin + tl.minimum(offset, left - 1) * step
         dk, dv = key_gradient_tile(
             k, v, dk, dv, q_base, g_base, stats_ptr + first_query, stride_qs, stride_gs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, draws, first_query, position - k_low,
+            full < BLOCK_N if SPLIT else True, scale, bias, draws, first_query, key, least, rescale,
             HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
@@ -274,7 +278,7 @@ def gradients_of_keys(
         full -= BLOCK_N
         bound -= BLOCK_N
     if DROPS:
-        dv *= scale_of_kept(draws)
+        dv *= rescale
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(dk_ptr + place_out, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .tiles import Pass
 
 _LOG2_E: Final = 1.4426950408889634
+Draws = Sequence[Tensor | None]
 
 
 class FusedKernel:
@@ -88,6 +91,11 @@ class FusedKernel:
     def _parts_of(self, piece: LayoutPiece, query: Tensor) -> tuple[Part, ...]:
         return self.parts(piece.layout, query.device, piece.packing, drops=piece.seed is not None)
 
+    def _draws(self, piece: LayoutPiece, query: Tensor, key: Tensor) -> Draws:
+        """Of each part what it drops, if anything."""
+        parts = enumerate(self._parts_of(piece, query))
+        return [draws_of(piece, number, part.occurrences, query, key) for number, part in parts]
+
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
         return tuple(in_lines(x) for x in (-query if piece.scale < 0 else query, *others))
@@ -98,13 +106,13 @@ class FusedKernel:
         parts = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
-        for number, part in enumerate(parts):
+        for part, draws in zip(parts, self._draws(piece, query, key), strict=True):
             out = _room(query.shape, _part_dtype(query, parts), query.device, piece)
             lse = _room((batch, heads, length), torch.float32, query.device, piece, -math.inf)
             scales = (abs(piece.scale) * _LOG2_E,)
             given = (query, key, value, out, lse), (query, key, value, out), scales
             with span(part.name):
-                part.run("forward", *given, named=piece.tables, draws=_draws(piece, number, query))
+                part.run("forward", *given, named=piece.tables, draws=draws)
             if merged is None:
                 merged = out, lse
             else:
@@ -136,8 +144,9 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Adds.gradients`."""
         if not self._is_joint(piece, query):
-            dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece)
-            return dq, *self.gradients_of_keys(dout, query, key, value, row_sums, piece)
+            draws = self._draws(piece, query, key)
+            dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece, draws=draws)
+            return dq, *self._of_keys("keys", dout, query, key, value, row_sums, piece, draws=draws)
         levels, sums = _levels(row_sums), torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         rows, scale = row_sums.numel(), abs(piece.scale) * _LOG2_E
         grid = (ceil_div(rows, LEVEL_ROWS),)
@@ -186,17 +195,18 @@ class FusedKernel:
         row_sums: Tensor,
         piece: LayoutPiece,
         dq: Tensor | None = None,
+        *,
+        draws: Draws = (),
     ) -> Tensor:
-        """As `Adds.gradients_of_queries`."""
+        """As `Adds.gradients_of_queries`; with the draws of each part, if any."""
         parts, total = self._parts_of(piece, query), dq
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came
-        for number, part in enumerate(parts):
+        for part, own in zip_longest(parts, draws):
             into = _room(query.shape, _part_dtype(query, parts), query.device, piece) if dq is None else dq
             given = (query, key, value, dout, row_sums, into), (query, key, value, dout, into), scales
-            draws = _draws(piece, number, query)
             with span(f"{part.name}, gradients of queries"):
-                part.run("queries", *given, adds=dq is not None, named=piece.tables, draws=draws)
+                part.run("queries", *given, adds=dq is not None, named=piece.tables, draws=own)
             total = into if total is None or total is into else total.add_(into)
         assert total is not None
         return total if dq is not None else total.to(query.dtype)
@@ -217,6 +227,7 @@ class FusedKernel:
         of_rows: Tensor,
         piece: LayoutPiece,
         more: tuple[Tensor, ...] = (),
+        draws: Draws = (),
     ) -> tuple[Tensor, Tensor]:
         """dk and dv of a pass, which takes `of_rows` and also writes to `more`."""
         batch, kv_len, kv_heads, head_dim = key.shape
@@ -226,24 +237,19 @@ class FusedKernel:
         # Query heads that share a key-value head write apart and are summed after.
         key_dtype = _part_dtype(key, parts) if heads == kv_heads else torch.float32
         sums: list[Tensor] = []
-        for number, part in enumerate(parts):
+        for part, own in zip_longest(parts, draws):
             shape = batch, kv_len, heads, head_dim
             grads = [_room(shape, key_dtype, key.device, piece) for _ in range(2)]
             strided = (query, key, value, dout, *more, grads[0])
             given = (query, key, value, dout, of_rows, *more, *grads), strided, scales
             with span(f"{part.name}, gradients of {'all' if which == 'gradients' else 'keys'}"):
-                part.run(which, *given, named=piece.tables, draws=_draws(piece, number, query))
+                part.run(which, *given, named=piece.tables, draws=own)
             sums = [a.add_(b) for a, b in zip(sums, grads, strict=True)] if sums else grads
         dk, dv = sums
         if heads > kv_heads:
             grouped = (batch, kv_len, kv_heads, heads // kv_heads, head_dim)
             dk, dv = (x.view(grouped).sum(3) for x in (dk, dv))
         return dk.to(key.dtype), dv.to(value.dtype)
-
-
-def _draws(piece: LayoutPiece, part: int, query: Tensor) -> Tensor | None:
-    """Which weights of a part of a layout are dropped, if any."""
-    return None if piece.seed is None else draws_of(piece.dropout_p, piece.seed, part, query.device)
 
 
 def _blocks_of(layout: Layout, device: torch.device, packing: Packing | None, *, apart: bool) -> Blocks | None:

@@ -51,11 +51,15 @@ MAX_POSITION: Final = 1 << 29  # 32-bit arithmetic on positions, with room for a
 
 
 class Part(Protocol):
-    """One part of a layout with its tables on the device, of `nbytes`, and its passes; `name` as traces show it."""
+    """One part of a layout with its tables on the device, of `nbytes`, and its passes; `name` as traces show it.
+
+    Where weights are dropped it tells so many `occurrences` of a pair apart.
+    """
 
     name: str
     nbytes: int
     passes: tuple[Pass, ...]
+    occurrences: int
 
     def run(
         self,
@@ -142,7 +146,12 @@ def _strides(strided: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def known_tables(
-    branches: tuple[Branch, ...], is_causal: bool, transposed: bool, span: int, device: torch.device, apart: bool
+    branches: tuple[Branch, ...],
+    is_causal: bool,
+    transposed: bool,
+    span: int,
+    device: torch.device,
+    apart: bool = False,
 ) -> DeviceTables:
     """The tables for branches over positions below `span`, kept: lengths that are new at every call share them."""
     with _disable_current_modes():  # no fake tensors among those that are kept
@@ -183,6 +192,7 @@ class BranchPart:
         self.passes = tiles.passes
         if apart:
             branches = tuple(attrs.evolve(branch, weight=1) for branch in branches for _ in range(branch.weight))
+        self.occurrences = len(branches)
         self._group_size = geometry.group_size
         q_low, k_low = geometry.q_offset, geometry.kv_offset
         self._ends = q_low, q_low + geometry.q_len, k_low, k_low + geometry.kv_len
@@ -301,6 +311,10 @@ class Blocks(Protocol):
     def nbytes(self) -> int:
         """Memory of what is kept."""
 
+    @property
+    def occurrences(self) -> int:
+        """The most of a pair, where they are apart."""
+
     def tables(self, named: Tensor | None, *, transposed: bool) -> BlockTables:
         """One direction; `named` as `LayoutPiece.tables`."""
 
@@ -312,6 +326,7 @@ class BlockPart:
         self.name = f"blocks of {blocks.block_size}"
         self.nbytes = blocks.nbytes
         self.passes = tiles.passes
+        self.occurrences = blocks.occurrences
         self._blocks = blocks
         self._tiles = tiles
         self._kernels = _kernels(tiles, of_blocks=True)

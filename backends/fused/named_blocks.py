@@ -8,7 +8,7 @@ Shapes: B batch, H heads, T = B·H tables, R block rows, C block columns, E bloc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 import torch
@@ -45,6 +45,7 @@ class NamedBlocks:
     is_masked: Tensor
     starts: Tensor
     masks: Tensor
+    occurrences: ClassVar[int] = 1  # of a pair
 
     @classmethod
     def of(cls, pattern: LearnedPattern, geometry: Geometry, device: torch.device) -> NamedBlocks:
