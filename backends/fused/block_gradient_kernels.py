@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
 from .block_kernels import met_of_entry, rows_of_program
-from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
+from .drop_kernels import drawing, factors, words_of_keys, words_of_queries
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -44,8 +44,8 @@ def block_gradients_of_queries(
     lse, delta = unpack(tl.load(stats_ptr + row_place, mask=valid, other=0))
     words, least, rescale = 0, 0, 0
     if DROPS:
-        words, least = words_of_queries(draws, tl.where(valid, row_place, 0)), threshold(draws)
-        rescale = scale_of_kept(draws)
+        words = words_of_queries(draws, tl.where(valid, row_place, 0))
+        least, rescale = drawing(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -69,7 +69,7 @@ def block_gradients_of_queries(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         if DROPS:
-            dp = tl.where(is_kept(words, words_of_keys(draws, column, bias), least), dp * rescale, 0.0)
+            dp *= factors(words, words_of_keys(draws, column, bias), least, rescale)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
@@ -108,7 +108,8 @@ def block_gradients_of_keys(
     first_query = (batch * num_heads + head) * length + place
     key_place, least, rescale = 0, 0, 0
     if DROPS:
-        key_place, least, rescale = tl.where(valid, row, 0), threshold(draws), scale_of_kept(draws)
+        key_place = tl.where(valid, row, 0)
+        least, rescale = drawing(draws)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
@@ -136,15 +137,13 @@ def block_gradients_of_keys(
         kept = p
         if DROPS:
             of_columns = words_of_queries(draws, first_query + column)
-            is_met = is_kept(words_of_keys(draws, key_place, bias), of_columns, least)
-            kept = tl.where(is_met, p, 0.0)
+            factor = factors(words_of_keys(draws, key_place, bias), of_columns, least, rescale)
+            kept *= factor
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
         if DROPS:
-            dp = tl.where(is_met, dp * rescale, 0.0)
+            dp *= factor
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
-    if DROPS:
-        dv *= rescale
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
     store_rows(dk_ptr + place_out, row, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, row, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

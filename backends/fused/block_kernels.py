@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head_of_blocks
-from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
+from .drop_kernels import drawing, factors, words_of_keys, words_of_queries
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
@@ -138,9 +138,10 @@ def attend_blocks(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + place + row
-    words, least = 0, 0
+    words, least, rescale = 0, 0, 0
     if DROPS:
-        words, least = words_of_queries(draws, tl.where(valid, row_place, 0)), threshold(draws)
+        words = words_of_queries(draws, tl.where(valid, row_place, 0))
+        least, rescale = drawing(draws)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
     for step in range((masked - first) * parts):
@@ -148,7 +149,7 @@ def attend_blocks(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, out, row_sum, row_max, scale,
-            tl.load(biases + entry), draws, words, least, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), draws, words, least, rescale, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -167,15 +168,13 @@ def attend_blocks(
         row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max
         if DROPS:
-            p = tl.where(is_kept(words, words_of_keys(draws, column, bias), least), p, 0.0)
+            p *= factors(words, words_of_keys(draws, column, bias), least, rescale)
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     out /= counted[:, None]
-    if DROPS:
-        out *= scale_of_kept(draws)
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
     lse_place = lse_ptr + row_place
     if ADDS:

@@ -50,15 +50,10 @@ def draw_words(seeds_ptr, draws_ptr, length, key_words, all_words, BLOCK_M: tl.c
 
 
 @triton.jit
-def threshold(draws_ptr):
-    """The least number of a pair that is kept."""
-    return tl.load(draws_ptr).to(tl.int32)
-
-
-@triton.jit
-def scale_of_kept(draws_ptr):
-    """By what weights that are kept are multiplied: 1 / keep."""
-    return (tl.load(draws_ptr) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def drawing(draws_ptr):
+    """The least number of a pair that is kept, and the factor of its weight, 1 / keep."""
+    both = tl.load(draws_ptr)
+    return both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -74,8 +69,11 @@ def words_of_keys(draws_ptr, place, occurrence):
 
 
 @triton.jit
-def is_kept(of_rows, of_columns, least):
-    """Which pairs (M, N) are kept of queries and keys with these words, either of which are rows."""
+def factors(of_rows, of_columns, least, scale):
+    """By what the weights (M, N) of queries and keys with these words are multiplied: the scale of what is kept, or 0.
+
+    Either may be the rows.
+    """
     first = of_rows.to(tl.int32)[:, None] * of_columns.to(tl.int32)[None, :]
     second = (of_rows >> 32).to(tl.int32)[:, None] * (of_columns >> 32).to(tl.int32)[None, :]
-    return first + second >= least
+    return tl.where(first + second >= least, scale, 0.0)

@@ -19,7 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
-from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
+from .drop_kernels import drawing, factors, words_of_keys, words_of_queries
 
 LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
@@ -120,7 +120,7 @@ def query_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     if DROPS:
-        dp = tl.where(is_kept(words, of_columns, least), dp * rescale, 0.0)
+        dp *= factors(words, of_columns, least, rescale)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
@@ -161,8 +161,8 @@ def gradients_of_queries(
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
     words, least, rescale = 0, 0, 0
     if DROPS:
-        words, least = words_of_queries(draws, tl.where(valid, row, 0)), threshold(draws)
-        rescale = scale_of_kept(draws)
+        words = words_of_queries(draws, tl.where(valid, row, 0))
+        least, rescale = drawing(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
@@ -195,8 +195,8 @@ def key_gradient_tile(
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed.
 
-    Where it DROPS, dv is to be multiplied by the scale of what is kept. `first_query` is the number of the query
-    at row 0 among all of the call, `key` (M,) the places of the keys; `bias` as in `attend_tile`.
+    Where it DROPS, `first_query` is the number of the query at row 0 among all of the call, `key` (M,) are the places
+    of the keys, and `bias` is as in `attend_tile`.
     """
     if DROPS:
         words, of_columns = words_of_keys(draws, key, bias), words_of_queries(draws, first_query + rows)
@@ -210,12 +210,12 @@ def key_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     kept = p
     if DROPS:
-        is_met = is_kept(words, of_columns, least)
-        kept = tl.where(is_met, p, 0.0)
+        factor = factors(words, of_columns, least, rescale)
+        kept *= factor
     dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
     if DROPS:
-        dp = tl.where(is_met, dp * rescale, 0.0)
+        dp *= factor
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     return tl.dot(ds, q, dk, input_precision=PRECISION), dv
 
@@ -255,7 +255,8 @@ def gradients_of_keys(
     first_query = (batch * num_heads + head) * length + first_column
     key, least, rescale = 0, 0, 0
     if DROPS:
-        key, least, rescale = tl.where(valid, position - k_low, 0), threshold(draws), scale_of_kept(draws)
+        key = tl.where(valid, position - k_low, 0)
+        least, rescale = drawing(draws)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -277,8 +278,6 @@ def gradients_of_keys(
         left -= BLOCK_N
         full -= BLOCK_N
         bound -= BLOCK_N
-    if DROPS:
-        dv *= rescale
     place_out = batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(dk_ptr + place_out, position - k_low, stride_os, valid, dk * grad_scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + place_out, position - k_low, stride_os, valid, dv, HEAD_DIM, BLOCK_D)

@@ -19,7 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
-from .drop_kernels import is_kept, scale_of_kept, threshold, words_of_keys, words_of_queries
+from .drop_kernels import drawing, factors, words_of_keys, words_of_queries
 
 _INF = tl.constexpr(float("inf"))
 FIXED_BELOW = tl.constexpr(48.0)  # see `reach`
@@ -34,8 +34,8 @@ def partial_sums(p):
 @triton.jit
 def attend_tile(
     q, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, out, row_sum, row_max, scale, bias,
-    draws, words, least, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, DROPS: tl.constexpr,
+    draws, words, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns.
 
@@ -54,7 +54,7 @@ def attend_tile(
             p = tl.where(index[None, :] < bound[:, None], p, 0.0)
         row_sum += partial_sums(p)
         if DROPS:
-            p = tl.where(is_kept(words, of_columns, least), p, 0.0)
+            p *= factors(words, of_columns, least, rescale)
         v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
         return tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION), row_sum, row_max
     if is_partial:
@@ -65,7 +65,7 @@ def attend_tile(
     shrink = tl.exp2(row_max - shift)
     row_sum = row_sum * shrink[:, None] + partial_sums(p)
     if DROPS:
-        p = tl.where(is_kept(words, of_columns, least), p, 0.0)
+        p *= factors(words, of_columns, least, rescale)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
@@ -85,7 +85,7 @@ def reach(q, largest, scale):
 @triton.jit
 def _attend_runs(
     q, k_base, v_base, stride_k, stride_v, runs, total, walks, biases, position, valid, k_low, k_high,
-    out, row_sum, row_max, scale, draws, words, least,
+    out, row_sum, row_max, scale, draws, words, least, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,8 @@ def _attend_runs(
         rows = begin + tl.minimum(offset, left - 1) * step
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_k, stride_v, rows, offset, bound, full < BLOCK_N if SPLIT else True,
-            out, row_sum, row_max, scale, bias, draws, words, least, HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE, DROPS,
+            out, row_sum, row_max, scale, bias, draws, words, least, rescale,
+            HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -145,9 +146,10 @@ def attend(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + first_row + position - q_low
-    words, least = 0, 0
+    words, least, rescale = 0, 0, 0
     if DROPS:
-        words, least = words_of_queries(draws, tl.where(valid, row_place, 0)), threshold(draws)
+        words = words_of_queries(draws, tl.where(valid, row_place, 0))
+        least, rescale = drawing(draws)
     if BOUNDED:
         limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
         is_bounded = tl.max(limit, 0) < FIXED_BELOW
@@ -155,20 +157,18 @@ def attend(
         row_max = tl.where(is_bounded, limit, row_max)
         out, row_sum, row_max = _attend_runs(
             q, k_base, v_base, stride_ks, stride_vs, runs, tl.where(is_bounded, total, 0), walks, biases,
-            position, valid, k_low, k_high, out, row_sum, row_max, scale, draws, words, least,
+            position, valid, k_low, k_high, out, row_sum, row_max, scale, draws, words, least, rescale,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
         )  # fmt: skip
         total = tl.where(is_bounded, 0, total)
     out, row_sum, row_max = _attend_runs(
         q, k_base, v_base, stride_ks, stride_vs, runs, total, walks, biases,
-        position, valid, k_low, k_high, out, row_sum, row_max, scale, draws, words, least,
+        position, valid, k_low, k_high, out, row_sum, row_max, scale, draws, words, least, rescale,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
     )  # fmt: skip
     row_sum = tl.sum(row_sum, 1)
     counted = tl.where(row_sum > 0, row_sum, 1.0)  # rows without keys: out 0, lse -inf
     out = out / counted[:, None]
-    if DROPS:
-        out *= scale_of_kept(draws)
     lse = tl.where(row_sum > 0, row_max + tl.log2(counted), -_INF) * 0.6931471805599453
     o_base = out_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_os
     store_rows(o_base, position - q_low, stride_os, valid, out, HEAD_DIM, BLOCK_D)
