@@ -31,7 +31,7 @@ POINTERS = {
     **dict.fromkeys(("lse_ptr", "largest_ptr", "sums_ptr"), "*fp32"),
     "out_ptr": "*bf16",
     "stats_ptr": "*i64",
-    "draws": "*i64",
+    "draws": "*i8",
     "levels_ptr": "*bf16",
     "biases": "*fp32",
 }

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
 from .block_kernels import met_of_entry, rows_of_program
-from .drop_kernels import drawing, factors, words_of_keys, words_of_queries
+from .drop_kernels import BYTES, drawing, drawn_keys, drawn_queries, factors, words_of_columns, words_of_rows
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -42,9 +42,12 @@ def block_gradients_of_queries(
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row_place = (batch * num_heads + head) * length + place + row
     lse, delta = unpack(tl.load(stats_ptr + row_place, mask=valid, other=0))
-    words, least, rescale = 0, 0, 0
+    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
     if DROPS:
-        words = words_of_queries(draws, tl.where(valid, row_place, 0))
+        own, _each = drawn_queries(draws)
+        of_rows = words_of_rows(draws, own, place + row, valid, batch * num_heads + head)
+        drawn, each = drawn_keys(draws)
+        drawn += place * BYTES
         least, rescale = drawing(draws)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
@@ -54,7 +57,7 @@ def block_gradients_of_queries(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, scale,
-            tl.load(biases + entry), draws, words, least, rescale, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), of_rows, drawn, each, least, rescale, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -69,7 +72,7 @@ def block_gradients_of_queries(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         if DROPS:
-            dp *= factors(words, words_of_keys(draws, column, bias), least, rescale)
+            dp *= factors(of_rows, words_of_columns(drawn, each, bias, column, WIDE), least, rescale)
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
@@ -105,10 +108,13 @@ def block_gradients_of_keys(
     v_base = v_ptr + batch * stride_vb + (head // group_heads).to(tl.int64) * stride_vh + place * stride_vs
     k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
-    first_query = (batch * num_heads + head) * length + place
-    key_place, least, rescale = 0, 0, 0
+    stats_base = stats_ptr + (batch * num_heads + head) * length + place
+    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
     if DROPS:
-        key_place = tl.where(valid, row, 0)
+        own, _each = drawn_keys(draws)
+        of_rows = words_of_rows(draws, own, place + row, valid, batch * num_heads + head)
+        drawn, each = drawn_queries(draws)
+        drawn += place * BYTES
         least, rescale = drawing(draws)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -118,8 +124,8 @@ def block_gradients_of_keys(
         entry = first + step // parts
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dk, dv = key_gradient_tile(
-            k, v, dk, dv, q_base, g_base, stats_ptr + first_query, stride_qs, stride_gs, column, offset, offset, False,
-            scale, tl.load(biases + entry), draws, first_query, key_place, least, rescale,
+            k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, column, offset, offset, False,
+            scale, tl.load(biases + entry), of_rows, drawn, each, least, rescale,
             HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
@@ -129,15 +135,14 @@ def block_gradients_of_keys(
         column = tl.minimum(seen, q_len - 1)
         q = load_columns(q_base, column, stride_qs, HEAD_DIM, BLOCK_D, WIDE)
         dout = load_columns(g_base, column, stride_gs, HEAD_DIM, BLOCK_D, WIDE)
-        lse, delta = unpack(tl.load(stats_ptr + first_query + column))
+        lse, delta = unpack(tl.load(stats_base + column))
         bias = tl.load(biases + entry)
         scores = tl.dot(k, q.trans(), input_precision=PRECISION) * scale + (0.0 if DROPS else bias)
         met = met_of_entry(masks, tl.load(mask_ids + entry), inside, within, seen, q_len, True, BLOCK, PACKED)
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         kept = p
         if DROPS:
-            of_columns = words_of_queries(draws, first_query + column)
-            factor = factors(words_of_keys(draws, key_place, bias), of_columns, least, rescale)
+            factor = factors(of_rows, words_of_columns(drawn, each, bias, column, WIDE), least, rescale)
             kept *= factor
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)

@@ -1,9 +1,10 @@
 """Dropout inside the kernels, in Triton: which occurrences of pairs they keep, told by the places of these alone.
 
-Every query of a call has two random words a and b of 32 bits, and every occurrence of a key c and d. An occurrence of a
-pair is kept where a·c + b·d, modulo 2^32 and signed, is not below a threshold: a multilinear hash (Lemire and Kaser,
-"Strongly universal string hashing is fast", arXiv 1202.4961) of two words, each of which stands for a place. So passes
-that meet pairs in another order, or in tiles of other sizes, drop the same, and a pair costs two multiplications.
+Every query and every key of a call has 32 random bytes, which depend on the seed and on its place. The product of both,
+a sum of 32 products modulo 256, decides on the pair: a multilinear hash (Carter and Wegman, "Universal classes of hash
+functions", 1979) that tensor cores compute beside q·k. Heads, batch rows and the occurrences of a pair multiply the
+bytes by odd ones of their own, on either side. So passes that meet pairs in another order, or in tiles of other sizes,
+drop the same ones, and nothing is kept of pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import triton.language as tl
 
 from .addressing import AS_THEY_ARE
 
-HEADER = tl.constexpr(3)  # numbers before the words: see `draw_words`
+BYTES = tl.constexpr(32)  # the fewest that a product of bytes takes
+BITS = tl.constexpr(8)  # of a product that decide: the others depend on which side has been multiplied
+HEADER = tl.constexpr(64)  # bytes before the first words: see `draw_words`
 
 
 @triton.jit
@@ -25,55 +28,81 @@ def _mixed(x):
 
 
 @triton.jit
-def _joined(low, high):
-    return low.to(tl.int64) | (high.to(tl.int64) << 32)
+def _random_bytes(number, word):
+    """32 bytes (..., 32) for each of some numbers (..., 1), by a word of the seed."""
+    column = tl.arange(0, BYTES).to(tl.uint32)
+    return _mixed(_mixed(number.to(tl.uint32) ^ word) + column * 0x9E3779B9) >> 24
 
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
-def draw_words(seeds_ptr, draws_ptr, length, key_words, all_words, BLOCK_M: tl.constexpr):
-    """The words of keys, for each of their occurrences, and of queries, in pairs of 32 bits: grid (tiles,).
+def draw_words(seeds_ptr, draws_ptr, k_len, q_len, key_rows, all_rows, BLOCK_M: tl.constexpr):
+    """The bytes of keys for each of their occurrences, and those of queries, likewise: grid (tiles,).
 
-    Before them: the threshold and, as a float32, 1 / keep; the `length` of the keys; and where those of queries begin.
-    `seeds_ptr` is what `draws.draws_of` made.
+    `key_rows` is of the one, and `all_rows` of both, how many times 32 bytes. Before them are, as int64: the least
+    number that is kept, and 1 / keep as a float32; the bytes of one occurrence of all keys, and of all queries; where
+    those of queries begin; a word for heads. `seeds_ptr` is what `draws.draws_of` made.
     """
     seeds = seeds_ptr.to(tl.pointer_type(tl.uint32))
-    number = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_key = number < key_words
-    own = tl.where(is_key, number, number - key_words).to(tl.uint32)
-    low = _mixed(own ^ tl.where(is_key, tl.load(seeds), tl.load(seeds + 2)))
-    high = _mixed(own ^ tl.where(is_key, tl.load(seeds + 1), tl.load(seeds + 3)))
-    tl.store(draws_ptr + HEADER + number, _joined(low, high), mask=number < all_words)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_key = row < key_rows
+    own = tl.where(is_key, row, row - key_rows)
+    length = tl.where(is_key, k_len, q_len)
+    occurrence = own // length
+    word = tl.where(is_key, tl.load(seeds), tl.load(seeds + 1))
+    words = _random_bytes((own - occurrence * length)[:, None], word[:, None])
+    factor = tl.where(occurrence[:, None] == 0, 1, _random_bytes(occurrence[:, None], tl.load(seeds + 2)) | 1)
+    place = draws_ptr + HEADER + row.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    tl.store(place, (words * factor).to(tl.int8), mask=(row < all_rows)[:, None])
     if tl.program_id(0) == 0:
-        tl.store(draws_ptr, _joined(tl.load(seeds + 4), tl.load(seeds + 5)))
-        tl.store(draws_ptr + 1, length.to(tl.int64))
-        tl.store(draws_ptr + 2, (key_words + HEADER).to(tl.int64))
+        header = draws_ptr.to(tl.pointer_type(tl.int64))
+        tl.store(header, tl.load(seeds + 4).to(tl.int64) | (tl.load(seeds + 5).to(tl.int64) << 32))
+        tl.store(header + 1, k_len.to(tl.int64) * BYTES)
+        tl.store(header + 2, q_len.to(tl.int64) * BYTES)
+        tl.store(header + 3, key_rows.to(tl.int64) * BYTES + HEADER)
+        tl.store(header + 4, tl.load(seeds + 3).to(tl.int64))
 
 
 @triton.jit
 def drawing(draws_ptr):
     """The least number of a pair that is kept, and the factor of its weight, 1 / keep."""
-    both = tl.load(draws_ptr)
+    both = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)))
     return both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def words_of_queries(draws_ptr, row):
-    """Of queries by their number among all of the call."""
-    return tl.load(draws_ptr + tl.load(draws_ptr + 2) + row)
+def drawn_keys(draws_ptr):
+    """The bytes of the first occurrence of the first key, and how many there are of each."""
+    return draws_ptr + HEADER, tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 1)
 
 
 @triton.jit
-def words_of_keys(draws_ptr, place, occurrence):
-    """Of keys at their places, for one of their occurrences (a float32)."""
-    return tl.load(draws_ptr + HEADER + occurrence.to(tl.int64) * tl.load(draws_ptr + 1) + place)
+def drawn_queries(draws_ptr):
+    """As `drawn_keys`, of queries."""
+    header = draws_ptr.to(tl.pointer_type(tl.int64))
+    return draws_ptr + tl.multiple_of(tl.load(header + 3), 16), tl.load(header + 2)
+
+
+@triton.jit
+def words_of_rows(draws_ptr, words, place, valid, head):
+    """Bytes (M, 32) of the rows at these places, for a query head, by its number in the batch."""
+    word = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 4).to(tl.uint32)
+    column = tl.arange(0, BYTES)
+    pointers = words + place.to(tl.int64)[:, None] * BYTES + column[None, :]
+    drawn = tl.load(pointers, mask=valid[:, None], other=0)
+    return (drawn.to(tl.int32) * (_random_bytes(head, word) | 1).to(tl.int32)[None, :]).to(tl.int8)
+
+
+@triton.jit
+def words_of_columns(words, each, occurrence, place, WIDE: tl.constexpr):
+    """Bytes (N, 32) of the columns at these places that all exist, for one of their occurrences (a float32)."""
+    if WIDE:
+        place = place.to(tl.int64)
+    first = words + tl.multiple_of(occurrence.to(tl.int64) * each, 16)
+    return tl.load(first + place[:, None] * BYTES + tl.arange(0, BYTES)[None, :])
 
 
 @triton.jit
 def factors(of_rows, of_columns, least, scale):
-    """By what the weights (M, N) of queries and keys with these words are multiplied: the scale of what is kept, or 0.
-
-    Either may be the rows.
-    """
-    first = of_rows.to(tl.int32)[:, None] * of_columns.to(tl.int32)[None, :]
-    second = (of_rows >> 32).to(tl.int32)[:, None] * (of_columns >> 32).to(tl.int32)[None, :]
-    return tl.where(first + second >= least, scale, 0.0)
+    """By what weights (M, N) of rows and columns with these bytes are multiplied: 0, or the scale of what is kept."""
+    number = tl.dot(of_rows, of_columns.trans(), out_dtype=tl.int32)
+    return tl.where((number << (32 - BITS)) >= least, scale, 0.0)

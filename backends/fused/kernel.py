@@ -91,10 +91,10 @@ class FusedKernel:
     def _parts_of(self, piece: LayoutPiece, query: Tensor) -> tuple[Part, ...]:
         return self.parts(piece.layout, query.device, piece.packing, drops=piece.seed is not None)
 
-    def _draws(self, piece: LayoutPiece, query: Tensor, key: Tensor) -> Draws:
+    def _draws(self, piece: LayoutPiece, query: Tensor, key: Tensor, *, backward: bool) -> Draws:
         """Of each part what it drops, if anything."""
         parts = enumerate(self._parts_of(piece, query))
-        return [draws_of(piece, number, part.occurrences, query, key) for number, part in parts]
+        return [draws_of(piece, i, part.occurrences, query, key, backward=backward) for i, part in parts]
 
     def _taken(self, piece: LayoutPiece, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The queries, with the sign of the scale, and others, as the kernels take them."""
@@ -106,7 +106,7 @@ class FusedKernel:
         parts = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
-        for part, draws in zip(parts, self._draws(piece, query, key), strict=True):
+        for part, draws in zip(parts, self._draws(piece, query, key, backward=False), strict=True):
             out = _room(query.shape, _part_dtype(query, parts), query.device, piece)
             lse = _room((batch, heads, length), torch.float32, query.device, piece, -math.inf)
             scales = (abs(piece.scale) * _LOG2_E,)
@@ -144,7 +144,7 @@ class FusedKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Adds.gradients`."""
         if not self._is_joint(piece, query):
-            draws = self._draws(piece, query, key)
+            draws = self._draws(piece, query, key, backward=True)
             dq = self.gradients_of_queries(dout, query, key, value, row_sums, piece, draws=draws)
             return dq, *self._of_keys("keys", dout, query, key, value, row_sums, piece, draws=draws)
         levels, sums = _levels(row_sums), torch.zeros(query.shape, dtype=torch.float32, device=query.device)

@@ -15,6 +15,7 @@ from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from . import kernels
+from .drop_kernels import BYTES
 from .launching import launch
 from .runs import DeviceTables, Runs, documents_of
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
@@ -87,7 +88,7 @@ class Part(Protocol):
 
 def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str, Any]:
     """What all kernels are compiled for."""
-    is_wide = any(x.shape[1] * x.stride(1) >= 1 << 31 for x in strided)
+    is_wide = any(x.shape[1] * max(x.stride(1), BYTES.value) >= 1 << 31 for x in strided)
     return _options_of(tile, query.shape[3], query.dtype, is_wide)
 
 
