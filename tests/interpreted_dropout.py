@@ -42,7 +42,7 @@ class Interpreted:
         self.config = AttentionConfig(pattern=pattern, device="cpu", is_causal=is_causal, **given)
         self.ends, self.tables = ends, tables
         tiles = TileSizes.alike(Tiles.alike(Tile(tile, tile, 4, 1)))
-        kernel = FusedKernel(f"interpreted, {tile}, {bound_from}", tiles, bound_from, drops=True)
+        kernel = FusedKernel(f"interpreted, {tile}, {bound_from}", tiles, bound_from, dropping=tiles)
         axes = frozenset(CALL_AXES)
         self.engine = intern(Engine(self.config, pattern, kernel, takes_layout=True, has_dlse=True, call_axes=axes))
 

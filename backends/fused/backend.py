@@ -59,12 +59,15 @@ class TritonBackend:
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""
-        return FusedKernel(self.pin(request), _tiles(request), drops=request.config.dropout_p > 0)
+        dropping = _tiles(request, drops=True) if request.config.dropout_p else None
+        return FusedKernel(self.pin(request), _tiles(request), dropping=dropping)
 
 
-def _tiles(request: Request) -> TileSizes:
+def _tiles(request: Request, *, drops: bool = False) -> TileSizes:
     config, arch = request.config, compiled_for(request.device.arch)
     dtype: torch.dtype = getattr(torch, config.dtype)
+    if drops:
+        return TileSizes.dropping(arch, config.head_dim, dtype, is_causal=config.is_causal)
     return TileSizes.chosen(arch, config.head_dim, dtype, is_causal=config.is_causal, version=version("triton"))
 
 

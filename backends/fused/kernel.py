@@ -44,25 +44,27 @@ class FusedKernel:
         name: the pinned sub-kernel, as the plan shows it.
         tiles: of the kernels.
         bound_from: from how many pairs a key on a part bounds the scores before it attends.
-        drops: in training weights are dropped, for which there are tables of their own.
+        dropping: of the kernels that drop weights, where that is done in training.
     """
 
-    def __init__(self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM, *, drops: bool = False) -> None:
+    def __init__(
+        self, name: str, tiles: TileSizes, bound_from: int = BOUND_FROM, *, dropping: TileSizes | None = None
+    ) -> None:
         self.name = name
         self.tiles = tiles
         self._bound_from = bound_from
-        self._drops = drops
+        self._dropping = dropping
         self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None, bool], tuple[Part, ...]]]
         self._parts = WeakKeyDictionary()
 
     def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
-        kinds = (False, True) if self._drops else (False,)
+        kinds = (False, True) if self._dropping else (False,)
         return sum(part.nbytes for drops in kinds for part in self.parts(layout, device, drops=drops))
 
     def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device, *, deterministic: bool) -> int:
         """As `Packs.prepare_packing`; where weights are dropped, for training, which often meets other documents."""
-        parts = self.parts(layout, device, packing, deterministic=deterministic, drops=self._drops)
+        parts = self.parts(layout, device, packing, deterministic=deterministic, drops=self._dropping is not None)
         return sum(part.nbytes for part in parts)
 
     def parts(
@@ -77,7 +79,8 @@ class FusedKernel:
         """The parts of a layout with their tables on the device, of all documents of a packing; made once."""
         known, key = self._parts.setdefault(layout, {}), (device, packing, drops)
         if key not in known:
-            tiles = (self.tiles.unfed or self.tiles) if drops else self.tiles
+            tiles = self._dropping if drops else self.tiles
+            assert tiles is not None
             found: list[Part] = []
             if layout.branches:
                 given = (layout.branches, layout.geometry, tiles.branches, device, self._bound_from, packing)

@@ -142,6 +142,21 @@ class TileSizes:
         return cls(few if is_causal else attrs.evolve(few, forward=forward), blocks, few)
 
     @classmethod
+    def dropping(cls, arch: str, head_dim: int, dtype: torch.dtype, *, is_causal: bool) -> TileSizes:
+        """Those for kernels that drop weights, of which none are fed: what was fastest on an H200.
+
+        A pair takes more instructions and registers then, and larger tiles would not keep them.
+        """
+        if arch != PROVEN:
+            return cls.elsewhere(head_dim, dtype, shared_kib(arch))
+        if dtype == torch.float32 or head_dim > 128:
+            return cls.of(head_dim, dtype, is_causal=is_causal)
+        if head_dim <= 64:
+            return cls.alike(Tiles(Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(64, 32, 4, 3, 168)))
+        blocks = Tiles(Tile(64, 32, 4, 3, 168), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 255))
+        return cls(attrs.evolve(blocks, queries=Tile(64, 64, 4, 2)), blocks, blocks)
+
+    @classmethod
     def chosen(cls, arch: str, head_dim: int, dtype: torch.dtype, *, is_causal: bool, version: str) -> TileSizes:
         """Those for a card, as `cards.compiled_for` names it, with a release of Triton."""
         if arch != PROVEN:
