@@ -14,6 +14,7 @@ from ..core.pattern import LearnedPattern, Pattern
 from ..core.refusal import Refusal
 from .specs import BackendSpec, Device, Range, Request
 
+NOT_INSTALLED: Final = "not_installed"  # the code of a refusal that names a requirement
 # An axis that limits the specs that name it and says nothing about the others.
 _NARROWING: Final = frozenset({"arch"})
 # What core's composer makes of dense pieces, and what it sees to by itself on the way.
@@ -86,7 +87,7 @@ def device_refusals(request: Request) -> list[Refusal]:
 def requirement_refusals(spec: BackendSpec) -> list[Refusal]:
     """A refusal for each of the spec's requirements that is not installed, with the line that installs it."""
     return [
-        Refusal("not_installed", requirement, found, f"pip install {requirement!r}")
+        Refusal(NOT_INSTALLED, requirement, found, f"pip install {requirement!r}")
         for requirement, found in unmet_requirements(spec.requires)
     ]
 

@@ -14,7 +14,8 @@ import attrs
 
 from ..core.errors import ConfigError
 from ..core.plan import NearMiss
-from .capabilities import capability_refusals, device_refusals, make_request, requirement_refusals, unmet_requirements
+from ..core.refusal import Refusal
+from .capabilities import NOT_INSTALLED, capability_refusals, make_request
 from .device import describe_device, device_type_of_torch, local_device_types
 from .specs import BackendSpec, Device, Range, Request
 
@@ -39,20 +40,22 @@ class _Change:
     device: Device | None = None
 
 
-def near_miss(spec: BackendSpec, request: Request, accepts: Callable[[Request], bool]) -> NearMiss | None:
+def near_miss(
+    spec: BackendSpec, request: Request, refusals: Sequence[Refusal], accepts: Callable[[Request], bool]
+) -> NearMiss | None:
     """The smallest set of changes with which `spec` takes the request, or None where none of those tried do.
 
     Args:
         spec: the backend's manifest.
         request: what it refused.
+        refusals: what its manifest, the machine or the installation said against it; none where the backend itself did.
         accepts: the full judgement of a changed request, the backend itself included.
     """
-    changes = list(_changes(spec, request))
-    missing = tuple(text for text, _ in unmet_requirements(spec.requires))
+    missing = tuple(refusal.required for refusal in refusals if refusal.code == NOT_INSTALLED)
+    changes = list(_changes(spec, request, missing))
     # What the manifest, the machine or the installation refuses can only be mended on its own axis, so combinations
     # that leave it alone need no trial. A backend's finer refusals may be mended anywhere.
-    gross = (*capability_refusals(request, spec), *device_refusals(request), *requirement_refusals(spec))
-    required = {refusal.code for refusal in gross}
+    required = {refusal.code for refusal in refusals}
     if not required <= {axis for change in changes for axis in change.mends}:
         return None
     for size in range(1, _MOST_CHANGES + 1):
@@ -88,12 +91,11 @@ def _try(
     return NearMiss(changes=fields, install=install, verified=verified)
 
 
-def _changes(spec: BackendSpec, request: Request) -> Iterator[_Change]:
+def _changes(spec: BackendSpec, request: Request, missing: tuple[str, ...]) -> Iterator[_Change]:
     """Every single change worth trying, the least intrusive first."""
     config, declared = request.config, spec.capabilities
-    missing = tuple(text for text, _ in unmet_requirements(spec.requires))
     if missing:
-        yield _Change(mends=("not_installed",), install=missing)
+        yield _Change(mends=(NOT_INSTALLED,), install=missing)
     if config.deterministic:
         yield _Change(mends=("deterministic",), fields={"deterministic": False})
     if config.varlen:

@@ -12,7 +12,7 @@ from ..core.errors import ConfigError, PluginError
 from ..core.plan import BackendRow
 from ..core.refusal import Refusal
 from ..core.structure import check_keys
-from .capabilities import capability_refusals, device_refusals, requirement_refusals
+from .capabilities import NOT_INSTALLED, capability_refusals, device_refusals, requirement_refusals
 from .discovery import RegisteredBackend, Registry
 from .near import near_miss
 from .plugins import PLUGIN_FAULTS, PluginRow, describe, import_target
@@ -194,12 +194,13 @@ def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: b
         except ConfigError:
             return False
 
+    manifest = verdict.refusals if verdict.backend is None else ()  # a backend that was asked had been admitted
     return BackendRow(
         name=spec.name,
         status=status,
         kernel=verdict.kernel,
         refusals=verdict.refusals,
-        near_miss=near_miss(spec, request, accepts) if verdict.refusals else None,
+        near_miss=near_miss(spec, request, manifest, accepts) if verdict.refusals else None,
         distribution=source.distribution,
         version=source.version,
         detail=verdict.fault or "; ".join(verdict.registered.notes),
@@ -211,7 +212,7 @@ def _is_unjudged(verdict: Verdict, request: Request) -> bool:
 
     A fault counts as that: it may have asked the card.
     """
-    lacks = bool(verdict.fault) or {refusal.code for refusal in verdict.refusals} == {"not_installed"}
+    lacks = bool(verdict.fault) or {refusal.code for refusal in verdict.refusals} == {NOT_INSTALLED}
     return request.device.is_assumed and lacks
 
 

@@ -23,15 +23,22 @@ from .distributions import run as python
 WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(self, request): return 'toy'\n"
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_ours_by_every_check_on_half_of_the_grid(backend: str) -> None:
-    report = covering(Kit(backend, device="cpu", quick=True))
+@pytest.mark.parametrize(
+    ("backend", "no_few"),
+    [
+        ("sdpa", ()),
+        ("math", ()),
+        ("reference", ("local|global",)),  # one way for all patterns
+    ],
+)
+def test_ours_by_every_check_on_half_of_the_grid(backend: str, no_few: tuple[str, ...]) -> None:
+    report = covering(Kit(backend, device="cpu", quick=True), no_few)
     assert report.passed, str(report)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "reference"])
 def test_the_whole_grid(backend: str) -> None:
     report = run(backend)
     assert report.passed, str(report)
@@ -137,7 +144,9 @@ def test_a_manifest_that_imports_what_takes_long_is_caught(tmp_path: Path) -> No
         assert "its import brings cattrs" in str(trial.run())
 
 
-def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(
+    tmp_path: Path, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance.pytest_plugin"]
     arguments += ["--conformance", "sdpa", "--conformance-quick", "--conformance-device", "cpu"]
     arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", "declared or undeclared or cuda-graph", "-rs"]
@@ -145,10 +154,11 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(tmp_path: Path, pytestc
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed, 1 skipped" in done.stdout
     assert "not on a CUDA device" in done.stdout
-    for workers in ([], ["-n", "1"]):
-        unknown = python(None, "-m", "pytest", *(word.replace("sdpa", "spda") for word in arguments), *workers)
-        assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
-        said = unknown.stdout + unknown.stderr
+    for workers in ([], ["-n", "1"]):  # a pytest within this one, which has torch already
+        code = pytest.main([*(word.replace("sdpa", "spda") for word in arguments), *workers])
+        printed = capfd.readouterr()
+        assert code == pytest.ExitCode.USAGE_ERROR
+        said = printed.out + printed.err
         assert "ERROR: --conformance spda: unknown backend 'spda' (did you mean 'sdpa'?)" in said
     with pytest.raises(ValueError, match="no option named '--conformance'"):  # nobody has asked this pytest
         pytestconfig.getoption("--conformance")

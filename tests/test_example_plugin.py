@@ -78,7 +78,8 @@ def test_the_installed_example_is_found_and_used(site: Path, invoke_at: Invoke) 
 
 def test_the_installed_example_conforms(site: Path) -> None:
     with installed(site):
-        report = covering(Kit("toy", quick=True, patterns=[{"kind": "log_sparse", "base": 3}]))
+        kit = Kit("toy", quick=True, patterns=[{"kind": "log_sparse", "base": 3}])
+        report = covering(kit, no_few=("dilated", "local|global"))  # its kernel's are the whole pieces, the rest core's
     assert report.passed, str(report)
     lines = str(report).splitlines()
     assert lines[0].startswith("toy of toy-attention 1.0 on cpu: ")

@@ -26,7 +26,6 @@ from dilated_attention import (
 from dilated_attention.core import reference
 from dilated_attention.core.draws import Draws
 from dilated_attention.models import MultiheadAttention
-from dilated_attention.registry.conformance import Conformance
 
 from .dropout_kit import TOKENS, build, check_draws, drawn
 from .support import error
@@ -45,14 +44,6 @@ PATTERNS: list[Pattern] = [
     sum([Random(2, 8, seed=1)] * 4, start=Random(2, 8, seed=1)),  # whole blocks that do, which exp(log(5)) is below
     Strided(3),
 ]
-
-
-class TestConformance(Conformance):
-    """Out, lse and gradients against float64, over all that it declares."""
-
-    backend = "math"
-    device = "cpu"
-    quick = True
 
 
 @pytest.mark.parametrize("workspace_bytes", [1 << 26, 1 << 13])

@@ -84,8 +84,8 @@ def test_totals_equal_the_plans_lists(
     ids=repr,
 )
 def test_branches_are_counted_exactly_in_pieces_of_any_size(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    for length, size, *heads in ((24, 7, 8, 2, False), (5, 18, 4, 4, True), (1, 24, 4, 1, False), (50, 5, 4, 2, True)):
-        shards = Shards(length, size, *heads)
+    for shards in (Shards(24, 7, 8, 2, False), Shards(5, 18, 4, 4, True), Shards(1, 24, 4, 1, False),
+                   Shards(50, 5, 4, 2, True)):  # fmt: skip
         assert_as_planned(pattern, shards)
         whole = costs_of(pattern, shards)
         monkeypatch.setattr(census, "_NUMBERS_AT_ONCE", 9)
