@@ -46,9 +46,16 @@ PATTERNS: list[Pattern] = [
 ]
 
 
-@pytest.mark.parametrize("workspace_bytes", [1 << 26, 1 << 13])
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+# Every pattern with and without causality, in much memory and in little; neighbours have the other pairs of them.
+@pytest.mark.parametrize(
+    ("pattern", "is_causal", "workspace_bytes"),
+    [
+        (pattern, is_causal, 1 << (13 if (number + is_causal) % 2 else 26))
+        for number, pattern in enumerate(PATTERNS)
+        for is_causal in (True, False)
+    ],
+    ids=str,
+)
 def test_what_is_dropped_is_dropped_exactly(pattern: Pattern, is_causal: bool, workspace_bytes: int) -> None:
     limits = Limits(workspace_bytes=workspace_bytes)
     attention = build(pattern, is_causal=is_causal, dropout_p=0.3, limits=limits)
@@ -155,8 +162,10 @@ def test_strides_change_no_draw(pattern: Pattern, strided: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 3e-2)])
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 26])
+@pytest.mark.parametrize(
+    ("workspace_bytes", "dtype", "allowed"),
+    [(1, "float64", 1e-12), (1 << 26, "float64", 1e-12), (1 << 26, "float32", 1e-4), (1, "bfloat16", 3e-2)],
+)
 @pytest.mark.parametrize("pattern", [Full(), Local(5), LONGNET, LONGNET + Local(5)], ids=str)
 def test_rows_without_keys_large_scores_and_gradients_of_lse(
     pattern: Pattern, workspace_bytes: int, dtype: str, allowed: float
@@ -279,14 +288,14 @@ def most_of(name: str, attention: Attention, length: int) -> int:
 
 
 def test_the_workspace_bounds_what_is_formed_at_once() -> None:
-    """Of 16 MiB of scores for each head no more than the limit."""
+    """Of 4 MiB of scores for each head no more than the limit."""
     small = build(Full(), num_heads=2, num_kv_heads=2, head_dim=8, dtype="float32", dropout_p=0.1)
     limits = attrs.evolve(small.config.limits, workspace_bytes=1 << 20)
     attention = build_attention(attrs.evolve(small.config, limits=limits))
-    assert 4 * most_of("aten::bmm", attention, 2048) <= 1 << 20
+    assert 4 * most_of("aten::bmm", attention, 1024) <= 1 << 20
 
 
-@pytest.mark.parametrize(("num_kv_heads", "length"), [(1, 1024), (8, 1024)])
+@pytest.mark.parametrize(("num_kv_heads", "length"), [(1, 384), (8, 384)])
 def test_copies_of_keys_are_within_the_workspace_too(num_kv_heads: int, length: int) -> None:
     """Short segments of a large head_dim have many more elements of keys than scores."""
     limits = Limits(workspace_bytes=1 << 19)
