@@ -161,8 +161,8 @@ def size_problems(name: str, source: str) -> list[str]:
 
 def comment_problems(name: str, source: str) -> list[str]:
     """`type: ignore` without a code, found in comments only."""
-    if "type: ignore" not in source:
-        return []
+    if source.count("type: ignore") == source.count("type: ignore["):
+        return []  # without taking the file to pieces
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     ignores = ((t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT and "type: ignore" in t.string)
     return [f"{name}:{line} ignores every type error" for line, text in ignores if "type: ignore[" not in text]

@@ -214,7 +214,7 @@ def test_unknown_variables_are_warned_about() -> None:
     assert done.returncode == 0
     assert "warning: the environment variable DILATED_ATTENTION_DISABLE_PLUGIN means nothing here" in done.stderr
     assert "did you mean 'DILATED_ATTENTION_DISABLE_PLUGINS'" in done.stderr
-    code = "import dilated_attention as d; d.explain(num_heads=1, head_dim=8)"
+    code = "from dilated_attention.registry.discovery import default_registry; default_registry()"
     warned = run(None, "-W", "error::UserWarning", "-c", code, DILATED_ATTENTION_X="1")
     assert "UserWarning: the environment variable DILATED_ATTENTION_X means nothing here" in warned.stderr
 

@@ -212,7 +212,7 @@ def test_the_oracle_has_second_derivatives() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch itself reads
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "padded"])
-@pytest.mark.parametrize("pattern", ALL, ids=repr)
+@pytest.mark.parametrize("pattern", ALL[1:], ids=repr)  # the union has the branches of the first, in the same operator
 def test_compiled_autograd(pattern: Pattern, call: dict[str, Any]) -> None:
     attention, inputs = build(pattern), tensors(2)
     expected = plain_gradients(attention, inputs, **call)
