@@ -211,6 +211,8 @@ def test_a_near_miss_asks_the_backend_too(discover: Discover) -> None:
         def refusals(self, request):
             if request.config.head_dim == 64 and request.config.requires_grad:
                 yield Refusal("backward", "a backward for head_dim 64", "one for head_dim 32")
+            if request.config.head_dim == 32 and request.config.dtype == "float32":
+                yield Refusal("workspace", "room for float32", "room for float16")
         def pin(self, request):
             return "toy"
     """
@@ -223,6 +225,10 @@ def test_a_near_miss_asks_the_backend_too(discover: Discover) -> None:
     both = row(asked(registry, dtype="bfloat16"), "toy").near_miss
     assert both is not None
     assert both.changes == {"requires_grad": False, "dtype": "float32"}
+    # What the backend itself says may be mended on any axis, also where no change bears the name of its refusal.
+    own = asked(registry, head_dim=32)
+    assert codes(own, "toy") == {"workspace"}
+    assert str(row(own, "toy").near_miss) == "would be usable with dtype=float16"
 
 
 def test_a_device_that_is_not_here_is_said_to_be_a_guess() -> None:
