@@ -27,7 +27,7 @@ WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(sel
     ("backend", "no_few"),
     [
         ("sdpa", ()),
-        ("math", ()),
+        ("math", ("local|global",)),  # whose blocks are core's, as those of sdpa
         ("reference", ("local|global",)),  # one way for all patterns
     ],
 )
