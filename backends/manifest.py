@@ -202,17 +202,23 @@ def _is_hopper(request: Request) -> bool:
     return cards.compiled_for(request.device.arch) == cards.PROVEN
 
 
-def _is_long_and_dense(request: Request) -> bool:
-    """Whether every query sees every key (causal ones every earlier one), on a Hopper card, of so many tokens."""
+def _is_dense(request: Request) -> bool:
+    """Whether every query sees every key (causal ones every earlier one) of one length."""
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config = request.config
-    if not _is_hopper(request) or config.dtype not in _HALVES or request.needs["layouts"] != ("branch",):
-        return False
-    if config.seq_len is None or config.seq_len < _LONG_DENSE or config.varlen or "context_parallel" in request.needs:
+    if request.needs["layouts"] != ("branch",) or config.varlen:
         return False
     branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     return [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+
+
+def _is_long_and_dense(request: Request) -> bool:
+    """Whether it is, on a Hopper card, of many tokens."""
+    config = request.config
+    if not _is_hopper(request) or config.dtype not in _HALVES or "context_parallel" in request.needs:
+        return False
+    return config.seq_len is not None and config.seq_len >= _LONG_DENSE and _is_dense(request)
 
 
 def _fuses(request: Request) -> bool:
@@ -243,6 +249,20 @@ def _fuses(request: Request) -> bool:
         fewest = 1  # of several lengths, whose launches are many else
     is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad))
     return is_half and len(branches) >= fewest and is_suited
+
+
+def _fuses_drops(request: Request) -> bool:
+    """The same with dropout, in half precision, where what there is besides are FlashAttention-2 and core's product.
+
+    By docs/performance.md, "Dropout".
+    """
+    from ..core.bands import only_window
+
+    config = request.config
+    if "block" in request.needs["layouts"] or "dynamic_tables" in request.needs:
+        return only_window(_bands(request)) is None
+    is_short = config.seq_len is None or config.seq_len < _LONG_DENSE
+    return config.head_dim <= 128 and not (is_short and _is_dense(request))
 
 
 def _suits_flex(request: Request) -> bool:
@@ -304,7 +324,10 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     from ..core.bands import only_window
 
     priorities = {spec.name: spec.priority for spec in candidates}
-    if _is_long_and_dense(request):
+    if request.config.dropout_p and request.config.dtype in _HALVES:
+        if not _fuses_drops(request):
+            priorities[TRITON.name] = _OUTDONE
+    elif _is_long_and_dense(request):
         head_dim = request.config.head_dim
         priorities[TRITON.name] = FA3.priority - 2 if 32 < head_dim <= 64 else _OUTDONE
         if head_dim in (64, 128):  # those that were measured

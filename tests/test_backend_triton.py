@@ -271,7 +271,6 @@ def test_its_kernels_interpreted_on_a_cpu(file: str) -> None:
         ({"pattern": Strided(stride=4099)}, "dilation_rates"),
         ({"dtype": "float64"}, "dtypes"),
         ({"head_dim": 20}, "head_dims"),
-        ({"dropout_p": 0.1}, "dropout"),
         ({"device": Device(type="cuda", arch="sm_80", torch_name="cuda:0")}, "arch"),
         ({"device": Device(type="cpu", arch="x86_64", torch_name="cpu")}, "device_types"),
     ],

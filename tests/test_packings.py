@@ -164,7 +164,7 @@ class Halves(Pattern):
     [
         (Dilated((8, 16), (1, 2)), {}, 0, True),
         (Dilated((8, 16), (1, 2)), {"is_causal": False}, 2, True),
-        (Dilated((8, 16), (1, 2)), {"dropout_p": 0.1}, 0, False),
+        (Dilated((8, 16), (1, 2)), {"dropout_p": 0.1}, 0, True),
         (Local((20, 0)), {}, 0, True),
         (Local((20, 0)), {}, 2, False),  # keys elsewhere than their queries
         (Local(20), {"is_causal": False}, 0, True),

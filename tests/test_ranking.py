@@ -84,6 +84,31 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("fields", "is_first"),
+    [
+        ({"pattern": LONGNET}, True),
+        ({"pattern": TWO, "head_dim": 128}, True),
+        ({"pattern": LONGNET, "head_dim": 136}, False),
+        ({"pattern": LONGNET, "dtype": "float32"}, False),
+        ({"pattern": BLOCKS, "head_dim": 200}, True),
+        ({"pattern": BLOCKS, "dtype": "float32"}, True),
+        ({"pattern": SINKS}, True),
+        ({"pattern": WINDOW}, False),
+        ({"pattern": WINDOW, "varlen": True}, True),
+        ({"pattern": Full(), "seq_len": 1 << 14}, True),
+        ({"pattern": Full(), "seq_len": 1 << 13}, False),
+        ({"pattern": Full()}, False),
+        ({"pattern": Full(), "varlen": True}, True),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, True),
+    ],
+)
+def test_who_drops_weights(fields: dict[str, Any], is_first: bool) -> None:
+    specs = [manifest.REFERENCE, manifest.SDPA, manifest.TRITON]
+    order = manifest.dilated_attention_rank_backends(request(H100, dropout_p=0.1, **fields), specs)
+    assert order == (["triton", "sdpa", "reference"] if is_first else ["sdpa", "triton", "reference"])
+
+
+@pytest.mark.parametrize(
     ("fields", "order"),
     [
         ({}, ["fa4", "fa3", "triton", "sdpa"]),
