@@ -293,7 +293,7 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
     ("backend", "fields", "near"),
     [
         ("math", {"head_dim": 300}, "sdpa would be usable with head_dim=256"),
-        ("math", {"head_dim": 300, "dropout_p": 0.1, "arch": "sm_90"}, "sdpa would be usable with head_dim=256"),
+        ("math", {"head_dim": 300, "dropout_p": 0.1, "arch": "sm_90"}, "triton would be usable with head_dim=256"),
         ("reference", {"head_dim": 300, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
     ],
 )
@@ -308,11 +308,10 @@ def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, field
 
 def test_blocks_that_no_kernel_computes_are_slow() -> None:
     asked: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": Random(2, 128)}
-    plan = explain(**asked, dropout_p=0.1, arch="sm_90")
+    assert explain(**asked, dropout_p=0.1, arch="sm_90").backend == "triton"
+    plan = explain(**asked, dropout_p=0.1, arch="sm_80")
     assert plan.backend == "sdpa"
-    said = (
-        "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; triton would be usable"
-    )
+    said = "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; flex would be usable"
     assert any(line.startswith(f"{said} with dropout_p=0.0") for line in plan.explain().splitlines())
     for fields in ({"device": "cpu"}, {"arch": "sm_90", "pattern": Local(8)}):
         assert "  slow  " not in explain(**(asked | {"dropout_p": 0.1} | fields)).explain()
