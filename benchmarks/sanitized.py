@@ -52,6 +52,12 @@ PACKED: Final[tuple[tuple[Pattern, int, bool], ...]] = (
     (_MASKED, 128, True),
     (_MASKED, 64, False),
 )
+# The same, over one sequence and over documents, with half of the weights dropped
+DROPPING: Final[tuple[tuple[Pattern, int, bool], ...]] = (
+    (_BRANCHES, 64, True),
+    (_BRANCHES + Random(2, 128), 64, True),
+    (_MASKED, 128, False),
+)
 _ENDS: Final = (0, 0, 130, 131, 390)
 
 
@@ -71,16 +77,17 @@ def off(pattern: Pattern, head_dim: int, is_causal: bool, bound_from: int) -> fl
     return _worst(*found)
 
 
-def off_packed(pattern: Pattern, head_dim: int, is_causal: bool) -> float:
-    """The same of documents in one call."""
+def off_packed(pattern: Pattern, head_dim: int, is_causal: bool, ends: tuple[int, ...], dropout_p: float) -> float:
+    """The same of documents in one call, whatever is dropped."""
     tensors = random_inputs((1, _ENDS[-1], 4, head_dim), "bfloat16", "cuda", kv_heads=2)
-    bounds, found = torch.tensor(_ENDS), []
+    bounds, found = torch.tensor(ends), []
     for dtype, deterministic in (("float32", True), ("bfloat16", True), ("bfloat16", False)):
         attention = build_attention(
             pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=head_dim, is_causal=is_causal, dtype=dtype,
-            deterministic=deterministic, backend="triton", device="cuda",
+            deterministic=deterministic, dropout_p=dropout_p, backend="triton", device="cuda",
         )  # fmt: skip
         *given, dout = (x.detach().to(getattr(torch, dtype)).requires_grad_() for x in tensors)
+        torch.manual_seed(1)  # which decides on what is dropped, whatever the dtype
         out = attention(*given, cu_seqlens=bounds)
         found.append((out.detach(), *torch.autograd.grad(out, given, dout.detach())))
     return _worst(*found)
@@ -91,8 +98,10 @@ def _worst(expected: tuple[torch.Tensor, ...], *others: tuple[torch.Tensor, ...]
 
 
 def main() -> None:
-    """Run the cases that are named by number, those of documents after the others."""
-    runs = [(case, partial(off, *case)) for case in CASES] + [(case, partial(off_packed, *case)) for case in PACKED]
+    """Run the cases that are named by number, those of documents and then those that drop after the others."""
+    runs = [(case, partial(off, *case)) for case in CASES]
+    runs += [(case, partial(off_packed, *case, _ENDS, 0.0)) for case in PACKED]
+    runs += [(case, partial(off_packed, *case, ends, 0.5)) for case in DROPPING for ends in (_ENDS, (0, _ENDS[-1]))]
     for number in [int(word) for word in sys.argv[1:]] or range(len(runs)):
         what, run = runs[number]
         error = run()
