@@ -1,4 +1,5 @@
 # Every target sets up .venv by itself; it is built again only when pyproject.toml or constraints.txt change.
+# Tests start many processes, which would compile our modules each where bytecode is not to be written.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m dilated_attention demo --output demo-output
 
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

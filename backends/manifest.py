@@ -12,6 +12,7 @@ from . import cards
 
 if TYPE_CHECKING:
     from ..core.bands import Band
+    from ..core.pattern import Branch
 
 # What every kernel for dense pieces of PyTorch's strided tensors brings, core's composer having done the rest.
 _DENSE: Final = {
@@ -202,15 +203,20 @@ def _is_hopper(request: Request) -> bool:
     return cards.compiled_for(request.device.arch) == cards.PROVEN
 
 
-def _is_dense(request: Request) -> bool:
-    """Whether every query sees every key (causal ones every earlier one) of one length."""
+def _branches(request: Request) -> tuple[Branch, ...]:
+    """Those of a pattern that is branches alone."""
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config = request.config
-    if request.needs["layouts"] != ("branch",) or config.varlen:
-        return False
-    branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
-    return [(branch.segment_length, branch.stride) for branch in branches] == [(None, 1)]
+    if request.needs["layouts"] != ("branch",):
+        return ()
+    return split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))[0]
+
+
+def _is_dense(request: Request) -> bool:
+    """Whether every query sees every key (causal ones every earlier one) of one length."""
+    found = [(branch.segment_length, branch.stride) for branch in _branches(request)]
+    return found == [(None, 1)] and not request.config.varlen
 
 
 def _is_long_and_dense(request: Request) -> bool:
@@ -227,8 +233,6 @@ def _fuses(request: Request) -> bool:
     By docs/performance_log.md: "What `auto` picked", and for cards that are no Hopper, whose windows are faster as
     FlashAttention-2's, "Other cards".
     """
-    from ..core.lowering import split  # brings numpy, which listing backends does without
-
     config, layouts = request.config, request.needs["layouts"]
     head_dim, is_half = config.head_dim, config.dtype in _HALVES
     is_hopper = _is_hopper(request)
@@ -241,14 +245,15 @@ def _fuses(request: Request) -> bool:
             return False
         is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
         return is_short or not _bands(request)
-    branches, _ = split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
     # Padded to a power of two, which from 129 to 192 costs more than the dense kernels' calls where gradients are
-    # computed. These win with one branch.
-    fewest = 2 if is_hopper and head_dim <= 64 else 3
+    # computed. These win with one branch of larger heads, and with full attention.
+    fewest = 3
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
+    elif is_hopper and head_dim <= 64:
+        fewest = 2 if _is_dense(request) or "context_parallel" in request.needs else 1
     is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad))
-    return is_half and len(branches) >= fewest and is_suited
+    return is_half and len(_branches(request)) >= fewest and is_suited
 
 
 def _fuses_drops(request: Request) -> bool:
@@ -334,6 +339,8 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
             priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
     elif not _fuses(request):
         priorities[TRITON.name] = _OUTDONE
+    elif len(_branches(request)) == 1 and not request.config.varlen:
+        priorities[TRITON.name] = FA3.priority - 2  # whose kernel is the faster one, where calls are long
     elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2
         # Those that were measured; at 64 its forward pass alone is no faster.

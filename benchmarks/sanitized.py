@@ -99,7 +99,7 @@ def _worst(expected: tuple[torch.Tensor, ...], *others: tuple[torch.Tensor, ...]
 
 def main() -> None:
     """Run the cases that are named by number, those of documents and then those that drop after the others."""
-    runs = [(case, partial(off, *case)) for case in CASES]
+    runs: list[tuple[object, partial[float]]] = [(case, partial(off, *case)) for case in CASES]
     runs += [(case, partial(off_packed, *case, _ENDS, 0.0)) for case in PACKED]
     runs += [(case, partial(off_packed, *case, ends, 0.5)) for case in DROPPING for ends in (_ENDS, (0, _ENDS[-1]))]
     for number in [int(word) for word in sys.argv[1:]] or range(len(runs)):

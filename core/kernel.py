@@ -299,8 +299,8 @@ class Prepares(Protocol):
 class Packs(Protocol):
     """What a `LayoutKernel` may have besides: it computes all documents of a call in one go (`LayoutPiece.packing`).
 
-    Tensors are then those of the call. Queries in no document get out 0, lse -inf and gradients 0, and so do keys;
-    whatever stands there, NaN included, is in no result.
+    Tensors are then those of the call. If its backend declares dropout, each document drops for itself. Queries in no
+    document get out 0, lse -inf and gradients 0, and so do keys; whatever stands there, NaN included, is in no result.
     """
 
     def prepare_packing(self, layout: Layout, packing: Packing, device: torch.device, *, deterministic: bool) -> int:

@@ -84,6 +84,24 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": Dilated((4096,), (1,)), "head_dim": 32}, ["fa3", "triton", "sdpa"]),
+        ({"varlen": True}, ["triton", "fa3", "sdpa"]),
+        ({"head_dim": 128}, ["fa3", "sdpa", "triton"]),
+        ({"dtype": "float32"}, ["fa3", "sdpa", "triton"]),
+        ({"context_parallel": ContextParallel(size=2)}, ["fa3", "sdpa", "triton"]),
+    ],
+    ids=str,
+)
+def test_one_branch(fields: dict[str, Any], expected: list[str]) -> None:
+    given: dict[str, Any] = {"pattern": Dilated((4096,), (4,))} | fields
+    specs = [manifest.SDPA, manifest.TRITON, manifest.FA3]
+    assert list(manifest.dilated_attention_rank_backends(request(H100, **given), specs)) == expected
+
+
+@pytest.mark.parametrize(
     ("fields", "is_first"),
     [
         ({"pattern": LONGNET}, True),
@@ -120,7 +138,7 @@ def test_who_drops_weights(fields: dict[str, Any], is_first: bool) -> None:
         ({"seq_len": None}, ["fa3", "sdpa", "fa4", "triton"]),
         ({"dtype": "float32"}, ["fa3", "sdpa", "fa4", "triton"]),
         ({"context_parallel": ContextParallel(size=2)}, ["fa3", "sdpa", "fa4", "triton"]),
-        ({"pattern": Dilated((1 << 14,), (1,))}, ["fa3", "sdpa", "fa4", "triton"]),
+        ({"pattern": Dilated((1 << 14,), (1,))}, ["fa3", "triton", "sdpa", "fa4"]),
         ({"varlen": True}, ["triton", "fa3", "sdpa", "fa4"]),
     ],
     ids=str,
