@@ -15,7 +15,7 @@ from ..core.pattern import Full, Pattern
 from ..core.structure import from_mapping
 from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
-from .positions import POSITIONS
+from .positions import POSITIONS, require_pairs
 
 NORMS = ("pre", "sub", "deep")
 ACTIVATIONS = ("gelu", "relu")
@@ -134,6 +134,7 @@ class LongNetConfig:
     def __attrs_post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
+        require_pairs(self.positions, self.head_dim)
         for name in self.attention:
             if name in _SET_BY_LAYERS:
                 raise ConfigError(

@@ -17,7 +17,7 @@ from ..core.config import check_fields
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
 from .built import BuiltAttention, projected_dtype
-from .positions import POSITIONS, Rotation, make_rotation, positions_of, rotate
+from .positions import POSITIONS, Rotation, make_rotation, positions_of, require_pairs, rotate
 from .recomputing import chained
 from .requirements import require
 
@@ -100,6 +100,7 @@ class MultiheadAttention(nn.Module):
                 require_positive(name, number)
         self._check(fields)
         head_dim = embed_dim // num_heads
+        require_pairs(positions, head_dim)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.batch_first, self.recompute = batch_first, recompute

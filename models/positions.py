@@ -40,6 +40,15 @@ def positions_of(key_padding_mask: Tensor) -> Tensor:
     return (~key_padding_mask).cumsum(-1).sub(1).clamp(min=0)
 
 
+def require_pairs(kind: str, head_dim: int) -> None:
+    """Raise `ConfigError` for positions that turn pairs of components, of which an odd head_dim leaves one."""
+    if kind != "none" and head_dim % 2:
+        raise ConfigError(
+            f"{kind} positions turn pairs of components and need an even head_dim, got {head_dim}; take another "
+            'embed_dim or num_heads, or positions="none"'
+        )
+
+
 def make_rotation(
     kind: str,
     positions: Tensor,
@@ -66,8 +75,7 @@ def make_rotation(
         ConfigError: an odd head_dim, or xPos scales that leave the range of `dtype`.
     """
     require_choice("positions", kind, POSITIONS[1:])
-    if head_dim % 2:
-        raise ConfigError(f"{kind} positions turn pairs of components and need an even head_dim, got {head_dim}")
+    require_pairs(kind, head_dim)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     positions = positions if positions.dim() == 2 else positions.unsqueeze(0)
     # Angles in float64: at a million positions float32 is off by a sixteenth of a radian.

@@ -321,6 +321,7 @@ def test_distributed_tensors_are_told_of_their_local_part() -> None:
     ("fields", "words"),
     [
         ({"embed_dim": 30}, "multiple of num_heads"),
+        ({"embed_dim": 12, "positions": "xpos"}, "xpos positions turn pairs of components"),
         ({"norm": "post"}, "norm must be one of pre, sub, deep"),
         ({"dropout": 1.0}, "from 0 to below 1"),
         ({"attention": {"pattern": DILATED}}, "field of LongNetConfig"),

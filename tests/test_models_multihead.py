@@ -192,6 +192,7 @@ def test_torchs_layers_take_it() -> None:
         ({"patern": Full()}, "did you mean 'pattern'"),
         ({"positions": "rotery"}, "did you mean 'rotary'"),
         ({"positions": "rope"}, "must be one of none, rotary, xpos; got 'rope'$"),
+        ({"positions": "rotary", "embed_dim": 3 * H}, 'need an even head_dim, got 3; .* or positions="none"'),
         ({"kdim": 0}, "kdim must be at least 1, got 0"),
         ({"vdim": 20.5}, "vdim must be an integer, got 20.5"),
         ({"gain": float("nan")}, "gain must be a positive number, got nan"),
