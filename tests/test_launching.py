@@ -75,6 +75,15 @@ def test_the_second_launch_is_given_what_the_first_was_compiled_for() -> None:
     assert kernel.again == [((3, 2, 1), (p.data_ptr(), y.data_ptr(), 5, 0.5, 64, True)) for p in (x, z)]
 
 
+def test_what_is_fresh_is_no_other_launch() -> None:
+    kernel: Any = Kernel()
+    x, y = torch.zeros(8), torch.zeros(4)
+    for seed in (7, 16, 1):
+        launch(kernel, (3,), (x, y), (5,), {"BLOCK": 64, "HAS_Y": True}, (seed,))
+    assert [args[2:] for _, args, _ in kernel.first] == [(5, 7)]
+    assert [args[2:] for _, args in kernel.again] == [(5, 16, 64, True), (5, 1, 64, True)]
+
+
 def test_whatever_triton_could_have_compiled_for_is_compared() -> None:
     kernel, other = (Kernel() for _ in range(2))
     x, y = torch.zeros(16), torch.zeros(16)

@@ -15,7 +15,7 @@ FAR = tl.constexpr(1 << 30)
 AS_THEY_ARE = (
     "q_low", "q_high", "k_low", "k_high", "low", "high", "low_column", "high_column", "origin", "period", "groups",
     "most_walks", "blocks", "block_runs", "block_rows", "batch_tables", "leading", "q_len", "k_len", "length",
-    "key_rows", "all_rows",
+    "key_rows", "all_rows", "least", "scale_bits", "key_word", "query_word", "occurrence_word", "head_word",
 )  # fmt: skip
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 
-from .block_tables import moved
 from .drop_kernels import BITS, BYTES, HEADER, draw_words
 from .launching import launch
 from .tiles import ceil_div
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 _PARTS: Final = 1 << BITS.value  # in which probabilities are counted
 _ROWS: Final = 128  # of a program
+_STEP: Final = 0x9E3779B97F4A7C15  # of SplitMix64
+_MASK: Final = (1 << 64) - 1
 
 
 def draws_of(
@@ -39,14 +40,22 @@ def draws_of(
     if piece.seed is None:
         return None
     dropped = min(max(round(piece.dropout_p * _PARTS), 1), _PARTS - 1)
-    words = np.random.SeedSequence(int(piece.seed), spawn_key=(part,)).generate_state(4).tolist()
-    scale = np.float32(_PARTS / (_PARTS - dropped)).view(np.uint32)
-    least = (dropped << 32 - BITS.value) ^ 1 << 31  # of numbers whose highest bits decide, with a sign
-    seeds = moved(np.array([*words, least, scale], dtype=np.uint32).view(np.int32), query.device)
-    lengths = key.shape[1], query.shape[1]
-    key_rows = occurrences * lengths[0]
-    all_rows = key_rows + (occurrences if backward else 1) * lengths[1]
+    least = (dropped << 32 - BITS.value) - (1 << 31)  # of numbers whose highest bits decide, with a sign
+    seed = int(piece.seed)
+    words = tuple(_word(seed, 4 * part + i) for i in range(4))
+    k_len, q_len = key.shape[1], query.shape[1]
+    key_rows = occurrences * k_len
+    all_rows = key_rows + (occurrences if backward else 1) * q_len
     draws = torch.empty(HEADER.value + BYTES.value * all_rows, dtype=torch.int8, device=query.device)
-    numbers = (*lengths, key_rows, all_rows)
-    launch(draw_words, (ceil_div(all_rows, _ROWS),), (seeds, draws), numbers, {"BLOCK_M": _ROWS})
+    (scale_bits,) = struct.unpack("i", struct.pack("f", _PARTS / (_PARTS - dropped)))
+    numbers = (k_len, q_len, key_rows, all_rows, least, scale_bits)
+    launch(draw_words, (ceil_div(all_rows, _ROWS),), (draws,), numbers, {"BLOCK_M": _ROWS}, words)
     return draws
+
+
+def _word(seed: int, index: int) -> int:
+    """A number of 32 bits, with a sign, of the sequence of a seed: SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (seed + (index + 1) * _STEP) & _MASK
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+    return ((x ^ x >> 31) >> 32) - (1 << 31)

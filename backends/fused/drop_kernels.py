@@ -29,37 +29,38 @@ def _mixed(x):
 
 @triton.jit
 def _random_bytes(number, word):
-    """32 bytes (..., 32) for each of some numbers (..., 1), by a word of the seed."""
+    """32 bytes (..., 32) for each of some numbers (..., 1), by a word, an int32."""
     column = tl.arange(0, BYTES).to(tl.uint32)
-    return _mixed(_mixed(number.to(tl.uint32) ^ word) + column * 0x9E3779B9) >> 24
+    return _mixed(_mixed((number ^ word).to(tl.uint32, bitcast=True)) + column * 0x9E3779B9) >> 24
 
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
-def draw_words(seeds_ptr, draws_ptr, k_len, q_len, key_rows, all_rows, BLOCK_M: tl.constexpr):
+def draw_words(
+    draws_ptr, k_len, q_len, key_rows, all_rows, least, scale_bits, key_word, query_word, occurrence_word,
+    head_word, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """The bytes of keys for each of their occurrences, and those of queries, likewise: grid (tiles,).
 
     `key_rows` is of the one, and `all_rows` of both, how many times 32 bytes. Before them are, as int64: the least
-    number that is kept, and 1 / keep as a float32; the bytes of one occurrence of all keys, and of all queries; where
-    those of queries begin; a word for heads. `seeds_ptr` is what `draws.draws_of` made.
+    number that is kept, and the bits of 1 / keep as a float32; the bytes of one occurrence of all keys, and of all
+    queries; where those of queries begin; a word for heads. All words are random.
     """
-    seeds = seeds_ptr.to(tl.pointer_type(tl.uint32))
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_key = row < key_rows
     own = tl.where(is_key, row, row - key_rows)
     length = tl.where(is_key, k_len, q_len)
     occurrence = own // length
-    word = tl.where(is_key, tl.load(seeds), tl.load(seeds + 1))
-    words = _random_bytes((own - occurrence * length)[:, None], word[:, None])
-    factor = tl.where(occurrence[:, None] == 0, 1, _random_bytes(occurrence[:, None], tl.load(seeds + 2)) | 1)
+    words = _random_bytes((own - occurrence * length)[:, None], tl.where(is_key, key_word, query_word)[:, None])
+    factor = tl.where(occurrence[:, None] == 0, 1, _random_bytes(occurrence[:, None], occurrence_word) | 1)
     place = draws_ptr + HEADER + row.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     tl.store(place, (words * factor).to(tl.int8), mask=(row < all_rows)[:, None])
     if tl.program_id(0) == 0:
         header = draws_ptr.to(tl.pointer_type(tl.int64))
-        tl.store(header, tl.load(seeds + 4).to(tl.int64) | (tl.load(seeds + 5).to(tl.int64) << 32))
+        tl.store(header, least.to(tl.uint32, bitcast=True).to(tl.int64) | (scale_bits.to(tl.int64) << 32))
         tl.store(header + 1, k_len.to(tl.int64) * BYTES)
         tl.store(header + 2, q_len.to(tl.int64) * BYTES)
         tl.store(header + 3, key_rows.to(tl.int64) * BYTES + HEADER)
-        tl.store(header + 4, tl.load(seeds + 3).to(tl.int64))
+        tl.store(header + 4, head_word.to(tl.int64))
 
 
 @triton.jit
@@ -85,11 +86,11 @@ def drawn_queries(draws_ptr):
 @triton.jit
 def words_of_rows(draws_ptr, words, place, valid, head):
     """Bytes (M, 32) of the rows at these places, for a query head, by its number in the batch."""
-    word = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 4).to(tl.uint32)
+    word = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 4).to(tl.int32)
     column = tl.arange(0, BYTES)
     pointers = words + place.to(tl.int64)[:, None] * BYTES + column[None, :]
     drawn = tl.load(pointers, mask=valid[:, None], other=0)
-    return (drawn.to(tl.int32) * (_random_bytes(head, word) | 1).to(tl.int32)[None, :]).to(tl.int8)
+    return (drawn.to(tl.int32) * (_random_bytes(head.to(tl.int32), word) | 1).to(tl.int32)[None, :]).to(tl.int8)
 
 
 @triton.jit

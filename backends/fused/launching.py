@@ -29,8 +29,9 @@ def launch(
     pointers: tuple[Any, ...],
     numbers: tuple[float, ...],
     constants: Mapping[str, Any],
+    fresh: tuple[int, ...] = (),
 ) -> None:
-    """As `kernel[grid](*pointers, *numbers, **constants, **FP_FUSION)`.
+    """As `kernel[grid](*pointers, *numbers, *fresh, **constants, **FP_FUSION)`.
 
     Args:
         kernel: what is launched, on the current device.
@@ -39,6 +40,7 @@ def launch(
             by constants.
         numbers: its other arguments, integers and floats.
         constants: what it is compiled for besides, always in the same order, and the compiler's options.
+        fresh: integers of 32 bits, with a sign, that are others at every launch: the kernel takes them as they are.
     """
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in pointers]
     kinds = [
@@ -49,12 +51,12 @@ def launch(
     known = _KNOWN.get(key)
     if known is not None:
         run, rest, _kernel = known
-        run(*given, *numbers, *rest)
+        run(*given, *numbers, *fresh, *rest)
         return
-    compiled = kernel[grid](*pointers, *numbers, **constants, **FP_FUSION)
+    compiled = kernel[grid](*pointers, *numbers, *fresh, **constants, **FP_FUSION)
     if compiled is None:  # by the interpreter
         return
     if len(_KNOWN) >= _MOST:
         _KNOWN.clear()
-    names = kernel.arg_names[len(pointers) + len(numbers) :]
+    names = kernel.arg_names[len(pointers) + len(numbers) + len(fresh) :]
     _KNOWN[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names), kernel
