@@ -12,13 +12,13 @@ from .composer import accumulator_dtype
 from .config import refuse_arguments
 from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
+from .dropping import draw_seed
 from .errors import ConfigError
 from .flops import register_flops
 from .ops import attend, intern, without_autocast
 from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
-from .transforms import refuse_mapped_dropout
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -155,8 +155,11 @@ class Attention(nn.Module):
         self._check(query, key, value)
         if not config.requires_grad and torch.is_grad_enabled():
             self._check_gradients(query, key, value)
-        seed = self._seed() if config.dropout_p else None
-        if key_padding_mask is not None or cu_seqlens is not None:
+        has_documents = key_padding_mask is not None or cu_seqlens is not None
+        seed = None
+        if config.dropout_p and self.training:
+            seed = draw_seed(self._engine.kernel, query.device, has_documents=has_documents)
+        if has_documents:
             self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
             out, lse = attend_documents(
                 query, key, value, self._engine, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, seed=seed,
@@ -179,13 +182,6 @@ class Attention(nn.Module):
         if swap:
             out = out.transpose(1, 2)
         return (out, lse) if return_lse else out
-
-    def _seed(self) -> Tensor | None:
-        """A fresh seed from torch's generator for this call's dropout; None where the module does not train."""
-        if not self.training:
-            return None
-        refuse_mapped_dropout()
-        return torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
 
     def _check_documents(
         self,

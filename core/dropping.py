@@ -14,8 +14,9 @@ import torch
 from .block_product import BlockProduct
 from .draws import Draws
 from .errors import ConfigError
-from .kernel import Drops
+from .kernel import DrawsOnDevice, Drops
 from .schedule import Schedule
+from .transforms import refuse_mapped_dropout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +25,29 @@ if TYPE_CHECKING:
     from .kernel import BlockTable
 
 
-def refuse_capture(dropout_p: float, device: torch.device) -> None:
-    """Raise `ConfigError` while a CUDA graph is captured, whose replays would all drop the same."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def draw_seed(kernel: object, device: torch.device, *, has_documents: bool) -> Tensor:
+    """A fresh seed for the dropout of a call, from torch's generator; every replay of a CUDA graph draws another.
+
+    That is a seed on the device, which only some kernels take, and of one sequence: documents draw several from it.
+    """
+    refuse_mapped_dropout()
+    on: torch.device | str = "cpu"
+    if not (torch.compiler.is_compiling() or has_documents) and _is_captured(device):
+        on = device if isinstance(kernel, DrawsOnDevice) and kernel.draws_on_device else on
+    return torch.randint(1 << 62, (), dtype=torch.int64, device=on)
+
+
+def refuse_capture(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """Raise `ConfigError` while a CUDA graph is captured whose replays would drop the same, by a seed that stays."""
+    if seed is not None and seed.device.type == "cpu" and _is_captured(device):
         raise ConfigError(
-            f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; call eval() before "
-            "the capture, or build with dropout_p=0"
+            f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; take triton, which "
+            "draws anew (but not for documents), call eval() before the capture, or build with dropout_p=0"
         )
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def one_by_one(schedule: Schedule) -> Schedule:

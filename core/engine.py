@@ -158,8 +158,7 @@ class Engine:
     ) -> Program:
         if packing is not None:
             return self._packed(packing, query.device)
-        if seed is not None:
-            refuse_capture(self.config.dropout_p, query.device)
+        refuse_capture(self.config.dropout_p, seed, query.device)
         lengths = query.shape[1], key.shape[1]
         return self._program(*lengths, q_offset, kv_offset, query.device, drops=seed is not None)
 

@@ -59,7 +59,8 @@ class LayoutPiece:
         scale: factor on q·k.
         deterministic: the same bits on every run, forward and backward.
         dropout_p: probability with which each counted occurrence is dropped after normalisation.
-        seed: int64 scalar tensor that determines the dropout draw; given exactly when dropout_p > 0.
+        seed: int64 scalar tensor that determines the dropout draw; given exactly when dropout_p > 0. On the CPU, but
+            for kernels that are `DrawsOnDevice`.
         tables: the key blocks of each row of blocks where a gate chooses them per call, (B, H, R, k) int64 as
             `Gate.forward` describes them; the layout then has neither branches nor blocks. Given only to
             backends that declare dynamic_tables.
@@ -293,6 +294,18 @@ class Prepares(Protocol):
 
         Returns how many bytes of it are kept for as long as the layout lives: the cache of layouts counts them.
         """
+
+
+@runtime_checkable
+class DrawsOnDevice(Protocol):
+    """What a `LayoutKernel` that drops may have besides: it takes seeds on the device, where no host reads them.
+
+    They are given to it while a CUDA graph is captured, whose replays each draw another.
+    """
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether it does."""
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Attention, AttentionConfig, Dilated, Full, Global, Learned, Local, Pattern, Random
+from dilated_attention.backends.fused.drop_kernels import draw_words
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.core import reference
@@ -95,3 +96,19 @@ def test_blocks_that_a_gate_names_are_dropped() -> None:
     attention = Interpreted(pattern, is_causal=True, tables=tables)
     counts = seen_pairs(tables, geometry, 16).double()
     check_counted(attention, counts, DROPPED, dtype=torch.float32, batch=1, **BOUNDS)
+
+
+def test_words_of_a_seed_in_memory() -> None:
+    """As random as those of one that the host knows, and others for every seed."""
+    found = []
+    for seed in (5, 6, 5 + (1 << 40), 5):
+        draws = torch.zeros(64 + 32 * 24, dtype=torch.int8)
+        numbers = (8, 8, 16, 24, 0, 0)  # two occurrences of eight keys, and eight queries
+        draw_words[(1,)](draws, torch.tensor(seed), *numbers, 7_001, -50_021, 900_001, -4, BLOCK_M=32, SEEDED=True)
+        found.append(draws)
+    assert torch.equal(found[0], found[3])
+    words = torch.stack([draws[64:].view(24, 32).int() for draws in found[:3]])
+    assert len({tuple(row) for row in words.flatten(0, 1).tolist()}) == 72
+    heads = {int(draws[:40].view(torch.int64)[4]) for draws in found}
+    assert len(heads) == 3
+    assert torch.equal(words[:, :8] % 2, words[:, 8:16] % 2)  # those of the second occurrence are odd multiples

@@ -128,3 +128,48 @@ def test_it_is_captured_in_eval_alone() -> None:
         out = attention(*tensors)
     graph.replay()
     assert torch.equal(out, attention(*tensors))
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, LONGNET + Random(2, 16, seed=3)], ids=str)
+def test_every_replay_of_a_graph_drops_anew(pattern: Pattern) -> None:
+    """By the seed of the card's generator, in both passes the same."""
+    attention = build(pattern, backend="triton", device="cuda", dtype="float32", dropout_p=0.5)
+    query, key, value, dout = (
+        torch.randn(2, TOKENS, heads, TOKENS, device="cuda") for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+    value.requires_grad_()
+    torch.autograd.grad(attention(query, key, value), value, dout)  # compiles
+    attention.prepare(TOKENS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(query, key, value)
+        (dv,) = torch.autograd.grad(out, value, dout)
+    found = []
+    for seed in (3, 3, 4):
+        torch.cuda.manual_seed(seed)
+        for _ in range(2):
+            graph.replay()
+            assert abs(float((dout * out).sum() / (dv * value).sum()) - 1) < 1e-4  # linear in the values
+            found.append(out.detach().clone())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not any(torch.equal(found[0], found[i]) for i in (1, 4, 5))
+    mean = torch.zeros_like(out)
+    for _ in range(400):
+        graph.replay()
+        mean += out.detach() / 400
+    attention.eval()
+    exact = attention(query, key, value).detach()
+    assert float((mean - exact).norm() / exact.norm()) < 0.1
+
+
+def test_a_graph_of_documents_is_not_captured_with_dropout() -> None:
+    attention = build(LONGNET, backend="triton", device="cuda", dtype="float32", dropout_p=0.5, varlen=True)
+    tensors = [torch.randn(1, TOKENS, heads, TOKENS, device="cuda") for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    ends = torch.tensor([0, 17, TOKENS])
+    attention(*tensors, cu_seqlens=ends)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tensors[0].clone()  # a graph of nothing would be warned of
+        with pytest.raises(ConfigError, match=r"every replay .* would drop the same"):
+            attention(*tensors, cu_seqlens=ends)

@@ -41,15 +41,23 @@ def draws_of(
         return None
     dropped = min(max(round(piece.dropout_p * _PARTS), 1), _PARTS - 1)
     least = (dropped << 32 - BITS.value) - (1 << 31)  # of numbers whose highest bits decide, with a sign
-    seed = int(piece.seed)
-    words = tuple(_word(seed, 4 * part + i) for i in range(4))
+    is_on_device = piece.seed.device.type != "cpu"
+    words = tuple(_word(0 if is_on_device else int(piece.seed), 4 * part + i) for i in range(4))
     k_len, q_len = key.shape[1], query.shape[1]
     key_rows = occurrences * k_len
     all_rows = key_rows + (occurrences if backward else 1) * q_len
     draws = torch.empty(HEADER.value + BYTES.value * all_rows, dtype=torch.int8, device=query.device)
     (scale_bits,) = struct.unpack("i", struct.pack("f", _PARTS / (_PARTS - dropped)))
     numbers = (k_len, q_len, key_rows, all_rows, least, scale_bits)
-    launch(draw_words, (ceil_div(all_rows, _ROWS),), (draws,), numbers, {"BLOCK_M": _ROWS}, words)
+    constants = {"BLOCK_M": _ROWS, "SEEDED": is_on_device}
+    launch(
+        draw_words,
+        (ceil_div(all_rows, _ROWS),),
+        (draws, piece.seed if is_on_device else draws),
+        numbers,
+        constants,
+        words,
+    )
     return draws
 
 

@@ -28,6 +28,13 @@ def _mixed(x):
 
 
 @triton.jit
+def _seeded(word, seed):
+    """A word of a seed, an int64, in the place of one of none."""
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return _mixed(_mixed(word.to(tl.uint32, bitcast=True) ^ low) + high).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _random_bytes(number, word):
     """32 bytes (..., 32) for each of some numbers (..., 1), by a word, an int32."""
     column = tl.arange(0, BYTES).to(tl.uint32)
@@ -36,15 +43,20 @@ def _random_bytes(number, word):
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def draw_words(
-    draws_ptr, k_len, q_len, key_rows, all_rows, least, scale_bits, key_word, query_word, occurrence_word,
-    head_word, BLOCK_M: tl.constexpr,
+    draws_ptr, seed_ptr, k_len, q_len, key_rows, all_rows, least, scale_bits, key_word, query_word, occurrence_word,
+    head_word, BLOCK_M: tl.constexpr, SEEDED: tl.constexpr,
 ):  # fmt: skip
     """The bytes of keys for each of their occurrences, and those of queries, likewise: grid (tiles,).
 
     `key_rows` is of the one, and `all_rows` of both, how many times 32 bytes. Before them are, as int64: the least
     number that is kept, and the bits of 1 / keep as a float32; the bytes of one occurrence of all keys, and of all
-    queries; where those of queries begin; a word for heads. All words are random.
+    queries; where those of queries begin; a word for heads. All words are random, or if SEEDED mixed with the int64 in
+    memory, which is.
     """
+    if SEEDED:
+        seed = tl.load(seed_ptr)
+        key_word, query_word = _seeded(key_word, seed), _seeded(query_word, seed)
+        occurrence_word, head_word = _seeded(occurrence_word, seed), _seeded(head_word, seed)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_key = row < key_rows
     own = tl.where(is_key, row, row - key_rows)

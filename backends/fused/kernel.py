@@ -57,6 +57,11 @@ class FusedKernel:
         self._parts: WeakKeyDictionary[Layout, dict[tuple[torch.device, Packing | None, bool], tuple[Part, ...]]]
         self._parts = WeakKeyDictionary()
 
+    @property
+    def draws_on_device(self) -> bool:
+        """See `DrawsOnDevice`."""
+        return True
+
     def prepare(self, layout: Layout, device: torch.device) -> int:
         """Make the tables of a layout ahead of its first call, which may be captured in a CUDA graph."""
         kinds = (False, True) if self._dropping else (False,)
