@@ -5,7 +5,6 @@ Commands that need torch run in this process; the environment and what an import
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
