@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows
 from .block_kernels import met_of_entry, rows_of_program
-from .drop_kernels import BYTES, drawing, drawn_keys, drawn_queries, factors, words_of_columns, words_of_rows
+from .drop_kernels import drawn_of_columns, drawn_of_rows, factors
 from .gradient_kernels import key_gradient_tile, query_gradient_tile, unpack
 
 _INF = tl.constexpr(float("inf"))
@@ -42,13 +42,9 @@ def block_gradients_of_queries(
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row_place = (batch * num_heads + head) * length + place + row
     lse, delta = unpack(tl.load(stats_ptr + row_place, mask=valid, other=0))
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_queries(draws)
-        of_rows = words_of_rows(draws, own, place + row, valid, batch * num_heads + head)
-        drawn, each = drawn_keys(draws)
-        drawn += place * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, place + row, valid, place, batch * num_heads + head, False, DROPS
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -57,7 +53,7 @@ def block_gradients_of_queries(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, scale,
-            tl.load(biases + entry), of_rows, drawn, each, least, rescale, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), drops, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -72,7 +68,7 @@ def block_gradients_of_queries(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[:, None])
         dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
         if DROPS:
-            dp *= factors(of_rows, words_of_columns(drawn, each, bias, column, WIDE), least, rescale)
+            dp *= factors(drops, drawn_of_columns(drops, column, bias, WIDE))
         dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= grad_scale
     o_base = dq_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh + place * stride_os
@@ -109,13 +105,9 @@ def block_gradients_of_keys(
     k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
     stats_base = stats_ptr + (batch * num_heads + head) * length + place
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_keys(draws)
-        of_rows = words_of_rows(draws, own, place + row, valid, batch * num_heads + head)
-        drawn, each = drawn_queries(draws)
-        drawn += place * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, place + row, valid, place, batch * num_heads + head, True, DROPS
+    )  # fmt: skip
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
@@ -125,8 +117,7 @@ def block_gradients_of_keys(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         dk, dv = key_gradient_tile(
             k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, column, offset, offset, False,
-            scale, tl.load(biases + entry), of_rows, drawn, each, least, rescale,
-            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            scale, tl.load(biases + entry), drops, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -142,7 +133,7 @@ def block_gradients_of_keys(
         p = tl.exp2(tl.where(met, scores, -_INF) - lse[None, :])
         kept = p
         if DROPS:
-            factor = factors(of_rows, words_of_columns(drawn, each, bias, column, WIDE), least, rescale)
+            factor = factors(drops, drawn_of_columns(drops, column, bias, WIDE))
             kept *= factor
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.trans(), input_precision=PRECISION)

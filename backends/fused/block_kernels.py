@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .addressing import AS_THEY_ARE, load_columns, load_rows, store_rows, tile_and_head_of_blocks
-from .drop_kernels import BYTES, drawing, drawn_keys, drawn_queries, factors, words_of_columns, words_of_rows
+from .drop_kernels import drawn_of_columns, drawn_of_rows, factors
 from .kernels import attend_tile, partial_sums
 
 _INF = tl.constexpr(float("inf"))
@@ -138,13 +138,9 @@ def attend_blocks(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + place + row
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_queries(draws)
-        of_rows = words_of_rows(draws, own, place + row, valid, batch * num_heads + head)
-        drawn, each = drawn_keys(draws)
-        drawn += place * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, place + row, valid, place, batch * num_heads + head, False, DROPS
+    )  # fmt: skip
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
     for step in range((masked - first) * parts):
@@ -152,8 +148,7 @@ def attend_blocks(
         column = tl.load(cols + entry) * BLOCK + (step % parts) * BLOCK_N + offset
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_ks, stride_vs, column, offset, offset, False, out, row_sum, row_max, scale,
-            tl.load(biases + entry), of_rows, drawn, each, least, rescale,
-            HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
+            tl.load(biases + entry), drops, HEAD_DIM, BLOCK_D, False, PRECISION, WIDE, DROPS,
         )  # fmt: skip
     for step in range((last - masked) * parts):
         entry = masked + step // parts
@@ -172,7 +167,7 @@ def attend_blocks(
         row_sum = row_sum * shrink[:, None] + partial_sums(p)
         row_max = new_max
         if DROPS:
-            p *= factors(of_rows, words_of_columns(drawn, each, bias, column, WIDE), least, rescale)
+            p *= factors(drops, drawn_of_columns(drops, column, bias, WIDE))
         v = load_columns(v_base, column, stride_vs, HEAD_DIM, BLOCK_D, WIDE)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     row_sum = tl.sum(row_sum, 1)

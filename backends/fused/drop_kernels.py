@@ -76,46 +76,58 @@ def draw_words(
 
 
 @triton.jit
-def drawing(draws_ptr):
-    """The least number of a pair that is kept, and the factor of its weight, 1 / keep."""
-    both = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)))
-    return both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def drawn_keys(draws_ptr):
-    """The bytes of the first occurrence of the first key, and how many there are of each."""
-    return draws_ptr + HEADER, tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 1)
-
-
-@triton.jit
-def drawn_queries(draws_ptr):
-    """As `drawn_keys`, of queries."""
+def _drawn(draws_ptr, OF_KEYS: tl.constexpr):
+    """Where the bytes of keys, or of queries, begin, and how many there are for each occurrence."""
     header = draws_ptr.to(tl.pointer_type(tl.int64))
+    if OF_KEYS:
+        return draws_ptr + HEADER, tl.load(header + 1)
     return draws_ptr + tl.multiple_of(tl.load(header + 3), 16), tl.load(header + 2)
 
 
 @triton.jit
-def words_of_rows(draws_ptr, words, place, valid, head):
-    """Bytes (M, 32) of the rows at these places, for a query head, by its number in the batch."""
-    word = tl.load(draws_ptr.to(tl.pointer_type(tl.int64)) + 4).to(tl.int32)
-    column = tl.arange(0, BYTES)
-    pointers = words + place.to(tl.int64)[:, None] * BYTES + column[None, :]
-    drawn = tl.load(pointers, mask=valid[:, None], other=0)
-    return (drawn.to(tl.int32) * (_random_bytes(head.to(tl.int32), word) | 1).to(tl.int32)[None, :]).to(tl.int8)
+def drawn_of_rows(draws_ptr, place, valid, first_column, head, BY_KEYS: tl.constexpr, DROPS: tl.constexpr):
+    """What a tile of rows (queries, or BY_KEYS) drops by: `factors` takes it. Nothing if it does not.
+
+    Args:
+        draws_ptr: of `draw_words`.
+        place: of the rows (M,).
+        valid: which of them there are.
+        first_column: the place that columns are counted from.
+        head: number of the query head in the batch.
+        BY_KEYS: rows are keys.
+        DROPS: whether any are dropped.
+
+    Returns:
+        Bytes of the rows (M, 32), where those of the columns are, how many of these each occurrence has, the least
+        number of a pair that is kept, and 1 / keep.
+    """
+    drops = 0
+    if DROPS:
+        header = draws_ptr.to(tl.pointer_type(tl.int64))
+        own, _each = _drawn(draws_ptr, BY_KEYS)
+        columns, each = _drawn(draws_ptr, not BY_KEYS)
+        pointers = own + place.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+        drawn = tl.load(pointers, mask=valid[:, None], other=0).to(tl.int32)
+        of_head = (_random_bytes(head.to(tl.int32), tl.load(header + 4).to(tl.int32)) | 1).to(tl.int32)
+        both = tl.load(header)
+        least, scale = both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        drops = (drawn * of_head[None, :]).to(tl.int8), columns + first_column * BYTES, each, least, scale
+    return drops
 
 
 @triton.jit
-def words_of_columns(words, each, occurrence, place, WIDE: tl.constexpr):
+def drawn_of_columns(drops, place, occurrence, WIDE: tl.constexpr):
     """Bytes (N, 32) of the columns at these places that all exist, for one of their occurrences (a float32)."""
+    _of_rows, columns, each, _least, _scale = drops
     if WIDE:
         place = place.to(tl.int64)
-    first = words + tl.multiple_of(occurrence.to(tl.int64) * each, 16)
+    first = columns + tl.multiple_of(occurrence.to(tl.int64) * each, 16)
     return tl.load(first + place[:, None] * BYTES + tl.arange(0, BYTES)[None, :])
 
 
 @triton.jit
-def factors(of_rows, of_columns, least, scale):
-    """By what weights (M, N) of rows and columns with these bytes are multiplied: 0, or the scale of what is kept."""
+def factors(drops, of_columns):
+    """By what weights (M, N) of rows and columns are multiplied: 0, or 1 / keep where a pair is kept."""
+    of_rows, _columns, _each, least, scale = drops
     number = tl.dot(of_rows, of_columns.trans(), out_dtype=tl.int32)
     return tl.where((number << (32 - BITS)) >= least, scale, 0.0)

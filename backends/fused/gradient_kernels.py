@@ -19,7 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
-from .drop_kernels import BYTES, drawing, drawn_keys, drawn_queries, factors, words_of_columns, words_of_rows
+from .drop_kernels import drawn_of_columns, drawn_of_rows, factors
 
 LEVEL_COLUMNS = tl.constexpr(16)  # the fewest that a product takes
 _INF = tl.constexpr(float("inf"))
@@ -102,15 +102,15 @@ def level_rows(stats_ptr, levels_ptr, length, scale, BLOCK_M: tl.constexpr):
 @triton.jit
 def query_gradient_tile(
     q, dout, lse, delta, dq, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, scale, bias,
-    of_rows, drawn, each, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, DROPS: tl.constexpr,
+    drops, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    DROPS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k.
 
     Where it DROPS, dout·v is times `rescale` of pairs that are kept, and 0 of others; `bias` as in `attend_tile`.
     """
     if DROPS:
-        of_columns = words_of_columns(drawn, each, bias, rows, WIDE)
+        of_columns = drawn_of_columns(drops, rows, bias, WIDE)
         bias = 0.0
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
@@ -120,7 +120,7 @@ def query_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     dp = tl.dot(dout, v.trans(), input_precision=PRECISION)
     if DROPS:
-        dp *= factors(of_rows, of_columns, least, rescale)
+        dp *= factors(drops, of_columns)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision=PRECISION)
 
@@ -159,13 +159,9 @@ def gradients_of_queries(
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row = (batch * num_heads + head) * length + first_row + position - q_low
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_queries(draws)
-        of_rows = words_of_rows(draws, own, first_row + position - q_low, valid, batch * num_heads + head)
-        drawn, each = drawn_keys(draws)
-        drawn += first_column * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False, DROPS
+    )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
@@ -179,8 +175,7 @@ def gradients_of_queries(
         rows = begin + tl.minimum(offset, left - 1) * step
         dq = query_gradient_tile(
             q, dout, lse, delta, dq, k_base, v_base, stride_ks, stride_vs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, of_rows, drawn, each, least, rescale,
-            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            full < BLOCK_N if SPLIT else True, scale, bias, drops, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -193,15 +188,15 @@ def gradients_of_queries(
 @triton.jit
 def key_gradient_tile(
     k, v, dk, dv, q_base, g_base, stats_base, stride_q, stride_g, rows, index, bound, is_partial, scale, bias,
-    of_rows, drawn, each, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, DROPS: tl.constexpr,
+    drops, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    DROPS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of queries to dk and dv; rows are keys, so that everything is transposed.
 
     Where it DROPS, `bias` is as in `attend_tile`.
     """
     if DROPS:
-        of_columns = words_of_columns(drawn, each, bias, rows, WIDE)
+        of_columns = drawn_of_columns(drops, rows, bias, WIDE)
         bias = 0.0
     q = load_columns(q_base, rows, stride_q, HEAD_DIM, BLOCK_D, WIDE)
     dout = load_columns(g_base, rows, stride_g, HEAD_DIM, BLOCK_D, WIDE)
@@ -212,7 +207,7 @@ def key_gradient_tile(
         p = tl.where(index[None, :] < bound[:, None], p, 0.0)
     kept = p
     if DROPS:
-        factor = factors(of_rows, of_columns, least, rescale)
+        factor = factors(drops, of_columns)
         kept *= factor
     dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dp = tl.dot(v, dout.trans(), input_precision=PRECISION)
@@ -255,13 +250,9 @@ def gradients_of_keys(
     k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
     stats_base = stats_ptr + (batch * num_heads + head) * length + first_column
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_keys(draws)
-        of_rows = words_of_rows(draws, own, first_row + position - k_low, valid, batch * num_heads + head)
-        drawn, each = drawn_queries(draws)
-        drawn += first_column * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, first_row + position - k_low, valid, first_column, batch * num_heads + head, True, DROPS
+    )  # fmt: skip
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
@@ -276,8 +267,7 @@ def gradients_of_keys(
         rows = begin + tl.minimum(offset, left - 1) * step
         dk, dv = key_gradient_tile(
             k, v, dk, dv, q_base, g_base, stats_base, stride_qs, stride_gs, rows, offset, bound,
-            full < BLOCK_N if SPLIT else True, scale, bias, of_rows, drawn, each, least, rescale,
-            HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
+            full < BLOCK_N if SPLIT else True, scale, bias, drops, HEAD_DIM, BLOCK_D, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N

@@ -19,7 +19,7 @@ from .addressing import (
     tile_and_head,
     tile_of_rows,
 )
-from .drop_kernels import BYTES, drawing, drawn_keys, drawn_queries, factors, words_of_columns, words_of_rows
+from .drop_kernels import drawn_of_columns, drawn_of_rows, factors
 
 _INF = tl.constexpr(float("inf"))
 FIXED_BELOW = tl.constexpr(48.0)  # see `reach`
@@ -34,8 +34,8 @@ def partial_sums(p):
 @triton.jit
 def attend_tile(
     q, k_base, v_base, stride_k, stride_v, rows, index, bound, is_partial, out, row_sum, row_max, scale, bias,
-    of_rows, drawn, each, least, rescale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, DROPS: tl.constexpr,
+    drops, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over a tile of columns.
 
@@ -44,7 +44,7 @@ def attend_tile(
     which occurrence they are: sums are of all, and products of those that are kept. See `drop_kernels`.
     """
     if DROPS:
-        of_columns = words_of_columns(drawn, each, bias, rows, WIDE)
+        of_columns = drawn_of_columns(drops, rows, bias, WIDE)
         bias = 0.0
     k = load_columns(k_base, rows, stride_k, HEAD_DIM, BLOCK_D, WIDE)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
@@ -54,7 +54,7 @@ def attend_tile(
             p = tl.where(index[None, :] < bound[:, None], p, 0.0)
         row_sum += partial_sums(p)
         if DROPS:
-            p *= factors(of_rows, of_columns, least, rescale)
+            p *= factors(drops, of_columns)
         v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
         return tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION), row_sum, row_max
     if is_partial:
@@ -65,7 +65,7 @@ def attend_tile(
     shrink = tl.exp2(row_max - shift)
     row_sum = row_sum * shrink[:, None] + partial_sums(p)
     if DROPS:
-        p *= factors(of_rows, of_columns, least, rescale)
+        p *= factors(drops, of_columns)
     v = load_columns(v_base, rows, stride_v, HEAD_DIM, BLOCK_D, WIDE)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
     return out, row_sum, new_max
@@ -85,7 +85,7 @@ def reach(q, largest, scale):
 @triton.jit
 def _attend_runs(
     q, k_base, v_base, stride_k, stride_v, runs, total, walks, biases, position, valid, k_low, k_high,
-    out, row_sum, row_max, scale, of_rows, drawn, each, least, rescale,
+    out, row_sum, row_max, scale, drops,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +102,7 @@ def _attend_runs(
         rows = begin + tl.minimum(offset, left - 1) * step
         out, row_sum, row_max = attend_tile(
             q, k_base, v_base, stride_k, stride_v, rows, offset, bound, full < BLOCK_N if SPLIT else True,
-            out, row_sum, row_max, scale, bias, of_rows, drawn, each, least, rescale,
-            HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE, DROPS,
+            out, row_sum, row_max, scale, bias, drops, HEAD_DIM, BLOCK_D, FIXED, PRECISION, WIDE, DROPS,
         )  # fmt: skip
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -146,13 +145,9 @@ def attend(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + first_row + position - q_low
-    of_rows, drawn, each, least, rescale = 0, 0, 0, 0, 0
-    if DROPS:
-        own, _each = drawn_queries(draws)
-        of_rows = words_of_rows(draws, own, first_row + position - q_low, valid, batch * num_heads + head)
-        drawn, each = drawn_keys(draws)
-        drawn += first_column * BYTES
-        least, rescale = drawing(draws)
+    drops = drawn_of_rows(
+        draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False, DROPS
+    )  # fmt: skip
     if BOUNDED:
         limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
         is_bounded = tl.max(limit, 0) < FIXED_BELOW
@@ -160,13 +155,13 @@ def attend(
         row_max = tl.where(is_bounded, limit, row_max)
         out, row_sum, row_max = _attend_runs(
             q, k_base, v_base, stride_ks, stride_vs, runs, tl.where(is_bounded, total, 0), walks, biases,
-            position, valid, k_low, k_high, out, row_sum, row_max, scale, of_rows, drawn, each, least, rescale,
+            position, valid, k_low, k_high, out, row_sum, row_max, scale, drops,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
         )  # fmt: skip
         total = tl.where(is_bounded, 0, total)
     out, row_sum, row_max = _attend_runs(
         q, k_base, v_base, stride_ks, stride_vs, runs, total, walks, biases,
-        position, valid, k_low, k_high, out, row_sum, row_max, scale, of_rows, drawn, each, least, rescale,
+        position, valid, k_low, k_high, out, row_sum, row_max, scale, drops,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION, WIDE, SPLIT, SHIFTS, DROPS,
     )  # fmt: skip
     row_sum = tl.sum(row_sum, 1)
