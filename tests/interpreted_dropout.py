@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import Attention, AttentionConfig, Dilated, Full, Global, Learned, Local, Pattern, Random
+from dilated_attention import Attention, AttentionConfig, Dilated, Full, Global, Learned, Local, Pattern, Random, Sum
 from dilated_attention.backends.fused.drop_kernels import draw_words
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
@@ -19,7 +19,7 @@ from dilated_attention.core.kernel import CALL_AXES
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.packed import attend_documents
 
-from .dropout_kit import HEADS, KV_HEADS, TOKENS, check_counted, check_draws
+from .dropout_kit import HEADS, KV_HEADS, TOKENS, check_counted, check_draws, drawn
 from .learned_kit import seen_pairs
 
 DROPPED = 77 / 256  # of 0.3
@@ -38,9 +38,10 @@ class Interpreted:
         bound_from: int = 1 << 30,
         ends: Tensor | None = None,
         tables: Tensor | None = None,
+        dropout_p: float = 0.3,
     ) -> None:
-        given: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": TOKENS, "dropout_p": 0.3}
-        self.config = AttentionConfig(pattern=pattern, device="cpu", is_causal=is_causal, **given)
+        given: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": TOKENS}
+        self.config = AttentionConfig(pattern=pattern, device="cpu", is_causal=is_causal, dropout_p=dropout_p, **given)
         self.ends, self.tables = ends, tables
         tiles = TileSizes.alike(Tiles.alike(Tile(tile, tile, 4, 1)))
         kernel = FusedKernel(f"interpreted, {tile}, {bound_from}", tiles, bound_from, dropping=tiles)
@@ -111,4 +112,23 @@ def test_words_of_a_seed_in_memory() -> None:
     assert len({tuple(row) for row in words.flatten(0, 1).tolist()}) == 72
     heads = {int(draws[:40].view(torch.int64)[4]) for draws in found}
     assert len(heads) == 3
-    assert torch.equal(words[:, :8] % 2, words[:, 8:16] % 2)  # those of the second occurrence are odd multiples
+    first, second = words[:, :8, :16] % 2, words[:, 8:16, :16] % 2
+    assert torch.equal(first, second)  # of which the second occurrence has odd multiples
+
+
+@pytest.mark.parametrize(
+    ("pattern", "batch", "times"),
+    [(Full(), 32, 1), (Sum((Full(),) * 64), 1, 64)],
+    ids=["heads and batch rows", "occurrences"],
+)
+def test_what_is_rarely_dropped_is_drawn_independently(pattern: Pattern, batch: int, times: int) -> None:
+    """A pair's 128 or 256 draws at 1 / 256: how many of them drop it varies as a binomial number does."""
+    query, key = (torch.zeros(batch, TOKENS, heads, TOKENS) for heads in (HEADS, KV_HEADS))
+    names = torch.eye(TOKENS)[None, :, None].expand(key.shape)
+    out = drawn(Interpreted(pattern, is_causal=False, tile=64, dropout_p=1 / 256), query, key, names, seed=3)
+    dropped = times * (1 - out * TOKENS * 255 / 256)  # of the occurrences of each query, head and key
+    assert (dropped - dropped.round()).abs().max() < 0.01
+    of_pairs, draws = dropped.sum((0, 2)), batch * HEADS * times
+    assert abs(float(of_pairs.mean()) * 256 / draws - 1) < 0.1
+    variance = float((of_pairs - draws / 256).square().mean()) / (draws / 256 * 255 / 256)
+    assert abs(variance - 1) < 0.2, variance

@@ -3,8 +3,8 @@
 Every query and every key of a call has 32 random bytes, which depend on the seed and on its place. The product of both,
 a sum of 32 products modulo 256, decides on the pair: a multilinear hash (Carter and Wegman, "Universal classes of hash
 functions", 1979) that tensor cores compute beside q·k. Heads, batch rows and the occurrences of a pair multiply the
-bytes by odd ones of their own, on either side. So passes that meet pairs in another order, or in tiles of other sizes,
-drop the same ones, and nothing is kept of pairs.
+bytes by some of their own, on either side. So passes that meet pairs in another order, or in tiles of other sizes, drop
+the same ones, and nothing is kept of pairs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .addressing import AS_THEY_ARE
 
 BYTES = tl.constexpr(32)  # the fewest that a product of bytes takes
 BITS = tl.constexpr(8)  # of a product that decide: the others depend on which side has been multiplied
+ODD = tl.constexpr(16)  # bytes of a multiplier that are: see `_multiplier`
 HEADER = tl.constexpr(64)  # bytes before the first words: see `draw_words`
 
 
@@ -41,6 +42,17 @@ def _random_bytes(number, word):
     return _mixed(_mixed((number ^ word).to(tl.uint32, bitcast=True)) + column * 0x9E3779B9) >> 24
 
 
+@triton.jit
+def _multiplier(number, word):
+    """As `_random_bytes`: other products for each number (of a head in the batch, or of an occurrence).
+
+    Odd bytes let a product have all values. Were they all odd, its lowest bit would be the pair's, the same everywhere;
+    and of an odd number of values that are dropped more are even.
+    """
+    column = tl.arange(0, BYTES)
+    return _random_bytes(number, word) | (column < ODD).to(tl.uint32)
+
+
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def draw_words(
     draws_ptr, seed_ptr, k_len, q_len, key_rows, all_rows, least, scale_bits, key_word, query_word, occurrence_word,
@@ -63,7 +75,7 @@ def draw_words(
     length = tl.where(is_key, k_len, q_len)
     occurrence = own // length
     words = _random_bytes((own - occurrence * length)[:, None], tl.where(is_key, key_word, query_word)[:, None])
-    factor = tl.where(occurrence[:, None] == 0, 1, _random_bytes(occurrence[:, None], occurrence_word) | 1)
+    factor = tl.where(occurrence[:, None] == 0, 1, _multiplier(occurrence[:, None], occurrence_word))
     place = draws_ptr + HEADER + row.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     tl.store(place, (words * factor).to(tl.int8), mask=(row < all_rows)[:, None])
     if tl.program_id(0) == 0:
@@ -101,14 +113,14 @@ def drawn_of_rows(draws_ptr, place, valid, first_column, head, BY_KEYS: tl.const
         Bytes of the rows (M, 32), where those of the columns are, how many of these each occurrence has, the least
         number of a pair that is kept, and 1 / keep.
     """
-    drops = 0
+    drops = ()
     if DROPS:
         header = draws_ptr.to(tl.pointer_type(tl.int64))
         own, _each = _drawn(draws_ptr, BY_KEYS)
         columns, each = _drawn(draws_ptr, not BY_KEYS)
         pointers = own + place.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
         drawn = tl.load(pointers, mask=valid[:, None], other=0).to(tl.int32)
-        of_head = (_random_bytes(head.to(tl.int32), tl.load(header + 4).to(tl.int32)) | 1).to(tl.int32)
+        of_head = _multiplier(head.to(tl.int32), tl.load(header + 4).to(tl.int32)).to(tl.int32)
         both = tl.load(header)
         least, scale = both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         drops = (drawn * of_head[None, :]).to(tl.int8), columns + first_column * BYTES, each, least, scale
