@@ -8,7 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention import Attention, AttentionConfig, Dilated, Full, Global, Learned, Local, Pattern, Random, Sum
+from dilated_attention import (
+    Attention,
+    AttentionConfig,
+    Dilated,
+    Full,
+    Global,
+    Learned,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+    Sum,
+)
+from dilated_attention.backends.fused.draws import occurrences_of
 from dilated_attention.backends.fused.drop_kernels import draw_words
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
@@ -16,6 +29,7 @@ from dilated_attention.core import reference
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
+from dilated_attention.core.lowering import split
 from dilated_attention.core.ops import attend, intern
 from dilated_attention.core.packed import attend_documents
 
@@ -67,8 +81,9 @@ class Interpreted:
         (Random(2, 16, seed=3), True, {}),
         (Local(5) + Local(9), False, {"tile": 64}),
         (Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}),
+        (Strided(2) + Strided(2), True, {"tile": 64}),
     ],
-    ids=["bounded", "equal branches", "blocks", "weights", "both"],
+    ids=["bounded", "equal branches", "blocks", "weights", "both", "strides"],
 )
 def test_it_drops_exactly(pattern: Pattern, is_causal: bool, given: dict[str, Any]) -> None:
     attention = Interpreted(pattern, is_causal=is_causal, **given)
@@ -132,3 +147,29 @@ def test_what_is_rarely_dropped_is_drawn_independently(pattern: Pattern, batch: 
     assert abs(float(of_pairs.mean()) * 256 / draws - 1) < 0.1
     variance = float((of_pairs - draws / 256).square().mean()) / (draws / 256 * 255 / 256)
     assert abs(variance - 1) < 0.2, variance
+
+
+@pytest.mark.parametrize(
+    ("pattern", "most"),
+    [
+        (Strided(64) + Strided(32) + Full(), 3),
+        (Dilated((8, 16, 32), (2, 4, 4), offsets="blocked") + Strided(3), 4),
+        (Dilated((7, 12, 30), (3, 4, 7), heads="split") + Dilated((6, 9), (2, 3)), 3),
+    ],
+    ids=["strides", "classes", "heads"],
+)
+def test_no_more_occurrences_have_numbers_than_some_pair_may_have(pattern: Pattern, most: int) -> None:
+    geometry = Geometry.self_attention(TOKENS, HEADS, is_causal=False)
+    branches, _ = split(pattern, geometry)
+    numbers = occurrences_of(branches)
+    assert max(numbers) + 1 == most
+    place = torch.arange(TOKENS)
+    for number in set(numbers):
+        counts = torch.zeros(HEADS, TOKENS, TOKENS)
+        for branch in (b for b, own in zip(branches, numbers, strict=True) if own == number):
+            segment = place // (branch.segment_length or TOKENS)
+            inside = place - segment * (branch.segment_length or TOKENS)
+            for head, offset in enumerate(branch.offsets):
+                kept = torch.zeros_like(place) if offset is None else inside % branch.stride == offset
+                counts[head] += kept & kept[:, None] & (segment == segment[:, None])
+        assert counts.max() == 1

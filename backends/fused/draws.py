@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from .drop_kernels import BITS, BYTES, HEADER, draw_words
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...core.kernel import LayoutPiece
+    from ...core.pattern import Branch
 
 _PARTS: Final = 1 << BITS.value  # in which probabilities are counted
 _ROWS: Final = 128  # of a program
@@ -67,3 +71,23 @@ def _word(seed: int, index: int) -> int:
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
     return ((x ^ x >> 31) >> 32) - (1 << 31)
+
+
+@lru_cache(maxsize=64)
+def occurrences_of(branches: tuple[Branch, ...]) -> tuple[int, ...]:
+    """Which occurrence of its pairs each branch is, from 0: no other that may have one of these pairs is the same.
+
+    There are no more than that takes, since every one has bytes at all positions. Branches of other heads or classes of
+    positions have no pair in common, such as the many that a `Strided` is.
+    """
+    rates = np.array([branch.stride for branch in branches])
+    lengths = np.array([branch.segment_length or 0 for branch in branches])
+    offsets = np.array([[-1 if x is None else x % branch.stride for x in branch.offsets] for branch in branches])
+    repeats = lengths % rates == 0  # classes of positions, wherever a segment begins
+    found = np.zeros(len(branches), dtype=np.int64)
+    for i, own in enumerate(offsets):
+        step = np.where(repeats[:i] & repeats[i], np.gcd(rates[:i], rates[i]), 1)
+        shared = (offsets[:i] >= 0) & (own >= 0) & ((offsets[:i] - own) % step[:, None] == 0)
+        taken = set(found[:i][shared.any(1)].tolist())
+        found[i] = next(number for number in count() if number not in taken)
+    return tuple(found.tolist())

@@ -15,6 +15,7 @@ from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
 from . import kernels
+from .draws import occurrences_of
 from .drop_kernels import BYTES
 from .launching import launch
 from .runs import DeviceTables, Runs, documents_of
@@ -152,7 +153,7 @@ def known_tables(
     transposed: bool,
     span: int,
     device: torch.device,
-    apart: bool = False,
+    apart: tuple[int, ...] = (),
 ) -> DeviceTables:
     """The tables for branches over positions below `span`, kept: lengths that are new at every call share them."""
     with _disable_current_modes():  # no fake tensors among those that are kept
@@ -193,7 +194,8 @@ class BranchPart:
         self.passes = tiles.passes
         if apart:
             branches = tuple(attrs.evolve(branch, weight=1) for branch in branches for _ in range(branch.weight))
-        self.occurrences = len(branches)
+        numbers = occurrences_of(branches) if apart else ()
+        self.occurrences = max(numbers, default=0) + 1
         self._group_size = geometry.group_size
         q_low, k_low = geometry.q_offset, geometry.kv_offset
         self._ends = q_low, q_low + geometry.q_len, k_low, k_low + geometry.kv_len
@@ -203,7 +205,7 @@ class BranchPart:
         self._bounds = pairs >= bound_from * geometry.kv_len * geometry.num_kv_heads
         span = 0 if min(positions) < 0 else roomy_span(branches, geometry.seq_len)
         self._tables = tuple(
-            known_tables(branches, geometry.is_causal, side, span, device, apart) for side in (False, True)
+            known_tables(branches, geometry.is_causal, side, span, device, numbers) for side in (False, True)
         )
         self._packing = packing
         self._limits = self._ends if packing is None else (0, packing.q_len, 0, packing.kv_len)

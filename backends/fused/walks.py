@@ -51,7 +51,7 @@ class Walk:
         inner: length of the segments that the two last modes speak of, else 1.
         weight: multiplicity of each pair.
         row_rate: 0, or: only rows whose place in the segment is `residue` modulo this are meant.
-        branch: which of the branches it is of, where they are walked apart.
+        occurrence: which it is of its pairs, where occurrences are apart.
     """
 
     segment: int
@@ -61,7 +61,7 @@ class Walk:
     inner: int = 1
     weight: int = 1
     row_rate: int = 0
-    branch: int = 0
+    occurrence: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -80,8 +80,8 @@ class Tables:
         counts: (N, G) int32, walks of each group.
         walks: (N, G, W, 9) int32, the fields of `Walk` but its weight, and the binary logarithms, rounded down, of its
             segment, stride and inner.
-        bias: (N, G, W) float32, binary logarithm of the weight; or of walks apart, which all have the weight 1, the
-            number of their branch.
+        bias: (N, G, W) float32, binary logarithm of the weight; or of walks apart, which all have the weight 1, which
+            occurrence they are.
         shifts: segments, strides and inner segments are powers of two everywhere.
     """
 
@@ -144,7 +144,7 @@ def make_tables(
     transposed: bool,
     span: int,
     merge_from: int = 32,
-    apart: bool = False,
+    apart: tuple[int, ...] = (),
 ) -> Tables:
     """The tables for branches over positions below `span`.
 
@@ -155,8 +155,8 @@ def make_tables(
         span: one past the last position; 0 where some are negative.
         merge_from: fewest columns that a progression must have in a segment for columns of several branches to be
             met once.
-        apart: columns of several branches are met once for each, from rows and from columns alike. Branches then have
-            the weight 1.
+        apart: which occurrence each branch is. Columns of several are then met once for each, from rows and from
+            columns alike, and branches have the weight 1.
     """
     assert not apart or all(branch.weight == 1 for branch in branches)
     heads = list(zip(*(branch.offsets for branch in branches), strict=True))
@@ -179,12 +179,12 @@ def make_tables(
         bias=np.zeros((*shape, most_walks), dtype=np.float32),
     )
     for kind, of_kind in enumerate(groups):
-        _fill(tables, kind, of_kind, apart)
+        _fill(tables, kind, of_kind, apart=bool(apart))
     divisors = tables.walks[..., (0, 1, 4)]
     return attrs.evolve(tables, shifts=bool((divisors & (divisors - 1) == 0).all()))
 
 
-def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]], apart: bool) -> None:
+def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]], *, apart: bool) -> None:
     start = 0
     for group, (residues, walks) in enumerate(groups):
         end = start + len(residues)
@@ -198,16 +198,16 @@ def _fill(tables: Tables, kind: int, groups: list[tuple[list[int], list[Walk]]],
             fields = (walk.segment, walk.stride, walk.residue, walk.mode, walk.inner, walk.row_rate)
             logs = (max(x, 1).bit_length() - 1 for x in (walk.segment, walk.stride, walk.inner))
             tables.walks[kind, group, index] = (*fields, *logs)
-            tables.bias[kind, group, index] = walk.branch if apart else math.log2(walk.weight)
+            tables.bias[kind, group, index] = walk.occurrence if apart else math.log2(walk.weight)
         start = end
 
 
 class _Kept(NamedTuple):
-    """A branch that keeps a row, with the offset that it has for the head, and its number among all branches."""
+    """A branch that keeps a row, with the offset that it has for the head, and which occurrence of its pairs it is."""
 
     branch: Branch
     offset: int
-    number: int
+    occurrence: int
 
 
 @attrs.frozen
@@ -223,7 +223,7 @@ class _Planner:
     transposed: bool
     span: int
     merge_from: int
-    apart: bool
+    apart: tuple[int, ...]
     most_rate: int = 1
     regular: tuple[bool, ...] = attrs.field(init=False)  # whether rows are grouped by a branch's classes
 
@@ -264,8 +264,8 @@ class _Planner:
 
     def groups(self, offsets: tuple[int | None, ...]) -> list[tuple[list[int], list[Walk]]]:
         """Residues and walks of each group of rows of a head with these offsets, those with most branches first."""
-        of_branches = enumerate(zip(self.branches, offsets, self.regular, strict=True))
-        used = [(_Kept(b, o, i), by) for i, (b, o, by) in of_branches if o is not None]
+        of_branches = zip(self.branches, offsets, self.regular, self.apart or (0,) * len(offsets), strict=True)
+        used = [(_Kept(b, o, i), by) for b, o, by, i in of_branches if o is not None]
         regular = [kept for kept, by in used if by]
         others = [kept for kept, by in used if not by]
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
@@ -313,9 +313,9 @@ class _Planner:
 
     def _plain(self, kept: _Kept) -> Walk:
         """One branch by itself."""
-        branch, offset, number = kept
+        branch, offset, occurrence = kept
         own = self._own_mode()
-        return Walk(self._length(branch), branch.stride, offset, own, weight=branch.weight, branch=number)
+        return Walk(self._length(branch), branch.stride, offset, own, weight=branch.weight, occurrence=occurrence)
 
     def _row_by_row(self, kept: _Kept) -> Walk:
         """A branch that the groups do not go by; its classes count from the start of each segment."""
