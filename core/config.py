@@ -149,7 +149,8 @@ class AttentionConfig:
         pattern: who attends to whom; in files a mapping with `kind`, which the registry resolves.
         is_causal: no query sees a key at a later position.
         scale: factor on q·k; None: 1/sqrt(head_dim).
-        dropout_p: probability of dropping a counted occurrence while training.
+        dropout_p: probability of dropping a counted occurrence while training. Most fused kernels round it to 256ths,
+            not to 0 or 1, and scale what is kept by what it is rounded to.
         dtype: one of `DTYPES`, or a torch dtype.
         device: "type" or "type:index", or a torch device. None: torch's default device when it is built.
         tensor_layout: "bshd" for (batch, seq_len, heads, head_dim), "bhsd" for (batch, heads, seq_len, head_dim).

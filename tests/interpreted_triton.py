@@ -189,7 +189,12 @@ def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
 
 def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     def tables(
-        branches: tuple[Branch, ...], causal: bool, transposed: bool, span: int, on: torch.device, apart: bool
+        branches: tuple[Branch, ...],
+        causal: bool,
+        transposed: bool,
+        span: int,
+        on: torch.device,
+        apart: tuple[int, ...],
     ) -> DeviceTables:
         """Short segments, weighted all the same."""
         assert not apart
