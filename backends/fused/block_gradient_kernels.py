@@ -42,9 +42,9 @@ def block_gradients_of_queries(
     dout = load_rows(g_base, row, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row_place = (batch * num_heads + head) * length + place + row
     lse, delta = unpack(tl.load(stats_ptr + row_place, mask=valid, other=0))
-    drops = drawn_of_rows(
-        draws, place + row, valid, place, batch * num_heads + head, False, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, place + row, valid, place, batch * num_heads + head, False)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
@@ -105,9 +105,9 @@ def block_gradients_of_keys(
     k = load_rows(k_base, row, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, row, stride_vs, valid, HEAD_DIM, BLOCK_D)
     stats_base = stats_ptr + (batch * num_heads + head) * length + place
-    drops = drawn_of_rows(
-        draws, place + row, valid, place, batch * num_heads + head, True, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, place + row, valid, place, batch * num_heads + head, True)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offset = tl.arange(0, BLOCK_N)

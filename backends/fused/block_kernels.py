@@ -138,9 +138,9 @@ def attend_blocks(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + place + row
-    drops = drawn_of_rows(
-        draws, place + row, valid, place, batch * num_heads + head, False, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, place + row, valid, place, batch * num_heads + head, False)
     offset = tl.arange(0, BLOCK_N)
     parts: tl.constexpr = BLOCK // BLOCK_N
     for step in range((masked - first) * parts):

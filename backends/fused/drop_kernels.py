@@ -97,8 +97,8 @@ def _drawn(draws_ptr, OF_KEYS: tl.constexpr):
 
 
 @triton.jit
-def drawn_of_rows(draws_ptr, place, valid, first_column, head, BY_KEYS: tl.constexpr, DROPS: tl.constexpr):
-    """What a tile of rows (queries, or BY_KEYS) drops by: `factors` takes it. Nothing if it does not.
+def drawn_of_rows(draws_ptr, place, valid, first_column, head, BY_KEYS: tl.constexpr):
+    """What a tile of rows (queries, or BY_KEYS) drops by, for `factors`.
 
     Args:
         draws_ptr: of `draw_words`.
@@ -107,24 +107,20 @@ def drawn_of_rows(draws_ptr, place, valid, first_column, head, BY_KEYS: tl.const
         first_column: the place that columns are counted from.
         head: number of the query head in the batch.
         BY_KEYS: rows are keys.
-        DROPS: whether any are dropped.
 
     Returns:
         Bytes of the rows (M, 32), where those of the columns are, how many of these each occurrence has, the least
         number of a pair that is kept, and 1 / keep.
     """
-    drops = ()
-    if DROPS:
-        header = draws_ptr.to(tl.pointer_type(tl.int64))
-        own, _each = _drawn(draws_ptr, BY_KEYS)
-        columns, each = _drawn(draws_ptr, not BY_KEYS)
-        pointers = own + place.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-        drawn = tl.load(pointers, mask=valid[:, None], other=0).to(tl.int32)
-        of_head = _multiplier(head.to(tl.int32), tl.load(header + 4).to(tl.int32)).to(tl.int32)
-        both = tl.load(header)
-        least, scale = both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        drops = (drawn * of_head[None, :]).to(tl.int8), columns + first_column * BYTES, each, least, scale
-    return drops
+    header = draws_ptr.to(tl.pointer_type(tl.int64))
+    own, _each = _drawn(draws_ptr, BY_KEYS)
+    columns, each = _drawn(draws_ptr, not BY_KEYS)
+    pointers = own + place.to(tl.int64)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    drawn = tl.load(pointers, mask=valid[:, None], other=0).to(tl.int32)
+    of_head = _multiplier(head.to(tl.int32), tl.load(header + 4).to(tl.int32)).to(tl.int32)
+    both = tl.load(header)
+    least, scale = both.to(tl.int32), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return (drawn * of_head[None, :]).to(tl.int8), columns + first_column * BYTES, each, least, scale
 
 
 @triton.jit

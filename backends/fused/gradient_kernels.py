@@ -159,9 +159,9 @@ def gradients_of_queries(
     dout = load_rows(g_base, position - q_low, stride_gs, valid, HEAD_DIM, BLOCK_D)
     row = (batch * num_heads + head) * length + first_row + position - q_low
     lse, delta = unpack(tl.load(stats_ptr + row, mask=valid, other=0))
-    drops = drawn_of_rows(
-        draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)
     offset = tl.arange(0, BLOCK_N)
@@ -250,9 +250,9 @@ def gradients_of_keys(
     k = load_rows(k_base, position - k_low, stride_ks, valid, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, position - k_low, stride_vs, valid, HEAD_DIM, BLOCK_D)
     stats_base = stats_ptr + (batch * num_heads + head) * length + first_column
-    drops = drawn_of_rows(
-        draws, first_row + position - k_low, valid, first_column, batch * num_heads + head, True, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, first_row + position - k_low, valid, first_column, batch * num_heads + head, True)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bound = tl.zeros([BLOCK_M], tl.int32)

@@ -145,9 +145,9 @@ def attend(
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     row_max = tl.full([BLOCK_M], -_INF, tl.float32)
     row_place = (batch * num_heads + head) * length + first_row + position - q_low
-    drops = drawn_of_rows(
-        draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False, DROPS
-    )  # fmt: skip
+    drops = 0
+    if DROPS:
+        drops = drawn_of_rows(draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False)
     if BOUNDED:
         limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
         is_bounded = tl.max(limit, 0) < FIXED_BELOW
