@@ -54,14 +54,8 @@ def draws_of(
     (scale_bits,) = struct.unpack("i", struct.pack("f", _PARTS / (_PARTS - dropped)))
     numbers = (k_len, q_len, key_rows, all_rows, least, scale_bits)
     constants = {"BLOCK_M": _ROWS, "SEEDED": is_on_device}
-    launch(
-        draw_words,
-        (ceil_div(all_rows, _ROWS),),
-        (draws, piece.seed if is_on_device else draws),
-        numbers,
-        constants,
-        words,
-    )
+    pointers = draws, piece.seed if is_on_device else draws
+    launch(draw_words, (ceil_div(all_rows, _ROWS),), pointers, numbers, constants, words)
     return draws
 
 
