@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core.draws import dropped_parts
 from ..core.kernel import DenseKernel, DensePiece
 from ..core.limits import Limits
 from .dense_products import DenseProducts
@@ -75,8 +76,7 @@ class CudaFlash:
         The kernel keeps a pair if a byte is at most 255 keep, rounded down, and scales by 1 / keep: of 256ths that is
         how often it keeps one.
         """
-        dropped = min(max(round(dropout_p * _STEPS), 1), _STEPS - 1)
-        return attrs.evolve(self, draws=PhiloxDraws.of(dropped / _STEPS, seed))
+        return attrs.evolve(self, draws=PhiloxDraws.of(dropped_parts(dropout_p, _STEPS) / _STEPS, seed))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..core.capture import is_captured
 from ..core.kernel import Drops, ForOneLength, Tables, takes_dlse, takes_dropout, takes_windows
 from .libraries import FP_FUSION, can_compile
 
@@ -101,7 +102,7 @@ class JoiningKernel:
         batch, length, num_heads, _ = like.shape
         if len(places) > MOST_PIECES or length >= MAX_LENGTH or batch * length * num_heads >= MAX_ROWS:
             return False
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(like.device):
             return _variant(_ADD if adds else _MERGE, like, len(places)) in self._launched
         return True
 

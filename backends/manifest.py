@@ -205,29 +205,29 @@ def _is_hopper(request: Request) -> bool:
 
 def _branches(request: Request) -> tuple[Branch, ...]:
     """Those of a pattern that is branches alone."""
+    if request.needs["layouts"] != ("branch",):
+        return ()
     from ..core.lowering import split  # brings numpy, which listing backends does without
 
     config = request.config
-    if request.needs["layouts"] != ("branch",):
-        return ()
     return split(request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))[0]
 
 
-def _is_dense(request: Request) -> bool:
+def _is_dense(request: Request, branches: tuple[Branch, ...]) -> bool:
     """Whether every query sees every key (causal ones every earlier one) of one length."""
-    found = [(branch.segment_length, branch.stride) for branch in _branches(request)]
+    found = [(branch.segment_length, branch.stride) for branch in branches]
     return found == [(None, 1)] and not request.config.varlen
 
 
-def _is_long_and_dense(request: Request) -> bool:
+def _is_long_and_dense(request: Request, branches: tuple[Branch, ...]) -> bool:
     """Whether it is, on a Hopper card, of many tokens."""
     config = request.config
     if not _is_hopper(request) or config.dtype not in _HALVES or "context_parallel" in request.needs:
         return False
-    return config.seq_len is not None and config.seq_len >= _LONG_DENSE and _is_dense(request)
+    return config.seq_len is not None and config.seq_len >= _LONG_DENSE and _is_dense(request, branches)
 
 
-def _fuses(request: Request) -> bool:
+def _fuses(request: Request, branches: tuple[Branch, ...]) -> bool:
     """Whether the fused kernels are the fastest for a request.
 
     By docs/performance_log.md: "What `auto` picked", and for cards that are no Hopper, whose windows are faster as
@@ -251,12 +251,12 @@ def _fuses(request: Request) -> bool:
     if config.varlen:
         fewest = 1  # of several lengths, whose launches are many else
     elif is_hopper and head_dim <= 64:
-        fewest = 2 if _is_dense(request) or "context_parallel" in request.needs else 1
+        fewest = 2 if _is_dense(request, branches) or "context_parallel" in request.needs else 1
     is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad))
-    return is_half and len(_branches(request)) >= fewest and is_suited
+    return is_half and len(branches) >= fewest and is_suited
 
 
-def _fuses_drops(request: Request) -> bool:
+def _fuses_drops(request: Request, branches: tuple[Branch, ...]) -> bool:
     """The same with dropout, in half precision, where what there is besides are FlashAttention-2 and core's product.
 
     By docs/performance.md, "Dropout".
@@ -267,7 +267,7 @@ def _fuses_drops(request: Request) -> bool:
     if "block" in request.needs["layouts"] or "dynamic_tables" in request.needs:
         return only_window(_bands(request)) is None
     is_short = config.seq_len is None or config.seq_len < _LONG_DENSE
-    return config.head_dim <= 128 and not (is_short and _is_dense(request))
+    return config.head_dim <= 128 and not (is_short and _is_dense(request, branches))
 
 
 def _suits_flex(request: Request) -> bool:
@@ -328,18 +328,18 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
     """
     from ..core.bands import only_window
 
-    priorities = {spec.name: spec.priority for spec in candidates}
+    priorities, branches = {spec.name: spec.priority for spec in candidates}, _branches(request)
     if request.config.dropout_p and request.config.dtype in _HALVES:
-        if not _fuses_drops(request):
+        if not _fuses_drops(request, branches):
             priorities[TRITON.name] = _OUTDONE
-    elif _is_long_and_dense(request):
+    elif _is_long_and_dense(request, branches):
         head_dim = request.config.head_dim
         priorities[TRITON.name] = FA3.priority - 2 if 32 < head_dim <= 64 else _OUTDONE
         if head_dim in (64, 128):  # those that were measured
             priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
-    elif not _fuses(request):
+    elif not _fuses(request, branches):
         priorities[TRITON.name] = _OUTDONE
-    elif len(_branches(request)) == 1 and not request.config.varlen:
+    elif len(branches) == 1 and not request.config.varlen:
         priorities[TRITON.name] = FA3.priority - 2  # whose kernel is the faster one, where calls are long
     elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2

@@ -8,7 +8,6 @@ A backend gets a row only after its backward has dropped what its forward droppe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -22,19 +21,17 @@ from dilated_attention import (
     Learned,
     Local,
     NoBackendError,
-    Pattern,
     Random,
     build_attention,
 )
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.timing import random_inputs, training
 
-from .windows import following
+from .windows import Case, following, parser_of, print_rows
 
 _LONGNET: Final = Dilated((2048, 4096, 8192, 16_384, 32_768), (1, 2, 4, 8, 16))
 _GIGAPATH: Final = Dilated((1024, 5792, 32_768, 185_363, 1_048_576), (1, 2, 4, 8, 16))
-# Pattern, tokens, heads, head_dim, causal.
-CASES: Final[tuple[tuple[Pattern, int, int, int, bool], ...]] = (
+CASES: Final[tuple[Case, ...]] = (
     (Dilated((512, 1024, 2048), (1, 2, 4)), 2048, 8, 64, True),
     (Full(), 2048, 8, 64, True),
     (_GIGAPATH, 10_000, 16, 48, False),
@@ -50,9 +47,7 @@ CASES: Final[tuple[tuple[Pattern, int, int, int, bool], ...]] = (
 )
 
 
-def rows(
-    case: tuple[Pattern, int, int, int, bool], backends: list[str], device: str, dtype: str, dropout_p: float
-) -> Iterator[str]:
+def rows(case: Case, backends: list[str], device: str, dtype: str, dropout_p: float) -> Iterator[str]:
     """A line for each backend: forward and forward with backward, with dropout and, of the same kernel, in eval."""
     pattern, tokens, heads, head_dim, is_causal = case
     inputs = random_inputs((1, tokens, heads, head_dim), dtype, device)
@@ -85,18 +80,10 @@ def rows(
 
 def main(arguments: list[str] | None = None) -> None:
     """Print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(BOUNDS))
+    parser = parser_of(__doc__, CASES)
     parser.add_argument("--dropout-p", type=float, default=0.1)
-    parser.add_argument("--longest", type=int, default=CASES[-1][1], help="tokens of the longest case")
-    parser.add_argument("backends", nargs="*", default=["triton", "sdpa"], metavar="BACKEND")
     args = parser.parse_args(arguments)
-    for case in CASES:
-        if case[1] <= args.longest:
-            print(f"{case[0]}, {case[1]:,} tokens, {case[2]} heads of {case[3]}, {'causal' if case[4] else 'all'}")
-            for line in rows(case, args.backends, args.device, args.dtype, args.dropout_p):
-                print(f"  {line}", flush=True)
+    print_rows(CASES, args.longest, lambda case: rows(case, args.backends, args.device, args.dtype, args.dropout_p))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -20,8 +20,8 @@ from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.graphs import capture
 from dilated_attention.bench.timing import difference, milliseconds, random_inputs, training
 
-# Pattern, tokens, heads, head_dim, causal.
-CASES: Final[tuple[tuple[Pattern, int, int, int, bool], ...]] = (
+Case = tuple[Pattern, int, int, int, bool]  # pattern, tokens, heads, head_dim, causal
+CASES: Final[tuple[Case, ...]] = (
     (Local((255, 0)), 4096, 8, 64, True),
     *((Local((1023, 0)), 16_384, 8, head_dim, True) for head_dim in (64, 96, 128, 136, 192, 256)),
     (Local((4095, 0)), 16_384, 8, 128, True),
@@ -45,7 +45,7 @@ def following(call: Callable[[], object], device: str) -> float:
     return statistics.median(milliseconds(several, device) / _CALLS for _ in range(_ROUNDS))
 
 
-def rows(case: tuple[Pattern, int, int, int, bool], backends: list[str], device: str, dtype: str) -> Iterator[str]:
+def rows(case: Case, backends: list[str], device: str, dtype: str) -> Iterator[str]:
     """A line for each backend: forward and forward with backward, as calls and replayed from graphs."""
     pattern, tokens, heads, head_dim, is_causal = case
     fields = {"num_heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device, "seq_len": tokens}
@@ -77,19 +77,29 @@ def rows(case: tuple[Pattern, int, int, int, bool], backends: list[str], device:
         yield f"{line}, differs by {off:.1e}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, cases: Sequence[Case]) -> argparse.ArgumentParser:
+    """Of backends, a device, a dtype and the longest case."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(BOUNDS))
-    parser.add_argument("--longest", type=int, default=CASES[-1][1], help="tokens of the longest case")
+    parser.add_argument("--longest", type=int, default=cases[-1][1], help="tokens of the longest case")
     parser.add_argument("backends", nargs="*", default=["triton", "sdpa"], metavar="BACKEND")
-    args = parser.parse_args(arguments)
-    for case in CASES:
-        if case[1] <= args.longest:
+    return parser
+
+
+def print_rows(cases: Sequence[Case], longest: int, of_case: Callable[[Case], Iterator[str]]) -> None:
+    """A heading for each case that is no longer, and its lines as they come."""
+    for case in cases:
+        if case[1] <= longest:
             print(f"{case[0]}, {case[1]:,} tokens, {case[2]} heads of {case[3]}, {'causal' if case[4] else 'all'}")
-            for line in rows(case, args.backends, args.device, args.dtype):
+            for line in of_case(case):
                 print(f"  {line}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print them."""
+    args = parser_of(__doc__, CASES).parse_args(arguments)
+    print_rows(CASES, args.longest, lambda case: rows(case, args.backends, args.device, args.dtype))
 
 
 if __name__ == "__main__":

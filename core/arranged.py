@@ -9,6 +9,7 @@ import torch
 
 from .band_calls import branches_and_bands
 from .bands import only_window
+from .capture import is_captured
 from .documents import Document, Packing, Stack, stacked
 from .filled import Filled, filled
 from .geometry import one_token
@@ -45,7 +46,7 @@ def packs(engine: Engine, documents: Sequence[Document], device: torch.device) -
     config = engine.config
     if not isinstance(engine.kernel, Packs) or not keeps_prefixes(engine.pattern):
         return False
-    if _is_captured(device):  # a graph would keep tables that are gone when it is replayed
+    if is_captured(device):  # a graph would keep tables that are gone when it is replayed
         return False
     if _kinds(engine) == {"branch"}:
         return True
@@ -66,11 +67,7 @@ def fills_documents(engine: Engine, device: torch.device) -> bool:
     if device.type == "cpu":
         return _parts(engine)[1] is None
     # A CUDA graph would keep copies of places that are gone when it is replayed.
-    return not (_is_captured(device) or _is_one_call(engine))
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not (is_captured(device) or _is_one_call(engine))
 
 
 def _kinds(engine: Engine) -> frozenset[str]:

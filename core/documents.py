@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .capture import is_captured
 from .errors import ConfigError
 from .transforms import no_forward_mode
 
@@ -257,7 +258,7 @@ def read_documents(
     """
     given = cu_seqlens if key_padding_mask is None else key_padding_mask
     assert given is not None
-    if given.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(given.device):
         raise ConfigError(
             "key_padding_mask and cu_seqlens are read by the host, which a CUDA graph cannot capture; capture calls of "
             "one length, or none"

@@ -34,6 +34,11 @@ def for_each_gradient() -> Iterator[None]:
             torch._C._vmapmode_increment_nesting()
 
 
+def dropped_parts(dropout_p: float, parts: int) -> int:
+    """How many of so many parts a dropout_p between 0 and 1 is, rounded: at least one is dropped, and one is kept."""
+    return min(max(round(dropout_p * parts), 1), parts - 1)
+
+
 @attrs.frozen(eq=False)
 class Draws:
     """The draws of one pass.
@@ -49,8 +54,7 @@ class Draws:
     @classmethod
     def of(cls, dropout_p: float, seed: Tensor, device: torch.device) -> Draws:
         """Those that a seed (an int64 scalar) determines on a device. dropout_p is rounded to 65536ths, not away."""
-        dropped = min(max(round(dropout_p * _PARTS), 1), _PARTS - 1)
-        return cls(dropped, torch.Generator(device).manual_seed(int(seed)))
+        return cls(dropped_parts(dropout_p, _PARTS), torch.Generator(device).manual_seed(int(seed)))
 
     @property
     def keep(self) -> float:

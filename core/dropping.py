@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from .block_product import BlockProduct
+from .capture import is_captured
 from .draws import Draws
 from .errors import ConfigError
 from .kernel import DrawsOnDevice, Drops
@@ -32,22 +33,18 @@ def draw_seed(kernel: object, device: torch.device, *, has_documents: bool) -> T
     """
     refuse_mapped_dropout()
     on: torch.device | str = "cpu"
-    if not (torch.compiler.is_compiling() or has_documents) and _is_captured(device):
+    if not (torch.compiler.is_compiling() or has_documents) and is_captured(device):
         on = device if isinstance(kernel, DrawsOnDevice) and kernel.draws_on_device else on
     return torch.randint(1 << 62, (), dtype=torch.int64, device=on)
 
 
-def refuse_capture(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+def refuse_capture(dropout_p: float, seed: Tensor, device: torch.device) -> None:
     """Raise `ConfigError` while a CUDA graph is captured whose replays would drop the same, by a seed that stays."""
-    if seed is not None and seed.device.type == "cpu" and _is_captured(device):
+    if seed.device.type == "cpu" and is_captured(device):
         raise ConfigError(
             f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; take triton, which "
             "draws anew (but not for documents), call eval() before the capture, or build with dropout_p=0"
         )
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def one_by_one(schedule: Schedule) -> Schedule:

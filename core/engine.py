@@ -17,6 +17,7 @@ from . import composed
 from .band_calls import dense_form
 from .block_product import BlockProduct, block_table
 from .cache import ByteLRU
+from .capture import is_captured
 from .composers import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
@@ -139,7 +140,7 @@ class Engine:
         found = self.programs.get(key)
         if found is not None:
             return found
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(device):
             raise ConfigError(
                 f"seq_len {q_len} (keys {kv_len}, offsets {q_offset} and {kv_offset}) is met for the first time while "
                 f"a CUDA graph is captured; call attention.prepare({q_len}, kv_len={kv_len}) before the capture"
@@ -158,7 +159,8 @@ class Engine:
     ) -> Program:
         if packing is not None:
             return self._packed(packing, query.device)
-        refuse_capture(self.config.dropout_p, seed, query.device)
+        if seed is not None:
+            refuse_capture(self.config.dropout_p, seed, query.device)
         lengths = query.shape[1], key.shape[1]
         return self._program(*lengths, q_offset, kv_offset, query.device, drops=seed is not None)
 

@@ -51,11 +51,10 @@ class TritonBackend:
 
     def pin(self, request: Request) -> str:
         """The kernel and the compiler."""
-        in_gluon = _is_fed(request)
-        by = (
-            f"{' in Gluon' if in_gluon else ''}{', dropout in Triton' if in_gluon and request.config.dropout_p else ''}"
-        )
-        return f"fused{by} ({labelled('triton')})"
+        name = "fused"
+        if _is_fed(request):
+            name += " in Gluon, dropout in Triton" if request.config.dropout_p else " in Gluon"
+        return f"{name} ({labelled('triton')})"
 
     def build(self, request: Request) -> FusedKernel:
         """The kernel for `request`; it compiles at its first launch."""

@@ -109,8 +109,7 @@ class BlockTables:
         tensors = tuple(moved(np.array(array), device) for array in padded)
         of_row = np.bincount(table * rows + row, minlength=tables * rows).reshape(tables, rows).max(axis=0)
         leading = int(np.argmin(np.append(of_row > _MANY * max(1.0, of_row.mean()), False)))
-        made = cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading)
-        return attrs.evolve(made, occurrences=occurrences)
+        return cls(layout.block_size, rows, tensors, blocks=len(order), leading=leading, occurrences=occurrences)
 
 
 # Of each table of blocks that is alive: what kernels read of it, by device, direction, order, and if occurrences are

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from ...core.draws import dropped_parts
 from .drop_kernels import BITS, BYTES, HEADER, draw_words
 from .launching import launch
 from .tiles import ceil_div
@@ -26,10 +27,8 @@ _STEP: Final = 0x9E3779B97F4A7C15  # of SplitMix64
 _MASK: Final = (1 << 64) - 1
 
 
-def draws_of(
-    piece: LayoutPiece, part: int, occurrences: int, query: Tensor, key: Tensor, *, backward: bool
-) -> Tensor | None:
-    """The draws of a part of a layout as `drop_kernels.draw_words` lays them out, int8; None where nothing is dropped.
+def draws_of(piece: LayoutPiece, part: int, occurrences: int, query: Tensor, key: Tensor, *, backward: bool) -> Tensor:
+    """The draws of a part of a layout as `drop_kernels.draw_words` lays them out, int8.
 
     dropout_p is rounded to 256ths, not away.
 
@@ -41,9 +40,8 @@ def draws_of(
         key: (B, T, K, D).
         backward: for all passes; else for the forward pass, which needs less.
     """
-    if piece.seed is None:
-        return None
-    dropped = min(max(round(piece.dropout_p * _PARTS), 1), _PARTS - 1)
+    assert piece.seed is not None
+    dropped = dropped_parts(piece.dropout_p, _PARTS)
     least = (dropped << 32 - BITS.value) - (1 << 31)  # of numbers whose highest bits decide, with a sign
     is_on_device = piece.seed.device.type != "cpu"
     words = tuple(_word(0 if is_on_device else int(piece.seed), 4 * part + i) for i in range(4))

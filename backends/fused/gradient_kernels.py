@@ -107,7 +107,7 @@ def query_gradient_tile(
 ):  # fmt: skip
     """Adds a tile of columns to dq: p = exp(s - lse), ds = p * (dout·v - delta), dq += ds·k.
 
-    Where it DROPS, dout·v is times `rescale` of pairs that are kept, and 0 of others; `bias` as in `attend_tile`.
+    Where it DROPS, dout·v is times what `factors` says of its pairs; `bias` as in `attend_tile`.
     """
     if DROPS:
         of_columns = drawn_of_columns(drops, rows, bias, WIDE)

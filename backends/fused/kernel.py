@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .tiles import Pass
 
 _LOG2_E: Final = 1.4426950408889634
-Draws = Sequence[Tensor | None]
+Draws = Sequence[Tensor]
 
 
 class FusedKernel:
@@ -100,7 +100,9 @@ class FusedKernel:
         return self.parts(piece.layout, query.device, piece.packing, drops=piece.seed is not None)
 
     def _draws(self, piece: LayoutPiece, query: Tensor, key: Tensor, *, backward: bool) -> Draws:
-        """Of each part what it drops, if anything."""
+        """Of each part what it drops; of none where nothing is dropped."""
+        if piece.seed is None:
+            return ()
         parts = enumerate(self._parts_of(piece, query))
         return [draws_of(piece, i, part.occurrences, query, key, backward=backward) for i, part in parts]
 
@@ -114,7 +116,7 @@ class FusedKernel:
         parts = self._parts_of(piece, query)
         query, key, value = self._taken(piece, query, key, value)
         merged: tuple[Tensor, Tensor] | None = None
-        for part, draws in zip(parts, self._draws(piece, query, key, backward=False), strict=True):
+        for part, draws in zip_longest(parts, self._draws(piece, query, key, backward=False)):
             out = _room(query.shape, _part_dtype(query, parts), query.device, piece)
             lse = _room((batch, heads, length), torch.float32, query.device, piece, -math.inf)
             scales = (abs(piece.scale) * _LOG2_E,)
@@ -206,7 +208,7 @@ class FusedKernel:
         *,
         draws: Draws = (),
     ) -> Tensor:
-        """As `Adds.gradients_of_queries`; with the draws of each part, if any."""
+        """As `Adds.gradients_of_queries`; with the draws of each part, or none."""
         parts, total = self._parts_of(piece, query), dq
         query, key, value, dout = self._taken(piece, query, key, value, dout)
         scales = abs(piece.scale) * _LOG2_E, piece.scale  # of the queries as they came

@@ -263,7 +263,7 @@ class BranchPart:
             runs.documents,
         )
         if not tile.parts:
-            pointers, constants["DROPS"] = (*pointers, runs.documents if draws is None else draws), draws is not None
+            pointers, constants["DROPS"] = _dropping(pointers, draws)
         numbers = (
             *_strides(strided),
             *self._limits,
@@ -283,6 +283,11 @@ def _bounded(pointers: tuple[Tensor, ...], bounds: bool) -> tuple[tuple[Tensor, 
     """With the largest key of each head where scores are bounded, else with a place for it; and whether they are."""
     bounds = bounds and pointers[0].dtype != torch.float16
     return (*pointers, _largest(pointers[1]) if bounds else pointers[-1]), bounds
+
+
+def _dropping(pointers: tuple[Tensor, ...], draws: Tensor | None) -> tuple[tuple[Tensor, ...], bool]:
+    """With the draws where weights are dropped, else with a place for them; and whether they are."""
+    return (*pointers, pointers[-1] if draws is None else draws), draws is not None
 
 
 def _largest(key: Tensor) -> Tensor:
@@ -365,7 +370,7 @@ class BlockPart:
             strided = tuple(x for x in strided if x is not sums)
         pointers = (*pointers, *tables.tensors, *(tables.packed or tables.tensors[:2]))  # any, where none is read
         if not tile.parts:
-            pointers, constants["DROPS"] = (*pointers, pointers[-1] if draws is None else draws), draws is not None
+            pointers, constants["DROPS"] = _dropping(pointers, draws)
         numbers = (
             *_strides(strided),
             *((query.shape[1], key.shape[1]) if is_packed else (geometry.q_len, geometry.kv_len)),
