@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from .addressing import AS_THEY_ARE
 from .gradient_kernels import unpack
@@ -18,17 +18,30 @@ from .hopper_ring import (
     NOTHING,
     PAIRS,
     ROWS,
+    as_rows,
     free_step,
     in_shared,
     load_rows,
     make_ring,
+    pieces,
     product,
-    rows_in_memory,
     store_rows,
     tiles_of_step,
     wait_for_step,
 )
-from .hopper_steps import add_to_dk_dv, add_to_dq, begin_product, begin_products
+from .hopper_steps import (
+    add_to_dk_dv,
+    add_to_dq,
+    as_operand,
+    begin_adding,
+    begin_product,
+    begin_products,
+    both_have_come,
+    plus,
+    times,
+    weights_of,
+    zeros,
+)
 
 # A tenth faster, where the compiler has registers for it: with Triton 3.9 it took more than twice as long.
 _K_FROM_REGISTERS = gl.constexpr(version("triton").startswith("3.6."))
@@ -42,27 +55,26 @@ def _queries_part(
     """dq of the rows of a part."""
     (ring, blocks, first, inside, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, length, keys,
      scale, grad_scale) = given  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row = first + PART * ROWS + gl.arange(0, ROWS, as_rows(BLOCK_D))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(g_base, row, stride_g, row < length, HEAD_DIM, BLOCK_D, WIDE)
     q, dout = in_shared(x), in_shared(y)
     fence_async_shared()
     lse, delta = unpack(gl.load(stats_base + first + of_scores, mask=first + of_scores < length, other=0))
-    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dq = zeros(ROWS, BLOCK_D)
     for number in range(blocks[5]):
         k, v, _besides = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
         bias, scores = bias_and_scores(
             scores, blocks, number, inside + of_scores, keys, False, IN_ORDER, BLOCK, BLOCK_N
         )  # fmt: skip
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
         free_step(ring, number, STAGES)
-    dq *= grad_scale
+    dq = times(dq, grad_scale)
     if ADDS:
-        there = load_rows(dq_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
-        dq += gl.convert_layout(there, product(BLOCK_D))
+        dq = plus(dq, load_rows(dq_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE))
     store_rows(dq_base, row, stride_o, row < length, dq, HEAD_DIM, BLOCK_D, WIDE)
 
 
@@ -112,16 +124,15 @@ def _keys_steps(
     """dk and dv of rows x of k and y of v: the sums over all steps."""
     k, v = in_shared(x), in_shared(y)
     fence_async_shared()
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dk, dv = zeros(ROWS, BLOCK_D), zeros(ROWS, BLOCK_D)
     for number in range(blocks[5]):
         q, dout, stats = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
         bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
         dk, dv = add_to_dk_dv(scores, dp, q, dout, dk, dv, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        dk, dv = both_have_come(dk, dv)
         free_step(ring, number, STAGES)
     return dk, dv
 
@@ -135,37 +146,37 @@ def _keys_steps_behind(
 
     Steps are of as few columns as its registers hold, and waits between their products would be longer than these.
     """
-    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
-    k = gl.convert_layout(x, gl.DotOperandLayout(0, product(BLOCK_N), 2)) if _K_FROM_REGISTERS else in_shared(x)
+    operand: gl.constexpr = weights_of(BLOCK_D)
+    k = as_operand(x, BLOCK_N) if _K_FROM_REGISTERS else in_shared(x)
     v = in_shared(y)
     fence_async_shared()
-    p = gl.zeros([ROWS, BLOCK_N], x.dtype, operand)
+    p = gl.zeros([ROWS, BLOCK_N], x[0].dtype, operand)
     ds = p
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    dv = dk
+    dk, dv = zeros(ROWS, BLOCK_D), zeros(ROWS, BLOCK_D)
     for number in range(blocks[5]):
         q, dout, stats = wait_for_step(ring, number, STAGES)
         q_before, dout_before, _stats = tiles_of_step(ring, gl.maximum(number - 1, 0), STAGES)
         scores = begin_product(k, q, BLOCK_N)
         # Before the first step there is none: what is multiplied then is not added to.
-        dv = warpgroup_mma(p, dout_before, dv, use_acc=number > 1, is_async=True)
-        dk = warpgroup_mma(ds, q_before, dk, use_acc=number > 1, is_async=True)
+        dv = begin_adding(p, dout_before, dv, number > 1)
+        dk = begin_adding(ds, q_before, dk, number > 1)
         dp = begin_product(v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(3, deps=[scores])
+        scores = warpgroup_mma_wait(3 * pieces(BLOCK_D), deps=[scores])
         bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
         weights = gl.exp2(scores * scale + (bias - lse)[None, :])
-        dk, dv, dp = warpgroup_mma_wait(0, deps=[dk, dv, dp])
+        sums, come = both_have_come(dk + dv, (dp,))
+        dk, dv, dp = sums[: len(dk)], sums[len(dk) :], come[0]
         if number > 0:
             free_step(ring, number - 1, STAGES)
-        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(x.dtype), operand)
-        p = gl.convert_layout(weights.to(x.dtype), operand)
+        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(x[0].dtype), operand)
+        p = gl.convert_layout(weights.to(x[0].dtype), operand)
     last = blocks[5] - 1
     if last >= 0:
         q, dout, _stats = tiles_of_step(ring, last, STAGES)
-        dv = warpgroup_mma(p, dout, dv, use_acc=last > 0, is_async=True)
-        dk = warpgroup_mma(ds, q, dk, use_acc=last > 0, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        dv = begin_adding(p, dout, dv, last > 0)
+        dk = begin_adding(ds, q, dk, last > 0)
+        dk, dv = both_have_come(dk, dv)
         free_step(ring, last, STAGES)
     return dk, dv
 
@@ -178,7 +189,7 @@ def _keys_part(
     """dk and dv of the rows of a part."""
     (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, queries,
      scale, grad_scale) = given  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row = first + PART * ROWS + gl.arange(0, ROWS, as_rows(BLOCK_D))
     inside += PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE)
@@ -188,7 +199,7 @@ def _keys_part(
         )  # fmt: skip
     else:
         dk, dv = _keys_steps(x, y, ring, blocks, inside, queries, scale, BLOCK_D, BLOCK_N, STAGES, BLOCK, PACKED)
-    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dk_base, row, stride_o, row < length, times(dk, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 

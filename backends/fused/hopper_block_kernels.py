@@ -8,30 +8,34 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from .addressing import AS_THEY_ARE
 from .block_kernels import merge, row_of_program
 from .hopper_ring import (
     NOTHING,
     ROWS,
+    as_rows,
+    columns_of_step,
     copied_besides,
     feed_step,
     free_step,
     in_shared,
     load_rows,
     make_ring,
+    pieces,
     product,
-    rows_in_memory,
     store_rows,
     tiles_of_step,
     wait_for_step,
 )
 from .hopper_steps import (
     add_columns,
+    begin_adding,
     begin_product,
     bounded,
     finish_attending,
+    have_come,
     no_sums,
     scores_of,
     shrunk,
@@ -75,11 +79,12 @@ def feed_blocks(
 ):  # fmt: skip
     """Copies the columns of every step."""
     ring, blocks, fed, length = given
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    offsets = columns_of_step(BLOCK_N, BLOCK_D)
     of_besides = gl.arange(0, BLOCK_N, copied_besides(BESIDES))
     for number in range(blocks[5]):
         begin = first_of_step(blocks, number, BLOCK, BLOCK_N)
-        rows, rows_besides = gl.minimum(begin + offset, length - 1), gl.minimum(begin + of_besides, length - 1)
+        rows = [gl.minimum(begin + offset, length - 1) for offset in offsets]
+        rows_besides = gl.minimum(begin + of_besides, length - 1)
         feed_step(ring, number, fed, rows, rows_besides, BESIDES, HEAD_DIM, BLOCK_D, STAGES, WIDE)
 
 
@@ -154,7 +159,7 @@ def _attend_steps(
         for number in range(blocks[5]):
             k, v, _besides = wait_for_step(ring, number, STAGES)
             p, shrink, row_sum, row_max = _weigh_step(
-                scores_of(q, k, BLOCK_N), blocks, number, inside, length, row_sum, row_max, scale, q.dtype,
+                scores_of(q, k, BLOCK_N), blocks, number, inside, length, row_sum, row_max, scale, q[0].dtype,
                 FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
             )  # fmt: skip
             out = add_columns(p, v, shrunk(out, shrink, FIXED))
@@ -162,24 +167,42 @@ def _attend_steps(
     elif blocks[5] > 0:
         k, _v, _besides = wait_for_step(ring, 0, STAGES)
         p, shrink, row_sum, row_max = _weigh_step(
-            scores_of(q, k, BLOCK_N), blocks, 0, inside, length, row_sum, row_max, scale, q.dtype,
+            scores_of(q, k, BLOCK_N), blocks, 0, inside, length, row_sum, row_max, scale, q[0].dtype,
             FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
         )  # fmt: skip
         for number in range(1, blocks[5]):
             k, _v, _besides = wait_for_step(ring, number, STAGES)
             _k, v, _besides = tiles_of_step(ring, number - 1, STAGES)
             scores = begin_product(q, k, BLOCK_N)
-            out = warpgroup_mma(p, v, out, is_async=True)
+            out = begin_adding(p, v, out)
+            scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
             p, shrink, row_sum, row_max = _weigh_step(
-                warpgroup_mma_wait(1, deps=[scores]), blocks, number, inside, length, row_sum, row_max, scale, q.dtype,
+                scores, blocks, number, inside, length, row_sum, row_max, scale, q[0].dtype,
                 FIXED, BLOCK_D, BLOCK_N, BLOCK, IN_ORDER,
             )  # fmt: skip
-            out = shrunk(warpgroup_mma_wait(0, deps=[out]), shrink, FIXED)
+            out = shrunk(have_come(out), shrink, FIXED)
             free_step(ring, number - 1, STAGES)
         _k, v, _besides = tiles_of_step(ring, blocks[5] - 1, STAGES)
         out = add_columns(p, v, out)
         free_step(ring, blocks[5] - 1, STAGES)
     return out, row_sum, row_max
+
+
+@gluon.jit
+def _merge_piece(there, lse_there, out, lse):
+    of_rows: gl.constexpr = gl.SliceLayout(1, out.type.layout)
+    there = gl.convert_layout(there.to(gl.float32), out.type.layout)
+    return merge(there, gl.convert_layout(lse_there, of_rows), out, gl.convert_layout(lse, of_rows))
+
+
+@gluon.jit
+def _merge_rows(there, lse_there, out, lse):
+    """`merge` of rows that are there, as memory has them, and what is found of them."""
+    merged = ()
+    for piece in gl.static_range(len(out)):
+        x, lse_of_both = _merge_piece(there[piece], lse_there, out[piece], lse)
+        merged += (x,)
+    return merged, gl.convert_layout(lse_of_both, lse.type.layout)
 
 
 @gluon.jit
@@ -190,7 +213,7 @@ def _attend_part(
 ):  # fmt: skip
     """Out and lse of the rows of a part."""
     ring, blocks, first, inside, q_base, stride_q, out_base, stride_o, lse_base, largest, length, keys, scale = given
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row = first + PART * ROWS + gl.arange(0, ROWS, as_rows(BLOCK_D))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row, stride_q, row < length, HEAD_DIM, BLOCK_D, WIDE)
     q = in_shared(x)
@@ -209,19 +232,15 @@ def _attend_part(
             q, ring, blocks, inside + of_scores, keys, out, row_sum, row_max, scale,
             False, BLOCK_D, BLOCK_N, STAGES, BLOCK, IN_ORDER,
         )  # fmt: skip
-    out, lse = finish_attending(out, row_sum, row_max, BLOCK_D)
+    out, lse = finish_attending(out, row_sum, row_max)
     exists, place = first + of_scores < length, lse_base + first + of_scores
     if ADDS:
         if blocks[5] > 0:
-            there = load_rows(out_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE).to(gl.float32)
+            there = load_rows(out_base, row, stride_o, row < length, HEAD_DIM, BLOCK_D, WIDE)
             lse_there = gl.load(place, mask=exists, other=0.0)
-            of_sums: gl.constexpr = gl.SliceLayout(1, product(BLOCK_D))
-            out, _lse = merge(
-                gl.convert_layout(there, product(BLOCK_D)), gl.convert_layout(lse_there, of_sums),
-                out, gl.convert_layout(lse, of_sums),
-            )  # fmt: skip
+            out, lse = _merge_rows(there, lse_there, out, lse)
             store_rows(out_base, row, stride_o, row < length, out, HEAD_DIM, BLOCK_D, WIDE)
-            gl.store(place, gl.convert_layout(_lse, lse.type.layout), mask=exists)
+            gl.store(place, lse, mask=exists)
     else:
         store_rows(out_base, row, stride_o, row < length, out, HEAD_DIM, BLOCK_D, WIDE)
         gl.store(place, lse, mask=exists)

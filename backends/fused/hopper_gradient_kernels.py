@@ -20,17 +20,18 @@ from .hopper_ring import (
     NOTHING,
     PAIRS,
     ROWS,
+    as_rows,
     free_step,
     in_shared,
     load_rows,
     make_ring,
     pass_over,
+    pieces,
     product,
-    rows_in_memory,
     store_rows,
     wait_for_step,
 )
-from .hopper_steps import add_to_dk_dv, add_to_dq, begin_products
+from .hopper_steps import add_to_dk_dv, add_to_dq, begin_products, both_have_come, times, zeros
 
 
 @gluon.jit
@@ -41,14 +42,14 @@ def _queries_part(
     """dq of the rows of a part."""
     ring, walked, rows, q_base, stride_q, g_base, stride_g, stats_base, dq_base, stride_o, scale, grad_scale = given
     low, totals = rows[5], walked[3]
-    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row, exists = rows_of_part(rows, PART, as_rows(BLOCK_D))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row - low, stride_q, exists, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(g_base, row - low, stride_g, exists, HEAD_DIM, BLOCK_D, WIDE)
     q, dout = in_shared(x), in_shared(y)
     fence_async_shared()
     lse, delta = unpack(gl.load(stats_base + position - low, mask=valid, other=0))
-    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dq = zeros(ROWS, BLOCK_D)
     bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
     number, left, mine, full, bias = 0, 0, 0, 0, 0.0
     for _ in range(gl.load(totals + 1 + PART)):
@@ -57,13 +58,13 @@ def _queries_part(
         )  # fmt: skip
         k, v, _besides = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(q, k, dout, v, BLOCK_N)
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
         free_step(ring, number, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
-    store_rows(dq_base, row - low, stride_o, exists, dq * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dq_base, row - low, stride_o, exists, times(dq, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
 
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
@@ -116,7 +117,7 @@ def _keys_steps(
     bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
     number, left, mine, full, bias = 0, 0, 0, 0, 0.0
     if PARTS == 1:
-        dk, dv = warpgroup_mma_init(dk), warpgroup_mma_init(dv)
+        dk, dv = [warpgroup_mma_init(x) for x in dk], [warpgroup_mma_init(x) for x in dv]
     for _ in range(own):
         walked, number, left, mine, full, bound, bias = next_step(
             ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
@@ -124,18 +125,18 @@ def _keys_steps(
         q, dout, stats = wait_for_step(ring, number, STAGES)
         scores, dp = begin_products(k, q, v, dout, BLOCK_N)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
-        scores = warpgroup_mma_wait(1, deps=[scores])  # and those of the step before
+        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])  # and those of the step before
         if number > 0 if PARTS == 1 else False:
             free_step(ring, number - 1, STAGES)
         dk, dv = add_to_dk_dv(
             scores, dp, q, dout, dk, dv, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D
         )  # fmt: skip
         if PARTS == 2:
-            dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+            dk, dv = both_have_come(dk, dv)
             free_step(ring, number, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     if PARTS == 1:
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        dk, dv = both_have_come(dk, dv)
     return dk, dv, number
 
 
@@ -147,14 +148,13 @@ def _keys_part(
     """dk and dv of the rows of a part."""
     ring, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = given
     low, totals = rows[5], walked[3]
-    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row, exists = rows_of_part(rows, PART, as_rows(BLOCK_D))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(k_base, row - low, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, row - low, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE)
     k, v = in_shared(x), in_shared(y)
     fence_async_shared()
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
+    dk, dv = zeros(ROWS, BLOCK_D), zeros(ROWS, BLOCK_D)
     own, number = gl.load(totals + 1 + PART), 0
     if own > 0:
         dk, dv, number = _keys_steps(
@@ -164,7 +164,7 @@ def _keys_part(
     if PARTS == 2:
         for other in range(number, gl.load(totals)):
             pass_over(ring, other, STAGES)
-    store_rows(dk_base, row - low, stride_o, exists, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dk_base, row - low, stride_o, exists, times(dk, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row - low, stride_o, exists, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 

@@ -24,13 +24,15 @@ from .hopper_joint_kernels import PARTS, add_product, begin_step, finish_step, m
 from .hopper_ring import (
     LEVELS,
     ROWS,
-    TILES,
+    as_rows,
     make_ring,
+    of_slot,
     product,
-    rows_in_memory,
+    room_for_rows,
     store_rows,
     wait_for_step,
 )
+from .hopper_steps import times, zeros
 
 _SUM_BOXES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4))
 
@@ -59,12 +61,12 @@ def _block_part(
     ring, hand, ones, both = given
     (keys, blocks, first, inside, length, queries, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o,
      scale, grad_scale) = both  # fmt: skip
-    row = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row = first + PART * ROWS + gl.arange(0, ROWS, as_rows(BLOCK_D))
     of_scores = PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
-    k, v, dk = own_rows(
+    k, v = own_rows(
         keys, row, row < length, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
     )  # fmt: skip
-    dv = dk
+    dk, dv = zeros(ROWS, BLOCK_D), zeros(ROWS, BLOCK_D)
     for number in range(blocks[5]):
         q, dout, levels = wait_for_step(ring, number, STAGES)
         scores, dp = begin_step(k, q, v, dout, levels, ones, BLOCK_N)
@@ -73,7 +75,7 @@ def _block_part(
         )  # fmt: skip
         p = gl.exp2(scores * scale + bias)
         dk, dv = finish_step(ring, hand, number, number, p, dp, q, dout, dk, dv, BLOCK_D, STAGES)
-    store_rows(dk_base, row, stride_o, row < length, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dk_base, row, stride_o, row < length, times(dk, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 
@@ -89,15 +91,15 @@ def _add_block_queries(
     tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, BLOCK_D], _SUM_BOXES)
     for number in range(blocks[5]):
         row = first_of_step(blocks, number, BLOCK, BLOCK_N)
-        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
-        dq = add_product(dq, first_hand, number, keys.index(0))
-        dq = add_product(dq, second_hand, number, keys.index(1))
+        dq = zeros(BLOCK_N, BLOCK_D)
+        dq = add_product(dq, first_hand, number, of_slot(keys, 0))
+        dq = add_product(dq, second_hand, number, of_slot(keys, 1))
         if row + BLOCK_N > queries if PACKED else False:  # what follows is another document's: no NaN may reach it
             offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, product(BLOCK_D)))
-            dq = gl.where((row + offset < queries)[:, None], dq, 0.0)
+            dq = (gl.where((row + offset < queries)[:, None], dq[0], 0.0),)
         tile = tiles.index(number % 2)
         tma.store_wait(1)  # for what was added from this tile
-        tile.reshape([BLOCK_N, BLOCK_D]).store(dq)
+        tile.reshape([BLOCK_N, BLOCK_D]).store(dq[0])
         fence_async_shared()
         _add_tile(sums, [batch, (start + row).to(gl.int32), head, 0], tile)
     tma.store_wait(0)
@@ -121,7 +123,7 @@ def block_gradients(
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()
-    keys = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], TILES)
+    keys = room_for_rows(dtype, PARTS, ROWS, BLOCK_D)
     first_hand, second_hand = make_hand(dtype, BLOCK_N), make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
     k_base = k_ptr + batch * stride_kb + key_head * stride_kh + start * stride_ks

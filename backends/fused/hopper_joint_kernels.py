@@ -28,18 +28,33 @@ from .hopper_ring import (
     LEVELS,
     LEVELS_IN_MEMORY,
     ROWS,
-    TILES,
+    as_rows,
+    in_shared,
     free_step,
     load_rows,
     make_barriers,
     make_ring,
+    of_slot,
     pass_over,
+    pieces,
     product,
-    rows_in_memory,
+    room_for_rows,
     store_rows,
+    tiles_of,
     wait_for_step,
+    width_of,
 )
-from .hopper_steps import where_met
+from .hopper_steps import (
+    add_columns,
+    as_operand,
+    begin_adding,
+    begin_product,
+    both_have_come,
+    times,
+    weights_of,
+    where_met,
+    zeros,
+)
 
 PARTS = gl.constexpr(2)
 _HANDED = gl.constexpr(2)  # steps that a part may be ahead of the warps that add
@@ -54,7 +69,7 @@ def _sums_in_memory(width):
 @gluon.jit
 def make_hand(dtype: gl.constexpr, BLOCK_N: gl.constexpr):
     """Tiles of ds of a part, and barriers: which are ready, and which are free."""
-    tiles = gl.allocate_shared_memory(dtype, [_HANDED, ROWS, BLOCK_N], TILES)
+    tiles = gl.allocate_shared_memory(dtype, [_HANDED, ROWS, BLOCK_N], tiles_of(BLOCK_N))
     ready, free = make_barriers(_HANDED, 1, 1)
     return tiles, ready, free
 
@@ -75,14 +90,18 @@ def own_rows(
     keys, rows, exists, k_base, stride_k, v_base, stride_v, PART: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """k and v of a part in registers, k also where the warps that add find it; and sums of nothing."""
+    """k and v of a part in registers, k also where the warps that add find it."""
     x = load_rows(k_base, rows, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, rows, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE)
-    keys.index(PART).store(x)
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        keys[piece].index(PART).store(x[piece])
     fence_async_shared()
-    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_N), 2)
-    none = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
-    return gl.convert_layout(x, operand), gl.convert_layout(y, operand), none
+    if BLOCK_D > 64:
+        k, v = of_slot(keys, PART), in_shared(y)
+        fence_async_shared()
+    else:
+        k, v = as_operand(x, BLOCK_N), as_operand(y, BLOCK_N)
+    return k, v
 
 
 @gluon.jit
@@ -100,12 +119,9 @@ def make_ones():
 @gluon.jit
 def begin_step(k, q, v, dout, levels, ones, BLOCK_N: gl.constexpr):
     """k·q - lse / scale and v·dout - delta (64, N): the first has come, the second is under way."""
-    none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
-    scores = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-    scores = warpgroup_mma(ones.index(0), levels.permute((1, 0)), scores, is_async=True)
-    dp = warpgroup_mma(v, dout.permute((1, 0)), none, use_acc=False, is_async=True)
-    dp = warpgroup_mma(ones.index(1), levels.permute((1, 0)), dp, is_async=True)
-    return warpgroup_mma_wait(2, deps=[scores]), dp
+    scores = warpgroup_mma(ones.index(0), levels.permute((1, 0)), begin_product(k, q, BLOCK_N), is_async=True)
+    dp = warpgroup_mma(ones.index(1), levels.permute((1, 0)), begin_product(v, dout, BLOCK_N), is_async=True)
+    return warpgroup_mma_wait(len(k) + 1, deps=[scores]), dp
 
 
 @gluon.jit
@@ -113,13 +129,13 @@ def finish_step(
     ring, hand, number, done, p, dp, q, dout, dk, dv, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """dk and dv with a step of which p is there and dp is under way; `done` counts steps of the part."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
-    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), operand), dout, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=[dp])
-    ds = (p * dp).to(q.dtype)
+    operand: gl.constexpr = weights_of(BLOCK_D)
+    dv = begin_adding(gl.convert_layout(p.to(q[0].dtype), operand), dout, dv)
+    dp = warpgroup_mma_wait(len(dv), deps=[dp])
+    ds = (p * dp).to(q[0].dtype)
     _hand_on(hand, done, ds)
-    dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
-    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    dk = begin_adding(gl.convert_layout(ds, operand), q, dk)
+    dk, dv = both_have_come(dk, dv)
     free_step(ring, number, STAGES)
     return dk, dv
 
@@ -130,8 +146,7 @@ def add_product(dq, hand, number, k):
     tiles, ready, free = hand
     slot = number % _HANDED
     mbarrier.wait(ready.index(slot), (number // _HANDED) & 1)
-    dq = warpgroup_mma(tiles.index(slot).permute((1, 0)), k, dq, is_async=True)
-    dq = warpgroup_mma_wait(0, deps=[dq])
+    dq = add_columns(tiles.index(slot).permute((1, 0)), k, dq)
     mbarrier.arrive(free.index(slot))
     return dq
 
@@ -156,14 +171,25 @@ def _add_fours(place, x, met):
 
 
 @gluon.jit
-def _add_rows(base, rows, stride, exists, dq, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr):
-    """Add dq (N, D) to the sums of rows that exist."""
-    layout: gl.constexpr = _sums_in_memory(BLOCK_D)
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+def _add_piece(
+    base, rows, stride, exists, dq, PIECE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    WIDE: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = _sums_in_memory(dq.shape[1])
+    column = gl.arange(0, dq.shape[1], gl.SliceLayout(0, layout)) + (BLOCK_D - dq.shape[1] if PIECE else 0)
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
+    exists = gl.convert_layout(exists, gl.SliceLayout(1, layout))
     if WIDE:
         rows = rows.to(gl.int64)
     place = base + (rows[:, None] * stride + (column // 4 * 4)[None, :])
     _add_fours(place, gl.convert_layout(dq, layout), exists[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@gluon.jit
+def _add_rows(base, rows, stride, exists, dq, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr):
+    """Add dq (N, D) to the sums of rows that exist."""
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        _add_piece(base, rows, stride, exists, dq[piece], piece, HEAD_DIM, BLOCK_D, WIDE)
 
 
 @gluon.jit
@@ -175,12 +201,12 @@ def _part(
     ring, hand, ones, both = given
     keys, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = both
     low, totals = rows[5], walked[3]
-    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row, exists = rows_of_part(rows, PART, as_rows(BLOCK_D))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
-    k, v, dk = own_rows(
+    k, v = own_rows(
         keys, row - low, exists, k_base, stride_k, v_base, stride_v, PART, HEAD_DIM, BLOCK_D, BLOCK_N, WIDE
     )  # fmt: skip
-    dv = dk
+    dk, dv = zeros(ROWS, BLOCK_D), zeros(ROWS, BLOCK_D)
     bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
     number, left, mine, full, bias = 0, 0, 0, 0, 0.0
     for done in range(gl.load(totals + 1 + PART)):
@@ -194,7 +220,7 @@ def _part(
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
-    store_rows(dk_base, row - low, stride_o, exists, dk * grad_scale, HEAD_DIM, BLOCK_D, WIDE)
+    store_rows(dk_base, row - low, stride_o, exists, times(dk, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
     store_rows(dv_base, row - low, stride_o, exists, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 
@@ -206,7 +232,7 @@ def _add_queries(
     """Adds what the parts that meet a step find to dq of its columns."""
     first_hand, second_hand, keys, walked, base, stride = given
     walks, biases, runs, totals, low, high = walked
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, _sums_in_memory(BLOCK_D)))
+    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, _sums_in_memory(width_of(BLOCK_D, 0))))
     begin, step, left, first, second, first_done, second_done = 0, 0, 0, 0, 0, 0, 0
     for _ in range(gl.load(totals)):
         if left <= 0:
@@ -214,12 +240,12 @@ def _add_queries(
             first = gl.load(runs + 4)
             second = gl.load(runs + 6)
             runs += 4 + 2 * PARTS
-        dq = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, product(BLOCK_D))
+        dq = zeros(BLOCK_N, BLOCK_D)
         if first > 0:
-            dq = add_product(dq, first_hand, first_done, keys.index(0))
+            dq = add_product(dq, first_hand, first_done, of_slot(keys, 0))
             first_done += 1
         if second > 0:
-            dq = add_product(dq, second_hand, second_done, keys.index(1))
+            dq = add_product(dq, second_hand, second_done, of_slot(keys, 1))
             second_done += 1
         _add_rows(base, begin + offset * step, stride, offset < left, dq, HEAD_DIM, BLOCK_D, WIDE)
         begin += BLOCK_N * step
@@ -248,7 +274,7 @@ def gradients(
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()
-    keys = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], TILES)
+    keys = room_for_rows(dtype, PARTS, ROWS, BLOCK_D)
     first_hand, second_hand = make_hand(dtype, BLOCK_N), make_hand(dtype, BLOCK_N)
     key_head = head // group_heads
     k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_row * stride_ks

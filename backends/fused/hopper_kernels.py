@@ -13,6 +13,8 @@ from .addressing import AS_THEY_ARE, columns, next_run, place_of_runs, sequence_
 from .hopper_ring import (
     NOTHING,
     ROWS,
+    as_rows,
+    columns_of_step,
     copied_besides,
     feed_step,
     free_step,
@@ -21,7 +23,6 @@ from .hopper_ring import (
     make_ring,
     pass_over,
     product,
-    rows_in_memory,
     store_rows,
     wait_for_step,
 )
@@ -71,17 +72,15 @@ def feed_runs(
     """Copies the columns of every step."""
     ring, walked, fed = given
     walks, biases, runs, totals, low, high = walked
-    offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    offsets = columns_of_step(BLOCK_N, BLOCK_D)
     of_besides = gl.arange(0, BLOCK_N, copied_besides(BESIDES))
     begin, step, left = 0, 0, 0
     for number in range(gl.load(totals)):
         if left <= 0:
             begin, step, left, _full, _bound, _bias = next_run(runs, walks, biases, 0, True, low, high, SHIFTS)
             runs += 4 + 2 * PARTS
-        rows, rows_besides = (
-            begin + gl.minimum(offset, left - 1) * step,
-            begin + gl.minimum(of_besides, left - 1) * step,
-        )
+        rows = [begin + gl.minimum(offset, left - 1) * step for offset in offsets]
+        rows_besides = begin + gl.minimum(of_besides, left - 1) * step
         feed_step(ring, number, fed, rows, rows_besides, BESIDES, HEAD_DIM, BLOCK_D, STAGES, WIDE)
         begin += BLOCK_N * step
         left -= BLOCK_N
@@ -159,7 +158,7 @@ def _attend_part(
     """Out and lse of the rows of a part."""
     ring, walked, rows, q_base, stride_q, out_base, stride_o, lse_base, largest, scale = given
     low, totals = rows[5], walked[3]
-    row, exists = rows_of_part(rows, PART, gl.SliceLayout(1, rows_in_memory(BLOCK_D)))
+    row, exists = rows_of_part(rows, PART, as_rows(BLOCK_D))
     position, valid = rows_of_part(rows, PART, gl.SliceLayout(1, product(BLOCK_N)))
     x = load_rows(q_base, row - low, stride_q, exists, HEAD_DIM, BLOCK_D, WIDE)
     q = in_shared(x)
@@ -180,7 +179,7 @@ def _attend_part(
         )  # fmt: skip
     for other in range(number, gl.load(totals)):
         pass_over(ring, other, STAGES)
-    out, lse = finish_attending(out, row_sum, row_max, BLOCK_D)
+    out, lse = finish_attending(out, row_sum, row_max)
     store_rows(out_base, row - low, stride_o, exists, out, HEAD_DIM, BLOCK_D, WIDE)
     gl.store(lse_base + position - low, lse, mask=valid)
 

@@ -11,7 +11,9 @@ way when a step begins can come from nowhere but the step before. Else it gives 
 the next one's, and a part holds the tiles of both: a ring has at least two stages.
 
 Letters as in `addressing`. The columns of a step are rows (N, D) of two tensors, x and y: keys and values, or queries
-and dout. With queries come what `gradient_kernels` keeps of their rows: pairs of numbers, or levels.
+and dout. With queries come what `gradient_kernels` keeps of their rows: pairs of numbers, or levels. Rows are tuples
+of pieces, whose widths are powers of two and D together: what is computed in vain of a head_dim of 96 is nothing then,
+of 128 columns a quarter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .gradient_kernels import LEVEL_COLUMNS
 
 ROWS = gl.constexpr(64)  # of a part
-TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LEVEL_TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2))
 LEVELS_IN_MEMORY = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))  # 16 bytes a thread
@@ -34,6 +35,25 @@ PAIRS = gl.constexpr(1)
 LEVELS = gl.constexpr(2)
 _THREADS = gl.constexpr(128)  # of four warps
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # renamed in Triton 3.8
+
+
+@gluon.constexpr_function
+def pieces(width):
+    """How many powers of two a width is the sum of: one or two."""
+    return width.bit_count()
+
+
+@gluon.constexpr_function
+def width_of(width, piece):
+    """That of a piece, the widest first."""
+    widest = 1 << (width.bit_length() - 1)
+    return width - widest if piece else widest
+
+
+@gluon.constexpr_function
+def tiles_of(width):
+    """Layout of rows of that width, of 16 bits each, as products read them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=2)
 
 
 @gluon.constexpr_function
@@ -49,51 +69,113 @@ def rows_in_memory(width):
 
 
 @gluon.constexpr_function
+def as_rows(width):
+    """Layout of rows by themselves, as `load_rows` and `store_rows` take them."""
+    return gl.SliceLayout(1, rows_in_memory(width_of(width, 0)))
+
+
+@gluon.jit
+def columns_of_step(BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Numbers of the columns of a step, once for each piece."""
+    offset = ()
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        offset += (gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(width_of(BLOCK_D, piece)))),)
+    return offset
+
+
+@gluon.constexpr_function
 def copied_besides(kind):
     """Layout of the columns whose pairs or levels are copied."""
     return gl.SliceLayout(1, LEVELS_IN_MEMORY.value) if kind == 2 else gl.BlockedLayout([1], [32], [4], [0])
 
 
 @gluon.jit
-def _pointers(base, rows, stride, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of rows that begin at multiples of 16 bytes, as `launches` sees to."""
-    column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
+def _pointers(base, rows, stride, PIECE: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr):
+    """Of a piece of rows that begin at multiples of 16 bytes, as `launches` sees to, and its columns."""
+    WIDTH: gl.constexpr = width_of(BLOCK_D, PIECE)
+    LAYOUT: gl.constexpr = rows_in_memory(WIDTH)
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)) + (BLOCK_D - WIDTH if PIECE else 0)
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
     if WIDE:
         rows = rows.to(gl.int64)
     return gl.multiple_of(base + (rows[:, None] * stride + column[None, :]), [1, 16]), column
 
 
 @gluon.jit
+def _load_piece(
+    base, rows, stride, valid, PIECE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
+):  # fmt: skip
+    pointers, column = _pointers(base, rows, stride, PIECE, BLOCK_D, WIDE)
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, pointers.type.layout))
+    return gl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+
+
+@gluon.jit
 def load_rows(
     base, rows, stride, valid, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
 ):  # fmt: skip
-    """Rows of one head as `rows_in_memory`; zeros where a row is not valid and beyond head_dim."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
-    return gl.load(pointers, mask=valid[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    """Rows of one head as `rows_in_memory`; zeros where a row is not valid and beyond head_dim.
+
+    Which rows, and which of them are valid, has the layout `as_rows(BLOCK_D)`.
+    """
+    x = ()
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        x += (_load_piece(base, rows, stride, valid, piece, HEAD_DIM, BLOCK_D, WIDE),)
+    return x
+
+
+@gluon.jit
+def _store_piece(
+    base, rows, stride, valid, x, PIECE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    WIDE: gl.constexpr,
+):  # fmt: skip
+    pointers, column = _pointers(base, rows, stride, PIECE, BLOCK_D, WIDE)
+    x = gl.convert_layout(x.to(base.dtype.element_ty), pointers.type.layout)
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, pointers.type.layout))
+    gl.store(pointers, x, mask=valid[:, None] & (column < HEAD_DIM)[None, :])
 
 
 @gluon.jit
 def store_rows(
     base, rows, stride, valid, x, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
 ):  # fmt: skip
-    """Write x (64, D) to rows of one head, in their dtype, where a row is valid."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
-    x = gl.convert_layout(x.to(base.dtype.element_ty), rows_in_memory(BLOCK_D))
-    gl.store(pointers, x, mask=valid[:, None] & (column < HEAD_DIM)[None, :])
+    """Write x (64, D) to rows of one head, in their dtype, where a row is valid; layouts as of `load_rows`."""
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        _store_piece(base, rows, stride, valid, x[piece], piece, HEAD_DIM, BLOCK_D, WIDE)
 
 
 @gluon.jit
 def in_shared(x):
     """Rows as products read them."""
-    return gl.allocate_shared_memory(x.dtype, x.shape, TILES, x)
+    return [gl.allocate_shared_memory(y.dtype, y.shape, tiles_of(y.shape[1]), y) for y in x]
 
 
 @gluon.jit
-def _copy_rows(
-    to, base, rows, stride, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
+def _tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+    return gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH], tiles_of(WIDTH))
+
+
+@gluon.jit
+def room_for_rows(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """So many tiles of rows in shared memory."""
+    tiles = ()
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        tiles += (_tiles(dtype, STAGES, BLOCK_N, width_of(BLOCK_D, piece)),)
+    return tiles
+
+
+@gluon.jit
+def of_slot(tiles, slot):
+    """One of the tiles of `room_for_rows`."""
+    return [tile.index(slot) for tile in tiles]
+
+
+@gluon.jit
+def _copy_piece(
+    to, base, rows, stride, PIECE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr
 ):  # fmt: skip
-    """Begin to copy rows (N, D) that all exist to shared memory; zeros beyond head_dim."""
-    pointers, column = _pointers(base, rows, stride, BLOCK_D, WIDE, rows_in_memory(BLOCK_D))
+    """Begin to copy rows that all exist to shared memory; zeros beyond head_dim."""
+    pointers, column = _pointers(base, rows, stride, PIECE, BLOCK_D, WIDE)
     if HEAD_DIM == BLOCK_D:
         _copy(to, pointers)
     else:
@@ -117,8 +199,8 @@ def make_ring(
     PARTS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of x, of y and of pairs or levels, and barriers: which are ready, and which are free."""
-    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
-    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], TILES)
+    x_tiles = room_for_rows(dtype, STAGES, BLOCK_N, BLOCK_D)
+    y_tiles = room_for_rows(dtype, STAGES, BLOCK_N, BLOCK_D)
     if BESIDES == LEVELS:
         besides = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, LEVEL_COLUMNS], LEVEL_TILES)
     else:
@@ -132,13 +214,17 @@ def feed_step(
     ring, number, fed, rows, rows_besides, BESIDES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Copy the columns of a step, with their pairs or levels, as soon as its tiles are free."""
+    """Copy the columns of a step, with their pairs or levels, as soon as its tiles are free.
+
+    They are given once for each piece, in the layout that it has.
+    """
     x_tiles, y_tiles, besides, ready, free = ring
     x_base, stride_x, y_base, stride_y, base_besides = fed
     slot = number % STAGES
     mbarrier.wait(free.index(slot), (number // STAGES) & 1 ^ 1)
-    _copy_rows(x_tiles.index(slot), x_base, rows, stride_x, HEAD_DIM, BLOCK_D, WIDE)
-    _copy_rows(y_tiles.index(slot), y_base, rows, stride_y, HEAD_DIM, BLOCK_D, WIDE)
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        _copy_piece(x_tiles[piece].index(slot), x_base, rows[piece], stride_x, piece, HEAD_DIM, BLOCK_D, WIDE)
+        _copy_piece(y_tiles[piece].index(slot), y_base, rows[piece], stride_y, piece, HEAD_DIM, BLOCK_D, WIDE)
     if BESIDES == PAIRS:
         _copy(besides.index(slot), base_besides + rows_besides)
     if BESIDES == LEVELS:
@@ -155,7 +241,7 @@ def tiles_of_step(ring, number, STAGES: gl.constexpr):
     """The tiles of x, of y and of pairs or levels of a step that this part has waited for and not freed."""
     x_tiles, y_tiles, besides, _ready, _free = ring
     slot = number % STAGES
-    return x_tiles.index(slot), y_tiles.index(slot), besides.index(slot)
+    return of_slot(x_tiles, slot), of_slot(y_tiles, slot), besides.index(slot)
 
 
 @gluon.jit

@@ -1,6 +1,7 @@
 """What a part of a program does with the columns of a step, in Gluon for Hopper: as in `kernels`, `gradient_kernels`.
 
-Letters as in `addressing`; scores and the rest of (64, N) have the layout `product(N)`, sums that of `product(D)`.
+Letters as in `addressing`; scores and the rest of (64, N) have the layout `product(N)`, sums (64, D) are tuples of
+pieces, as all rows are (`hopper_ring`), each with the layout `product` of its width.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_ring import ROWS, product
-from .kernels import FIXED_BELOW, partial_sums, reach
+from .hopper_ring import ROWS, pieces, product, width_of
+from .kernels import FIXED_BELOW, partial_sums, reach, squared_norms
 
 _INF = gl.constexpr(float("inf"))
 
@@ -19,7 +20,74 @@ _INF = gl.constexpr(float("inf"))
 def begin_product(a, b, BLOCK_N: gl.constexpr):
     """a·b (64, N) of rows b, under way."""
     none = gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N))
-    return warpgroup_mma(a, b.permute((1, 0)), none, use_acc=False, is_async=True)
+    sums = warpgroup_mma(a[0], b[0].permute((1, 0)), none, use_acc=False, is_async=True)
+    for piece in gl.static_range(1, len(b)):
+        sums = warpgroup_mma(a[piece], b[piece].permute((1, 0)), sums, is_async=True)
+    return sums
+
+
+@gluon.jit
+def _zeros(ROWS_OF: gl.constexpr, WIDTH: gl.constexpr):
+    return gl.zeros([ROWS_OF, WIDTH], gl.float32, product(WIDTH))
+
+
+@gluon.jit
+def zeros(ROWS_OF: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Sums of nothing, of so many rows."""
+    sums = ()
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        sums += (_zeros(ROWS_OF, width_of(BLOCK_D, piece)),)
+    return sums
+
+
+@gluon.constexpr_function
+def weights_of(width):
+    """Layout of weights (64, N) as an operand of products with rows of that width."""
+    return gl.DotOperandLayout(0, product(width_of(width, 0)), 2)
+
+
+@gluon.jit
+def begin_adding(p, x, sums, use_acc=True):
+    """Sums (64, D) and p·x of weights p (64, N), under way."""
+    more = ()
+    for piece in gl.static_range(len(x)):
+        more += (warpgroup_mma(p, x[piece], sums[piece], use_acc=use_acc, is_async=True),)
+    return more
+
+
+@gluon.jit
+def have_come(sums):
+    """Sums that were under way, as all that is."""
+    return (warpgroup_mma_wait(0, deps=sums),) if len(sums) == 1 else warpgroup_mma_wait(0, deps=sums)
+
+
+@gluon.jit
+def both_have_come(first, second):
+    """Likewise of two."""
+    come = warpgroup_mma_wait(0, deps=first + second)
+    return come[: len(first)], come[len(first) :]
+
+
+@gluon.jit
+def as_operand(x, BLOCK_N: gl.constexpr):
+    """Rows of a part as an operand, from registers, of products with N columns."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_N), 2)
+    return [gl.convert_layout(piece, operand) for piece in x]
+
+
+@gluon.jit
+def times(x, factor):
+    """Rows by a number."""
+    return [piece * factor for piece in x]
+
+
+@gluon.jit
+def plus(x, there):
+    """Sums and rows, as memory has them."""
+    more = ()
+    for piece in gl.static_range(len(x)):
+        more += (x[piece] + gl.convert_layout(there[piece].to(gl.float32), x[piece].type.layout),)
+    return more
 
 
 @gluon.jit
@@ -46,15 +114,17 @@ def where_met(x, otherwise: gl.constexpr, full, bound, SPLIT: gl.constexpr):
 @gluon.jit
 def no_sums(BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
     """Out, row_sum and row_max of no columns."""
-    out = gl.zeros([ROWS, BLOCK_D], gl.float32, product(BLOCK_D))
     row_sum = partial_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, product(BLOCK_N)))
-    return out, row_sum, gl.full([ROWS], -_INF, gl.float32, gl.SliceLayout(1, product(BLOCK_N)))
+    return zeros(ROWS, BLOCK_D), row_sum, gl.full([ROWS], -_INF, gl.float32, gl.SliceLayout(1, product(BLOCK_N)))
 
 
 @gluon.jit
 def bounded(x, largest, row_max, scale):
     """Whether the scores of rows x have a bound that serves as their maximum, and that or `row_max`: see `kernels`."""
-    limit = reach(x, largest, scale)
+    squares = squared_norms(x[0])
+    for piece in gl.static_range(1, len(x)):
+        squares += gl.convert_layout(squared_norms(x[piece]), squares.type.layout)
+    limit = reach(squares, largest, scale)
     is_bounded = gl.max(limit, 0) < FIXED_BELOW
     return is_bounded, gl.where(is_bounded, gl.convert_layout(limit, row_max.type.layout), row_max)
 
@@ -85,21 +155,21 @@ def weigh_columns(
         of_sums = gl.convert_layout(shrink, gl.SliceLayout(1, row_sum.type.layout))
         row_sum = row_sum * of_sums[:, None] + partial_sums(p)
         row_max = new_max
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, product(BLOCK_D), 2)), shrink, row_sum, row_max
+    return gl.convert_layout(p.to(dtype), weights_of(BLOCK_D)), shrink, row_sum, row_max
 
 
 @gluon.jit
 def shrunk(out, shrink, FIXED: gl.constexpr):
     """Out (64, D) by the factor of `weigh_columns`."""
     if not FIXED:
-        out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
+        out = [x * gl.convert_layout(shrink, gl.SliceLayout(1, x.type.layout))[:, None] for x in out]
     return out
 
 
 @gluon.jit
 def add_columns(p, v, out):
     """Out (64, D) and p·v."""
-    return warpgroup_mma_wait(0, deps=[warpgroup_mma(p, v, out, is_async=True)])
+    return have_come(begin_adding(p, v, out))
 
 
 @gluon.jit
@@ -109,17 +179,17 @@ def attend_columns(
 ):  # fmt: skip
     """As `kernels.attend_tile`."""
     p, shrink, row_sum, row_max = weigh_columns(
-        scores, row_sum, row_max, scale, bias, full, bound, v.dtype, FIXED, True, SPLIT, BLOCK_D
+        scores, row_sum, row_max, scale, bias, full, bound, v[0].dtype, FIXED, True, SPLIT, BLOCK_D
     )  # fmt: skip
     return add_columns(p, v, shrunk(out, shrink, FIXED)), row_sum, row_max
 
 
 @gluon.jit
-def finish_attending(out, row_sum, row_max, BLOCK_D: gl.constexpr):
+def finish_attending(out, row_sum, row_max):
     """Out and lse (64,); 0 and -inf of rows without keys."""
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
     divisor = gl.where(row_sum > 0, row_sum, 1.0)
-    out = out / gl.convert_layout(divisor, gl.SliceLayout(1, product(BLOCK_D)))[:, None]
+    out = [x / gl.convert_layout(divisor, gl.SliceLayout(1, x.type.layout))[:, None] for x in out]
     return out, gl.where(row_sum > 0, row_max + gl.log2(divisor), -_INF) * 0.6931471805599453
 
 
@@ -133,9 +203,8 @@ def add_to_dq(
     if HAS_BOUND:
         p = where_met(p, 0.0, full, bound, SPLIT)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = gl.convert_layout((p * (dp - delta[:, None])).to(k.dtype), gl.DotOperandLayout(0, product(BLOCK_D), 2))
-    dq = warpgroup_mma(ds, k, dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=[dq])
+    ds = gl.convert_layout((p * (dp - delta[:, None])).to(k[0].dtype), weights_of(BLOCK_D))
+    return add_columns(ds, k, dq)
 
 
 @gluon.jit
@@ -144,11 +213,11 @@ def add_to_dk_dv(
     HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """As `gradient_kernels.key_gradient_tile`, columns as for `weigh_columns`; dp comes, dk and dv go under way."""
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product(BLOCK_D), 2)
+    OPERAND: gl.constexpr = weights_of(BLOCK_D)
     p = gl.exp2(scores * scale + (bias - lse)[None, :])
     if HAS_BOUND:
         p = where_met(p, 0.0, full, bound, SPLIT)
-    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), OPERAND), dout, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=[dp])
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
-    return warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True), dv
+    dv = begin_adding(gl.convert_layout(p.to(q[0].dtype), OPERAND), dout, dv)
+    dp = warpgroup_mma_wait(len(dv), deps=[dp])
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    return begin_adding(gl.convert_layout(ds, OPERAND), q, dk), dv

@@ -72,14 +72,20 @@ def attend_tile(
 
 
 @triton.jit
-def reach(q, largest, scale):
-    """What no score of a row exceeds, by Cauchy and Schwarz: |q| max|k| scale (M,).
+def squared_norms(q):
+    """Of rows: (M,) float32."""
+    wide = q.to(tl.float32)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def reach(squares, largest, scale):
+    """What no score of a row exceeds, by Cauchy and Schwarz: |q| max|k| scale (M,), of `squared_norms` of q.
 
     Below `FIXED_BELOW` it serves as the softmax's maximum: twice that (from the least to the largest score) and the
     24 bits of a float32 lie within its exponents, so that nothing that counts underflows.
     """
-    wide = q.to(tl.float32)
-    return tl.sqrt(tl.sum(wide * wide, 1) * tl.load(largest)) * scale
+    return tl.sqrt(squares * tl.load(largest)) * scale
 
 
 @triton.jit
@@ -149,7 +155,7 @@ def attend(
     if DROPS:
         drops = drawn_of_rows(draws, first_row + position - q_low, valid, first_column, batch * num_heads + head, False)
     if BOUNDED:
-        limit = reach(q, largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
+        limit = reach(squared_norms(q), largest_ptr + batch * (num_heads // group_heads) + head // group_heads, scale)
         is_bounded = tl.max(limit, 0) < FIXED_BELOW
         # One loop after the other, of which one has no steps: in two branches of an `if` both would have memory.
         row_max = tl.where(is_bounded, limit, row_max)

@@ -29,6 +29,11 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+def spanned(head_dim: int) -> int:
+    """What the kernels with a ring compute with for a head_dim: rows of theirs may be of two pieces."""
+    return 96 if 64 < head_dim <= 96 else padded(head_dim)
+
+
 def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
     """Whether there are kernels for Hopper for this, which serve this release of Triton."""
     release = ".".join(version.split(".")[:2])
