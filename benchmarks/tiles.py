@@ -52,18 +52,20 @@ def parsed_tile(text: str) -> Tile:
     words = rest.split(",")
     numbers = [int(word) for word in words if word.isdecimal()]
     named = dict(word.split("=", 1) for word in words if "=" in word)
-    split, adds = "split" in words, "adds" in words and bool(kind)
+    split, adds, apart = "split" in words, "adds" in words and bool(kind), words[3:] == ["apart"] and bool(kind)
     known = {"parts"} if kind else {"registers"}
     wrong = len(numbers) != (3 if kind else 4) or kind not in ("", "ring") or not named.keys() <= known
     if (
         wrong
-        or len(numbers) + len(named) + split + adds != len(words)
+        or len(numbers) + len(named) + split + adds + apart != len(words)
         or not all(x.isdecimal() for x in named.values())
     ):
         raise ConfigError(
             f"{text!r} is no tile; write ROWS,COLUMNS,WARPS,STAGES[,registers=N][,split] or "
-            "ring:COLUMNS,STAGES,REGISTERS[,parts=N][,split][,adds]"
+            "ring:COLUMNS,STAGES,REGISTERS[,parts=N][,split][,adds] or ring:COLUMNS,STAGES,REGISTERS,apart"
         )
+    if apart:
+        return Tile.by_ring_apart(*numbers)
     if kind:
         return Tile.by_ring(*numbers, parts=int(named.get("parts", 2)), split=split, adds=adds)
     rows, columns, warps, stages = numbers
@@ -189,7 +191,7 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> None:
     """
     cases, more = named_cases(args.cases, "cuda"), [parsed_tile(text) for text in args.tile]
     if any(tile.parts == 1 for tile in more) and args.passes != ["keys"]:
-        raise ConfigError("a ring with 1 part serves gradients of keys alone; add --pass keys")
+        raise ConfigError("a ring with 1 part, or apart, serves gradients of keys alone; add --pass keys")
     if any(tile.adds for tile in more) and args.passes != ["gradients"]:
         raise ConfigError("a tile that adds serves gradients in one launch alone; add --pass gradients")
     if not torch.cuda.is_available() or compute_capability(_arch()) < OLDEST:

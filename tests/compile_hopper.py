@@ -1,9 +1,8 @@
 """Compiles the kernels in Gluon for Hopper, without a card and without torch.
 
-`python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of [module, kernel, width, columns, stages, warps,
-registers of a part, those to begin with, those of what feeds, those of what adds, split, parts]. Prints a line
-for each: its name and head_dim, its registers' spills and its shared memory in bytes, and whether ptxas gave up the
-overlap of its products.
+`python compile_hopper.py FUSED_FOLDER TILES`, with TILES a JSON list of what a `Tile` has, and of module, kernel, width
+and registers. Prints a line for each: its name and head_dim, its registers' spills and its shared memory in bytes, and
+whether ptxas gave up the overlap of its products.
 `test_hopper_kernels` runs it with every Triton that they serve.
 """
 
@@ -35,9 +34,7 @@ POINTERS = {
     "levels_ptr": "*bf16",
     "biases": "*fp32",
 }
-BOXES = {
-    "sums": "fp32[1, {BLOCK_N}, 1, {BLOCK_D}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)"
-}
+BOXES = {"sums": 0, "more_sums": -1}
 FLOATS = ("scale", "grad_scale")
 ALIGNED = ("num_heads", "q_high", "k_high", "period")  # multiples of 16, as of any length that is measured
 
@@ -50,11 +47,19 @@ def kernel(folder: str, module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"fused.{module}"), name)
 
 
+def box(constants: dict[str, Any], piece: int) -> str:
+    """The kind of a box of sums, of a piece."""
+    whole = 1 << (constants["BLOCK_D"].bit_length() - 1)
+    width = (whole, constants["BLOCK_D"] - whole or whole)[piece]
+    layout = f"NVMMASharedLayout(swizzle_byte_width={min(128, 4 * width)}, element_bitwidth=32, rank=4)"
+    return f"tensordesc<fp32[1, {constants['BLOCK_N']}, 1, {width}],{layout}>"
+
+
 def source_of(make: Any, fn: Any, constants: dict[str, Any], dtype: str = "bf16") -> Any:
     """What is compiled of a kernel: `make` is the compiler's class for its dialect, `dtype` that of the tensors."""
     kinds = {name: POINTERS.get(name, "fp32" if name in FLOATS else "i32") for name in fn.arg_names}
     kinds = {name: kind.replace("bf16", dtype) for name, kind in kinds.items()}
-    kinds |= {name: f"tensordesc<{BOXES[name].format(**constants)}>" for name in kinds if name in BOXES}
+    kinds |= {name: box(constants, BOXES[name]) for name in kinds if name in BOXES}
     signature = kinds | dict.fromkeys(constants, "constexpr")
     values = {(i,): constants[name] for i, name in enumerate(fn.arg_names) if name in constants}
     divisible = {
@@ -80,22 +85,22 @@ def main(folder: str, tiles: str) -> None:
     Of those whose rows may end with their document, too.
     """
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    for module, name, width, columns, stages, warps, registers, begin, feeding, adding, split, parts in json.loads(
-        tiles
-    ):
-        fn = kernel(folder, module, name)
+    for tile in json.loads(tiles):
+        name, width = tile["kernel"], tile["width"]
+        fn = kernel(folder, tile["module"], name)
         variants = [(width, True, False, False, False), (width - 16, False, True, False, False)]
         variants += [(width, True, False, True, False)]
         variants += [(width, True, False, True, True)] if "IN_ORDER" in fn.arg_names else []
         for head_dim, shifts, wide, packed, in_order in variants:
             constants = {
-                "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": columns, "STAGES": stages, "WIDE": wide,
-                "SPLIT": split, "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True, "PARTS": parts,
-                "PART_REGISTERS": registers, "FEED_REGISTERS": feeding, "ADD_REGISTERS": adding,
-                "PACKED": packed, "IN_ORDER": in_order,
+                "HEAD_DIM": head_dim, "BLOCK_D": width, "BLOCK_N": tile["columns"], "STAGES": tile["stages"],
+                "WIDE": wide, "SPLIT": tile["split"], "SHIFTS": shifts, "BLOCK": 128, "ADDS": wide, "BOUNDED": True,
+                "PARTS": tile["parts"], "APART": tile["apart"], "PART_REGISTERS": tile["registers"],
+                "FEED_REGISTERS": tile["feeding"], "ADD_REGISTERS": tile["adding"], "PACKED": packed,
+                "IN_ORDER": in_order,
             }  # fmt: skip
             taken = {key: value for key, value in constants.items() if key in fn.arg_names}
-            shared, said = compile_for_hopper(fn, taken, warps, begin)
+            shared, said = compile_for_hopper(fn, taken, tile["warps"], tile["begin"])
             (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
             overlap = "serialized" if "serialized" in said else "overlaps"
             sys.stdout.write(f"{name} {head_dim} {spilled} {shared} {overlap}\n")

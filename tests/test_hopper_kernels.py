@@ -17,7 +17,7 @@ import torch
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed, spanned
 from dilated_attention.core.documents import Document, Packing
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -27,8 +27,19 @@ ROOT = Path(__file__).parents[1]
 LONGNET = Dilated(segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4))
 RAGGED = Dilated(segment_lengths=(100, 230, 500), dilation_rates=(3, 5, 2))
 RARE = Dilated(segment_lengths=(64, 128, 2048), dilation_rates=(1, 2, 64))  # a branch over everything, row by row
+WIDTHS = (48, 64, 96, 128, 192, 256)
 NEVER = 1 << 30
 ALWAYS = 0
+
+SIZES = [
+    (torch.bfloat16, 64),
+    (torch.float16, 48),
+    (torch.bfloat16, 96),
+    (torch.bfloat16, 104),
+    (torch.float16, 192),
+    (torch.bfloat16, 256),
+]
+PADDED = [(torch.bfloat16, 40), (torch.float16, 80), (torch.bfloat16, 136), (torch.float16, 200)]
 
 on_the_card = pytest.mark.skipif(
     not can_be_fed(64, torch.bfloat16, version("triton")), reason="not tested with this release of Triton"
@@ -42,7 +53,8 @@ on_the_card = pytest.mark.skipif(
         (48, torch.float16, "3.6.1", True),
         (128, torch.bfloat16, "3.6.0", True),
         (32, torch.bfloat16, "3.6.0", False),
-        (256, torch.bfloat16, "3.6.0", False),
+        (256, torch.bfloat16, "3.6.0", True),
+        (256, torch.float32, "3.6.0", False),
         (64, torch.float32, "3.6.0", False),
         (64, torch.bfloat16, "3.5.1", False),
         (64, torch.bfloat16, "3.10.0", False),
@@ -56,7 +68,16 @@ def test_they_serve_what_they_passed_their_tests_for(
     assert can_be_fed(head_dim, dtype, release) is expected
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "expected"),
+    [(40, 48), (48, 48), (56, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128), (136, 192), (192, 192),
+     (200, 256)],
+)  # fmt: skip
+def test_rows_of_two_pieces_where_they_suffice(head_dim: int, expected: int) -> None:
+    assert spanned(head_dim) == expected
+
+
+@pytest.mark.parametrize("head_dim", WIDTHS)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_blocks_that_their_rows_do_not_divide_are_never_theirs(head_dim: int, is_causal: bool) -> None:
     fed = TileSizes.of(head_dim, torch.bfloat16, is_causal=is_causal, fed=True)
@@ -64,13 +85,14 @@ def test_blocks_that_their_rows_do_not_divide_are_never_theirs(head_dim: int, is
     for block in (16, 32, 64):
         assert fed.within(block) == unfed.within(block)
     for sizes, block in ((fed, 64), (unfed, 64)):  # no 128 rows cut to 64, of which 8 warps would have few each
-        assert sizes.within(block).forward in (Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 3, 168))
+        assert sizes.within(block).forward.rows == 64
+        assert sizes.within(block).forward.warps == 4
     for block in (128, 256):
         assert fed.within(block).forward.parts == 2
-        assert fed.within(block).keys.parts == 2
+        assert fed.within(block).keys.parts == (1 if head_dim > 128 else 2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", WIDTHS)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_their_registers_fit_on_a_multiprocessor(head_dim: int, is_causal: bool) -> None:
     """65,536, in portions of 8 for each thread."""
@@ -79,12 +101,12 @@ def test_their_registers_fit_on_a_multiprocessor(head_dim: int, is_causal: bool)
     fed = [tile for tile in chosen if tile.parts]
     assert len(fed) >= 4
     for tile in fed:
-        adding = tile.adding if tile.adds else 0
-        registers, threads = tile.registers or 0, 128 * (tile.parts + 1 + tile.adds)
+        adding, parts = tile.adding if tile.adds else 0, tile.parts + tile.apart
+        registers, threads = tile.registers or 0, 128 * (parts + 1 + tile.adds)
         assert registers % 8 == tile.begin % 8 == tile.feeding % 8 == adding % 8 == 0
         assert 24 <= tile.feeding < tile.begin < registers
         assert adding == 0 or adding >= 64
-        assert threads * tile.begin == 128 * (tile.parts * registers + tile.feeding + adding)
+        assert threads * tile.begin == 128 * (parts * registers + tile.feeding + adding)
         assert threads * tile.begin * (1 if tile.begin == 168 or tile.adds else 2) <= 65536
 
 
@@ -96,6 +118,16 @@ def test_a_single_part_serves_gradients_of_keys_alone(pattern: Pattern, which: P
     tiles = TileSizes.alike(attrs.evolve(plain, **{which: Tile.by_ring(64, 4, 232, parts=1)}))
     layout = lower(pattern, Geometry.self_attention(256, 2, is_causal=True))
     with pytest.raises(ConfigError, match="1 part serves gradients_of_keys alone"):
+        FusedKernel("refused", tiles).parts(layout, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pattern", [LONGNET, Random(density=0.3, block_size=128)], ids=str)
+@pytest.mark.parametrize("which", ["forward", "queries"])
+def test_dk_and_dv_apart_serve_gradients_of_keys_alone(pattern: Pattern, which: Pass) -> None:
+    plain = TileSizes.of(64, torch.bfloat16, is_causal=True).branches
+    tiles = TileSizes.alike(attrs.evolve(plain, **{which: Tile.by_ring_apart(64, 2, 232)}))
+    layout = lower(pattern, Geometry.self_attention(256, 2, is_causal=True))
+    with pytest.raises(ConfigError, match="dk and dv apart serves gradients of keys alone"):
         FusedKernel("refused", tiles).parts(layout, torch.device("cpu"))
 
 
@@ -139,29 +171,32 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     python = tmp_path / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "-q", f"triton=={release}.*"], check=True)
-    tiles: list[list[Any]] = []
-    for width, is_causal in itertools.product((64, 128), (True, False)):
+    tiles: list[dict[str, Any]] = []
+    for width, is_causal in itertools.product(WIDTHS, (True, False)):
         sizes = TileSizes.of(width, torch.bfloat16, is_causal=is_causal, fed=True)
         for kernels, chosen in ((OF_BRANCHES, sizes.branches), (OF_BLOCKS, sizes.blocks)):
             for which in chosen.passes:
                 (module, name), tile = kernels[which], chosen.of(which)
-                shape = [tile.columns, tile.stages, tile.warps, tile.registers, tile.begin, tile.feeding]
                 if tile.parts:
-                    adding = tile.adding if tile.adds else 0
-                    tiles.append([f"hopper_{module}", name, width, *shape, adding, tile.split, tile.parts])
+                    registers = {
+                        "begin": tile.begin,
+                        "feeding": tile.feeding,
+                        "adding": tile.adding if tile.adds else 0,
+                    }
+                    named = {"module": f"hopper_{module}", "kernel": name, "width": width}
+                    tiles.append(attrs.asdict(tile) | registers | named)
     tiles = [tile for number, tile in enumerate(tiles) if tile not in tiles[:number]]
     script, folder = ROOT / "tests" / "compile_hopper.py", ROOT / "backends" / "fused"
     command = [str(python), str(script), str(folder), json.dumps(tiles)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
     of_rows = ("attend_blocks", "block_gradients_of_queries")
-    asked_for = [tile for tile in tiles for _ in range(4 if tile[1] in of_rows else 3)]
-    assert len(lines) == 42
+    asked_for = [tile for tile in tiles for _ in range(4 if tile["kernel"] in of_rows else 3)]
+    assert len(lines) == 128
     for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
         assert int(spilled) <= 640, line
-        begin, adding = asked[7], asked[9]
-        programs = 2 if begin == 80 and not adding else 1  # on a multiprocessor, which keeps 1 KiB for each
+        programs = 2 if asked["begin"] == 80 and not asked["adds"] else 1  # a multiprocessor keeps 1 KiB for each
         assert int(shared) <= 228 * 1024 // programs - 1024, line
 
 
@@ -235,7 +270,7 @@ def compare(
 @on_the_card
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("pattern", [LONGNET, RAGGED, RARE, Full(), Strided(3)], ids=str)
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
+@pytest.mark.parametrize(("dtype", "head_dim"), SIZES + PADDED)
 def test_branches(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal: bool) -> None:
     """Also of rows and keys that meet none."""
     geometry = Geometry(
@@ -249,7 +284,7 @@ def test_branches(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("pattern", [LONGNET, RAGGED, RARE, Full()], ids=str)
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
+@pytest.mark.parametrize(("dtype", "head_dim"), SIZES)
 def test_documents(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causal: bool, deterministic: bool) -> None:
     """In rows that they do not fill, some with more keys than queries."""
     documents = (Document(0, 0, 1, 3, 1), Document(0, 5, 300, 9, 300), Document(0, 320, 140, 330, 500),
@@ -270,7 +305,7 @@ def test_documents(dtype: torch.dtype, head_dim: int, pattern: Pattern, is_causa
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 104)])
+@pytest.mark.parametrize(("dtype", "head_dim"), SIZES)
 def test_blocks_of_documents(
     dtype: torch.dtype, head_dim: int, is_causal: bool, pattern: Pattern, deterministic: bool
 ) -> None:
@@ -293,7 +328,7 @@ def test_blocks_of_documents(
 )
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "kv_heads"),
-    [(torch.bfloat16, 64, 2), (torch.float16, 48, 2), (torch.bfloat16, 104, 2), (torch.float16, 128, 4)],
+    [*((*size, 2) for size in SIZES + PADDED), (torch.float16, 128, 4)],
 )
 def test_blocks(dtype: torch.dtype, head_dim: int, kv_heads: int, pattern: Pattern, is_causal: bool) -> None:
     """With blocks that reach past the ends, masks, and pairs that count twice."""
@@ -324,7 +359,7 @@ def test_gradients_with_the_same_bits_on_every_run(pattern: Pattern, is_causal: 
 @on_the_card
 @pytest.mark.parametrize("factor", [1.0, 30.0])
 @pytest.mark.parametrize("pattern", [LONGNET, Local(100) | Global(3)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_scores_with_and_without_a_bound(head_dim: int, pattern: Pattern, factor: float) -> None:
     """Large queries have none, and take the running maximum, beside others that have.
 
@@ -337,7 +372,7 @@ def test_scores_with_and_without_a_bound(head_dim: int, pattern: Pattern, factor
 @pytest.mark.gpu
 @on_the_card
 @pytest.mark.parametrize("pattern", [LONGNET, Local(100) | Global(3)], ids=str)
-@pytest.mark.parametrize("head_dim", [56, 64])
+@pytest.mark.parametrize("head_dim", [56, 64, 88])
 def test_rows_that_begin_anywhere(head_dim: int, pattern: Pattern) -> None:
     """Not only at multiples of 16 bytes, which is what their copies take."""
     geometry = Geometry(q_len=300, kv_len=300, num_heads=4, num_kv_heads=2, is_causal=True)
@@ -346,7 +381,7 @@ def test_rows_that_begin_anywhere(head_dim: int, pattern: Pattern) -> None:
 
 @pytest.mark.gpu
 @on_the_card
-@pytest.mark.parametrize("head_dim", [56, 128])
+@pytest.mark.parametrize("head_dim", [56, 96, 128, 200])
 def test_blocks_are_added_to_what_is_there(head_dim: int) -> None:
     """As rings do: out and lse merged, dq summed; a row of blocks without any keeps what it has."""
     geometry = Geometry(q_len=700, kv_len=700, num_heads=4, num_kv_heads=2, is_causal=True)

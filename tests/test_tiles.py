@@ -20,6 +20,7 @@ from dilated_attention.backends.fused.tiles import Tile, can_be_fed
         ("ring:64,4,232", Tile.by_ring(64, 4, 232)),
         ("ring:64,4,232,parts=1,split", Tile.by_ring(64, 4, 232, parts=1, split=True)),
         ("ring:64,4,208,adds", Tile.by_ring(64, 4, 208, adds=True)),
+        ("ring:64,2,232,apart", Tile.by_ring_apart(64, 2, 232)),
     ],
 )
 def test_tiles(text: str, expected: Tile) -> None:
@@ -27,8 +28,10 @@ def test_tiles(text: str, expected: Tile) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "64,32,4", "ring:64,4", "ring:64,4,232,registers=1", "64,32,4,x", "a:1,2,3", "64,32,4,3,adds"]
-)
+    "text",
+    ["", "64,32,4", "ring:64,4", "ring:64,4,232,registers=1", "64,32,4,x", "a:1,2,3", "64,32,4,3,adds",
+     "64,32,4,3,apart", "ring:64,4,232,split,apart"],
+)  # fmt: skip
 def test_what_is_no_tile_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="is no tile; write ROWS,COLUMNS"):
         parsed_tile(text)
@@ -40,6 +43,9 @@ def test_unknown_cases_and_machines_without_a_card(capsys: pytest.CaptureFixture
     assert "did you mean" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["longnet-128k", "--tile", "ring:64,4,232,parts=1"])
+    assert "serves gradients of keys alone; add --pass keys" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["longnet-128k", "--tile", "ring:64,2,232,apart"])
     assert "serves gradients of keys alone; add --pass keys" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["longnet-128k", "--tile", "ring:64,4,208,adds"])

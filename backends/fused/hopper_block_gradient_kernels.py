@@ -30,14 +30,17 @@ from .hopper_ring import (
     wait_for_step,
 )
 from .hopper_steps import (
+    add_to_dk,
     add_to_dk_dv,
     add_to_dq,
+    add_to_dv,
     as_operand,
     begin_adding,
     begin_product,
     begin_products,
     both_have_come,
     plus,
+    scores_of,
     times,
     weights_of,
     zeros,
@@ -91,7 +94,7 @@ def block_gradients_of_queries(
     """As `block_gradient_kernels.block_gradients_of_queries`, of tiles of 128 rows."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER, PARTS,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
@@ -203,6 +206,41 @@ def _keys_part(
     store_rows(dv_base, row, stride_o, row < length, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 
+@gluon.jit
+def _apart(
+    given, OF_VALUES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """As over branches: dv of the rows of a program, or dk."""
+    (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, queries,
+     scale, grad_scale) = given  # fmt: skip
+    row = first + gl.arange(0, ROWS, as_rows(BLOCK_D))
+    inside += gl.arange(0, ROWS, gl.SliceLayout(1, product(BLOCK_N)))
+    k = in_shared(load_rows(k_base, row, stride_k, row < length, HEAD_DIM, BLOCK_D, WIDE))
+    if not OF_VALUES:
+        v = in_shared(load_rows(v_base, row, stride_v, row < length, HEAD_DIM, BLOCK_D, WIDE))
+    fence_async_shared()
+    sums = zeros(ROWS, BLOCK_D)
+    for number in range(blocks[5]):
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        if OF_VALUES:
+            scores = scores_of(k, q, BLOCK_N)
+        else:
+            scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+            scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+        bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
+        if OF_VALUES:
+            sums = add_to_dv(scores, dout, sums, lse, scale, bias, 0, 0, False, False, BLOCK_D)
+        else:
+            sums = add_to_dk(scores, dp, q, sums, lse, delta, scale, bias, 0, 0, False, False, BLOCK_D)
+        free_step(ring, number, STAGES)
+    if OF_VALUES:
+        store_rows(dv_base, row, stride_o, row < length, sums, HEAD_DIM, BLOCK_D, WIDE)
+    else:
+        store_rows(dk_base, row, stride_o, row < length, times(sums, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
+
+
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, head_table, starts, cols, biases, mask_ids, masks,
@@ -210,12 +248,13 @@ def block_gradients_of_keys(
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
     q_len, k_len, scale, grad_scale, num_heads, group_heads, block_rows, batch_tables, leading,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    BLOCK: gl.constexpr, PACKED: gl.constexpr, PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, APART: gl.constexpr, PACKED: gl.constexpr,
+    PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `block_gradient_kernels.block_gradients_of_keys`, of tiles of 128 rows."""
+    """As `block_gradient_kernels.block_gradients_of_keys`, of tiles of 128 rows, or of 64 if APART (`_apart`)."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED, 1 if APART else PARTS,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads
@@ -230,12 +269,23 @@ def block_gradients_of_keys(
         keys, queries, scale, grad_scale,
     )  # fmt: skip
     feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), queries)
-    gl.warp_specialize(
-        [
-            (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-            (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-            (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-        ],
-        [4, 4],
-        [PART_REGISTERS, FEED_REGISTERS],
-    )
+    if APART:
+        gl.warp_specialize(
+            [
+                (_apart, (part, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+                (_apart, (part, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+                (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            ],
+            [4, 4],
+            [PART_REGISTERS, FEED_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+                (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+                (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+            ],
+            [4, 4],
+            [PART_REGISTERS, FEED_REGISTERS],
+        )

@@ -49,6 +49,7 @@ PARTS = gl.constexpr(2)
 def place_of_program(
     num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
     batch_tables, leading, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr, IN_ORDER: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """Of this program: head, batch row, the place of its sequence's first token in there, that sequence's queries and
     keys, the program's first row in the sequence and in the block, and its blocks.
@@ -258,7 +259,7 @@ def attend_blocks(
     """As `block_kernels.attend_blocks`, of tiles of 128 rows, and with the bound of scores that `kernels` have."""
     head, batch, place, queries, keys, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, IN_ORDER, PARTS,
     )  # fmt: skip
     ring = make_ring(q_ptr.dtype.element_ty, NOTHING, BLOCK_N, BLOCK_D, STAGES, PARTS)
     key_head = head // group_heads

@@ -31,7 +31,17 @@ from .hopper_ring import (
     store_rows,
     wait_for_step,
 )
-from .hopper_steps import add_to_dk_dv, add_to_dq, begin_products, both_have_come, times, zeros
+from .hopper_steps import (
+    add_to_dk,
+    add_to_dk_dv,
+    add_to_dq,
+    add_to_dv,
+    begin_products,
+    both_have_come,
+    scores_of,
+    times,
+    zeros,
+)
 
 
 @gluon.jit
@@ -168,6 +178,44 @@ def _keys_part(
     store_rows(dv_base, row - low, stride_o, exists, dv, HEAD_DIM, BLOCK_D, WIDE)
 
 
+@gluon.jit
+def _apart(
+    given, OF_VALUES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+):  # fmt: skip
+    """dv of the rows of a program, or dk: beyond head_dim 128 a part has registers for one of them."""
+    ring, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = given
+    low, totals = rows[5], walked[3]
+    row, exists = rows_of_part(rows, 0, as_rows(BLOCK_D))
+    position, valid = rows_of_part(rows, 0, gl.SliceLayout(1, product(BLOCK_N)))
+    k = in_shared(load_rows(k_base, row - low, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE))
+    if not OF_VALUES:
+        v = in_shared(load_rows(v_base, row - low, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE))
+    fence_async_shared()
+    sums = zeros(ROWS, BLOCK_D)
+    bound = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, product(BLOCK_N)))
+    number, left, mine, full, bias = 0, 0, 0, 0, 0.0
+    for _ in range(gl.load(totals)):
+        walked, number, left, mine, full, bound, bias = next_step(
+            ring, walked, position, valid, number, left, mine, full, bound, bias, 0, 1, BLOCK_N, STAGES, SHIFTS
+        )  # fmt: skip
+        q, dout, stats = wait_for_step(ring, number, STAGES)
+        lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
+        if OF_VALUES:
+            scores = scores_of(k, q, BLOCK_N)
+            sums = add_to_dv(scores, dout, sums, lse, scale, bias, full, bound, True, SPLIT, BLOCK_D)
+        else:
+            scores, dp = begin_products(k, q, v, dout, BLOCK_N)
+            scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+            sums = add_to_dk(scores, dp, q, sums, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
+        free_step(ring, number, STAGES)
+        number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
+    if OF_VALUES:
+        store_rows(dv_base, row - low, stride_o, exists, sums, HEAD_DIM, BLOCK_D, WIDE)
+    else:
+        store_rows(dk_base, row - low, stride_o, exists, times(sums, grad_scale), HEAD_DIM, BLOCK_D, WIDE)
+
+
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def gradients_of_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
@@ -177,16 +225,16 @@ def gradients_of_keys(
     q_low, q_high, k_low, k_high, origin, scale, grad_scale, num_heads, group_heads,
     period, groups, most_walks, blocks, block_runs,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr, APART: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `gradient_kernels.gradients_of_keys`, of tiles of 64 rows a part."""
+    """As `gradient_kernels.gradients_of_keys`, of tiles of 64 rows a part; APART dk and dv of 64 rows have one each."""
     head, batch, first_row, first_column, rows, walked = place_of_program(
         num_heads, head_kind, slot_group, slot_index, group_size, group_start, residues, walks, biases, run_start,
         runs, totals, documents, k_low, k_high, q_low, q_high, origin, period, groups, most_walks, blocks,
         block_runs, PARTS, PACKED,
     )  # fmt: skip
-    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, PARTS)
+    ring = make_ring(q_ptr.dtype.element_ty, PAIRS, BLOCK_N, BLOCK_D, STAGES, 2 if APART else PARTS)
     key_head = head // group_heads
     k_base = k_ptr + batch * stride_kb + key_head * stride_kh + first_row * stride_ks
     v_base = v_ptr + batch * stride_vb + key_head * stride_vh + first_row * stride_vs
@@ -199,7 +247,17 @@ def gradients_of_keys(
         scale, grad_scale,
     )  # fmt: skip
     feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, stats_base))
-    if PARTS == 1:
+    if APART:
+        gl.warp_specialize(
+            [
+                (_apart, (part, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+                (_apart, (part, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
+                (feed_runs, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
+            ],
+            [4, 4],
+            [PART_REGISTERS, FEED_REGISTERS],
+        )
+    elif PARTS == 1:
         gl.warp_specialize(
             [
                 (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),

@@ -27,19 +27,31 @@ from .hopper_ring import (
     as_rows,
     make_ring,
     of_slot,
+    pieces,
     product,
     room_for_rows,
+    start_of,
     store_rows,
     wait_for_step,
+    width_of,
 )
 from .hopper_steps import times, zeros
 
-_SUM_BOXES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4))
+
+@gluon.constexpr_function
+def _boxes(width):
+    """Layout of sums of that width, as they are added."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 4 * width), element_bitwidth=32, rank=4)
 
 
-def box_of_sums(sums, rows, width):
-    """How so many rows of one head are found in sums (B, S, H, D); what reaches beyond them is not added."""
-    return TensorDescriptor.from_tensor(sums, [1, rows, 1, width], _SUM_BOXES.value)
+def boxes_of_sums(sums, rows, width):
+    """How so many rows of one head are found in sums (B, S, H, D), for each piece; what reaches beyond is not added.
+
+    A single piece has the same box twice.
+    """
+    widths = [width_of(width, piece) for piece in range(pieces(width))]
+    boxes = [TensorDescriptor.from_tensor(sums, [1, rows, 1, each], _boxes(each)) for each in widths]
+    return boxes[0], boxes[-1]
 
 
 @builtin
@@ -80,6 +92,18 @@ def _block_part(
 
 
 @gluon.jit
+def _room_for_sums(BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+    return gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, WIDTH], _boxes(WIDTH))
+
+
+@gluon.jit
+def _first_rows(x, count):
+    """So many rows of x, and zeros in the place of the others."""
+    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, x.type.layout))
+    return gl.where((row < count)[:, None], x, 0.0)
+
+
+@gluon.jit
 def _add_block_queries(
     given, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr
 ):  # fmt: skip
@@ -87,27 +111,30 @@ def _add_block_queries(
 
     Columns of a step are neighbours here, so that one copy adds them, by TMA: those of a run may be far apart.
     """
-    first_hand, second_hand, keys, blocks, sums, batch, start, head, queries = given
-    tiles = gl.allocate_shared_memory(gl.float32, [2, 1, BLOCK_N, 1, BLOCK_D], _SUM_BOXES)
+    first_hand, second_hand, keys, blocks, boxes, batch, start, head, queries = given
+    tiles = ()
+    for piece in gl.static_range(pieces(BLOCK_D)):
+        tiles += (_room_for_sums(BLOCK_N, width_of(BLOCK_D, piece)),)
     for number in range(blocks[5]):
         row = first_of_step(blocks, number, BLOCK, BLOCK_N)
         dq = zeros(BLOCK_N, BLOCK_D)
         dq = add_product(dq, first_hand, number, of_slot(keys, 0))
         dq = add_product(dq, second_hand, number, of_slot(keys, 1))
         if row + BLOCK_N > queries if PACKED else False:  # what follows is another document's: no NaN may reach it
-            offset = gl.arange(0, BLOCK_N, gl.SliceLayout(1, product(BLOCK_D)))
-            dq = (gl.where((row + offset < queries)[:, None], dq[0], 0.0),)
-        tile = tiles.index(number % 2)
-        tma.store_wait(1)  # for what was added from this tile
-        tile.reshape([BLOCK_N, BLOCK_D]).store(dq[0])
+            dq = [_first_rows(x, queries - row) for x in dq]
+        tma.store_wait(pieces(BLOCK_D))  # for what was added from these tiles
+        for piece in gl.static_range(pieces(BLOCK_D)):
+            tiles[piece].index(number % 2).reshape(dq[piece].shape).store(dq[piece])
         fence_async_shared()
-        _add_tile(sums, [batch, (start + row).to(gl.int32), head, 0], tile)
+        place = (start + row).to(gl.int32)
+        for piece in gl.static_range(pieces(BLOCK_D)):
+            _add_tile(boxes[piece], [batch, place, head, start_of(BLOCK_D, piece)], tiles[piece].index(number % 2))
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=AS_THEY_ARE)
 def block_gradients(
-    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, levels_ptr, sums, more_sums, dk_ptr, dv_ptr,
     head_table, starts, cols, biases, mask_ids, masks, ends, documents,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
@@ -116,10 +143,10 @@ def block_gradients(
     BLOCK: gl.constexpr, PACKED: gl.constexpr,
     PART_REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr, FEED_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `gradients`, over a table of blocks; `sums` is a `box_of_sums`."""
+    """As `gradients`, over a table of blocks; `sums` and `more_sums` are `boxes_of_sums`."""
     head, batch, start, queries, key_rows, first, inside, blocks = place_of_program(
         num_heads, head_table, starts, cols, biases, mask_ids, masks, ends, documents, q_len, k_len, block_rows,
-        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED,
+        batch_tables, leading, BLOCK, BLOCK_N, PACKED, PACKED, PARTS,
     )  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     ring, ones = make_ring(dtype, LEVELS, BLOCK_N, BLOCK_D, STAGES, PARTS), make_ones()
@@ -137,7 +164,8 @@ def block_gradients(
     )  # fmt: skip
     levels_base = levels_ptr + ((batch * num_heads + head) * q_len + start) * LEVEL_COLUMNS
     feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, levels_base), queries)
-    add = (first_hand, second_hand, keys, blocks, sums, batch.to(gl.int32), start, head.to(gl.int32), queries)
+    batch, boxes = batch.to(gl.int32), (sums, more_sums)
+    add = (first_hand, second_hand, keys, blocks, boxes, batch, start, head.to(gl.int32), queries)
     part, other = (ring, first_hand, ones, both), (ring, second_hand, ones, both)
     gl.warp_specialize(
         [

@@ -29,8 +29,8 @@ from .hopper_ring import (
     LEVELS_IN_MEMORY,
     ROWS,
     as_rows,
-    in_shared,
     free_step,
+    in_shared,
     load_rows,
     make_barriers,
     make_ring,
@@ -39,6 +39,7 @@ from .hopper_ring import (
     pieces,
     product,
     room_for_rows,
+    start_of,
     store_rows,
     tiles_of,
     wait_for_step,
@@ -176,7 +177,7 @@ def _add_piece(
     WIDE: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = _sums_in_memory(dq.shape[1])
-    column = gl.arange(0, dq.shape[1], gl.SliceLayout(0, layout)) + (BLOCK_D - dq.shape[1] if PIECE else 0)
+    column = gl.arange(0, dq.shape[1], gl.SliceLayout(0, layout)) + start_of(BLOCK_D, PIECE)
     rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
     exists = gl.convert_layout(exists, gl.SliceLayout(1, layout))
     if WIDE:

@@ -51,6 +51,12 @@ def width_of(width, piece):
 
 
 @gluon.constexpr_function
+def start_of(width, piece):
+    """Its first column."""
+    return 1 << (width.bit_length() - 1) if piece else 0
+
+
+@gluon.constexpr_function
 def tiles_of(width):
     """Layout of rows of that width, of 16 bits each, as products read them."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=2)
@@ -94,7 +100,7 @@ def _pointers(base, rows, stride, PIECE: gl.constexpr, BLOCK_D: gl.constexpr, WI
     """Of a piece of rows that begin at multiples of 16 bytes, as `launches` sees to, and its columns."""
     WIDTH: gl.constexpr = width_of(BLOCK_D, PIECE)
     LAYOUT: gl.constexpr = rows_in_memory(WIDTH)
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)) + (BLOCK_D - WIDTH if PIECE else 0)
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)) + start_of(BLOCK_D, PIECE)
     rows = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
     if WIDE:
         rows = rows.to(gl.int64)

@@ -208,15 +208,43 @@ def add_to_dq(
 
 
 @gluon.jit
+def _weights_of_columns(
+    scores, lse, scale, bias, full, bound, HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr
+):  # fmt: skip
+    """p (64, N) of scores whose columns are queries with that lse (N,)."""
+    p = gl.exp2(scores * scale + (bias - lse)[None, :])
+    return where_met(p, 0.0, full, bound, SPLIT) if HAS_BOUND else p
+
+
+@gluon.jit
+def add_to_dv(
+    scores, dout, dv, lse, scale, bias, full, bound, HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr
+):  # fmt: skip
+    """As `gradient_kernels.key_gradient_tile` dv alone, columns as for `weigh_columns`."""
+    p = _weights_of_columns(scores, lse, scale, bias, full, bound, HAS_BOUND, SPLIT)
+    return add_columns(gl.convert_layout(p.to(dout[0].dtype), weights_of(BLOCK_D)), dout, dv)
+
+
+@gluon.jit
+def add_to_dk(
+    scores, dp, q, dk, lse, delta, scale, bias, full, bound,
+    HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """Likewise dk alone; dp is under way."""
+    p = _weights_of_columns(scores, lse, scale, bias, full, bound, HAS_BOUND, SPLIT)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    return add_columns(gl.convert_layout(ds, weights_of(BLOCK_D)), q, dk)
+
+
+@gluon.jit
 def add_to_dk_dv(
     scores, dp, q, dout, dk, dv, lse, delta, scale, bias, full, bound,
     HAS_BOUND: gl.constexpr, SPLIT: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """As `gradient_kernels.key_gradient_tile`, columns as for `weigh_columns`; dp comes, dk and dv go under way."""
     OPERAND: gl.constexpr = weights_of(BLOCK_D)
-    p = gl.exp2(scores * scale + (bias - lse)[None, :])
-    if HAS_BOUND:
-        p = where_met(p, 0.0, full, bound, SPLIT)
+    p = _weights_of_columns(scores, lse, scale, bias, full, bound, HAS_BOUND, SPLIT)
     dv = begin_adding(gl.convert_layout(p.to(q[0].dtype), OPERAND), dout, dv)
     dp = warpgroup_mma_wait(len(dv), deps=[dp])
     ds = (p * (dp - delta[None, :])).to(q[0].dtype)

@@ -121,7 +121,9 @@ def _kernels(tiles: Tiles, *, of_blocks: bool) -> dict[Pass, JITFunction]:
     for which in tiles.passes:
         module, name = (OF_BLOCKS if of_blocks else OF_BRANCHES)[which]
         tile = tiles.of(which)
-        if tile.parts == 1 and name != "gradients_of_keys":
+        if tile.apart and which != "keys":
+            raise ConfigError(f"a tile with dk and dv apart serves gradients of keys alone, not {name}")
+        if tile.parts == 1 and not tile.apart and name != "gradients_of_keys":
             raise ConfigError(f"a ring with 1 part serves gradients_of_keys alone, not {name}; take a tile with 2")
         if tile.parts and tile.stages < 2:
             raise ConfigError(
@@ -248,6 +250,8 @@ class BranchPart:
         constants: dict[str, int] = {"SPLIT": tile.split, "SHIFTS": tables.host.shifts, "PACKED": is_packed}
         if tile.parts and not tile.adds:
             constants["PARTS"] = tile.parts
+        if tile.parts and which == "keys":
+            constants["APART"] = tile.apart
         if which == "forward":
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         batch = 1 if is_packed else query.shape[0]
@@ -359,14 +363,16 @@ class BlockPart:
         constants: dict[str, Any] = {}
         if which not in _BY_COLUMNS:
             constants = {"ADDS": adds, "IN_ORDER": is_packed and not geometry.is_causal}
+        if which == "keys" and tile.parts:
+            constants["APART"] = tile.apart
         if which == "forward" and tile.parts:
             pointers, constants["BOUNDED"] = _bounded(pointers, self._bounds)
         if which == "gradients":
             sums = pointers[_SUMS]
-            box = import_module(".hopper_joint_block_kernels", __package__).box_of_sums(
+            boxes = import_module(".hopper_joint_block_kernels", __package__).boxes_of_sums(
                 sums, tile.columns, spanned(sums.shape[3])
             )
-            pointers = (*pointers[:_SUMS], box, *pointers[_SUMS + 1 :])
+            pointers = (*pointers[:_SUMS], *boxes, *pointers[_SUMS + 1 :])
             strided = tuple(x for x in strided if x is not sums)
         pointers = (*pointers, *tables.tensors, *(tables.packed or tables.tensors[:2]))  # any, where none is read
         if not tile.parts:

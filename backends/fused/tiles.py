@@ -30,14 +30,15 @@ def padded(head_dim: int) -> int:
 
 
 def spanned(head_dim: int) -> int:
-    """What the kernels with a ring compute with for a head_dim: rows of theirs may be of two pieces."""
-    return 96 if 64 < head_dim <= 96 else padded(head_dim)
+    """What kernels with a ring compute with for a head_dim: three quarters of that, if it suffices, in two pieces."""
+    whole = padded(head_dim)
+    return whole * 3 // 4 if head_dim <= whole * 3 // 4 else whole
 
 
 def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
     """Whether there are kernels for Hopper for this, which serve this release of Triton."""
     release = ".".join(version.split(".")[:2])
-    return release in GLUON_RELEASES and dtype != torch.float32 and 32 < head_dim <= 128
+    return release in GLUON_RELEASES and dtype != torch.float32 and 32 < head_dim <= 256
 
 
 @attrs.frozen
@@ -46,7 +47,8 @@ class Tile:
 
     `registers` is the most that a thread may have; with `split` steps whose columns every row meets are told apart, and
     spared the mask. With `parts` it is for the kernels with a ring that feeds them (see `hopper_ring`); one that `adds`
-    is for those among them with four more warps, which add (see `hopper_joint_kernels`).
+    is for those among them with four more warps, which add (see `hopper_joint_kernels`), one that is `apart` for
+    gradients of keys whose dk and dv are of different warps.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Tile:
     split: bool = False
     parts: int = 0
     adds: bool = False
+    apart: bool = False
 
     @classmethod
     def by_ring(
@@ -65,20 +68,32 @@ class Tile:
         """One that is fed, of 64 rows a part."""
         return cls(64 * parts, columns, 4, stages, registers, split, parts, adds)
 
+    @classmethod
+    def by_ring_apart(cls, columns: int, stages: int, registers: int) -> Tile:
+        """Likewise of 64 rows, of which dk and dv have a part each."""
+        return cls(64, columns, 4, stages, registers, parts=1, apart=True)
+
+    @property
+    def _computing(self) -> int:
+        """Fours of warps that compute rows."""
+        return self.parts + self.apart
+
     @property
     def begin(self) -> int:
         """Registers that each thread of one that is fed begins with: one or two programs fill a multiprocessor.
 
         The warps that feed then leave the others what `feeding` does not keep.
         """
-        if self.parts == 1 or self.adds:
+        if self._computing == 1 or self.adds:
             return 128
         return 80 if (self.registers or 0) <= 104 else 168
 
     @property
     def feeding(self) -> int:
         """Registers that a thread which feeds keeps."""
-        return _FEWEST if self.adds else (self.parts + 1) * self.begin - self.parts * (self.registers or 0)
+        if self.adds:
+            return _FEWEST
+        return (self._computing + 1) * self.begin - self._computing * (self.registers or 0)
 
     @property
     def adding(self) -> int:
@@ -195,10 +210,22 @@ class TileSizes:
 
     @classmethod
     def _fed(cls, head_dim: int, unfed: TileSizes, *, is_causal: bool) -> TileSizes:
-        if head_dim > 64:
-            queries = Tile.by_ring(64, 4, 232)
+        if head_dim > 192:
+            branches = Tiles(Tile.by_ring(64, 2, 232), Tile.by_ring(32, 3, 232), Tile.by_ring_apart(32, 3, 232))
+            blocks = attrs.evolve(branches, keys=Tile.by_ring_apart(64, 2, 232))
+            return cls(branches, blocks, unfed.few, unfed)
+        if head_dim > 128:
+            tiles = Tiles(Tile.by_ring(64, 3, 232), Tile.by_ring(64, 2, 232), Tile.by_ring_apart(64, 2, 232))
+            return cls(tiles, tiles, unfed.few, unfed)
+        queries = Tile.by_ring(64, 4, 232)
+        if head_dim > 96:
             branches = Tiles(Tile.by_ring(128, 2, 240), queries, Tile.by_ring(32, 4, 232))
             return cls(branches, Tiles(Tile.by_ring(128, 3, 232), queries, Tile.by_ring(32, 4, 240)), unfed.few, unfed)
+        if head_dim > 64:
+            gradients = Tile.by_ring(64, 3, 192, adds=True)
+            branches = Tiles(Tile.by_ring(128, 3, 232), queries, Tile.by_ring(64, 4, 240), gradients)
+            blocks = Tiles(Tile.by_ring(64, 6, 240), queries, Tile.by_ring(32, 4, 240), gradients)
+            return cls(branches, blocks, unfed.few, unfed)
         forward, two = Tile.by_ring(64, 4, 104, split=True), Tile.by_ring(64, 4, 232, split=True)
         keys = Tile.by_ring(64, 4, 232, parts=1) if is_causal else two
         gradients = Tile.by_ring(64, 4, 208, adds=True)
