@@ -43,6 +43,10 @@ CASES: Final[tuple[tuple[Pattern, int, bool, int], ...]] = (
     (_FULL, 48, False, _NEVER),
     (_MASKED, 128, True, _NEVER),
     (_FULL, 128, False, _ALWAYS),
+    (_BRANCHES, 96, True, _ALWAYS),
+    (_FULL, 80, False, _NEVER),
+    (_BRANCHES, 192, False, _NEVER),
+    (_MASKED, 256, True, _ALWAYS),
 )
 # pattern, head_dim, causal: over packed documents, whose kernels bound scores or not as they find worth it
 PACKED: Final[tuple[tuple[Pattern, int, bool], ...]] = (
@@ -51,6 +55,8 @@ PACKED: Final[tuple[tuple[Pattern, int, bool], ...]] = (
     (Random(2, 128), 64, True),
     (_MASKED, 128, True),
     (_MASKED, 64, False),
+    (_MASKED, 96, False),
+    (_BRANCHES, 200, True),
 )
 # The same, over one sequence and over documents, with half of the weights dropped
 DROPPING: Final[tuple[tuple[Pattern, int, bool], ...]] = (
