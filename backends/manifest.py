@@ -45,6 +45,7 @@ _WHOLE: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _OUTDONE: Final = -40  # behind every dense kernel
 _SHORT: Final = 1 << 13  # tokens below which `sdpa`'s launches of a window take longer than `triton`'s in float32
+_SHORT_DENSE: Final = 1 << 11  # tokens below which launches are what dense attention takes
 _LONG_DENSE: Final = 1 << 14  # tokens from which dense attention takes longer than anything around it
 _LONG: Final = 1 << 15  # tokens from which `fa4` is faster than `triton` in calls that follow each other
 _BLOCK_OF_FA4: Final = 128  # the only one that it takes
@@ -240,20 +241,28 @@ def _fuses(request: Request, branches: tuple[Branch, ...]) -> bool:
         return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
     if "block" in layouts:
         if is_half:
-            return (is_hopper and head_dim <= 128) or not _bands(request)
+            return is_hopper or not _bands(request)
         if head_dim > 64 or "branch" in layouts:  # branches lose more than blocks gain
             return False
         is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
         return is_short or not _bands(request)
-    # Padded to a power of two, which from 129 to 192 costs more than the dense kernels' calls where gradients are
-    # computed. These win with one branch of larger heads, and with full attention.
-    fewest = 3
+    return is_half and (is_hopper or head_dim <= 64) and len(branches) >= _fewest_branches(request, branches)
+
+
+def _fewest_branches(request: Request, branches: tuple[Branch, ...]) -> int:
+    """From how many on branches in half precision are faster in one launch than as the calls of `sdpa`'s kernels.
+
+    Those are cuDNN's up to head_dim 128, at which it is the fastest, and FlashAttention-2's beyond.
+    """
+    config = request.config
     if config.varlen:
-        fewest = 1  # of several lengths, whose launches are many else
-    elif is_hopper and head_dim <= 64:
-        fewest = 2 if _is_dense(request, branches) or "context_parallel" in request.needs else 1
-    is_suited = head_dim <= 64 or (is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad))
-    return is_half and len(branches) >= fewest and is_suited
+        return 1  # of several lengths, whose launches are many else
+    if not _is_hopper(request) or 96 < config.head_dim <= 128:
+        return 3
+    if "context_parallel" in request.needs:
+        return 2 if config.head_dim <= 64 else 3
+    is_short = config.head_dim <= 128 or (config.seq_len is not None and config.seq_len < _SHORT_DENSE)
+    return 2 if is_short and _is_dense(request, branches) else 1
 
 
 def _fuses_drops(request: Request, branches: tuple[Branch, ...]) -> bool:
@@ -334,12 +343,13 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
             priorities[TRITON.name] = _OUTDONE
     elif _is_long_and_dense(request, branches):
         head_dim = request.config.head_dim
-        priorities[TRITON.name] = FA3.priority - 2 if 32 < head_dim <= 64 else _OUTDONE
+        is_faster = 32 < head_dim <= 96 or head_dim > 128  # than cuDNN, or FlashAttention-2
+        priorities[TRITON.name] = FA3.priority - 2 if is_faster else _OUTDONE
         if head_dim in (64, 128):  # those that were measured
             priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)
     elif not _fuses(request, branches):
         priorities[TRITON.name] = _OUTDONE
-    elif len(branches) == 1 and not request.config.varlen:
+    elif 0 < len(branches) < (2 if request.config.head_dim <= 64 else 3) and not request.config.varlen:
         priorities[TRITON.name] = FA3.priority - 2  # whose kernel is the faster one, where calls are long
     elif request.config.dtype in _HALVES and only_window(_bands(request)) is not None:
         priorities[TRITON.name] = FA3.priority - 2

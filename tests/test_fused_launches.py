@@ -12,7 +12,7 @@ import torch
 from dilated_attention import Dilated, Local, Pattern
 from dilated_attention.backends.fused import gradient_kernels, kernels, runs
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.tiles import TileSizes
+from dilated_attention.backends.fused.tiles import TileSizes, spanned
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -86,3 +86,12 @@ def test_every_kernel_is_given_its_arguments(
     expected |= {"largest_rows"} if layout.blocks is None or fed else set()
     expected |= {f"{blocks}gradients", "level_rows"} if fed and head_dim <= 64 else set()
     assert set(told) == expected
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "expected"),
+    [(40, 48), (48, 48), (56, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128), (136, 192), (192, 192),
+     (200, 256)],
+)  # fmt: skip
+def test_rows_of_two_pieces_where_they_suffice(head_dim: int, expected: int) -> None:
+    assert spanned(head_dim) == expected

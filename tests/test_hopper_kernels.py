@@ -17,7 +17,7 @@ import torch
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed, spanned
+from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed
 from dilated_attention.core.documents import Document, Packing
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -31,14 +31,8 @@ WIDTHS = (48, 64, 96, 128, 192, 256)
 NEVER = 1 << 30
 ALWAYS = 0
 
-SIZES = [
-    (torch.bfloat16, 64),
-    (torch.float16, 48),
-    (torch.bfloat16, 96),
-    (torch.bfloat16, 104),
-    (torch.float16, 192),
-    (torch.bfloat16, 256),
-]
+SIZES = [(torch.bfloat16, 64), (torch.float16, 48), (torch.bfloat16, 96), (torch.bfloat16, 104), (torch.float16, 192),
+         (torch.bfloat16, 256)]  # fmt: skip
 PADDED = [(torch.bfloat16, 40), (torch.float16, 80), (torch.bfloat16, 136), (torch.float16, 200)]
 
 on_the_card = pytest.mark.skipif(
@@ -66,15 +60,6 @@ def test_they_serve_what_they_passed_their_tests_for(
     head_dim: int, dtype: torch.dtype, release: str, expected: bool
 ) -> None:
     assert can_be_fed(head_dim, dtype, release) is expected
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "expected"),
-    [(40, 48), (48, 48), (56, 64), (64, 64), (72, 96), (96, 96), (104, 128), (128, 128), (136, 192), (192, 192),
-     (200, 256)],
-)  # fmt: skip
-def test_rows_of_two_pieces_where_they_suffice(head_dim: int, expected: int) -> None:
-    assert spanned(head_dim) == expected
 
 
 @pytest.mark.parametrize("head_dim", WIDTHS)
@@ -195,7 +180,8 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
-        assert int(spilled) <= 640, line
+        # What merges rows of 256 columns with those that are there, as rings do, keeps both for once.
+        assert int(spilled) <= (640 if asked["width"] <= 192 else 1280), line
         programs = 2 if asked["begin"] == 80 and not asked["adds"] else 1  # a multiprocessor keeps 1 KiB for each
         assert int(shared) <= 228 * 1024 // programs - 1024, line
 

@@ -42,21 +42,21 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": LONGNET}, True),
         ({"pattern": LONGNET, "context_parallel": ContextParallel(size=2)}, True),
         ({"pattern": LONGNET, "head_dim": 128}, True),
-        ({"pattern": LONGNET, "head_dim": 192}, False),
-        ({"pattern": LONGNET, "head_dim": 192, "requires_grad": False}, True),
+        ({"pattern": LONGNET, "head_dim": 96}, True),
+        ({"pattern": LONGNET, "head_dim": 192}, True),
         ({"pattern": LONGNET, "head_dim": 200}, True),
         ({"pattern": LONGNET, "head_dim": 256}, True),
-        ({"pattern": TWO, "head_dim": 192, "requires_grad": False}, False),
         ({"pattern": LONGNET, "dtype": "float32"}, False),
         ({"pattern": TWO}, True),
         ({"pattern": TWO, "head_dim": 128}, False),
         ({"pattern": Full()}, False),
         ({"pattern": Full(), "varlen": True, "head_dim": 128}, True),
-        ({"pattern": Full(), "varlen": True, "head_dim": 192}, False),
+        ({"pattern": Full(), "varlen": True, "head_dim": 192}, True),
         ({"pattern": Full(), "varlen": True, "dtype": "float32"}, False),
         ({"pattern": SINKS}, True),
-        ({"pattern": SINKS, "head_dim": 192}, False),
-        ({"pattern": SINKS, "head_dim": 192, "varlen": True}, True),
+        ({"pattern": SINKS, "head_dim": 192}, True),
+        ({"pattern": TWO, "head_dim": 192, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": TWO, "context_parallel": ContextParallel(size=2)}, True),
         ({"pattern": WINDOW, "varlen": True}, True),
         ({"pattern": WINDOW, "context_parallel": ContextParallel(size=2)}, True),
         ({"pattern": Local(70) | Random(2, 64), "head_dim": 192}, True),
@@ -89,7 +89,17 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
         ({}, ["fa3", "triton", "sdpa"]),
         ({"pattern": Dilated((4096,), (1,)), "head_dim": 32}, ["fa3", "triton", "sdpa"]),
         ({"varlen": True}, ["triton", "fa3", "sdpa"]),
+        ({"head_dim": 96}, ["fa3", "triton", "sdpa"]),
+        ({"head_dim": 104}, ["fa3", "sdpa", "triton"]),
         ({"head_dim": 128}, ["fa3", "sdpa", "triton"]),
+        ({"head_dim": 136}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": TWO, "head_dim": 96}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": TWO, "head_dim": 256}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": Full(), "head_dim": 96}, ["fa3", "sdpa", "triton"]),
+        ({"pattern": Full(), "head_dim": 192}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": Full(), "head_dim": 192, "seq_len": 2048}, ["fa3", "triton", "sdpa"]),
+        ({"pattern": Full(), "head_dim": 192, "seq_len": 2047}, ["fa3", "sdpa", "triton"]),
+        ({"head_dim": 192, "context_parallel": ContextParallel(size=2)}, ["fa3", "sdpa", "triton"]),
         ({"dtype": "float32"}, ["fa3", "sdpa", "triton"]),
         ({"context_parallel": ContextParallel(size=2)}, ["fa3", "sdpa", "triton"]),
     ],
@@ -133,6 +143,8 @@ def test_who_drops_weights(fields: dict[str, Any], is_first: bool) -> None:
         ({"head_dim": 128}, ["fa4", "fa3", "sdpa", "triton"]),
         ({"requires_grad": False}, ["fa3", "fa4", "triton", "sdpa"]),
         ({"head_dim": 48}, ["fa3", "triton", "sdpa", "fa4"]),
+        ({"head_dim": 96}, ["fa3", "triton", "sdpa", "fa4"]),
+        ({"head_dim": 256}, ["fa3", "triton", "sdpa", "fa4"]),
         ({"head_dim": 32}, ["fa3", "sdpa", "fa4", "triton"]),
         ({"seq_len": (1 << 14) - 1}, ["fa3", "sdpa", "fa4", "triton"]),
         ({"seq_len": None}, ["fa3", "sdpa", "fa4", "triton"]),
@@ -164,7 +176,7 @@ def test_a_window_is_for_kernels_that_have_windows() -> None:
     }  # fmt: skip
     assert found["bfloat16", 56] == ["fa3", "triton", "sdpa", "fa4", "flex"]
     assert found["bfloat16", 64] == found["bfloat16", 128] == ["fa3", "fa4", "triton", "sdpa", "flex"]
-    assert found["bfloat16", 192] == ["fa3", "sdpa", "fa4", "triton", "flex"]
+    assert found["bfloat16", 192] == ["fa3", "triton", "sdpa", "fa4", "flex"]
     assert found["float32", 64] == ["triton", "fa3", "sdpa", "fa4", "flex"]  # of so few tokens
     assert found["float32", 128] == ["fa3", "sdpa", "fa4", "triton", "flex"]
 

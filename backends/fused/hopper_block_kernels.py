@@ -199,11 +199,8 @@ def _merge_piece(there, lse_there, out, lse):
 @gluon.jit
 def _merge_rows(there, lse_there, out, lse):
     """`merge` of rows that are there, as memory has them, and what is found of them."""
-    merged = ()
-    for piece in gl.static_range(len(out)):
-        x, lse_of_both = _merge_piece(there[piece], lse_there, out[piece], lse)
-        merged += (x,)
-    return merged, gl.convert_layout(lse_of_both, lse.type.layout)
+    merged = [_merge_piece(there[piece], lse_there, out[piece], lse) for piece in (0, 1)[: len(out)]]
+    return [x[0] for x in merged], gl.convert_layout(merged[0][1], lse.type.layout)
 
 
 @gluon.jit

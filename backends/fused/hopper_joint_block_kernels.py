@@ -112,9 +112,7 @@ def _add_block_queries(
     Columns of a step are neighbours here, so that one copy adds them, by TMA: those of a run may be far apart.
     """
     first_hand, second_hand, keys, blocks, boxes, batch, start, head, queries = given
-    tiles = ()
-    for piece in gl.static_range(pieces(BLOCK_D)):
-        tiles += (_room_for_sums(BLOCK_N, width_of(BLOCK_D, piece)),)
+    tiles = [_room_for_sums(BLOCK_N, width_of(BLOCK_D, piece)) for piece in (0, 1)[: pieces(BLOCK_D)]]
     for number in range(blocks[5]):
         row = first_of_step(blocks, number, BLOCK, BLOCK_N)
         dq = zeros(BLOCK_N, BLOCK_D)

@@ -83,10 +83,10 @@ def as_rows(width):
 @gluon.jit
 def columns_of_step(BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
     """Numbers of the columns of a step, once for each piece."""
-    offset = ()
-    for piece in gl.static_range(pieces(BLOCK_D)):
-        offset += (gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(width_of(BLOCK_D, piece)))),)
-    return offset
+    return [
+        gl.arange(0, BLOCK_N, gl.SliceLayout(1, rows_in_memory(width_of(BLOCK_D, piece))))
+        for piece in (0, 1)[: pieces(BLOCK_D)]
+    ]
 
 
 @gluon.constexpr_function
@@ -124,10 +124,9 @@ def load_rows(
 
     Which rows, and which of them are valid, has the layout `as_rows(BLOCK_D)`.
     """
-    x = ()
-    for piece in gl.static_range(pieces(BLOCK_D)):
-        x += (_load_piece(base, rows, stride, valid, piece, HEAD_DIM, BLOCK_D, WIDE),)
-    return x
+    return [
+        _load_piece(base, rows, stride, valid, piece, HEAD_DIM, BLOCK_D, WIDE) for piece in (0, 1)[: pieces(BLOCK_D)]
+    ]
 
 
 @gluon.jit
@@ -164,10 +163,7 @@ def _tiles(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, WID
 @gluon.jit
 def room_for_rows(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
     """So many tiles of rows in shared memory."""
-    tiles = ()
-    for piece in gl.static_range(pieces(BLOCK_D)):
-        tiles += (_tiles(dtype, STAGES, BLOCK_N, width_of(BLOCK_D, piece)),)
-    return tiles
+    return [_tiles(dtype, STAGES, BLOCK_N, width_of(BLOCK_D, piece)) for piece in (0, 1)[: pieces(BLOCK_D)]]
 
 
 @gluon.jit

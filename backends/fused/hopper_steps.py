@@ -34,10 +34,7 @@ def _zeros(ROWS_OF: gl.constexpr, WIDTH: gl.constexpr):
 @gluon.jit
 def zeros(ROWS_OF: gl.constexpr, BLOCK_D: gl.constexpr):
     """Sums of nothing, of so many rows."""
-    sums = ()
-    for piece in gl.static_range(pieces(BLOCK_D)):
-        sums += (_zeros(ROWS_OF, width_of(BLOCK_D, piece)),)
-    return sums
+    return [_zeros(ROWS_OF, width_of(BLOCK_D, piece)) for piece in (0, 1)[: pieces(BLOCK_D)]]
 
 
 @gluon.constexpr_function
@@ -49,10 +46,9 @@ def weights_of(width):
 @gluon.jit
 def begin_adding(p, x, sums, use_acc=True):
     """Sums (64, D) and p·x of weights p (64, N), under way."""
-    more = ()
-    for piece in gl.static_range(len(x)):
-        more += (warpgroup_mma(p, x[piece], sums[piece], use_acc=use_acc, is_async=True),)
-    return more
+    return [
+        warpgroup_mma(p, x[piece], sums[piece], use_acc=use_acc, is_async=True) for piece in (0, 1)[: len(x)]
+    ]  # fmt: skip
 
 
 @gluon.jit
@@ -84,10 +80,9 @@ def times(x, factor):
 @gluon.jit
 def plus(x, there):
     """Sums and rows, as memory has them."""
-    more = ()
-    for piece in gl.static_range(len(x)):
-        more += (x[piece] + gl.convert_layout(there[piece].to(gl.float32), x[piece].type.layout),)
-    return more
+    return [
+        x[piece] + gl.convert_layout(there[piece].to(gl.float32), x[piece].type.layout) for piece in (0, 1)[: len(x)]
+    ]
 
 
 @gluon.jit
