@@ -1,4 +1,4 @@
-"""Which cards our own kernels (`fused`) run on. Nothing here imports torch."""
+"""Which cards our own kernels (`fused`) run on, and with which Triton. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ OLDEST: Final = (8, 0)  # compute capability, by Triton's own list of supported 
 _SHARED_KIB: Final = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 ROOMY_KIB: Final = 163  # with which every tile fits
 _LEAST_SHARED_KIB: Final = 99  # of all others from `OLDEST` on
+# Releases of Triton that the kernels in Gluon serve: which tests they passed with each, and how fast they are with it,
+# is in docs/performance_log.md, "With which Triton".
+GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
+WIDE_RELEASES: Final = ("3.6",)  # those with which head_dims beyond 128 and rows of two pieces passed theirs, too
 
 
 def compiled_for(arch: str) -> str:
@@ -24,6 +28,11 @@ def compiled_for(arch: str) -> str:
     """
     other = os.environ.get("TRITON_OVERRIDE_ARCH", "")
     return f"sm_{other.removeprefix('sm')}" if other else arch
+
+
+def is_among(version: str, releases: tuple[str, ...]) -> bool:
+    """Whether this version of Triton is of one of these releases."""
+    return ".".join(version.split(".")[:2]) in releases
 
 
 def age_refusals(arch: str) -> Iterator[Refusal]:

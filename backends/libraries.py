@@ -46,12 +46,17 @@ def compiler_refusals() -> Iterator[Refusal]:
         )
 
 
-def labelled(distribution: str) -> str:
-    """`distribution version` as installed, or `distribution` alone where there is no metadata of it."""
+def installed(distribution: str) -> str:
+    """The version of what is installed, or nothing where there is no metadata of it."""
     try:
-        return f"{distribution} {version(distribution)}"
+        return version(distribution)
     except PackageNotFoundError:
-        return distribution
+        return ""
+
+
+def labelled(distribution: str) -> str:
+    """`distribution version` as installed, or `distribution` alone."""
+    return f"{distribution} {installed(distribution)}".rstrip()
 
 
 def first_line(error: BaseException) -> str:

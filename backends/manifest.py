@@ -204,6 +204,13 @@ def _is_hopper(request: Request) -> bool:
     return cards.compiled_for(request.device.arch) == cards.PROVEN
 
 
+def _has_rings(request: Request) -> bool:
+    """Whether there are kernels with a ring for every head_dim, which depends on the Triton that compiles them."""
+    from . import libraries  # brings torch
+
+    return _is_hopper(request) and cards.is_among(libraries.installed("triton"), cards.WIDE_RELEASES)
+
+
 def _branches(request: Request) -> tuple[Branch, ...]:
     """Those of a pattern that is branches alone."""
     if request.needs["layouts"] != ("branch",):
@@ -241,12 +248,17 @@ def _fuses(request: Request, branches: tuple[Branch, ...]) -> bool:
         return is_half or head_dim <= 128  # a block product that sorts and gathers at every call is far behind
     if "block" in layouts:
         if is_half:
-            return is_hopper or not _bands(request)
+            return (is_hopper and (head_dim <= 128 or _has_rings(request))) or not _bands(request)
         if head_dim > 64 or "branch" in layouts:  # branches lose more than blocks gain
             return False
         is_short = config.seq_len is not None and config.seq_len < _SHORT  # where launches are what takes the time
         return is_short or not _bands(request)
-    return is_half and (is_hopper or head_dim <= 64) and len(branches) >= _fewest_branches(request, branches)
+    # Without a ring heads are padded to a power of two, which from 129 to 192 costs more than the dense kernels' calls
+    # where gradients are computed.
+    is_suited = head_dim <= 64 or (
+        is_hopper and (head_dim <= 128 or head_dim > 192 or not config.requires_grad or _has_rings(request))
+    )
+    return is_half and is_suited and len(branches) >= _fewest_branches(request, branches)
 
 
 def _fewest_branches(request: Request, branches: tuple[Branch, ...]) -> int:
@@ -257,7 +269,7 @@ def _fewest_branches(request: Request, branches: tuple[Branch, ...]) -> int:
     config = request.config
     if config.varlen:
         return 1  # of several lengths, whose launches are many else
-    if not _is_hopper(request) or 96 < config.head_dim <= 128:
+    if not _is_hopper(request) or 96 < config.head_dim <= 128 or (config.head_dim > 64 and not _has_rings(request)):
         return 3
     if "context_parallel" in request.needs:
         return 2 if config.head_dim <= 64 else 3
@@ -343,7 +355,8 @@ def dilated_attention_rank_backends(request: Request, candidates: Sequence[Backe
             priorities[TRITON.name] = _OUTDONE
     elif _is_long_and_dense(request, branches):
         head_dim = request.config.head_dim
-        is_faster = 32 < head_dim <= 96 or head_dim > 128  # than cuDNN, or FlashAttention-2
+        is_wide = 64 < head_dim <= 96 or head_dim > 128
+        is_faster = 32 < head_dim <= 64 or (is_wide and _has_rings(request))  # than cuDNN, or FlashAttention-2
         priorities[TRITON.name] = FA3.priority - 2 if is_faster else _OUTDONE
         if head_dim in (64, 128):  # those that were measured
             priorities[FA4.name] = FA3.priority + (1 if request.config.requires_grad else -1)

@@ -12,7 +12,7 @@ import torch
 from dilated_attention import Dilated, Local, Pattern
 from dilated_attention.backends.fused import gradient_kernels, kernels, runs
 from dilated_attention.backends.fused.kernel import FusedKernel
-from dilated_attention.backends.fused.tiles import TileSizes, spanned
+from dilated_attention.backends.fused.tiles import Tile, TileSizes, padded
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
 from dilated_attention.core.lowering import lower
@@ -94,4 +94,10 @@ def test_every_kernel_is_given_its_arguments(
      (200, 256)],
 )  # fmt: skip
 def test_rows_of_two_pieces_where_they_suffice(head_dim: int, expected: int) -> None:
-    assert spanned(head_dim) == expected
+    assert Tile.by_ring(64, 2, 232).span(head_dim) == expected
+    assert Tile(64, 32, 4, 2).span(head_dim) == padded(head_dim)
+    for release, found in (("3.6.0", expected), ("3.9.0", padded(head_dim))):
+        sizes = TileSizes.chosen("sm_90", head_dim, torch.bfloat16, is_causal=True, version=release)
+        for tile in (sizes.branches.forward, sizes.blocks.forward, sizes.branches.keys):
+            assert tile.span(head_dim) == found
+            assert (tile.parts > 0) is (release == "3.6.0" or head_dim <= 128)

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, Strided
+from dilated_attention.backends.cards import GLUON_RELEASES
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.launches import OF_BLOCKS, OF_BRANCHES, in_lines
-from dilated_attention.backends.fused.tiles import GLUON_RELEASES, Pass, Tile, TileSizes, can_be_fed
+from dilated_attention.backends.fused.tiles import Pass, Tile, TileSizes, can_be_fed
 from dilated_attention.core.documents import Document, Packing
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -48,6 +49,8 @@ on_the_card = pytest.mark.skipif(
         (128, torch.bfloat16, "3.6.0", True),
         (32, torch.bfloat16, "3.6.0", False),
         (256, torch.bfloat16, "3.6.0", True),
+        (256, torch.bfloat16, "3.7.0", False),
+        (136, torch.float16, "3.9.0", False),
         (256, torch.float32, "3.6.0", False),
         (64, torch.float32, "3.6.0", False),
         (64, torch.bfloat16, "3.5.1", False),

@@ -19,7 +19,7 @@ from dilated_attention import (
     build_attention,
     explain,
 )
-from dilated_attention.backends import manifest
+from dilated_attention.backends import libraries, manifest
 
 from .kernel_kit import H100, request
 
@@ -28,6 +28,13 @@ TWO = Dilated(segment_lengths=(8, 16), dilation_rates=(1, 2))
 WINDOW = Local(window_size=70)
 SINKS = WINDOW | Global(tokens=4)
 BLOCKS = Random(density=0.1, block_size=128)
+
+
+@pytest.fixture(autouse=True)
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Triton 3.6, or with the release that a test is given."""
+    chosen = getattr(request, "param", "3.6.0")
+    monkeypatch.setattr(libraries, "installed", lambda name: {"triton": chosen}[name])
 
 
 def ranked(**asked: Any) -> list[str]:
@@ -81,6 +88,29 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
     assert order == (
         ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
     )
+
+
+@pytest.mark.parametrize("release", ["3.7.0", "3.9.0", "3.10.0", ""], indirect=True)
+@pytest.mark.parametrize(
+    ("fields", "is_first"),
+    [
+        ({"pattern": LONGNET, "head_dim": 96}, True),
+        ({"pattern": LONGNET, "head_dim": 192}, False),
+        ({"pattern": LONGNET, "head_dim": 192, "requires_grad": False}, True),
+        ({"pattern": LONGNET, "head_dim": 200}, True),
+        ({"pattern": TWO, "head_dim": 96}, False),
+        ({"pattern": TWO, "head_dim": 192, "requires_grad": False}, False),
+        ({"pattern": Full(), "head_dim": 256, "seq_len": 1 << 14}, False),
+        ({"pattern": Full(), "varlen": True, "head_dim": 192}, False),
+        ({"pattern": SINKS, "head_dim": 128}, True),
+        ({"pattern": SINKS, "head_dim": 192}, False),
+        ({"pattern": SINKS, "head_dim": 192, "varlen": True}, True),
+        ({"pattern": BLOCKS, "head_dim": 192}, True),
+    ],
+)
+def test_of_all_widths_only_with_the_release_that_has_passed(fields: dict[str, Any], is_first: bool) -> None:
+    order = ranked(**fields)
+    assert order.index("triton") < order.index("sdpa") if is_first else order.index("sdpa") < order.index("triton")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from .draws import occurrences_of
 from .drop_kernels import BYTES
 from .launching import launch
 from .runs import DeviceTables, Runs, documents_of
-from .tiles import Pass, Tile, Tiles, ceil_div, padded, spanned
+from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables, roomy_span
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _options(query: Tensor, strided: tuple[Tensor, ...], tile: Tile) -> dict[str
 def _options_of(tile: Tile, head_dim: int, dtype: torch.dtype, is_wide: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": spanned(head_dim) if tile.parts else padded(head_dim),
+        "BLOCK_D": tile.span(head_dim),
         "BLOCK_N": tile.columns,
         "WIDE": is_wide,
         "num_warps": tile.warps,
@@ -370,7 +370,7 @@ class BlockPart:
         if which == "gradients":
             sums = pointers[_SUMS]
             boxes = import_module(".hopper_joint_block_kernels", __package__).boxes_of_sums(
-                sums, tile.columns, spanned(sums.shape[3])
+                sums, tile.columns, tile.span(sums.shape[3])
             )
             pointers = (*pointers[:_SUMS], *boxes, *pointers[_SUMS + 1 :])
             strided = tuple(x for x in strided if x is not sums)
