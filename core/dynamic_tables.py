@@ -55,7 +55,7 @@ class TableRows(NamedTuple):
             return cls(every, every, pattern.take(every))
         first = torch.arange(rows, device=device) * size + shift
         last = (first + size).clamp(max=q_len + shift) - 1
-        before = torch.where(first >= kv_len, cols, first.clamp(min=0) // size)
+        before = torch.where(first >= kv_len, cols, torch.where(first < 0, 0, first // size))
         visible = torch.where(last < 0, 0, (last // size + 1).clamp(max=cols))
         return cls(before, visible, torch.maximum(pattern.take(visible), visible - before))
 

@@ -222,7 +222,7 @@ class BlockGate(Gate):
         size, group = self._pattern.block_size, self._config.num_heads // self._config.kv_heads
         summary = self._summaries(query.to(self._dtype))
         strengths = torch.einsum("brhd,hdf->bhrf", summary, self.query_mix.to(self._dtype))
-        strengths = (strengths + self.query_bias[:, None]).relu() * self._config.softmax_scale
+        strengths = (strengths + self.query_bias.to(self._dtype)[:, None]).relu() * self._config.softmax_scale
         keys = torch.einsum("btkd,kdf->bktf", key.to(self._dtype), self.key_mix.to(self._dtype))
         by_group = torch.unflatten(strengths, 1, (-1, group))
         scores = (by_group @ _block_log_means(keys, size).unsqueeze(2).mT).flatten(1, 2)

@@ -264,6 +264,27 @@ def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> No
     assert graphs <= 2  # the second length makes them dynamic
 
 
+def test_inductor_compiles_it_for_new_lengths() -> None:
+    """Whose index arithmetic it simplifies, where lengths are symbols."""
+    torch.compiler.reset()
+    attention = build(Learned(16, 2), Geometry.self_attention(1, 4, is_causal=True))
+    compiled = torch.compile(attention)
+    for length in (100, 37):
+        tensors = inputs(Geometry.self_attention(length, 4), batch=2, head_dim=8, dtype=torch.float32, seed=length)
+        with torch.no_grad():
+            assert error(compiled(*tensors), attention(*tensors)) < 1e-6
+
+
+def test_a_gate_of_another_dtype_scores_in_its_own() -> None:
+    geometry = Geometry.self_attention(50, 2, is_causal=True)
+    attention = build(Learned(16, 2), geometry)
+    tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
+    expected, loss = attention(*tensors), attention.gate.distillation_loss(*tensors[:2])
+    attention.double()
+    assert torch.equal(attention(*tensors), expected)
+    assert torch.equal(attention.gate.distillation_loss(*tensors[:2]), loss)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_backends_that_know_no_dynamic_tables_are_refused(backend: str) -> None:
     plan = explain(pattern=Learned(16, 2), num_heads=2, head_dim=8, backend=backend)
