@@ -6,6 +6,7 @@ Shapes: B batch, S prompt length, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,8 +79,10 @@ def _choose(logits_BV: Tensor, temperature: float, top_k: int | None, generator:
     """One token a row, (B,) int64."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    scaled = logits_BV / temperature
-    if top_k is not None and top_k < scaled.shape[-1]:
-        least = scaled.topk(top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -math.inf)
-    return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        least = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least, -math.inf)
+    # None is above 0 then, so none overflows; cards multiply by the reciprocal, which has to be finite.
+    below = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
+    shares = (below / max(temperature, sys.float_info.min)).softmax(-1)
+    return torch.multinomial(shares.float(), 1, generator=generator).squeeze(-1)

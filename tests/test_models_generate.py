@@ -82,6 +82,13 @@ def test_draws() -> None:
     assert torch.equal(*again)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-200, 5e-324])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_the_lower_the_temperature_the_likelier_the_token(temperature: float, top_k: int | None) -> None:
+    model, seen = language_model(torch.float32), tokens(2, 5)
+    assert torch.equal(model.generate(seen, 6, temperature=temperature, top_k=top_k), model.generate(seen, 6))
+
+
 def test_rows_stop() -> None:
     model, seen = language_model(), tokens(2, 9)
     full = model.generate(seen, 12)
