@@ -201,7 +201,9 @@ class MultiheadAttention(nn.Module):
 
         Args:
             query: (B, S, E), or (S, B, E) with batch_first=False, or (S, E).
-            key: (B, T, kdim), (T, B, kdim) or (T, kdim). T other than S is cross-attention, which only `Full` allows.
+            key: (B, T, kdim), (T, B, kdim) or (T, kdim). Attention between two sequences only `Full` allows, not causal
+                and without positions. They are two where T is not S, or where key and value are one tensor and query
+                is another. Tokens with positions added, as query and key, and without, as value, are one.
             value: like key, with vdim.
             key_padding_mask: (B, T), True for padding; or as torch passes it on, floating-point with -inf for padding.
                 Rows of self-attention that are padding give what the output projection makes of zeros.
@@ -228,7 +230,7 @@ class MultiheadAttention(nn.Module):
             )
         _check_tensors(query, key, value)
         padding = as_padding(key_padding_mask)
-        is_single, is_self = query.dim() == 2, query is key and key is value
+        is_single, is_self, is_memory = query.dim() == 2, query is key and key is value, (key is value and query is not key)
         if norm is not None and not is_self:
             raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
         if is_single:
@@ -237,7 +239,14 @@ class MultiheadAttention(nn.Module):
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         is_causal = is_causal or self.attention.config.is_causal
-        self._check_shapes(query, key, value, padding, is_causal)
+        self._check_shapes(query, key, value, padding)
+        if (is_memory or query.shape[1] != key.shape[1]) and (is_causal or not self._may_cross):
+            raise ConfigError(
+                f"query has {query.shape[1]} tokens and key {key.shape[1]}"
+                f"{', and key and value are one tensor and query another' * is_memory}: attention between two "
+                f"sequences is Full() only, not causal and without positions; got {self.attention.pattern!r}, "
+                f"is_causal={is_causal}, positions={self.positions!r}"
+            )
         q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self, norm=norm)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
@@ -316,8 +325,8 @@ class MultiheadAttention(nn.Module):
         q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
-    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> None:
-        """Batch-first shapes; what a length that differs rules out."""
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Batch-first shapes."""
         widths = (self.embed_dim, self.kdim, self.vdim)
         for name, x, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
             if x.dim() != 3 or x.shape[2] != width:
@@ -325,12 +334,6 @@ class MultiheadAttention(nn.Module):
         if mask is not None and mask.shape != key.shape[:2]:
             raise ConfigError(
                 f"key_padding_mask must be (batch, kv_len) {tuple(key.shape[:2])}, got {tuple(mask.shape)}"
-            )
-        if query.shape[1] != key.shape[1] and (is_causal or not self._may_cross):
-            raise ConfigError(
-                f"query has {query.shape[1]} tokens and key {key.shape[1]}: attention between two sequences is Full() "
-                f"only, not causal and without positions; got {self.attention.pattern!r}, is_causal={is_causal}, "
-                f"positions={self.positions!r}"
             )
 
 

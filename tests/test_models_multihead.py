@@ -105,6 +105,31 @@ def test_cross_attention_is_torchs() -> None:
     )
 
 
+def test_two_sequences_of_equal_lengths_are_two_sequences() -> None:
+    """As torch's decoder layers call: one tensor for key and value, another for the queries."""
+    x, memory = data(B, S, E), data(B, S, E, seed=1)
+    for fields in ({"pattern": DILATED}, {"is_causal": True}, {"positions": "rotary"}):
+        ours = MultiheadAttention(E, H, batch_first=True, **fields)  # type: ignore[arg-type]
+        for query, other in ((x, memory), (x[0], memory[0])):
+            with pytest.raises(ConfigError, match=r"key and value are one tensor and query another.* is Full\(\) only"):
+                ours(query, other, other)
+    full = MultiheadAttention(E, H, batch_first=True)
+    assert full(x, memory, memory)[0].shape == x.shape
+    with pytest.raises(ConfigError, match="is_causal=True"):
+        full(x, memory, memory, is_causal=True)
+
+
+def test_tokens_with_and_without_positions_are_one_sequence() -> None:
+    """As in DETR: positions are added to queries and keys, and not to values."""
+    torch.manual_seed(0)
+    ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED)
+    x, places = data(B, S, E), data(B, S, E, seed=1)
+    placed = x + places
+    expected, _ = ours(placed, placed, x)
+    assert error(ours(x + places, x + places, x)[0], expected) < 1e-6
+    assert error(ours(placed, placed, placed)[0], expected) > 1e-3
+
+
 def test_a_pattern_is_the_oracles() -> None:
     torch.manual_seed(0)
     ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED, num_kv_heads=2, dtype=torch.float64)
