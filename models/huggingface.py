@@ -221,7 +221,7 @@ class _Implementation:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         batch, length = q.shape[:2]
         is_self = padding is None and length == k.shape[1] and length > 1
-        if not causal and length != k.shape[1] and not built.is_full:
+        if not built.is_full and (_is_cross(module) or (not causal and length != k.shape[1])):
             raise ConfigError(
                 f"{length} queries attend to {k.shape[1]} keys of another sequence: only Full() does that"
             )
@@ -340,6 +340,15 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
 
 def _window(module: nn.Module, causal: bool) -> int | None:
     """The sliding window of a layer that hands none on: what its type says in the configuration.
+def _is_cross(module: nn.Module) -> bool:
+    """Whether a layer says that its keys are another sequence's, as GPT-2's, BERT's and BART's each do."""
+    return (
+        getattr(module, "is_cross_attention", False)
+        or "CrossAttention" in type(module).__name__
+        or (getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True))
+    )
+
+
 
     Masks of both sides count it without the query's own position, and layers that hand it on with that.
     """

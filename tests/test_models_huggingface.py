@@ -19,6 +19,20 @@ from .hf_kit import DILATED, EXPERTS, SIZES, VOCAB, H, S, check_eager, log_multi
 from .model_kit import padding
 from .support import error
 
+BART: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": H,
+    "decoder_attention_heads": H,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "init_std": 0.4,
+    "attn_implementation": "eager",
+}
+
 
 @pytest.mark.parametrize("left", [False, True])
 def test_full_is_eager(left: bool) -> None:
@@ -187,12 +201,7 @@ def test_encoders_and_cross_attention() -> None:
     sparse = bert(seen, attention_mask=mask.long()).last_hidden_state
     assert error(sparse[1, :9], bert(seen[1:, :9]).last_hidden_state[0]) < 1e-5
     assert error(sparse[mask], expected) > 0.01
-    bart_config = transformers.BartConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=H,
-        decoder_attention_heads=H, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64, init_std=0.4,
-        attn_implementation="eager",
-    )  # fmt: skip
-    bart = transformers.BartModel(bart_config).eval()
+    bart = transformers.BartModel(transformers.BartConfig(**BART)).eval()
     given = {"input_ids": seen, "attention_mask": mask.long(), "decoder_input_ids": tokens(length=7, seed=3)}
     expected = bart(**given).last_hidden_state
     register_with_transformers(bart, Full())
@@ -200,6 +209,32 @@ def test_encoders_and_cross_attention() -> None:
     register_with_transformers(bart, DILATED)
     with pytest.raises(ConfigError, match="of another sequence: only Full"):
         bart(**given)
+
+
+READERS: Mapping[str, dict[str, Any]] = {
+    "GPT2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": H, "add_cross_attention": True},
+    "Bert": SIZES | {"num_hidden_layers": 1, "is_decoder": True, "add_cross_attention": True},
+    "Bart": BART,
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_two_sequences_of_equal_lengths_are_two_sequences(kind: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**READERS[kind] | {"attn_implementation": "eager"})
+    mine = getattr(transformers, f"{kind}Model")(config).eval()
+    other = (
+        {"decoder_input_ids": tokens(seed=3)} if kind == "Bart" else {"encoder_hidden_states": torch.randn(2, S, 32)}
+    )
+    given = {"input_ids": tokens(), **other}
+    expected = mine(**given).last_hidden_state
+    register_with_transformers(mine, Full())
+    assert error(mine(**given).last_hidden_state, expected) < 1e-5
+    register_with_transformers(mine, DILATED)
+    with pytest.raises(ConfigError, match=rf"{S} queries attend to {S} keys of another sequence: only Full"):
+        mine(**given)
+    if kind != "Bart":
+        assert mine(tokens()).last_hidden_state.isfinite().all()  # without the other sequence
 
 
 @pytest.mark.parametrize("name", ["my_flash", "paged|mine", "user/kernel", ""])
