@@ -24,6 +24,7 @@ from ..core.pattern import Full, LearnedPattern, Pattern
 from ..registry.build import build_attention
 from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
+from ..registry.selection import check_names
 from .zero_keys import check_zero_padding, with_zero_keys
 
 _Key = tuple[torch.dtype, str, bool, bool]  # dtype, device type, causal, with dropout
@@ -99,6 +100,7 @@ class BuiltAttention(nn.Module):
     ) -> None:
         super().__init__()
         config = AttentionConfig.from_dict(fields)
+        check_names(config, default_registry())
         self.pattern: Pattern = resolve_pattern(config.pattern, default_registry())
         self.config = attrs.evolve(config, pattern=self.pattern)
         if compatibility not in (None, ZERO_PADDING):

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import check_fields
+from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Full, LearnedPattern, Pattern
 from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
+from ..registry.selection import check_names
 from .built import BuiltAttention
 from .hf_masks import padding_mask
 from .hf_packing import packed_lengths, padding_of
@@ -146,7 +147,8 @@ class _Implementation:
         for name in fields:
             if name in _SET_BY_MODEL:
                 raise ConfigError(f"{name!r} follows from the model or from pattern=, and cannot be given here")
-        check_fields(fields)
+        config = AttentionConfig.from_dict({"num_heads": 1, "head_dim": 1, **fields})  # which models say later
+        check_names(config, default_registry())
         self.pattern = _resolved(pattern)
         self.layers: dict[int | str, Pattern] = {_layer(key): _resolved(chosen) for key, chosen in layers.items()}
         self.fields = dict(fields)
@@ -338,8 +340,6 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
     return found
 
 
-def _window(module: nn.Module, causal: bool) -> int | None:
-    """The sliding window of a layer that hands none on: what its type says in the configuration.
 def _is_cross(module: nn.Module) -> bool:
     """Whether a layer says that its keys are another sequence's, as GPT-2's, BERT's and BART's each do."""
     return (
@@ -349,6 +349,8 @@ def _is_cross(module: nn.Module) -> bool:
     )
 
 
+def _window(module: nn.Module, causal: bool) -> int | None:
+    """The sliding window of a layer that hands none on: what its type says in the configuration.
 
     Masks of both sides count it without the query's own position, and layers that hand it on with that.
     """

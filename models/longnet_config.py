@@ -15,6 +15,7 @@ from ..core.pattern import Full, Pattern
 from ..core.structure import from_mapping
 from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
+from ..registry.selection import check_names
 from .positions import POSITIONS, require_pairs
 
 NORMS = ("pre", "sub", "deep")
@@ -150,7 +151,8 @@ class LongNetConfig:
             "is_causal": is_causal,
             **self.attention,
         }
-        AttentionConfig.from_dict({"num_heads": self.num_heads, "head_dim": self.head_dim, **fields})
+        config = AttentionConfig.from_dict({"num_heads": self.num_heads, "head_dim": self.head_dim, **fields})
+        check_names(config, default_registry())
         return fields
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 import attrs
 
 from ..core.checks import did_you_mean
+from ..core.config import AttentionConfig
 from ..core.errors import ConfigError, PluginError
 from ..core.plan import BackendRow
 from ..core.refusal import Refusal
@@ -61,7 +62,7 @@ def select(request: Request, registry: Registry) -> Selection:
         ConfigError: for the name of an unknown backend, in `backend` or in `backend_options`, and as `judge`.
         PluginError: for a broken plugin, where the registry is strict.
     """
-    _check_names(request, registry)
+    check_names(request.config, registry)
     verdicts = {name: judge(registered, request) for name, registered in registry.backends.items()}
     dense = [v.registered.spec for v in verdicts.values() if v.accepts and takes_dense(v.registered.spec)]
     if not dense:
@@ -232,10 +233,11 @@ def _kernel_name(answer: object) -> str:
     return answer
 
 
-def _check_names(request: Request, registry: Registry) -> None:
+def check_names(config: AttentionConfig, registry: Registry) -> None:
+    """Raise `ConfigError` for the name of an unknown backend, in `backend` or in `backend_options`."""
     known = tuple(registry.backends)
-    named = [("backend", request.config.backend)] if request.config.backend != AUTO else []
-    named += [("backend_options", name) for name in request.config.backend_options]
+    named = [("backend", config.backend)] if config.backend != AUTO else []
+    named += [("backend_options", name) for name in config.backend_options]
     for where, name in named:
         if name not in known:
             broken = [f"{row.name} ({row.distribution})" for row in registry.plugins if row.status == "broken"]

@@ -250,6 +250,8 @@ def test_what_cannot_be_registered() -> None:
         ("has full_attention|no layer_types", {"layers": {"sliding_attention": Full()}}),
         ("follows from the model", {"dropout_p": 0.1}),
         ("did you mean 'backend'", {"backnd": "sdpa"}),
+        ("unknown backend 'spda' .did you mean 'sdpa'", {"backend": "spda"}),
+        ("deterministic must be True or False, got 1", {"deterministic": 1}),
         ("layers must map layer numbers or types to patterns", {"layers": [Full()]}),
         ("layer numbers or types to patterns, got the key 0.5", {"layers": {0.5: Full()}}),
         ("layer numbers or types to patterns, got the key True", {"layers": {True: Full()}}),

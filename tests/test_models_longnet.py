@@ -326,6 +326,7 @@ def test_distributed_tensors_are_told_of_their_local_part() -> None:
         ({"dropout": 1.0}, "from 0 to below 1"),
         ({"attention": {"pattern": DILATED}}, "field of LongNetConfig"),
         ({"attention": {"backnd": "sdpa"}}, "did you mean 'backend'"),
+        ({"attention": {"backend": "spda"}}, "unknown backend 'spda' .did you mean 'sdpa'"),
         ({"pattern": {"kind": "dilatd"}}, "did you mean 'dilated'"),
         ({"xpos_base": 0.0}, "positive number"),
         ({"final_norm": "no"}, "final_norm must be True or False, got 'no'"),
