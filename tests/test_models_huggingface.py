@@ -19,7 +19,7 @@ from .hf_kit import DILATED, EXPERTS, SIZES, VOCAB, H, S, check_eager, log_multi
 from .model_kit import padding
 from .support import error
 
-BART: Mapping[str, Any] = {
+BART: dict[str, Any] = {
     "vocab_size": VOCAB,
     "d_model": 32,
     "encoder_layers": 1,
