@@ -109,7 +109,7 @@ def test_two_sequences_of_equal_lengths_are_two_sequences() -> None:
     """As torch's decoder layers call: one tensor for key and value, another for the queries."""
     x, memory = data(B, S, E), data(B, S, E, seed=1)
     for fields in ({"pattern": DILATED}, {"is_causal": True}, {"positions": "rotary"}):
-        ours = MultiheadAttention(E, H, batch_first=True, **fields)  # type: ignore[arg-type]
+        ours = MultiheadAttention(E, H, batch_first=True, **fields)
         for query, other in ((x, memory), (x[0], memory[0])):
             with pytest.raises(ConfigError, match=r"key and value are one tensor and query another.* is Full\(\) only"):
                 ours(query, other, other)
