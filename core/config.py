@@ -237,6 +237,9 @@ class AttentionConfig:
     def from_dict(cls, mapping: Mapping[str, Any]) -> AttentionConfig:
         """The config that `mapping` describes, names and values as for the class; `limits` may be a mapping too.
 
+        A pattern that is a mapping stays one until an attention is built, for plugins bring the kinds:
+        `dilated_attention.resolve_pattern(config.pattern)` is the pattern.
+
         Raises:
             ConfigError: for an unknown key, naming the nearest right one, a missing key, or a value not allowed.
         """
@@ -254,7 +257,7 @@ class AttentionConfig:
         return cls.from_dict(read_mapping(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, fit for JSON; `from_dict` reads it again."""
+        """Plain values only, fit for JSON; `from_dict` reads it again, with the pattern as its mapping."""
         fields = attrs.asdict(self, recurse=False)
         pattern = self.pattern.to_dict() if isinstance(self.pattern, Pattern) else _copied(self.pattern)
         return fields | {

@@ -26,6 +26,11 @@ def mask_bytes(geometry: Geometry) -> int:
 
 def multiplicity(pattern: Pattern, geometry: Geometry) -> Tensor:
     """How often each query counts each key, causality included: (H, S, T) int64, on the CPU."""
+    if not isinstance(pattern, Pattern):
+        raise ConfigError(
+            f"pattern must be a pattern such as Full(), got {pattern!r} ({type(pattern).__name__}); of a mapping with "
+            "'kind' dilated_attention.resolve_pattern(mapping) makes one"
+        )
     pattern.validate(geometry.num_heads, geometry.num_kv_heads)
     query = np.arange(geometry.q_len, dtype=np.int64)[None, :, None] + geometry.q_offset
     key = np.arange(geometry.kv_len, dtype=np.int64)[None, None, :] + geometry.kv_offset

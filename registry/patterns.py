@@ -11,14 +11,18 @@ from ..core.checks import did_you_mean
 from ..core.errors import ConfigError, DilatedAttentionError, PluginError
 from ..core.pattern import Pattern, Sum, Union
 from ..core.structure import check_keys, from_mapping
-from .discovery import Registry
+from .discovery import Registry, default_registry
 from .plugins import PLUGIN_FAULTS, describe, import_target
 
 _COMPOSITES: Final[Mapping[str, type[Union] | type[Sum]]] = {"union": Union, "sum": Sum}
 
 
-def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry) -> Pattern:
+def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry | None = None) -> Pattern:
     """The pattern that a mapping describes; a pattern is returned as it is.
+
+    Args:
+        pattern: a mapping with `kind`, as files and `AttentionConfig.to_dict()` hold it.
+        registry: where kinds are looked up; by default the process's own.
 
     Raises:
         ConfigError: for an unknown kind or parameter, naming the nearest right one, or a value not allowed.
@@ -28,6 +32,7 @@ def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry) ->
         return pattern
     if not isinstance(pattern, Mapping) or not isinstance(pattern.get("kind"), str):
         raise ConfigError(f"a pattern is a mapping with 'kind', its name, got {pattern!r}")
+    registry = registry or default_registry()
     kind: str = pattern["kind"]
     parameters = {name: value for name, value in pattern.items() if name != "kind"}
     if kind in _COMPOSITES:

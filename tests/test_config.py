@@ -12,11 +12,12 @@ import attrs
 import pytest
 import torch
 
+from dilated_attention import Global, Learned, Local, Random, Strided, resolve_pattern
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.limits import Limits
-from dilated_attention.core.pattern import Full
+from dilated_attention.core.pattern import Full, Pattern
 from dilated_attention.patterns.dilated import Dilated
 
 FILE = """
@@ -151,6 +152,27 @@ def test_a_pattern_object_is_written_as_its_mapping() -> None:
     again = AttentionConfig.from_dict(json.loads(json.dumps(built.to_dict())))
     assert again.pattern == built.to_dict()["pattern"]
     assert [member["kind"] for member in built.to_dict()["pattern"]["of"]] == ["dilated", "full"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Full(),
+        Dilated((8, 16), (1, 2)),
+        Local((3, 0)),
+        Global(2),
+        Strided(4),
+        Random(2, 16),
+        Learned(block_size=8, blocks_per_row=2),
+        Dilated((8,), (2,)) | Global(1),
+        Local(2) + Full(),
+    ],
+)
+def test_a_config_is_the_same_again_once_its_pattern_is_resolved(pattern: Pattern) -> None:
+    built = config(pattern=pattern, backend_options={"sdpa": {"kernel": "flash"}})
+    again = AttentionConfig.from_dict(json.loads(json.dumps(built.to_dict())))
+    assert attrs.evolve(again, pattern=resolve_pattern(again.pattern)) == built
+    assert resolve_pattern(pattern) is pattern
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional
 
-from dilated_attention import build_attention
+from dilated_attention import build_attention, resolve_pattern
 from dilated_attention.backends.reference import ReferenceBackend, ReferenceKernel
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.errors import ConfigError
@@ -212,6 +212,17 @@ def request(seq_len: int | None, limit: int) -> Request:
     limits = Limits(reference_mask_bytes=limit)
     config = AttentionConfig(num_heads=4, head_dim=8, num_kv_heads=2, seq_len=seq_len, limits=limits)
     return Request(config=config, pattern=Full(), device=Device(type="cpu"), needs={})
+
+
+def test_a_mapping_is_no_pattern_yet() -> None:
+    geometry = Geometry.self_attention(7, 2, is_causal=True)
+    mapping: Any = Local(2).to_dict()
+    for call in (lambda pattern: run(inputs(geometry), pattern, geometry), lambda x: multiplicity(x, geometry)):
+        with pytest.raises(
+            ConfigError, match=r"such as Full.*got .*'local'.* dilated_attention.resolve_pattern.mapping. makes one"
+        ):
+            call(mapping)
+    assert torch.equal(multiplicity(resolve_pattern(mapping), geometry), multiplicity(Local(2), geometry))
 
 
 def test_the_backend_refuses_masks_beyond_its_limit() -> None:

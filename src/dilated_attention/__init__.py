@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .patterns.store import PatternStore, load_pattern, save_pattern
     from .patterns.strided import Strided
     from .registry.build import build_attention, explain, preflight
+    from .registry.patterns import resolve_pattern
 
 __version__ = VERSION
 
@@ -82,6 +83,7 @@ _HOMES: dict[str, str | None] = {
     "rebuild": "exchange.rebuild",
     "reference": None,
     "registry": None,
+    "resolve_pattern": "registry.patterns",
     "save_pattern": "patterns.store",
     "shard_sequence": "exchange.mesh",
     "unshard_sequence": "exchange.mesh",
@@ -127,6 +129,7 @@ __all__ = [
     "rebuild",
     "reference",
     "registry",
+    "resolve_pattern",
     "save_pattern",
     "shard_sequence",
     "unshard_sequence",
