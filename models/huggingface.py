@@ -77,7 +77,8 @@ def register_with_transformers(
 
     Raises:
         ConfigError: a pattern or field that is not allowed, a name that transformers would read otherwise or that is
-            taken, a layer that the model has not; transformers missing or too old.
+            taken, a layer that the model has not, a decoder that is causal by its mask alone; transformers missing or
+            too old.
     """
     transformers = _transformers()
     if not isinstance(model, str) and not hasattr(model, "set_attn_implementation"):  # wrappers of models pass it on
@@ -94,6 +95,7 @@ def register_with_transformers(
         name = _checked(model)
     else:
         implementation.check_layers(model.config)
+        _check_causality(model)
         name = implementation.own_name
         while not implementation.may_stand_for(holder(name)):
             name += "_"
@@ -338,6 +340,17 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
             f"a {found.kind} pattern has a gate, for which a registered name has no place; freeze it first"
         )
     return found
+
+
+def _check_causality(model: nn.Module) -> None:
+    """Raise `ConfigError` for a decoder whose attention to itself says nowhere but in a mask that it is causal."""
+    for name, module in model.named_modules():
+        is_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+        if is_decoder and name.endswith("self_attn"):
+            raise ConfigError(
+                f"{name} of {type(model).__name__} leaves it to a mask that it is causal, which no pattern honours: "
+                f"its queries would see later keys; keep the model's own attention"
+            )
 
 
 def _is_cross(module: nn.Module) -> bool:

@@ -237,6 +237,15 @@ def test_two_sequences_of_equal_lengths_are_two_sequences(kind: str) -> None:
         assert mine(tokens()).last_hidden_state.isfinite().all()  # without the other sequence
 
 
+@pytest.mark.parametrize("pattern", [Full(), DILATED], ids=str)
+def test_decoders_that_are_causal_by_their_masks_alone_are_refused(pattern: Pattern) -> None:
+    config = transformers.PegasusXConfig(**BART | {"attn_implementation": "eager"})
+    model = transformers.PegasusXModel(config)
+    with pytest.raises(ConfigError, match=r"decoder\.layers\.0\.self_attn of PegasusXModel leaves it to a mask"):
+        register_with_transformers(model, pattern)
+    assert model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", ["my_flash", "paged|mine", "user/kernel", ""])
 def test_names_that_transformers_reads_otherwise(name: str) -> None:
     with pytest.raises(ConfigError, match="without 'flash'"):
