@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NoReturn
 
 import attrs
 
@@ -11,6 +11,15 @@ from .checks import positive_int, require_choice
 from .errors import ConfigError
 
 TRANSPORTS: Final = {"gloo_cpu": "cpu", "ring_nccl": "cuda"}  # what moves the rows, by the device type that it serves
+
+
+def refuse_in_ring(size: int, *given: str) -> NoReturn:
+    """Raise `ConfigError` for what `size` ranks that share a sequence cannot compute, whatever their backend."""
+    what = "".join(f"{name}: " for name in given)
+    raise ConfigError(
+        f"{what}a ring of {size} ranks computes whole calls of one sequence only: no padding masks, packed documents, "
+        "caches, steps of decoding or other reads of a single rank's keys; build without context_parallel for those"
+    )
 
 
 def _transport(_: object, attribute: attrs.Attribute[str], value: object) -> None:

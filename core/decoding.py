@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import require_int
 from .composer import accumulator_dtype
+from .context_parallel import refuse_in_ring
 from .errors import ConfigError
 from .geometry import Geometry, one_token
 from .pattern import Pattern
@@ -356,6 +357,8 @@ def _check_request(engine: Engine, batch: int, most: int | None) -> None:
     require_int("batch_size", batch, minimum=0)
     if most is not None:
         require_int("max_seq_len", most, minimum=1)
+    if engine.config.ring_size > 1:
+        refuse_in_ring(engine.config.ring_size, "make_cache")
     if not engine.config.is_causal:
         raise ConfigError("decoding token by token needs is_causal=True: without it earlier tokens see later ones")
     if "unequal_lengths" not in engine.call_axes:

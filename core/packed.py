@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .arranged import Arranged, arranged
 from .composer import accumulator_dtype
+from .context_parallel import refuse_in_ring
 from .documents import Packing, Stack, read_documents, stacked
 from .errors import ConfigError
 from .filled import Filled
@@ -307,8 +308,10 @@ def received_in_documents(
 
 
 def _check_varlen(engine: Engine, key_padding_mask: Tensor | None) -> None:
+    given = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+    if engine.config.ring_size > 1:
+        refuse_in_ring(engine.config.ring_size, given)
     if "varlen" not in engine.call_axes:
-        given = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
         raise ConfigError(
             f"{given}: the backend of kernel {engine.kernel.name!r} takes no padded rows and packed documents (it does "
             "not declare varlen); build with another backend"

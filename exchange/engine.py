@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.cache import ByteLRU
 from ..core.composers import Composers
+from ..core.context_parallel import refuse_in_ring
 from ..core.counters import AttentionCounters
 from ..core.engine import Engine
 from ..core.errors import ConfigError
@@ -174,10 +175,7 @@ class RingEngine(Engine):
 
     def _program(self, *_: object, **__: object) -> NoReturn:
         """Whatever would compute on this rank's keys alone is an error, not a local answer."""
-        raise ConfigError(
-            f"a ring of {self.communicator.size} ranks computes whole calls of one sequence only: no padding masks, "
-            "packed documents, steps of decoding or other reads of a single rank's keys"
-        )
+        refuse_in_ring(self.communicator.size)
 
     def _composed(self, *_: object, **__: object) -> NoReturn:
         """As `_program`."""

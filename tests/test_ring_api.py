@@ -179,7 +179,10 @@ def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
         assert "a ring of 4 ranks" in said["received"]
         assert "torch.func does not reach over ranks" in said["func"]
         assert "batched gradients (is_grads_batched, vectorize=True) do not reach over ranks" in said["batched"]
-        assert {"padding", "packing", "cache"} <= said.keys()
+        for name, given in (("padding", "key_padding_mask: "), ("packing", "cu_seqlens: "), ("cache", "make_cache: ")):
+            assert said[name].startswith(f"{given}a ring of 4 ranks computes whole calls of one sequence only"), name
+            assert said[name].endswith("build without context_parallel for those")
+            assert "backend" not in said[name]
 
 
 def test_one_ring_serves_a_model_and_leaves_no_trace_in_it(ranks: Ranks) -> None:
