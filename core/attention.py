@@ -283,14 +283,15 @@ class Attention(nn.Module):
 
         It keeps the keys and values that a later token can still reach, for each head by itself: the last window of
         `Local`, what `Global` tokens hold, of `Dilated` the kept places of the segments that are still open (once,
-        however many branches share them). `Full`, `Strided`, `Random`, `Learned` and stored patterns keep all.
+        however many branches share them). `Full`, `Strided`, `Random` and `Learned` keep all.
 
         Args:
             batch_size: sequences decoded together, all of one length.
             max_seq_len: most tokens that it may see; a cache that keeps all then takes its memory at once.
 
         Raises:
-            ConfigError: attention that is not causal, or a backend that does not declare unequal_lengths.
+            ConfigError: attention that is not causal or that ranks share, a pattern kept as blocks of one length, or a
+                backend that does not declare unequal_lengths.
         """
         return DecodingCache(
             self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len

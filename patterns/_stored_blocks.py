@@ -12,6 +12,7 @@ from ..core.geometry import Geometry
 from ..core.pattern import Pattern
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..core.layout import BlockGrid, BlockLayout, BlockSupport
@@ -66,6 +67,13 @@ class BlockTable(Pattern):
     def head_groups(self, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
         """Heads that share a table."""
         return tuple(int(table) for table in self.table.head_table)
+
+    def reachable(self, key: IntArray, position: int, head: int, geometry: Geometry) -> NDArray[np.bool_]:
+        """Raises `ConfigError`: a sequence that grows has other lengths than the table's."""
+        raise ConfigError(
+            f"a {self.kind} pattern holds the blocks of {self.table.geometry.kv_len:,} tokens and cannot tell what "
+            "those of a sequence that grows see; decode with a pattern that is no table, as the one it is from"
+        )
 
     def _check(self, geometry: Geometry) -> None:
         own = self.table.geometry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dilated_attention import (
     Learned,
     Local,
     Pattern,
+    PatternStore,
     Random,
     build_attention,
 )
@@ -25,6 +27,8 @@ from dilated_attention.bench.timing import peak_bytes
 from dilated_attention.core import decoding
 from dilated_attention.core.decoding import DecodingCache, Reach
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.registry.discovery import default_registry
+from dilated_attention.registry.patterns import resolve_pattern
 
 from .kernel_kit import PATTERNS
 from .support import error, inputs
@@ -310,6 +314,21 @@ def test_what_cannot_be_is_told() -> None:
         dropping.step(query.detach(), key, value, dropping.make_cache(2))
     dropping.eval()
     assert dropping.step(query.detach(), key, value, dropping.make_cache(2)).shape == query.shape
+
+
+def test_blocks_kept_for_one_length_are_refused_before_a_cache_is_made(tmp_path: Path) -> None:
+    store = PatternStore(tmp_path)
+    store.save("drawn", Random(2, 16), seq_len=LENGTH, num_heads=4, is_causal=True)
+    drawn = resolve_pattern({"kind": "stored", "name": "drawn", "root": str(tmp_path)}, default_registry())
+    learned = build(Learned(block_size=16, blocks_per_row=2))
+    query, key, _ = tokens(batch=1)[:3]
+    frozen = learned.gate.freeze(query, key)
+    for pattern in (store.load("drawn"), drawn, frozen, frozen | Global(4), Local(3) + drawn):
+        with pytest.raises(ConfigError, match=f"holds the blocks of {LENGTH} tokens.*cannot.*grows.*decode with"):
+            build(pattern).make_cache(1)
+    store.save("kept", LONGNET, seq_len=LENGTH, num_heads=4, is_causal=True)
+    kept = resolve_pattern({"kind": "stored", "name": "kept", "root": str(tmp_path)}, default_registry())
+    assert build(kept).make_cache(1).seq_len == 0  # as its parameters, which fit every length
 
 
 @pytest.mark.gpu
