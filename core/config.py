@@ -18,7 +18,7 @@ from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
 from .pattern import Full, Pattern
-from .structure import check_keys, from_mapping, keys_of
+from .structure import NamesChecked, check_keys, from_mapping, keys_of
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -139,7 +139,7 @@ def _context_parallel(_: object, attribute: attrs.Attribute[ContextParallel | No
 
 
 @attrs.frozen(kw_only=True)
-class AttentionConfig:
+class AttentionConfig(NamesChecked):
     """Everything that determines an attention before it is built.
 
     Attributes:
@@ -217,6 +217,10 @@ class AttentionConfig:
                 f"seq_len must be a multiple of context_parallel.size, got {self.seq_len} and {self.ring_size}; "
                 f"the next multiple is {-(-self.seq_len // self.ring_size) * self.ring_size}"
             )
+
+    @classmethod
+    def _check_names(cls, fields: Mapping[str, object]) -> None:
+        check_fields(fields)
 
     @property
     def ring_size(self) -> int:

@@ -9,6 +9,7 @@ import attrs
 
 from .checks import positive_int, require_choice
 from .errors import ConfigError
+from .structure import NamesChecked
 
 TRANSPORTS: Final = {"gloo_cpu": "cpu", "ring_nccl": "cuda"}  # what moves the rows, by the device type that it serves
 
@@ -32,7 +33,7 @@ def _timeout(_: object, attribute: attrs.Attribute[float], value: object) -> Non
 
 
 @attrs.frozen(kw_only=True)
-class ContextParallel:
+class ContextParallel(NamesChecked):
     """One sequence over several ranks, each holding a contiguous shard of queries, keys and values.
 
     Attributes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from .checks import positive_int
+from .structure import NamesChecked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ def at_once(workspace_bytes: int, like: Tensor) -> int:
 
 
 @attrs.frozen(kw_only=True)
-class Limits:
+class Limits(NamesChecked):
     """Upper bounds that an `AttentionConfig` carries; every value is a positive integer number of bytes.
 
     Attributes:

@@ -11,14 +11,15 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from .checks import did_you_mean, positive_int, promises
+from .checks import positive_int, promises
 from .errors import ConfigError
 from .geometry import Geometry, joined_groups
 from .repeats import Repeats
+from .structure import NamesChecked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +65,7 @@ class KeySpans:
     multiplicity: int = 1
 
 
-class Pattern(ABC):
+class Pattern(NamesChecked, ABC):
     """Who attends to whom. Subclasses are frozen attrs classes with a `kind` that names them in files."""
 
     kind: ClassVar[str]
@@ -73,16 +74,6 @@ class Pattern(ABC):
     # `multiplicity` and `block_signature` do not depend on the head: all are lowered as one. A class derived from one
     # that promises this, or what stands above, promises it anew.
     heads_alike: ClassVar[bool] = False
-
-    def __new__(cls, *args: object, **fields: object) -> Self:
-        """Name the nearest right parameter where a wrong one is given, as a configuration file's would be."""
-        known = [field.alias for field in attrs.fields(cls)] if attrs.has(cls) else list(fields)
-        for name in fields:
-            if name not in known:
-                takes = ", ".join(known) or "none"
-                hint = did_you_mean(name, known)
-                raise ConfigError(f"{cls.__name__} has no parameter {name!r}{hint}; it takes {takes}")
-        return super().__new__(cls)
 
     @abstractmethod
     def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:

@@ -10,7 +10,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import attrs
 
@@ -62,6 +62,27 @@ def required_keys(cls: type[object]) -> tuple[str, ...]:
     """The names that `cls` cannot do without."""
     fields = attrs.fields(cls)  # type: ignore[arg-type]
     return tuple(field.alias or field.name for field in fields if field.init and field.default is attrs.NOTHING)
+
+
+class NamesChecked:
+    """A base of attrs classes: a wrong name among the arguments is told the nearest right one, as in a file."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args: object, **fields: object) -> Self:
+        """Raise `ConfigError` for a name that the class does not take."""
+        cls._check_names(fields)
+        return super().__new__(cls)
+
+    @classmethod
+    def _check_names(cls, fields: Mapping[str, object]) -> None:
+        known = keys_of(cls) if attrs.has(cls) else tuple(fields)
+        for name in fields:
+            if name not in known:
+                takes = ", ".join(known) or "none"
+                raise ConfigError(
+                    f"{cls.__name__} has no parameter {name!r}{did_you_mean(name, known)}; it takes {takes}"
+                )
 
 
 _made: dict[type, Callable[[Mapping[Any, object], Any], Any]] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.checks import positive_int
 from ..core.errors import ConfigError
+from ..core.structure import NamesChecked
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
 from .longnet_config import Checkpointing, LongNetConfig
@@ -31,7 +32,7 @@ _SHORTEST_SEGMENT = 1024
 
 
 @attrs.frozen(kw_only=True)
-class SlideEncoderConfig:
+class SlideEncoderConfig(NamesChecked):
     """The slide encoder's shape.
 
     Attributes:

@@ -12,7 +12,7 @@ from ..core.checks import positive_int, require_choice, require_positive
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Full, Pattern
-from ..core.structure import from_mapping
+from ..core.structure import NamesChecked, from_mapping
 from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
 from ..registry.selection import check_names
@@ -75,7 +75,7 @@ def _resolved(value: Any) -> Pattern:
 
 
 @attrs.frozen(kw_only=True)
-class LongNetConfig:
+class LongNetConfig(NamesChecked):
     """LongNet (arXiv 2307.02486) on MAGNETO's layers (arXiv 2210.06423).
 
     Attributes:

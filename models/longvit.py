@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..core.checks import positive_int
 from ..core.errors import ConfigError
+from ..core.structure import NamesChecked
 from .checkpoints import Tensors, load_exactly, read_tensors
 from .longnet import LongNetEncoder
 from .longnet_config import Checkpointing, LongNetConfig
@@ -32,7 +33,7 @@ _SEGMENT_LENGTHS = {
 
 
 @attrs.frozen(kw_only=True)
-class LongViTConfig:
+class LongViTConfig(NamesChecked):
     """The shape of a LongViT.
 
     Attributes:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.limits import Limits
 from dilated_attention.core.pattern import Full, Pattern
+from dilated_attention.models.longnet_config import LongNetConfig
 from dilated_attention.patterns.dilated import Dilated
 
 FILE = """
@@ -240,3 +245,28 @@ def test_a_config_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "words"),
+    [
+        (AttentionConfig, {"num_heads": 2, "patern": Full()}, "no 'patern' (did you mean 'pattern'?)"),
+        (AttentionConfig, {"segment_lengths": (4,)}, "did you mean 'segment_lengths' of the pattern"),
+        (Limits, {"workspace": 1}, "Limits has no parameter 'workspace' (did you mean 'workspace_bytes'?)"),
+        (Limits, {"zzz": 1}, "no parameter 'zzz'; it takes pattern_cache_bytes, layout_bytes, workspace_bytes, ex"),
+        (ContextParallel, {"sise": 2}, "ContextParallel has no parameter 'sise' (did you mean 'size'?)"),
+        (LongNetConfig, {"num_layer": 2}, "LongNetConfig has no parameter 'num_layer' (did you mean 'num_layers'?)"),
+    ],
+)
+def test_classes_name_the_parameter_that_was_meant(cls: Callable[..., Any], fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        cls(**fields)
+
+
+def test_classes_that_judge_names_keep_their_signatures_and_slots() -> None:
+    assert list(inspect.signature(ContextParallel).parameters) == ["size", "transport", "timeout_s"]
+    config = AttentionConfig(num_heads=2, head_dim=8, limits=Limits(layout_bytes=5))
+    assert not hasattr(config, "__dict__")
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(ConfigError, match=r"did you mean 'head_dim'"):
+        attrs.evolve(config, head_dims=16)
