@@ -81,9 +81,8 @@ class Attention(nn.Module):
             seq_len: number of queries.
             kv_len: number of keys; `seq_len` if not given. The last query stands at the last key.
         """
-        kv_len = seq_len if kv_len is None else kv_len
-        require_int("seq_len", seq_len, minimum=0)
-        require_int("kv_len", kv_len, minimum=0)
+        seq_len = require_int("seq_len", seq_len, minimum=0)
+        kv_len = seq_len if kv_len is None else require_int("kv_len", kv_len, minimum=0)
         drops = self.training and self.config.dropout_p > 0
         self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device(), drops=drops)
 

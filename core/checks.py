@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,22 +26,56 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def plain_int(value: object) -> object:
+    """An integer of another type, such as numpy's, as an `int`; anything else, `True` and `False` too, as it is."""
+    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
+
+
+def as_number(value: object) -> float | None:
+    """A number as an `int` or `float`, None for what is none; `np.float32(0.1)` is 0.1, as it is written."""
+    if isinstance(value, numbers.Real) and not isinstance(value, float | numbers.Rational):
+        return float(str(value))
+    plain = float(value) if isinstance(value, float) else plain_int(value)
+    return plain if isinstance(plain, int | float) and not isinstance(plain, bool) else None
+
+
+def keep_plain(instance: object, attribute: attrs.Attribute[Any], plain: object) -> None:
+    """For attrs validators: put a plain number where numpy's was given, which neither prints like it nor goes to JSON.
+
+    Not by a converter, whose argument type would take the place of the field's in the signature of the class.
+    """
+    if plain is not getattr(instance, attribute.name):
+        object.__setattr__(instance, attribute.name, plain)
+
+
+def keep_number(instance: object, attribute: attrs.Attribute[Any], value: object) -> float | None:
+    """For attrs validators: `as_number` of the attribute, which is kept."""
+    number = as_number(value)
+    if number is not None:
+        keep_plain(instance, attribute, number)
+    return number
+
+
 def require_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
-    """Return `value` as it is, or raise `ConfigError` when it is no integer, below `minimum` or above `maximum`."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Return `value` as an int, or raise `ConfigError` when it is no integer, below `minimum` or above `maximum`."""
+    plain = plain_int(value)
+    if not isinstance(plain, int) or isinstance(plain, bool):
         raise ConfigError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ConfigError(f"{name} must be at least {minimum}, got {value}")
-    if maximum is not None and value > maximum:
-        raise ConfigError(f"{name} must be at most {maximum:,}, got {value:,}")
-    return value
+    if plain < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, got {plain}")
+    if maximum is not None and plain > maximum:
+        raise ConfigError(f"{name} must be at most {maximum:,}, got {plain:,}")
+    return plain
 
 
 def an_int(minimum: int, maximum: int | None = None) -> Callable[[object, attrs.Attribute[int], object], None]:
-    """An attrs validator: `require_int` of the attribute."""
+    """An attrs validator: `require_int` of the attribute, which is kept."""
 
     def check(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-        require_int(f"{type(instance).__name__}.{attribute.name}", value, minimum=minimum, maximum=maximum)
+        name = f"{type(instance).__name__}.{attribute.name}"
+        keep_plain(instance, attribute, require_int(name, value, minimum=minimum, maximum=maximum))
 
     return check
 
@@ -80,10 +115,12 @@ def promises(of: object, name: str) -> bool:
     return bool(vars(type(of)).get(name, False))
 
 
-def require_positive(name: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+def require_positive(name: str, value: object) -> float:
+    """Return `value` as an int or float, or raise `ConfigError` unless it is a finite number above 0."""
+    number = as_number(value)
+    if number is None or not 0 < number < math.inf:
         raise ConfigError(f"{name} must be a positive number, got {value!r}")
+    return number
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

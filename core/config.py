@@ -13,7 +13,16 @@ from typing import Any, Final, NoReturn
 
 import attrs
 
-from .checks import MOST_POSITIONS, an_int, did_you_mean, nearest, positive_int, require_choice, require_int
+from .checks import (
+    MOST_POSITIONS,
+    an_int,
+    did_you_mean,
+    keep_number,
+    nearest,
+    positive_int,
+    require_choice,
+    require_int,
+)
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .limits import Limits
@@ -69,25 +78,26 @@ def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None
         raise ConfigError(f"{attribute.name} must be True or False, got {value!r} ({type(value).__name__})")
 
 
-def _number(attribute: attrs.Attribute[Any], value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _number(instance: object, attribute: attrs.Attribute[Any], value: object) -> float:
+    number = keep_number(instance, attribute, value)
+    if number is None:
         raise ConfigError(f"{attribute.name} must be a number, got {value!r} ({type(value).__name__})")
     try:
-        return float(value)
+        return float(number)
     except OverflowError:  # an integer beyond all floats
-        return math.inf if value > 0 else -math.inf
+        return math.inf if number > 0 else -math.inf
 
 
-def _scale(_: object, attribute: attrs.Attribute[float | None], value: object) -> None:
+def _scale(instance: object, attribute: attrs.Attribute[float | None], value: object) -> None:
     if value is None:
         return
-    number = _number(attribute, value)
+    number = _number(instance, attribute, value)
     if not math.isfinite(number) or number == 0:
         raise ConfigError(f"scale must be finite and not 0 (default 1/sqrt(head_dim)), got {value!r}")
 
 
-def _probability(_: object, attribute: attrs.Attribute[float], value: object) -> None:
-    if not 0 <= _number(attribute, value) < 1:
+def _probability(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if not 0 <= _number(instance, attribute, value) < 1:
         raise ConfigError(f"{attribute.name} must be at least 0 and below 1, got {value!r}")
 
 

@@ -7,7 +7,7 @@ from typing import Final, NoReturn
 
 import attrs
 
-from .checks import positive_int, require_choice
+from .checks import keep_number, positive_int, require_choice
 from .errors import ConfigError
 from .structure import NamesChecked
 
@@ -27,8 +27,9 @@ def _transport(_: object, attribute: attrs.Attribute[str], value: object) -> Non
     require_choice("ContextParallel.transport", value, ("auto", *TRANSPORTS))
 
 
-def _timeout(_: object, attribute: attrs.Attribute[float], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+def _timeout(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    number = keep_number(instance, attribute, value)
+    if number is None or not 0 < number < math.inf:
         raise ConfigError(f"ContextParallel.timeout_s must be a number of seconds above 0, got {value!r}")
 
 

@@ -91,7 +91,7 @@ class DecodingCache:
     def __init__(self, engine: Engine, gate: Gate | None, device: torch.device, batch: int, most: int | None) -> None:
         config = engine.config
         _check_request(engine, batch, most)
-        self.batch_size, self.max_seq_len, self.seq_len = batch, most, 0
+        self.batch_size, self.max_seq_len, self.seq_len = int(batch), None if most is None else int(most), 0
         self.engine = engine
         self.reach = Reach(config, engine.pattern)
         self._gate = gate

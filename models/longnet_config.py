@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from ..core.checks import positive_int, require_choice, require_positive
+from ..core.checks import keep_number, keep_plain, positive_int, require_choice, require_positive
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Full, Pattern
@@ -37,13 +37,14 @@ def _checkpointing(_: object, attribute: attrs.Attribute[Checkpointing], value: 
         raise ConfigError(f"{attribute.name} must be False, True or 'pointwise', got {value!r}")
 
 
-def _probability(_: object, attribute: attrs.Attribute[float], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+def _probability(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    number = keep_number(instance, attribute, value)
+    if number is None or not 0 <= number < 1:
         raise ConfigError(f"{attribute.name} must be a number from 0 to below 1, got {value!r}")
 
 
-def _positive(_: object, attribute: attrs.Attribute[float], value: object) -> None:
-    require_positive(attribute.name, value)
+def _positive(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    keep_plain(instance, attribute, require_positive(attribute.name, value))
 
 
 def require_config(config: object) -> None:

@@ -87,8 +87,8 @@ class MultiheadAttention(nn.Module):
         **fields: Any,
     ) -> None:
         super().__init__()
-        require_int("embed_dim", embed_dim, minimum=1)
-        require_int("num_heads", num_heads, minimum=1)
+        embed_dim = require_int("embed_dim", embed_dim, minimum=1)
+        num_heads = require_int("num_heads", num_heads, minimum=1)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         require_choice("positions", positions, POSITIONS)

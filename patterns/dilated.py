@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_POSITIONS, is_int, require_choice, require_int
+from ..core.checks import MOST_POSITIONS, is_int, plain_int, require_choice, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry, joined_groups
 from ..core.pattern import Branch, KeySpans, Pattern, parameters
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def _tuple(value: object) -> tuple[object, ...]:
     """A tuple of the values, so that lists from files compare equal; anything that is no list is an error."""
     if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
-        example = value if is_int(value) else 1024
+        example = value if is_int(plain_int(value)) else 1024
         raise ConfigError(f"Dilated takes sequences of integers, got {value!r}; write ({example},) for one branch")
-    return tuple(value)
+    return tuple(map(plain_int, value))
 
 
 def _positive_ints(instance: Dilated, attribute: attrs.Attribute[tuple[int, ...]], value: tuple[object, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int
+from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int, keep_number
 from ..core.errors import ConfigError
 from ..core.pattern import LearnedPattern
 
@@ -23,7 +23,8 @@ _FINEST = 10**9  # of densities, so that a block count times numerator or denomi
 def _density(instance: Learned, attribute: attrs.Attribute[float | None], value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / _FINEST <= value <= 1:
+    number = keep_number(instance, attribute, value)
+    if number is None or not 1 / _FINEST <= number <= 1:
         raise ConfigError(f"Learned.density must be a number from {1 / _FINEST:g} to 1, got {value!r}")
 
 

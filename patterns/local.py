@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from ..core.bands import Band
-from ..core.checks import MOST_POSITIONS, require_int
+from ..core.checks import MOST_POSITIONS, plain_int, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import KeySpans, Pattern, parameters
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 def _both_sides(value: object) -> tuple[object, ...]:
     """An integer stands for both sides; two integers are (left, right)."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != 2:
-            raise ConfigError(f"Local.window_size must be an integer or (left, right), got {value!r}")
-        return tuple(value)
-    return (value, value)
+    is_one = isinstance(value, str) or not (isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1)
+    given: Any = (value, value) if is_one else value
+    sides = tuple(map(plain_int, given))
+    if len(sides) != 2:
+        raise ConfigError(f"Local.window_size must be an integer or (left, right), got {value!r}")
+    return sides
 
 
 def _sides(instance: Local, attribute: attrs.Attribute[tuple[int, int]], value: tuple[object, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int, require_int
+from ..core.checks import MOST_IN_BLOCK, MOST_POSITIONS, an_int, keep_number, keep_plain, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern, parameters
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 def _density(instance: Random, attribute: attrs.Attribute[float | None], value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    number = keep_number(instance, attribute, value)
+    if number is None or not 0 < number <= 1:
         raise ConfigError(f"Random.density must be a number above 0 and at most 1, got {value!r}")
 
 
 def _seed(instance: Random, attribute: attrs.Attribute[int], value: object) -> None:
-    if require_int("Random.seed", value, minimum=0) >= 1 << 64:
-        raise ConfigError(f"Random.seed must be below 2**64, got {value}")
+    seed = require_int("Random.seed", value, minimum=0)
+    if seed >= 1 << 64:
+        raise ConfigError(f"Random.seed must be below 2**64, got {seed}")
+    keep_plain(instance, attribute, seed)
 
 
 @attrs.frozen

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +26,14 @@ from dilated_attention.core.limits import Limits
 from dilated_attention.core.pattern import Full, Pattern
 from dilated_attention.models.longnet_config import LongNetConfig
 from dilated_attention.patterns.dilated import Dilated
+from dilated_attention.patterns.global_tokens import Global
+from dilated_attention.patterns.learned import Learned
+from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.random import Random
+from dilated_attention.patterns.strided import Strided
+from dilated_attention.presets import bigbird, longformer
 
+NP: Any = np  # whose numbers type checkers do not take for int and float; they are taken all the same
 FILE = """
 num_heads = 8
 head_dim = 64
@@ -266,7 +275,73 @@ def test_classes_name_the_parameter_that_was_meant(cls: Callable[..., Any], fiel
 def test_classes_that_judge_names_keep_their_signatures_and_slots() -> None:
     assert list(inspect.signature(ContextParallel).parameters) == ["size", "transport", "timeout_s"]
     config = AttentionConfig(num_heads=2, head_dim=8, limits=Limits(layout_bytes=5))
+    wrong: dict[str, Any] = {"head_dims": 16}
     assert not hasattr(config, "__dict__")
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(ConfigError, match=r"did you mean 'head_dim'"):
-        attrs.evolve(config, head_dims=16)
+        attrs.evolve(config, **wrong)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_plain_ones() -> None:
+    given: dict[str, Any] = {
+        "num_heads": NP.int64(4),
+        "head_dim": NP.int32(8),
+        "num_kv_heads": NP.uint8(2),
+        "seq_len": NP.int64(64),
+        "scale": NP.float32(0.5),
+        "dropout_p": NP.float64(0.25),
+        "limits": Limits(workspace_bytes=NP.int64(1 << 20)),
+    }
+    plain: dict[str, Any] = {
+        "num_heads": 4,
+        "head_dim": 8,
+        "num_kv_heads": 2,
+        "seq_len": 64,
+        "scale": 0.5,
+        "dropout_p": 0.25,
+    }
+    expected = AttentionConfig(**plain, limits=Limits(workspace_bytes=1 << 20))
+    config = AttentionConfig(**given)
+    assert (config, hash(config), repr(config)) == (expected, hash(expected), repr(expected))
+    assert json.dumps(config.to_dict()) == json.dumps(expected.to_dict())
+    assert repr(AttentionConfig.from_dict(given)) == repr(attrs.evolve(config, head_dim=NP.int64(8))) == repr(expected)
+    ring = ContextParallel(size=NP.int64(2), timeout_s=NP.float32(1.5))
+    assert repr(ring) == repr(ContextParallel(size=2, timeout_s=1.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (lambda: Dilated(NP.array([16, 32]), (NP.int8(1), 2)), Dilated((16, 32), (1, 2))),
+        (lambda: Local(NP.int64(4)), Local(4)),
+        (lambda: Local(NP.array([4, 0])), Local((4, 0))),
+        (lambda: Local((NP.int64(4), 0)), Local((4, 0))),
+        (lambda: Local.from_sliding_window(NP.int64(5)), Local((4, 0))),
+        (lambda: Global(NP.uint16(3)), Global(3)),
+        (lambda: Strided(NP.int64(3)), Strided(3)),
+        (lambda: Random(NP.int64(3), NP.int64(16), NP.uint64(7)), Random(3, 16, 7)),
+        (lambda: Random(density=NP.float64(0.5)), Random(density=0.5)),
+        (lambda: Learned(NP.int64(16), NP.int64(2)), Learned(16, 2)),
+        (lambda: Learned(density=NP.float64(0.5)), Learned(density=0.5)),
+        (lambda: bigbird(block_size=NP.int64(8), window_blocks=NP.int64(3)), bigbird(block_size=8, window_blocks=3)),
+        (lambda: longformer(window_size=NP.int64(8)), longformer(window_size=8)),
+    ],
+)
+def test_patterns_keep_numbers_of_numpy_as_plain_ones(given: Callable[[], Pattern], plain: Pattern) -> None:
+    pattern = given()
+    assert (pattern, hash(pattern), repr(pattern)) == (plain, hash(plain), repr(plain))
+    assert json.dumps(pattern.to_dict()) == json.dumps(plain.to_dict())
+
+
+@pytest.mark.parametrize("value", [True, NP.True_, 4.0, NP.float64(4), NP.array(4), NP.array([4]), "4", Fraction(4)])
+def test_what_is_no_integer_is_refused_as_one(value: Any) -> None:
+    for make in (lambda: Limits(layout_bytes=value), lambda: Dilated((value,), (1,)), lambda: Local((value, 0))):
+        with pytest.raises(ConfigError, match=r"must be an integer, got .*" + re.escape(f"({type(value).__name__})")):
+            make()
+
+
+@pytest.mark.parametrize("value", [True, NP.True_, "1", NP.complex64(1), NP.array(1.0), torch.tensor(1.0)])
+def test_what_is_no_number_is_refused_as_one(value: Any) -> None:
+    for fields in ({"scale": value}, {"dropout_p": value}):
+        with pytest.raises(ConfigError, match="must be a number, got"):
+            AttentionConfig(num_heads=2, head_dim=8, **fields)
