@@ -158,11 +158,21 @@ def test_verify_says_which_file_is_bad_and_goes_on(invoke: Invoke, work: Path) -
     assert invoke("pattern", "verify", "near", "--root", "store").returncode == 0
 
 
-def test_a_store_that_is_not_there_is_empty_and_one_that_cannot_be_is_an_error(invoke: Invoke, work: Path) -> None:
+def test_a_named_store_must_be_there_and_the_default_one_need_not(invoke: Invoke, work: Path) -> None:
+    for arguments in (["list"], ["verify"], ["verify", "p"], ["list", "--json"]):
+        for root in ("none", "pattern-store"):
+            done = invoke("pattern", *arguments, "--root", root)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr == f"error: --root must be a folder, but there is no {root!r}; save makes one\n"
     for arguments in (["list"], ["verify"]):
-        done = invoke("pattern", *arguments, "--root", "none")
-        assert (done.returncode, done.stdout) == (0, "no patterns are stored in 'none'\n")
-    assert as_json(invoke("pattern", "list", "--root", "none", "--json")) == []
+        done = invoke("pattern", *arguments)
+        assert (done.returncode, done.stdout) == (0, "no patterns are stored in 'pattern-store'\n")
+    assert as_json(invoke("pattern", "list", "--json")) == []
+    Path("empty").mkdir()
+    assert invoke("pattern", "verify", "--root", "empty").stdout == "no patterns are stored in 'empty'\n"
+
+
+def test_a_store_that_cannot_be_is_an_error(invoke: Invoke, work: Path) -> None:
     done = invoke("pattern", "load", "p", "--root", "local.toml/store")
     assert (done.returncode, done.stderr) == (2, "error: cannot use the store 'local.toml/store': Not a directory\n")
     for arguments in (["list"], ["load", "p"], ["save", "p", "--config", "local.toml", "--seq-len", "64"]):

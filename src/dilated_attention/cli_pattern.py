@@ -44,8 +44,9 @@ _MOST_LAYERS: Final = 1000
 
 
 @pattern_app.command("list")
-def list_patterns(root: Root = _ROOT, as_json: AsJson = False) -> None:
+def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = False) -> None:
     """List the stored patterns and their sizes; the files are not read."""
+    _require_named(context, root)
     with _store(root) as store:
         sizes = {name: (store.root / f"{name}.safetensors").stat().st_size for name in store.list()}
     rows = [{"name": name, "nbytes": size} for name, size in sizes.items()]
@@ -181,11 +182,13 @@ def _plot(picture: Cells, quality: Quality, info: StoredInfo, head: int, path: P
 
 @pattern_app.command()
 def verify(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="One pattern. Default: all.", show_default=False)] = None,
     root: Root = _ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Check stored patterns, bit by bit. Exit status 4 when one is bad."""
+    _require_named(context, root)
     with _store(root) as store:
         names = store.list() if name is None else (name,)
         rows = [_verified(root, store, each) for each in names]
@@ -206,6 +209,13 @@ def _verified(root: Path, store: PatternStore, name: str) -> dict[str, str]:
     except FileNotFoundError as error:
         raise _missing(root, store, name) from error
     return {"name": name, "status": "ok", "kind": _kind(info), "cause": ""}
+
+
+def _require_named(context: typer.Context, root: Path) -> None:
+    """Raise `ConfigError` for a `--root` that was given and is not there: a check of nothing must not pass."""
+    source = context.get_parameter_source("root")
+    if source is not None and source.name != "DEFAULT" and not root.exists():
+        raise ConfigError(f"--root must be a folder, but there is no {str(root)!r}; save makes one")
 
 
 @contextlib.contextmanager
