@@ -30,7 +30,7 @@ def lower_blocks(
     """Lower a whole pattern to one table of blocks, branch-like or not. Arguments and errors as `lower`."""
     size = pattern.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
     require_int("block_size", size, minimum=1)
-    grid = BlockGrid.of(geometry, size, None if limit_bytes is None else limit_bytes // ENTRY_BYTES)
+    grid = BlockGrid.of(geometry, size, limit_bytes)
     groups = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
     masks = _MaskPool(size, limit_bytes)
     kinds = _SharedKinds(pattern.signature_groups(geometry.num_heads, geometry.num_kv_heads))

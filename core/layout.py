@@ -33,39 +33,39 @@ class BlockGrid:
         block_size: queries and keys in a block; the last of each may be shorter.
         query_low: absolute position of each block row's first query, (rows,) int64.
         key_low: absolute position of each block column's first key, (cols,) int64.
-        max_blocks: most blocks that a support over this grid may list, or None. Whoever lists more raises
-            `ConfigError` through `check_blocks` before allocating them.
+        limit_bytes: most that the blocks of a support over this grid may take, `ENTRY_BYTES` each, or None. Whoever
+            lists more raises `ConfigError` through `check_blocks` before allocating them.
     """
 
     block_size: int
     query_low: IntArray
     key_low: IntArray
-    max_blocks: int | None = None
+    limit_bytes: int | None = None
 
     @classmethod
-    def of(cls, geometry: Geometry, block_size: int, max_blocks: int | None = None) -> BlockGrid:
+    def of(cls, geometry: Geometry, block_size: int, limit_bytes: int | None = None) -> BlockGrid:
         """The grid over all queries and keys of `geometry`.
 
         Raises:
-            ConfigError: the first positions of its rows or columns alone take more bytes than `max_blocks` blocks.
+            ConfigError: the first positions of its rows or columns alone take more than `limit_bytes`.
         """
         for what, length in (("queries", geometry.q_len), ("keys", geometry.kv_len)):
             nbytes = -(-length // block_size) * 8
-            if max_blocks is not None and nbytes > max_blocks * ENTRY_BYTES:
+            if limit_bytes is not None and nbytes > limit_bytes:
                 raise ConfigError(
                     f"the block layout of {length:,} {what} needs more than {nbytes:,} bytes in blocks of {block_size}"
-                    f", allowed are {max_blocks * ENTRY_BYTES:,}; raise Limits.layout_bytes or block_size"
+                    f", allowed are {limit_bytes:,}; raise Limits.layout_bytes or block_size"
                 )
         query = np.arange(0, geometry.q_len, block_size, dtype=np.int64) + geometry.q_offset
         key = np.arange(0, geometry.kv_len, block_size, dtype=np.int64) + geometry.kv_offset
-        return cls(block_size, query, key, max_blocks)
+        return cls(block_size, query, key, limit_bytes)
 
     def check_blocks(self, count: int) -> None:
         """Raise `ConfigError` when `count` blocks are more than a support may list."""
-        if self.max_blocks is not None and count > self.max_blocks:
+        if self.limit_bytes is not None and count * ENTRY_BYTES > self.limit_bytes:
             raise ConfigError(
                 f"the block layout needs {count * ENTRY_BYTES:,} bytes for {count:,} blocks of {self.block_size}, "
-                f"allowed are {self.max_blocks * ENTRY_BYTES:,}; raise Limits.layout_bytes or block_size"
+                f"allowed are {self.limit_bytes:,}; raise Limits.layout_bytes or block_size"
             )
 
 

@@ -158,8 +158,14 @@ def test_translation_makes_few_masks() -> None:
 
 def test_a_layout_beyond_the_limit_is_refused_with_both_numbers() -> None:
     geometry = Geometry.self_attention(1 << 20, 2)
-    with pytest.raises(ConfigError, match=r"805,306,368 bytes for 67,108,864 blocks of 128, allowed are 1,0"):
+    with pytest.raises(
+        ConfigError, match=r"805,306,368 bytes for 67,108,864 blocks of 128, allowed are 1,048,576; raise"
+    ):
         lower(Noisy(), geometry, limit_bytes=1 << 20)
+    with pytest.raises(
+        ConfigError, match=r"of 1,048,576 queries needs more than 65,536 bytes .* allowed are 100; raise"
+    ):
+        lower(Noisy(), geometry, limit_bytes=100)
     with pytest.raises(ConfigError, match=r"needs at least [\d,]+ bytes, allowed are 20,000"):
         lower(Noisy(), Geometry.self_attention(512, 2), limit_bytes=20_000)
     assert lower(Local(3), Geometry.self_attention(512, 2), limit_bytes=100_000).nbytes <= 100_000
