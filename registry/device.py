@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 _KNOWN = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
-_ARCH: Final = re.compile(r"sm_([5-9]|1[0-9])[0-9]")  # no PyTorch that we take has kernels for older ones
+_ARCH: Final = re.compile(r"sm_([1-9][0-9]{0,3})([0-9])")  # major and minor number of the compute capability
+_MAJORS: Final = range(5, 20)  # no PyTorch that we take has kernels for older ones
 _CARDS: Final = {"t4": "sm_75", "a100": "sm_80", "l4": "sm_89", "h100": "sm_90", "h200": "sm_90", "b200": "sm_100"}
 
 
@@ -56,10 +57,17 @@ def describe_card(arch: str, device: str | None) -> Device:
         ConfigError: for anything else.
     """
     known = _CARDS.get(arch.lower(), arch) if isinstance(arch, str) else ""
-    if not _ARCH.fullmatch(known):
+    form = _ARCH.fullmatch(known)
+    if not form:
         raise ConfigError(
             f"arch must be sm_ and the digits of a compute capability, such as sm_90 for 9.0, "
             f"or one of {', '.join(_CARDS)}; got {arch!r}"
+        )
+    if int(form[1]) not in _MAJORS:
+        oldest, last = _MAJORS[0], _MAJORS[-1]
+        raise ConfigError(
+            f"arch must name a compute capability from {oldest}.0 (sm_{oldest}0), the oldest that PyTorch has kernels "
+            f"for, to {last}.9 (sm_{last}9); got {arch!r}, which is {form[1]}.{form[2]}"
         )
     if device not in (None, "cuda"):
         raise ConfigError(f"arch={arch!r} names a kind of card, so device must be 'cuda' or left out, got {device!r}")

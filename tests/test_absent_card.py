@@ -250,12 +250,26 @@ def test_nothing_is_built_for_an_absent_card(config: Any, given: dict[str, Any])
         build_attention(config, **given)
 
 
-@pytest.mark.parametrize("arch", ["sm90", "sm_9", "sm_900", "sm_90a", "sm_ 90", "SM_90", "gfx942", "v1000", "", "9.0"])
+@pytest.mark.parametrize("arch", ["sm90", "sm_9", "sm_90a", "sm_ 90", "SM_90", "gfx942", "v1000", "", "9.0"])
 def test_what_is_no_arch_is_an_error_with_the_allowed_form(invoke: Invoke, arch: str) -> None:
     done = invoke("explain", *LONGNET, "--arch", arch)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: arch must be sm_ and the digits of a compute capability, such as sm_90 for")
     assert done.stderr.endswith(f"got {arch!r}\n")
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability"), [("sm_30", "3.0"), ("sm_49", "4.9"), ("sm_200", "20.0"), ("sm_900", "90.0")]
+)
+def test_a_capability_that_no_card_has_is_told_which_there_are(invoke: Invoke, arch: str, capability: str) -> None:
+    done = invoke("explain", *LONGNET, "--arch", arch)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: arch must name a compute capability from 5.0 (sm_50), the oldest that PyTorch has kernels for, to 19.9 "
+        f"(sm_199); got {arch!r}, which is {capability}\n"
+    )
+    for first_and_last in ("sm_50", "sm_199"):
+        assert describe_card(first_and_last, None).arch == first_and_last
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda:0"])
