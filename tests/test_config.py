@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from dilated_attention import Global, Learned, Local, Random, Strided, resolve_pattern
+from dilated_attention import build_attention, resolve_pattern
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.limits import Limits
 from dilated_attention.core.pattern import Full, Pattern
 from dilated_attention.models.longnet_config import LongNetConfig
+from dilated_attention.models.multihead import MultiheadAttention
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.learned import Learned
@@ -345,3 +346,17 @@ def test_what_is_no_number_is_refused_as_one(value: Any) -> None:
     for fields in ({"scale": value}, {"dropout_p": value}):
         with pytest.raises(ConfigError, match="must be a number, got"):
             AttentionConfig(num_heads=2, head_dim=8, **fields)
+
+
+def test_models_calls_and_caches_take_numbers_of_numpy() -> None:
+    shape: dict[str, Any] = {"embed_dim": NP.int64(16), "num_layers": NP.int64(1), "num_heads": NP.int64(2)}
+    config = LongNetConfig(**shape, dropout=NP.float32(0.1), rotary_base=NP.float64(100))
+    assert repr(config) == repr(LongNetConfig(embed_dim=16, num_layers=1, num_heads=2, dropout=0.1, rotary_base=100.0))
+    wide = MultiheadAttention(NP.int64(16), NP.int64(2))
+    assert {type(number) for number in (wide.embed_dim, wide.num_heads, wide.head_dim)} == {int}
+    attention = build_attention(num_heads=2, head_dim=8, is_causal=True)
+    attention.prepare(NP.int64(12), kv_len=NP.int64(16))
+    attention.prepare(12, kv_len=16)
+    assert attention.counters().layouts.misses == 1
+    cache = attention.make_cache(NP.int64(2), NP.int64(6))
+    assert (type(cache.batch_size), type(cache.max_seq_len)) == (int, int)
