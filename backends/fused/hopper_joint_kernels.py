@@ -3,8 +3,9 @@
 Scores and their exponentials are then computed once in place of twice: five products in place of seven. Two parts of 64
 keys have dk and dv to themselves, as in `hopper_gradient_kernels`. What they find of ds they hand on through shared
 memory to four more warps, which multiply it by the keys of both and add that to dq: in float32 and in any order, so
-that its last bits differ from run to run. Shared memory is what bounds them: so k and v are operands from registers,
-and lse and delta are taken off by the products themselves, whose columns have "levels" (`gradient_kernels`).
+that its last bits differ from run to run. Shared memory is what bounds them: so k and v are operands from registers, up
+to head_dim 64, and lse and delta are taken off by the products themselves, whose columns have "levels"
+(`gradient_kernels`).
 
 Letters as in `addressing`.
 """
@@ -91,13 +92,13 @@ def own_rows(
     keys, rows, exists, k_base, stride_k, v_base, stride_v, PART: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """k and v of a part in registers, k also where the warps that add find it."""
+    """k and v of a part as operands, k also where the warps that add find it."""
     x = load_rows(k_base, rows, stride_k, exists, HEAD_DIM, BLOCK_D, WIDE)
     y = load_rows(v_base, rows, stride_v, exists, HEAD_DIM, BLOCK_D, WIDE)
     for piece in gl.static_range(pieces(BLOCK_D)):
         keys[piece].index(PART).store(x[piece])
     fence_async_shared()
-    if BLOCK_D > 64:
+    if BLOCK_D > 64:  # no registers for them beside so much of dk and dv
         k, v = of_slot(keys, PART), in_shared(y)
         fence_async_shared()
     else:
