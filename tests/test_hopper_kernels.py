@@ -73,8 +73,8 @@ def test_blocks_that_their_rows_do_not_divide_are_never_theirs(head_dim: int, is
     for block in (16, 32, 64):
         assert fed.within(block) == unfed.within(block)
     for sizes, block in ((fed, 64), (unfed, 64)):  # no 128 rows cut to 64, of which 8 warps would have few each
-        assert sizes.within(block).forward.rows == 64
-        assert sizes.within(block).forward.warps == 4
+        few = (Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 3, 168)) if head_dim <= 128 else (Tile(64, 32, 4, 2),)
+        assert sizes.within(block).forward in few
     for block in (128, 256):
         assert fed.within(block).forward.parts == 2
         assert fed.within(block).keys.parts == (1 if head_dim > 128 else 2)
@@ -166,11 +166,8 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
             for which in chosen.passes:
                 (module, name), tile = kernels[which], chosen.of(which)
                 if tile.parts:
-                    registers = {
-                        "begin": tile.begin,
-                        "feeding": tile.feeding,
-                        "adding": tile.adding if tile.adds else 0,
-                    }
+                    adding = tile.adding if tile.adds else 0
+                    registers = {"begin": tile.begin, "feeding": tile.feeding, "adding": adding}
                     named = {"module": f"hopper_{module}", "kernel": name, "width": width}
                     tiles.append(attrs.asdict(tile) | registers | named)
     tiles = [tile for number, tile in enumerate(tiles) if tile not in tiles[:number]]
@@ -179,12 +176,13 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
     of_rows = ("attend_blocks", "block_gradients_of_queries")
     asked_for = [tile for tile in tiles for _ in range(4 if tile["kernel"] in of_rows else 3)]
-    assert len(lines) == 128
+    assert len(lines) == 130
     for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
         assert overlap == "overlaps", line
         # What merges rows of 256 columns with those that are there, as rings do, keeps both for once.
-        assert int(spilled) <= (640 if asked["width"] <= 192 else 1280), line
+        merges = asked["width"] > 192 and asked["kernel"] in of_rows
+        assert int(spilled) <= (1280 if merges else 640), line
         programs = 2 if asked["begin"] == 80 and not asked["adds"] else 1  # a multiprocessor keeps 1 KiB for each
         assert int(shared) <= 228 * 1024 // programs - 1024, line
 
