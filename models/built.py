@@ -101,7 +101,7 @@ class BuiltAttention(nn.Module):
         super().__init__()
         config = AttentionConfig.from_dict(fields)
         check_names(config, default_registry())
-        self.pattern: Pattern = resolve_pattern(config.pattern, default_registry())
+        self.pattern: Pattern = resolve_pattern(config.pattern)
         self.config = attrs.evolve(config, pattern=self.pattern)
         if compatibility not in (None, ZERO_PADDING):
             raise ConfigError(f"compatibility must be None or {ZERO_PADDING!r}, got {compatibility!r}")

@@ -334,7 +334,7 @@ def _layer(key: object) -> int | str:
 
 
 def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
-    found = resolve_pattern(pattern, default_registry())
+    found = resolve_pattern(pattern)
     if isinstance(found.unwrap(), LearnedPattern):
         raise ConfigError(
             f"a {found.kind} pattern has a gate, for which a registered name has no place; freeze it first"
@@ -345,8 +345,7 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
 def _check_causality(model: nn.Module) -> None:
     """Raise `ConfigError` for a decoder whose attention to itself says nowhere but in a mask that it is causal."""
     for name, module in model.named_modules():
-        is_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
-        if is_decoder and name.endswith("self_attn"):
+        if _decodes_without_causality(module) and name.endswith("self_attn"):
             raise ConfigError(
                 f"{name} of {type(model).__name__} leaves it to a mask that it is causal, which no pattern honours: "
                 f"its queries would see later keys; keep the model's own attention"
@@ -358,8 +357,12 @@ def _is_cross(module: nn.Module) -> bool:
     return (
         getattr(module, "is_cross_attention", False)
         or "CrossAttention" in type(module).__name__
-        or (getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True))
+        or _decodes_without_causality(module)
     )
+
+
+def _decodes_without_causality(module: nn.Module) -> bool:
+    return getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
 
 
 def _window(module: nn.Module, causal: bool) -> int | None:

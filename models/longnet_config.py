@@ -72,7 +72,7 @@ def _copied(value: object) -> dict[str, Any]:
 
 
 def _resolved(value: Any) -> Pattern:
-    return resolve_pattern(value, default_registry())
+    return resolve_pattern(value)
 
 
 @attrs.frozen(kw_only=True)

@@ -230,11 +230,8 @@ class MultiheadAttention(nn.Module):
             )
         _check_tensors(query, key, value)
         padding = as_padding(key_padding_mask)
-        is_single, is_self, is_memory = (
-            query.dim() == 2,
-            query is key and key is value,
-            (key is value and query is not key),
-        )
+        is_single, is_self = query.dim() == 2, query is key and key is value
+        is_memory = key is value and not is_self
         if norm is not None and not is_self:
             raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
         if is_single:

@@ -261,10 +261,9 @@ def _is_parametric(mapping: object, depth: int = 0) -> bool:
 
 
 def _resolved(mapping: Mapping[str, Any]) -> Pattern:
-    from ..registry.discovery import default_registry
     from ..registry.patterns import resolve_pattern
 
-    return resolve_pattern(mapping, default_registry())
+    return resolve_pattern(mapping)
 
 
 @attrs.frozen

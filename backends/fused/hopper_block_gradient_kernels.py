@@ -39,6 +39,7 @@ from .hopper_steps import (
     begin_product,
     begin_products,
     both_have_come,
+    first_of_products,
     plus,
     scores_of,
     times,
@@ -68,8 +69,7 @@ def _queries_part(
     dq = zeros(ROWS, BLOCK_D)
     for number in range(blocks[5]):
         k, v, _besides = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(q, k, dout, v, BLOCK_N)
-        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+        scores, dp = first_of_products(q, k, dout, v, BLOCK_N)
         bias, scores = bias_and_scores(
             scores, blocks, number, inside + of_scores, keys, False, IN_ORDER, BLOCK, BLOCK_N
         )  # fmt: skip
@@ -208,10 +208,11 @@ def _keys_part(
 
 @gluon.jit
 def _apart(
-    given, OF_VALUES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """As over branches: dv of the rows of a program, or dk."""
+    OF_VALUES: gl.constexpr = PART == 0
     (ring, blocks, first, inside, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, length, queries,
      scale, grad_scale) = given  # fmt: skip
     row = first + gl.arange(0, ROWS, as_rows(BLOCK_D))
@@ -227,8 +228,7 @@ def _apart(
         if OF_VALUES:
             scores = scores_of(k, q, BLOCK_N)
         else:
-            scores, dp = begin_products(k, q, v, dout, BLOCK_N)
-            scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+            scores, dp = first_of_products(k, q, v, dout, BLOCK_N)
         bias, scores = bias_and_scores(scores, blocks, number, inside, queries, True, PACKED, BLOCK, BLOCK_N)
         if OF_VALUES:
             sums = add_to_dv(scores, dout, sums, lse, scale, bias, 0, 0, False, False, BLOCK_D)
@@ -269,23 +269,12 @@ def block_gradients_of_keys(
         keys, queries, scale, grad_scale,
     )  # fmt: skip
     feed = (ring, blocks, (q_base, stride_qs, g_base, stride_gs, stats_base), queries)
-    if APART:
-        gl.warp_specialize(
-            [
-                (_apart, (part, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-                (_apart, (part, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-                (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            ],
-            [4, 4],
-            [PART_REGISTERS, FEED_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-                (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
-                (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
-            ],
-            [4, 4],
-            [PART_REGISTERS, FEED_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (_apart if APART else _keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+            (_apart if APART else _keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK, PACKED)),
+            (feed_blocks, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, BLOCK)),
+        ],
+        [4, 4],
+        [PART_REGISTERS, FEED_REGISTERS],
+    )

@@ -38,6 +38,7 @@ from .hopper_steps import (
     add_to_dv,
     begin_products,
     both_have_come,
+    first_of_products,
     scores_of,
     times,
     zeros,
@@ -67,8 +68,7 @@ def _queries_part(
             ring, walked, position, valid, number, left, mine, full, bound, bias, PART, PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
         k, v, _besides = wait_for_step(ring, number, STAGES)
-        scores, dp = begin_products(q, k, dout, v, BLOCK_N)
-        scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+        scores, dp = first_of_products(q, k, dout, v, BLOCK_N)
         dq = add_to_dq(scores, dp, k, dq, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
         free_step(ring, number, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
@@ -180,10 +180,11 @@ def _keys_part(
 
 @gluon.jit
 def _apart(
-    given, OF_VALUES: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr,
+    given, PART: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, SPLIT: gl.constexpr, SHIFTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """dv of the rows of a program, or dk: beyond head_dim 128 a part has registers for one of them."""
+    OF_VALUES: gl.constexpr = PART == 0
     ring, walked, rows, k_base, stride_k, v_base, stride_v, dk_base, dv_base, stride_o, scale, grad_scale = given
     low, totals = rows[5], walked[3]
     row, exists = rows_of_part(rows, 0, as_rows(BLOCK_D))
@@ -197,7 +198,7 @@ def _apart(
     number, left, mine, full, bias = 0, 0, 0, 0, 0.0
     for _ in range(gl.load(totals)):
         walked, number, left, mine, full, bound, bias = next_step(
-            ring, walked, position, valid, number, left, mine, full, bound, bias, 0, 1, BLOCK_N, STAGES, SHIFTS
+            ring, walked, position, valid, number, left, mine, full, bound, bias, 0, PARTS, BLOCK_N, STAGES, SHIFTS
         )  # fmt: skip
         q, dout, stats = wait_for_step(ring, number, STAGES)
         lse, delta = unpack(stats.load(gl.SliceLayout(0, product(BLOCK_N))))
@@ -205,8 +206,7 @@ def _apart(
             scores = scores_of(k, q, BLOCK_N)
             sums = add_to_dv(scores, dout, sums, lse, scale, bias, full, bound, True, SPLIT, BLOCK_D)
         else:
-            scores, dp = begin_products(k, q, v, dout, BLOCK_N)
-            scores = warpgroup_mma_wait(pieces(BLOCK_D), deps=[scores])
+            scores, dp = first_of_products(k, q, v, dout, BLOCK_N)
             sums = add_to_dk(scores, dp, q, sums, lse, delta, scale, bias, full, bound, True, SPLIT, BLOCK_D)
         free_step(ring, number, STAGES)
         number, left, mine, full, bound = after_step(number, left, mine, full, bound, BLOCK_N)
@@ -247,17 +247,7 @@ def gradients_of_keys(
         scale, grad_scale,
     )  # fmt: skip
     feed = (ring, walked, (q_base, stride_qs, g_base, stride_gs, stats_base))
-    if APART:
-        gl.warp_specialize(
-            [
-                (_apart, (part, True, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
-                (_apart, (part, False, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS)),
-                (feed_runs, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
-            ],
-            [4, 4],
-            [PART_REGISTERS, FEED_REGISTERS],
-        )
-    elif PARTS == 1:
+    if PARTS == 1 and not APART:
         gl.warp_specialize(
             [
                 (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
@@ -269,8 +259,14 @@ def gradients_of_keys(
     else:
         gl.warp_specialize(
             [
-                (_keys_part, (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
-                (_keys_part, (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS)),
+                (
+                    _apart if APART else _keys_part,
+                    (part, 0, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS),
+                ),
+                (
+                    _apart if APART else _keys_part,
+                    (part, 1, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SPLIT, SHIFTS, PARTS),
+                ),
                 (feed_runs, (feed, PAIRS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES, WIDE, SHIFTS, PARTS)),
             ],
             [4, 4],

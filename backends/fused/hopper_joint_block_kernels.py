@@ -5,6 +5,8 @@ Letters as in `addressing`; rows and blocks as in `hopper_block_kernels`.
 
 from __future__ import annotations
 
+from functools import cache
+
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -49,9 +51,15 @@ def boxes_of_sums(sums, rows, width):
 
     A single piece has the same box twice.
     """
-    widths = [width_of(width, piece) for piece in range(pieces(width))]
-    boxes = [TensorDescriptor.from_tensor(sums, [1, rows, 1, each], _boxes(each)) for each in widths]
+    boxes = [TensorDescriptor.from_tensor(sums, [1, rows, 1, each], layout) for each, layout in _layouts(width)]
     return boxes[0], boxes[-1]
+
+
+@cache
+def _layouts(width):
+    """The width of each piece, and how its boxes lie: found once, for launches wait for it."""
+    widths = [width_of(width, piece) for piece in range(pieces(width))]
+    return tuple((each, _boxes(each)) for each in widths)
 
 
 @builtin

@@ -98,6 +98,13 @@ def begin_products(a, b, c, d, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def first_of_products(a, b, c, d, BLOCK_N: gl.constexpr):
+    """a·b (64, N), which has come, and c·d, under way."""
+    first, second = begin_products(a, b, c, d, BLOCK_N)
+    return warpgroup_mma_wait(len(d), deps=[first]), second
+
+
+@gluon.jit
 def where_met(x, otherwise: gl.constexpr, full, bound, SPLIT: gl.constexpr):
     """x (64, N) where a row meets a column: those below its bound (64,), which are all if N is no more than `full`."""
     if full < x.shape[1] if SPLIT else True:
