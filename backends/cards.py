@@ -18,7 +18,6 @@ _LEAST_SHARED_KIB: Final = 99  # of all others from `OLDEST` on
 # Releases of Triton that the kernels in Gluon serve: which tests they passed with each, and how fast they are with it,
 # is in docs/performance_log.md, "With which Triton".
 GLUON_RELEASES: Final = ("3.6", "3.7", "3.8", "3.9")
-WIDE_RELEASES: Final = ("3.6",)  # those with which head_dims beyond 128 and rows of two pieces passed theirs, too
 
 
 def compiled_for(arch: str) -> str:

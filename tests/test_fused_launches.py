@@ -96,8 +96,8 @@ def test_every_kernel_is_given_its_arguments(
 def test_rows_of_two_pieces_where_they_suffice(head_dim: int, expected: int) -> None:
     assert Tile.by_ring(64, 2, 232).span(head_dim) == expected
     assert Tile(64, 32, 4, 2).span(head_dim) == padded(head_dim)
-    for release, found in (("3.6.0", expected), ("3.9.0", padded(head_dim))):
+    for release, is_fed in (("3.6.0", True), ("3.9.0", True), ("3.10.0", False)):
         sizes = TileSizes.chosen("sm_90", head_dim, torch.bfloat16, is_causal=True, version=release)
         for tile in (sizes.branches.forward, sizes.blocks.forward, sizes.branches.keys):
-            assert tile.span(head_dim) == found
-            assert (tile.parts > 0) is (release == "3.6.0" or head_dim <= 128)
+            assert tile.span(head_dim) == (expected if is_fed else padded(head_dim))
+            assert (tile.parts > 0) is is_fed

@@ -20,6 +20,7 @@ from dilated_attention import (
     explain,
 )
 from dilated_attention.backends import libraries, manifest
+from dilated_attention.backends.cards import GLUON_RELEASES
 
 from .kernel_kit import H100, request
 
@@ -32,8 +33,8 @@ BLOCKS = Random(density=0.1, block_size=128)
 
 @pytest.fixture(autouse=True)
 def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with Triton 3.6, or with the release that a test is given."""
-    chosen = getattr(request, "param", "3.6.0")
+    """As with the newest Triton that the kernels in Gluon serve, or with the release that a test is given."""
+    chosen = getattr(request, "param", f"{GLUON_RELEASES[-1]}.0")
     monkeypatch.setattr(libraries, "installed", lambda name: {"triton": chosen}[name])
 
 
@@ -90,7 +91,7 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
     )
 
 
-@pytest.mark.parametrize("release", ["3.7.0", "3.9.0", "3.10.0", ""], indirect=True)
+@pytest.mark.parametrize("release", ["3.5.1", "3.10.0", ""], indirect=True)
 @pytest.mark.parametrize(
     ("fields", "is_first"),
     [
@@ -108,9 +109,32 @@ def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, A
         ({"pattern": BLOCKS, "head_dim": 192}, True),
     ],
 )
-def test_of_all_widths_only_with_the_release_that_has_passed(fields: dict[str, Any], is_first: bool) -> None:
+def test_of_all_widths_only_with_releases_that_have_passed(fields: dict[str, Any], is_first: bool) -> None:
     order = ranked(**fields)
     assert order.index("triton") < order.index("sdpa") if is_first else order.index("sdpa") < order.index("triton")
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_second"),
+    [
+        ({}, True),
+        ({"head_dim": 104}, True),
+        ({"pattern": Dilated((8192,), (4,))}, False),
+        ({"is_causal": False}, False),
+        ({"pattern": Dilated((2048, 8200), (1, 4))}, False),
+        ({"pattern": Dilated((2048,), (1,)) + Full()}, False),
+        ({"pattern": Dilated((8192, 32768), (1, 4))}, False),
+        ({"context_parallel": ContextParallel(size=2)}, False),
+    ],
+    ids=str,
+)
+def test_two_branches_of_short_segments_are_not_worth_the_launches_of_cudnn(
+    fields: dict[str, Any], is_second: bool
+) -> None:
+    given: dict[str, Any] = {"pattern": Dilated((2048, 8192), (1, 4)), "head_dim": 128, "is_causal": True} | fields
+    specs = [manifest.SDPA, manifest.TRITON, manifest.FA3]
+    order = manifest.dilated_attention_rank_backends(request(H100, **given), specs)
+    assert order == (["fa3", "triton", "sdpa"] if is_second else ["fa3", "sdpa", "triton"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Final, Literal
 import attrs
 import torch
 
-from ..cards import GLUON_RELEASES, PROVEN, ROOMY_KIB, WIDE_RELEASES, is_among, shared_kib
+from ..cards import GLUON_RELEASES, PROVEN, ROOMY_KIB, is_among, shared_kib
 
 Pass = Literal["forward", "queries", "keys", "gradients"]
 PASSES: Final[tuple[Pass, ...]] = ("forward", "queries", "keys", "gradients")
@@ -28,8 +28,7 @@ def padded(head_dim: int) -> int:
 
 def can_be_fed(head_dim: int, dtype: torch.dtype, version: str) -> bool:
     """Whether there are kernels for Hopper for this, which serve this release of Triton."""
-    widest = 256 if is_among(version, WIDE_RELEASES) else 128
-    return is_among(version, GLUON_RELEASES) and dtype != torch.float32 and 32 < head_dim <= widest
+    return is_among(version, GLUON_RELEASES) and dtype != torch.float32 and 32 < head_dim <= 256
 
 
 @attrs.frozen
@@ -39,7 +38,7 @@ class Tile:
     `registers` is the most that a thread may have; with `split` steps whose columns every row meets are told apart, and
     spared the mask. With `parts` it is for the kernels with a ring that feeds them (see `hopper_ring`); one that `adds`
     is for those among them with four more warps, which add (see `hopper_joint_kernels`), one that is `apart` for
-    gradients of keys whose dk and dv are of different warps. Rows `in_pieces` may be of two.
+    gradients of keys whose dk and dv are of different warps.
     """
 
     rows: int
@@ -51,24 +50,23 @@ class Tile:
     parts: int = 0
     adds: bool = False
     apart: bool = False
-    in_pieces: bool = False
 
     @classmethod
     def by_ring(
         cls, columns: int, stages: int, registers: int, *, parts: int = 2, split: bool = False, adds: bool = False
     ) -> Tile:
         """One that is fed, of 64 rows a part."""
-        return cls(64 * parts, columns, 4, stages, registers, split, parts, adds, in_pieces=True)
+        return cls(64 * parts, columns, 4, stages, registers, split, parts, adds)
 
     @classmethod
     def by_ring_apart(cls, columns: int, stages: int, registers: int) -> Tile:
         """Likewise of 64 rows, of which dk and dv have a part each."""
-        return cls(64, columns, 4, stages, registers, parts=1, apart=True, in_pieces=True)
+        return cls(64, columns, 4, stages, registers, parts=1, apart=True)
 
     def span(self, head_dim: int) -> int:
-        """The columns that rows are computed with: three quarters of a power of two where these are enough."""
+        """The columns that rows are computed with: with a ring three quarters of a power of two may do."""
         whole = padded(head_dim)
-        return whole * 3 // 4 if self.in_pieces and head_dim <= whole * 3 // 4 else whole
+        return whole * 3 // 4 if self.parts and head_dim <= whole * 3 // 4 else whole
 
     @property
     def _computing(self) -> int:
@@ -117,10 +115,6 @@ class Tiles:
         found: Tile = getattr(self, which)
         return found
 
-    def in_one_piece(self) -> Tiles:
-        """The same for rows of one piece."""
-        return Tiles(**{which: attrs.evolve(self.of(which), in_pieces=False) for which in self.passes})
-
     @property
     def passes(self) -> tuple[Pass, ...]:
         """Those that have a tile."""
@@ -141,22 +135,15 @@ class TileSizes:
     unfed: TileSizes | None = None
 
     @classmethod
-    def of(
-        cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, fed: bool = False, in_pieces: bool = True
-    ) -> TileSizes:
-        """What was fastest on an H100 or H200 (docs/performance_log.md), `fed` where `can_be_fed` says that it may be,
-        rows `in_pieces` with `WIDE_RELEASES`.
+    def of(cls, head_dim: int, dtype: torch.dtype, *, is_causal: bool, fed: bool = False) -> TileSizes:
+        """What was fastest on an H100 or H200 (docs/performance_log.md), `fed` where `can_be_fed` says that it may be.
 
         More rows read keys less often, which is what bounds head_dim 64; at the diagonal they compute more in vain.
         """
         if dtype == torch.float32:
             return cls.alike(Tiles.alike(Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 1)))
         if fed:
-            unfed = cls.of(head_dim, dtype, is_causal=is_causal)
-            if in_pieces:
-                return cls._fed(head_dim, unfed, is_causal=is_causal)
-            sizes = cls._fed(padded(head_dim), unfed, is_causal=is_causal)
-            return attrs.evolve(sizes, branches=sizes.branches.in_one_piece(), blocks=sizes.blocks.in_one_piece())
+            return cls._fed(head_dim, cls.of(head_dim, dtype, is_causal=is_causal), is_causal=is_causal)
         if head_dim <= 64:
             few = Tiles(Tile(64, 64, 4, 3, 128), Tile(64, 32, 4, 4, 128), Tile(64, 32, 4, 3, 168))
             forward = Tile(128, 64, 8, 3, 128)
@@ -190,7 +177,7 @@ class TileSizes:
         if arch != PROVEN:
             return cls.elsewhere(head_dim, dtype, shared_kib(arch))
         fed = can_be_fed(head_dim, dtype, version)
-        return cls.of(head_dim, dtype, is_causal=is_causal, fed=fed, in_pieces=is_among(version, WIDE_RELEASES))
+        return cls.of(head_dim, dtype, is_causal=is_causal, fed=fed)
 
     @classmethod
     def elsewhere(cls, head_dim: int, dtype: torch.dtype, shared_kib: int) -> TileSizes:
