@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.capture import is_captured
 from ..core.kernel import Drops, ForOneLength, Tables, takes_dlse, takes_dropout, takes_windows
-from .libraries import FP_FUSION, can_compile
+from .launching import launch
+from .libraries import can_compile
 
 if TYPE_CHECKING:
     from ..core.kernel import BlockTable, DenseKernel, DensePiece
@@ -128,20 +129,15 @@ class JoiningKernel:
         block_d = max(16, 1 << (head_dim - 1).bit_length())
         block_m = TILE_ELEMENTS // block_d
         compact = [[x.contiguous() for x in xs] for xs in pieces]
+        constants = {"COUNT": len(fields), "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "num_warps": 4}
         kernel: Any = getattr(import_module(".joining_kernels", __package__), name)
         with torch.cuda.device_of(results[0]):  # type: ignore[no-untyped-call]
-            kernel[(batch * -(-length // block_m) * num_heads,)](
-                *(tuple(xs + xs[:1] * added) for xs in compact),
-                tuple(fields),
-                *results,
-                length,
-                num_heads,
-                COUNT=len(places) + added,
-                HEAD_DIM=head_dim,
-                BLOCK_D=block_d,
-                BLOCK_M=block_m,
-                num_warps=4,
-                **FP_FUSION,
+            launch(
+                kernel,
+                (batch * -(-length // block_m) * num_heads,),
+                (*results, *(tuple(xs + xs[:1] * added) for xs in compact)),
+                (tuple(fields), length, num_heads),
+                constants,
             )
         self._launched.add(_variant(name, results[0], len(places)))
 

@@ -87,7 +87,7 @@ def store_rows(base, rows, is_in, x, y, HEAD_DIM: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def merge_pieces(
-    outs, lses, places, out_ptr, lse_ptr, length, num_heads,
+    out_ptr, lse_ptr, outs, lses, places, length, num_heads,
     COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Out and lse of one tile, by the online softmax over the pieces that have its rows."""
@@ -121,7 +121,7 @@ def merge_pieces(
 
 @triton.jit(do_not_specialize=AS_THEY_ARE)
 def add_pieces(
-    pieces, places, total_ptr, length, num_heads,
+    total_ptr, pieces, places, length, num_heads,
     COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The sum of the pieces that have the rows of one tile."""

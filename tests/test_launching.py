@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dilated_attention import build_attention
-from dilated_attention.backends.fused import launching
-from dilated_attention.backends.fused.launching import launch
+from dilated_attention.backends import launching
+from dilated_attention.backends.launching import launch
 
 
 class Compiled:
@@ -75,6 +75,17 @@ def test_the_second_launch_is_given_what_the_first_was_compiled_for() -> None:
     assert kernel.again == [((3, 2, 1), (p.data_ptr(), y.data_ptr(), 5, 0.5, 64, True)) for p in (x, z)]
 
 
+def test_tensors_in_tuples_are_given_as_addresses_in_tuples() -> None:
+    kernel: Any = Kernel()
+    x, y, z = torch.zeros(8), torch.zeros(4), torch.zeros(4)
+    for pair in ((y, z), (z, y)):
+        launch(kernel, (3,), (x, pair), (((1, 2), 3), 0.5), {"BLOCK": 64, "HAS_Y": True})
+    assert len(kernel.first) == 1
+    assert kernel.first[0][1][1] == (y, z)
+    ((_, args),) = kernel.again
+    assert args == (x.data_ptr(), (z.data_ptr(), y.data_ptr()), ((1, 2), 3), 0.5, 64, True)
+
+
 def test_what_is_fresh_is_no_other_launch() -> None:
     kernel: Any = Kernel()
     x, y = torch.zeros(8), torch.zeros(4)
@@ -96,6 +107,12 @@ def test_whatever_triton_could_have_compiled_for_is_compared() -> None:
         {"pointers": (x, y[1:])},  # no multiple of 16 bytes
         {"pointers": (x, object())},
         {"pointers": (Elsewhere(x), y)},
+        {"pointers": (x, (y, y))},
+        {"pointers": (x, (y, y, y))},
+        {"pointers": (x, (y, y[1:]))},
+        {"pointers": (x, (y, y.double()))},
+        {"numbers": (((5, 2), (3,)), 0.5)},
+        {"numbers": (((5, 2), (4,)), 0.5)},
         {"numbers": (16, 0.5)},
         {"numbers": (1, 0.5)},
         {"numbers": (5, 0.25)},

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ...core.draws import dropped_parts
+from ..launching import launch
 from .drop_kernels import BITS, BYTES, HEADER, draw_words
-from .launching import launch
 from .tiles import ceil_div
 
 if TYPE_CHECKING:

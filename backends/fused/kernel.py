@@ -14,11 +14,11 @@ from torch import Tensor
 from ...core.composer import merge_
 from ...core.pattern import LearnedPattern
 from ...core.tracing import span
+from ..launching import launch
 from . import gradient_kernels
 from .block_tables import KnownBlocks
 from .draws import draws_of
 from .launches import BOUND_FROM, LEVEL_ROWS, STATS_ROWS, BlockPart, BranchPart, Part, in_lines
-from .launching import launch
 from .named_blocks import NamedBlocks
 from .packed_blocks import packed_blocks
 from .tiles import TileSizes, ceil_div, padded

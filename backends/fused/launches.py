@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...core.counting import branch_pairs
 from ...core.errors import ConfigError
 from ...core.schedule import branch_name
+from ..launching import launch
 from . import kernels
 from .draws import occurrences_of
 from .drop_kernels import BYTES
-from .launching import launch
 from .runs import DeviceTables, Runs, documents_of
 from .tiles import Pass, Tile, Tiles, ceil_div, padded
 from .walks import make_tables, roomy_span

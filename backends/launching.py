@@ -7,12 +7,12 @@ integers were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
-from ..libraries import FP_FUSION
+from .libraries import FP_FUSION
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -27,7 +27,7 @@ def launch(
     kernel: JITFunction,
     grid: tuple[int, ...],
     pointers: tuple[Any, ...],
-    numbers: tuple[float, ...],
+    numbers: tuple[Any, ...],
     constants: Mapping[str, Any],
     fresh: tuple[int, ...] = (),
 ) -> None:
@@ -36,17 +36,13 @@ def launch(
     Args:
         kernel: what is launched, on the current device.
         grid: how many programs, in each dimension.
-        pointers: tensors of the current device, the first of them one, and descriptors of tensors that are told apart
-            by constants.
-        numbers: its other arguments, integers and floats.
+        pointers: tensors of the current device, the first of them one, tuples of such, and descriptors of tensors that
+            are told apart by constants.
+        numbers: its other arguments, integers and floats, and tuples of them.
         constants: what it is compiled for besides, always in the same order, and the compiler's options.
         fresh: integers of 32 bits, with a sign, that are others at every launch: the kernel takes them as they are.
     """
-    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in pointers]
-    kinds = [
-        (x.dtype, address & 15) if isinstance(x, Tensor) else type(x)
-        for x, address in zip(pointers, given, strict=True)
-    ]
+    given, kinds = _given(pointers)
     key = (id(kernel), pointers[0].get_device(), grid, *kinds, numbers, *constants.values())
     known = _KNOWN.get(key)
     if known is not None:
@@ -60,3 +56,22 @@ def launch(
         _KNOWN.clear()
     names = kernel.arg_names[len(pointers) + len(numbers) + len(fresh) :]
     _KNOWN[key] = compiled[(*grid, 1, 1)[:3]], tuple(constants[name] for name in names), kernel
+
+
+def _given(pointers: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What a compiled kernel is given for them, and what Triton compiles it for."""
+    given: list[Any] = []
+    kinds: list[Any] = []
+    for x in pointers:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            given.append(address)
+            kinds.append((x.dtype, address & 15))
+        elif isinstance(x, tuple):
+            addresses, of_each = _given(x)
+            given.append(tuple(addresses))
+            kinds.append(tuple(of_each))
+        else:
+            given.append(x)
+            kinds.append(type(x))
+    return given, kinds
