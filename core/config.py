@@ -245,7 +245,7 @@ class AttentionConfig(NamesChecked):
     @property
     def softmax_scale(self) -> float:
         """The factor on q·k, as a number in either case."""
-        return self.head_dim**-0.5 if self.scale is None else self.scale
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else float(self.scale)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> AttentionConfig:

@@ -81,8 +81,8 @@ class Engine:
         self._learned = named if isinstance(named, LearnedPattern) else None
         self.kernel = kernel
         self.takes_layout = takes_layout
-        self.scale = float(config.scale) if config.scale is not None else 1.0 / math.sqrt(config.head_dim)
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.scale = config.softmax_scale
+        self.num_kv_heads = config.kv_heads
         self._layout_kernel: LayoutKernel | None = kernel if takes_layout else None  # type: ignore[assignment]
         self._composers: Composers | None = None
         if not takes_layout:

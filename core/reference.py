@@ -7,6 +7,7 @@ nothing of a pattern but `Pattern.multiplicity`, so that every faster path can b
 from __future__ import annotations
 
 import itertools
+import math
 
 import attrs
 import numpy as np
@@ -105,7 +106,7 @@ def attention(
     counts = counts.to(query.device, torch.float64)
     q_bhsd, k_bhtd, v_bhte = (x.to(torch.float64).transpose(1, 2) for x in (query, key, value))
     k_bhtd, v_bhte = (x.repeat_interleave(geometry.group_size, dim=1) for x in (k_bhtd, v_bhte))
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (factor * q_bhsd @ k_bhtd.mT).masked_fill(counts == 0, -torch.inf)
     empty = counts.sum(-1) == 0
     peak = scores.detach().amax(-1) if geometry.kv_len else counts.new_zeros(scores.shape[:-1])

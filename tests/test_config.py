@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -85,6 +86,7 @@ def test_defaults_are_the_documented_ones() -> None:
     }
     assert config().kv_heads == 8
     assert config().softmax_scale == 0.125
+    assert config(head_dim=24).softmax_scale == 1 / math.sqrt(24) != 24**-0.5  # as torch computes it
 
 
 @pytest.mark.parametrize(
