@@ -15,7 +15,7 @@ import attrs
 from ..core.bands import Band, bands_of, only_window
 from ..core.blocking import lower_blocks
 from ..core.config import AttentionConfig
-from ..core.geometry import Geometry, one_token
+from ..core.geometry import Geometry
 from ..core.lowering import split, table_block_size
 from ..core.pattern import Branch
 from ..registry.specs import BackendSpec, Request
@@ -76,8 +76,7 @@ class _Asked:
         """Those of a pattern that is branches alone."""
         if self.request.needs["layouts"] != ("branch",):
             return ()
-        config = self.config
-        return split(self.request.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))[0]
+        return split(self.request.pattern, self.config.one_token)[0]
 
     @cached_property
     def bands(self) -> tuple[Band, ...]:
@@ -157,7 +156,7 @@ def _of_flex(asked: _Asked) -> int:
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
     if asked.bands or asked.is_ring or config.seq_len is None or not (has_blocks_alone and asked.is_half):
         return FLEX.priority
-    size = table_block_size(request.pattern, config.num_heads, config.kv_heads, config.is_causal)
+    size = table_block_size(request.pattern, config.one_token)
     return TRITON.priority - 1 if size >= _FINEST_OF_FLEX else FLEX.priority
 
 

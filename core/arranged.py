@@ -12,7 +12,6 @@ from .bands import only_window
 from .capture import is_captured
 from .documents import Document, Packing, Stack, stacked
 from .filled import Filled, filled
-from .geometry import one_token
 from .kernel import Packs, takes_windows
 from .lowering import layout_kinds
 from .program import keeps_prefixes
@@ -71,8 +70,7 @@ def fills_documents(engine: Engine, device: torch.device) -> bool:
 
 
 def _kinds(engine: Engine) -> frozenset[str]:
-    config = engine.config
-    return layout_kinds(engine.pattern, config.num_heads, config.kv_heads, config.is_causal)
+    return layout_kinds(engine.pattern, engine.config.one_token)
 
 
 def _is_one_call(engine: Engine) -> bool:
@@ -87,5 +85,4 @@ def _is_one_call(engine: Engine) -> bool:
 
 def _parts(engine: Engine) -> tuple[tuple[Branch, ...], tuple[Band, ...] | None]:
     """The branches and bands of its pattern, whatever the length."""
-    config = engine.config
-    return branches_and_bands(engine.pattern, one_token(config.num_heads, config.kv_heads, config.is_causal))
+    return branches_and_bands(engine.pattern, engine.config.one_token)

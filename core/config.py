@@ -25,6 +25,7 @@ from .checks import (
 )
 from .context_parallel import ContextParallel
 from .errors import ConfigError
+from .geometry import Geometry
 from .limits import Limits
 from .pattern import Full, Pattern
 from .structure import NamesChecked, check_keys, from_mapping, keys_of
@@ -246,6 +247,26 @@ class AttentionConfig(NamesChecked):
     def softmax_scale(self) -> float:
         """The factor on q·k, as a number in either case."""
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else float(self.scale)
+
+    def geometry(
+        self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None, kv_offset: int = 0
+    ) -> Geometry:
+        """That of a call with its heads and causality: of one sequence, unless there are other keys or offsets."""
+        keys = q_len if kv_len is None else kv_len
+        return Geometry(
+            q_len=q_len,
+            kv_len=keys,
+            num_heads=self.num_heads,
+            num_kv_heads=self.kv_heads,
+            is_causal=self.is_causal,
+            q_offset=keys - q_len if q_offset is None else q_offset,
+            kv_offset=kv_offset,
+        )
+
+    @property
+    def one_token(self) -> Geometry:
+        """That of a single token: where it matters how a pattern is lowered, and no length does."""
+        return self.geometry(1)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> AttentionConfig:

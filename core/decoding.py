@@ -17,7 +17,7 @@ from .checks import require_int
 from .composer import accumulator_dtype
 from .context_parallel import refuse_in_ring
 from .errors import ConfigError
-from .geometry import Geometry, one_token
+from .geometry import Geometry
 from .pattern import Pattern
 from .products import bmm, exponentials, widened
 from .tracing import span
@@ -44,7 +44,7 @@ class Reach:
 
     def __init__(self, config: AttentionConfig, pattern: Pattern) -> None:
         self._pattern = pattern.unwrap()
-        self._geometry = one_token(config.num_heads, config.kv_heads, is_causal=True)
+        self._geometry = attrs.evolve(config.one_token, is_causal=True)
         self._groups = self._pattern.head_groups(config.num_heads, config.kv_heads)
         some = np.arange(_FAR // 2, _FAR // 2 + 1024, dtype=np.int64)
         self.keeps_all = all(bool(kept.all()) for kept in self.kept([some] * config.kv_heads, _FAR))
@@ -346,7 +346,7 @@ class DecodingCache:
         """How often each query counts each row, (H, C, W); unused room counts 0."""
         heads = self._config.num_heads
         end = self.seq_len + 1 if not places.size else int(places[-1]) + 1
-        geometry = Geometry(q_len=places.size, kv_len=end, num_heads=heads, num_kv_heads=self._heads, is_causal=True)
+        geometry = self._config.geometry(places.size, end)
         query = places[None, :, None]
         key = np.repeat(positions, heads // self._heads, axis=0)[:, None, :]
         return self.reach.multiplicity(query, key, np.arange(heads)[:, None, None], geometry)

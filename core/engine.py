@@ -82,7 +82,6 @@ class Engine:
         self.kernel = kernel
         self.takes_layout = takes_layout
         self.scale = config.softmax_scale
-        self.num_kv_heads = config.kv_heads
         self._layout_kernel: LayoutKernel | None = kernel if takes_layout else None  # type: ignore[assignment]
         self._composers: Composers | None = None
         if not takes_layout:
@@ -179,7 +178,7 @@ class Engine:
     ) -> Program:
         config = self.config
         self._check_call(q_len, kv_len, q_offset, kv_offset)
-        geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
+        geometry = config.geometry(q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset)
         if self._layout_kernel is None:
             program = self._composed(geometry, device, self.kernel, drops=drops)
             return attrs.evolve(program, schedule=one_by_one(program.schedule)) if drops else program
@@ -210,17 +209,6 @@ class Engine:
         alone = kernel if not (layout.branches or drops) else None
         blocks = block_table(layout.blocks, alone, scale=self.scale, config=self.config, device=device)
         return Program(layout, schedule(layout.branches, geometry), blocks)
-
-    def _geometry(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> Geometry:
-        return Geometry(
-            q_len=q_len,
-            kv_len=kv_len,
-            num_heads=self.config.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            is_causal=self.config.is_causal,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-        )
 
     def _check_call(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
         """Raise `ConfigError` for lengths or offsets that the backend does not declare."""
@@ -367,7 +355,7 @@ class Engine:
             return lse.new_zeros(query.shape[0], query.shape[2], kv_len)
         program = None if self.takes_layout else self._program(q_len, kv_len, q_offset, kv_offset, device)
         if program is None or not isinstance(program.blocks, BlockProduct | None):
-            geometry = self._geometry(q_len, kv_len, q_offset, kv_offset)
+            geometry = self.config.geometry(q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset)
             program = self.programs.get_or_make((geometry, device), lambda: self._composed(geometry, device))
         if tables is not None:
             program = program.bound(tables)

@@ -82,11 +82,6 @@ class Geometry:
         return cls(q_len=seq_len, kv_len=seq_len, num_heads=num_heads, num_kv_heads=num_heads, is_causal=is_causal)
 
 
-def one_token(num_heads: int, num_kv_heads: int, is_causal: bool) -> Geometry:
-    """A single token of these heads: where it matters how a pattern is lowered, and no length does."""
-    return Geometry(q_len=1, kv_len=1, num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal)
-
-
 def about_as_long(length: int, least: int, most: int) -> int:
     """`length` or up to an eighth more, of which there are few: in steps of an eighth of a power of two.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 import numpy as np
 
-from .geometry import Geometry, joined_groups, one_token
+from .geometry import Geometry, joined_groups
 from .layout import BlockSupport, Layout
 from .pattern import Branch, Full, KeySpans, Pattern, Sum, Union
 from .supports import branch_overlap, branch_signature, branch_signature_groups
@@ -23,32 +23,29 @@ if TYPE_CHECKING:
     from .pattern import IntArray
 
 
-def layout_kinds(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> frozenset[str]:
+def layout_kinds(pattern: Pattern, geometry: Geometry) -> frozenset[str]:
     """The kinds of parts ("branch", "block") that `lower` gives this pattern, without lowering it."""
-    geometry = one_token(num_heads, num_kv_heads, is_causal)
     kinds = (("branch" if isinstance(term, tuple) else "block") for term in _terms(pattern, geometry))
     return frozenset(kinds)
 
 
-def block_traits(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> frozenset[str]:
+def block_traits(pattern: Pattern, geometry: Geometry) -> frozenset[str]:
     """What the table of blocks that `lower` gives this pattern may have: "weights" above 1, a table "per_head"."""
-    geometry = one_token(num_heads, num_kv_heads, is_causal)
     terms = tuple(term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
     if not terms:
         return frozenset()
     rest = terms[0] if len(terms) == 1 else Sum(terms)
     traits = (
         ("weights", rest.max_multiplicity > 1),
-        ("per_head", len(set(rest.head_groups(num_heads, num_kv_heads))) > 1),
+        ("per_head", len(set(rest.head_groups(geometry.num_heads, geometry.num_kv_heads))) > 1),
     )
     return frozenset(name for name, present in traits if present)
 
 
-def table_block_size(pattern: Pattern, num_heads: int, num_kv_heads: int, is_causal: bool) -> int:
+def table_block_size(pattern: Pattern, geometry: Geometry) -> int:
     """The block size of the table that `lower` gives this pattern, by default, where it gives one."""
     from .blocking import DEFAULT_BLOCK_SIZE
 
-    geometry = one_token(num_heads, num_kv_heads, is_causal)
     terms = (term for term in _terms(pattern, geometry) if isinstance(term, Pattern))
     return min((size for term in terms if (size := term.block_size) is not None), default=DEFAULT_BLOCK_SIZE)
 

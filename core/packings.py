@@ -13,7 +13,7 @@ import numpy as np
 from .band_calls import band_calls, branches_and_bands
 from .counting import packing_pairs, query_pairs
 from .errors import ConfigError
-from .geometry import Geometry, about_as_long
+from .geometry import about_as_long
 from .lowering import lower
 from .program import Program
 from .schedule import Schedule
@@ -100,25 +100,15 @@ class Packings:
 
     def _pairs_in_bands(self, packing: Packing) -> int:
         """Pairs of all documents in what the pattern has beside branches."""
-        _, bands = branches_and_bands(self._pattern, self._geometry(1))
+        _, bands = branches_and_bands(self._pattern, self._config.geometry(1))
         if not bands:
             return 0
         total = 0
         for length, count in zip(*np.unique(packing.places[:, 4], return_counts=True), strict=True):
-            calls = band_calls(bands, self._geometry(int(length)), windows=True)
+            calls = band_calls(bands, self._config.geometry(int(length)), windows=True)
             assert calls is not None  # queries and keys are at the same positions
             total += int(count) * sum(call.pairs for call in calls)
         return total
 
     def _lower(self, length: int) -> Layout:
-        return lower(self._pattern, self._geometry(length), limit_bytes=self._config.limits.layout_bytes)
-
-    def _geometry(self, length: int) -> Geometry:
-        config = self._config
-        return Geometry(
-            q_len=length,
-            kv_len=length,
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            is_causal=config.is_causal,
-        )
+        return lower(self._pattern, self._config.geometry(length), limit_bytes=self._config.limits.layout_bytes)

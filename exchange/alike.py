@@ -80,7 +80,7 @@ def _kinds(pattern: Pattern, shards: Shards) -> _Kinds:
     repeats = pattern.unwrap().repeats()
     if repeats is None:
         return _Kinds(np.arange(shards.size), [])
-    size = table_block_size(pattern, shards.num_heads, shards.num_kv_heads, shards.is_causal)
+    size = table_block_size(pattern, shards.whole)
     fixed = -(-repeats.fixed // size) * size
     # Blocks of fixed keys and others are told apart, and the last block of the sequence is as long as any.
     inside = (begin >= repeats.start) & ((begin - repeats.left) // size * size >= fixed)

@@ -189,9 +189,9 @@ class RingEngine(Engine):
             )
 
     def _ring_program(self, length: int, batch: int, device: torch.device) -> _Program:
-        shards = Shards(length, self.communicator.size, self.config.num_heads, self.num_kv_heads, self.config.is_causal)
-        limits = self.config.limits
-        row_bytes = 2 * batch * self.config.head_dim * getattr(torch, self.config.dtype).itemsize
+        config, limits = self.config, self.config.limits
+        shards = Shards(length, self.communicator.size, config.num_heads, config.kv_heads, config.is_causal)
+        row_bytes = 2 * batch * config.head_dim * getattr(torch, config.dtype).itemsize
         # The rows of no batch fit any buffer.
         hops, sent = self._judge(shards, limits.exchange_buffer_bytes // row_bytes) if batch else (False, None)
         key = (length, hops, device)

@@ -228,7 +228,7 @@ def _counted(
     """Rows that each rank receives and sends, and the pairs of its queries as weighted addends; (R,) int64."""
     branches = BranchRows(pattern, shards)
     rows, pairs = branch_totals(branches), list(pair_counts(branches))
-    if "block" not in layout_kinds(pattern, shards.num_heads, shards.num_kv_heads, shards.is_causal):
+    if "block" not in layout_kinds(pattern, shards.whole):
         return rows.received, rows.sent, pairs
     blocks = block_totals(pattern, branches, limit_bytes=config.limits.layout_bytes)
     return rows.received + blocks.received, rows.sent + blocks.sent, [*pairs, (1, blocks.pairs)]

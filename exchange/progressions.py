@@ -56,7 +56,7 @@ class BranchRows:
 
     def __init__(self, pattern: Pattern, shards: Shards) -> None:
         self.shards = shards
-        self.branches, _ = split(pattern, shards.geometry(0, 0, 0))
+        self.branches, _ = split(pattern, shards.whole)
         group = shards.group_size
         offsets: list[Offsets] = list(zip(*(branch.offsets for branch in self.branches), strict=True))
         self.heads = [frozenset(offsets[head : head + group]) for head in range(0, shards.num_heads, group)]
@@ -64,7 +64,7 @@ class BranchRows:
     @classmethod
     def of(cls, pattern: Pattern, shards: Shards) -> BranchRows | None:
         """None where a part of the pattern is lowered to blocks."""
-        kinds = layout_kinds(pattern, shards.num_heads, shards.num_kv_heads, shards.is_causal)
+        kinds = layout_kinds(pattern, shards.whole)
         return cls(pattern, shards) if kinds == {"branch"} else None
 
     def progressions(self, rank: int, offsets: Offsets, low: int, high: int) -> Iterator[Progression]:

@@ -43,6 +43,11 @@ class Shards:
         return self.length * self.size
 
     @property
+    def whole(self) -> Geometry:
+        """All queries against all keys."""
+        return self.together(0, self.size)
+
+    @property
     def group_size(self) -> int:
         """Query heads per key-value head."""
         return self.num_heads // self.num_kv_heads

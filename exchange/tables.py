@@ -151,7 +151,7 @@ def lowered(
     Raises:
         ConfigError: one of a rank alone needs more than `limit_bytes`.
     """
-    size = table_block_size(pattern, shards.num_heads, shards.num_kv_heads, shards.is_causal)
+    size = table_block_size(pattern, shards.whole)
     cell = gcd(shards.length, size)
     most = shards.size if size <= _MOST_CELLS * cell else 1
     shared_bytes = _BYTES_AT_ONCE

@@ -281,25 +281,17 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
     if isinstance(pattern.unwrap(), LearnedPattern):
         return LayoutSummary(kinds=("dynamic",))
     from ..core.band_calls import branches_and_bands
-    from ..core.geometry import Geometry, one_token
     from ..core.layout import Layout
     from ..core.lowering import lower
 
     has_bands = False
     if chosen is not None and takes_dense(chosen.registered.spec) and config.ring_size == 1:
-        token = one_token(config.num_heads, config.kv_heads, config.is_causal)
-        has_bands = bool(branches_and_bands(pattern, token)[1])
+        has_bands = bool(branches_and_bands(pattern, config.one_token)[1])
     if has_bands:
         kinds = tuple("band" if kind == "block" else kind for kind in kinds)
     if config.seq_len is None:
         return LayoutSummary(kinds=kinds)
-    geometry = Geometry(
-        q_len=config.seq_len,
-        kv_len=config.seq_len,
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
-        is_causal=config.is_causal,
-    )
+    geometry = config.geometry(config.seq_len)
     layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
     pairs, distinct = int(layout.pairs), int(layout.distinct_pairs)
     kept = Layout(pattern, geometry, layout.branches, None) if has_bands else layout

@@ -26,14 +26,13 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
     """The request of `config` with its pattern resolved and its device described."""
     from ..core.lowering import block_traits, layout_kinds  # brings numpy, which listing backends does without
 
-    lowered = (pattern, config.num_heads, config.kv_heads, config.is_causal)
     needs: dict[str, Any] = {
         "device_types": device.type,
         "dtypes": config.dtype,
         "head_dims": config.head_dim,
-        "layouts": tuple(sorted(layout_kinds(*lowered))),
+        "layouts": tuple(sorted(layout_kinds(pattern, config.one_token))),
     }
-    needs |= dict.fromkeys(sorted(block_traits(*lowered)), True)
+    needs |= dict.fromkeys(sorted(block_traits(pattern, config.one_token)), True)
     if isinstance(pattern.unwrap(), LearnedPattern):
         needs["dynamic_tables"] = True
     if device.arch:

@@ -23,6 +23,7 @@ from dilated_attention import build_attention, resolve_pattern
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
+from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.limits import Limits
 from dilated_attention.core.pattern import Full, Pattern
 from dilated_attention.models.longnet_config import LongNetConfig
@@ -87,6 +88,15 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config().kv_heads == 8
     assert config().softmax_scale == 0.125
     assert config(head_dim=24).softmax_scale == 1 / math.sqrt(24) != 24**-0.5  # as torch computes it
+
+
+def test_a_config_knows_the_geometry_of_its_calls() -> None:
+    made = config(num_kv_heads=2, is_causal=True)
+    heads: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "is_causal": True}
+    assert made.geometry(5) == Geometry(q_len=5, kv_len=5, **heads)
+    assert made.geometry(5, 9) == Geometry(q_len=5, kv_len=9, q_offset=4, **heads)
+    assert made.geometry(5, 9, q_offset=0, kv_offset=3) == Geometry(q_len=5, kv_len=9, q_offset=0, kv_offset=3, **heads)
+    assert made.one_token == made.geometry(1)
 
 
 @pytest.mark.parametrize(

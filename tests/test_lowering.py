@@ -86,7 +86,7 @@ def dense(layout: Layout) -> Dense:
 def test_a_layout_expands_to_the_oracles_counts(pattern: Pattern, geometry: Geometry, block_size: int) -> None:
     layout = lower(pattern, geometry, block_size=block_size)
     np.testing.assert_array_equal(dense(layout), multiplicity(pattern, geometry).numpy())
-    assert layout.kinds == layout_kinds(pattern, geometry.num_heads, geometry.num_kv_heads, geometry.is_causal)
+    assert layout.kinds == layout_kinds(pattern, geometry)
 
 
 @settings(max_examples=150, deadline=None)

@@ -129,7 +129,7 @@ def test_stored_blocks_fit_nothing_else(store: PatternStore) -> None:
     with pytest.raises(PatternFileError, match="drawn for num_heads=4"):
         loaded.validate(8, 8)
     with pytest.raises(PatternFileError, match="drawn for is_causal=True"):
-        layout_kinds(loaded, 4, 4, False)
+        layout_kinds(loaded, Geometry.self_attention(60, 4))
 
 
 def test_names_are_taken_once(store: PatternStore) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from ...core.errors import ConfigError
-from ...core.geometry import one_token
 from ...core.lowering import split, table_block_size
 from ...core.pattern import LearnedPattern
 from ...core.refusal import Refusal
@@ -102,9 +101,8 @@ def _card_refusals(request: Request) -> Iterator[Refusal]:
 
 def _shape(request: Request) -> tuple[tuple[Branch, ...], int]:
     """The branches of a layout, and how large its blocks are, or 0."""
-    config, pattern = request.config, request.pattern.unwrap()
+    pattern, geometry = request.pattern.unwrap(), request.config.one_token
     if isinstance(pattern, LearnedPattern):
         return (), pattern.block_size
-    heads = config.num_heads, config.kv_heads, config.is_causal
-    branches, rest = split(request.pattern, one_token(*heads))
-    return branches, 0 if rest is None else table_block_size(request.pattern, *heads)
+    branches, rest = split(request.pattern, geometry)
+    return branches, 0 if rest is None else table_block_size(request.pattern, geometry)

@@ -148,7 +148,7 @@ def _needs_dense_rows(kit: Kit, case: Case | None) -> str:
 def _needs_staged(kit: Kit, case: Case | None) -> str:
     if case is None or not kit.declares("staged_blocks"):
         return _needs("staged_blocks")(kit, case)
-    kinds = layout_kinds(case.pattern, case.num_heads, case.num_kv_heads, case.is_causal)
+    kinds = layout_kinds(case.pattern, case.geometry)
     return "" if "block" in kinds else "the pattern has no blocks"
 
 
