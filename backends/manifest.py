@@ -52,6 +52,7 @@ SDPA = BackendSpec(
         "cuda_graph": True,
     },
     options={"kernel": "on CUDA: flash, cudnn (for any length) or efficient"},
+    slow_blocks="sdpa leaves blocks to core's matrix products",
 )
 
 # Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance_log.md, "Dense
@@ -146,6 +147,7 @@ MATH = BackendSpec(
     name="math",
     target="dilated_attention.backends.products:MathBackend",
     priority=-60,  # for what nothing else takes: head_dims beyond 256 or of odd widths, and float64 on a card
+    slow="PyTorch's matrix products, no fused kernel",
     capabilities=_DENSE
     | {
         "device_types": ("cpu", "cuda"),
@@ -160,6 +162,7 @@ REFERENCE = BackendSpec(
     name="reference",
     target="dilated_attention.backends.reference:ReferenceBackend",
     priority=-100,  # the dense float64 oracle: for comparison, and where nothing else fits
+    slow="the oracle, in float64 over every pair of tokens",
     capabilities=_WHOLE
     | {
         "device_types": ("cpu", "cuda"),

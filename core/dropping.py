@@ -42,8 +42,9 @@ def refuse_capture(dropout_p: float, seed: Tensor, device: torch.device) -> None
     """Raise `ConfigError` while a CUDA graph is captured whose replays would drop the same, by a seed that stays."""
     if seed.device.type == "cpu" and is_captured(device):
         raise ConfigError(
-            f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; take triton, which "
-            "draws anew (but not for documents), call eval() before the capture, or build with dropout_p=0"
+            f"dropout_p={dropout_p:g}: every replay of a CUDA graph would drop the same weights; take a "
+            "backend that draws anew (docs/configuration.md, dropout_p; none does for documents), call eval() before "
+            "the capture, or build with dropout_p=0"
         )
 
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .plan import AttentionPlan, BackendRow, NearMiss
-
-# Backends for what no other takes, in words.
-SLOW: Final = {
-    "math": "PyTorch's matrix products, no fused kernel",
-    "reference": "the oracle, in float64 over every pair of tokens",
-}
 
 
 def explain_plan(plan: AttentionPlan) -> str:
@@ -123,12 +117,11 @@ def _headline(plan: AttentionPlan) -> str:
 
 def _slow_words(plan: AttentionPlan) -> Iterator[str]:
     """That `auto` was left with what is slow, and what would bring back the fastest that takes a little less."""
-    if plan.config["backend"] != "auto":
+    chosen = next((row for row in plan.rows if row.status == "chosen"), None)
+    if chosen is None or plan.config["backend"] != "auto":
         return
-    words = SLOW.get(plan.backend or "")
     on_a_card = plan.device["type"] != "cpu"  # on CPUs nothing computes blocks faster
-    if plan.backend == "sdpa" and on_a_card and "block" in plan.layout.kinds:
-        words = "sdpa leaves blocks to core's matrix products"
+    words = (chosen.slow_blocks if on_a_card and "block" in plan.layout.kinds else "") or chosen.slow
     if words:
         near = [(row.name, row.near_miss) for row in plan.rows if row.near_miss is not None and row.near_miss.verified]
         near.sort(key=lambda found: _intrusion(found[1]))

@@ -60,6 +60,8 @@ class BackendRow:
         detail: the cause, where it is broken, or raised an error over a card that is not here; else what was noted
             about it: a slow import of its plugin, or that it would be chosen, or would take another kernel, if seq_len
             were given.
+        slow: what makes it slow, in words, if it is for what no other takes (`BackendSpec.slow`).
+        slow_blocks: the same of layouts with blocks on a card.
     """
 
     name: str
@@ -70,6 +72,8 @@ class BackendRow:
     distribution: str = ""
     version: str = ""
     detail: str = ""
+    slow: str = ""
+    slow_blocks: str = ""
 
 
 @attrs.frozen(kw_only=True)

@@ -205,6 +205,8 @@ def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: b
         distribution=source.distribution,
         version=source.version,
         detail=verdict.fault or "; ".join(verdict.registered.notes),
+        slow=spec.slow,
+        slow_blocks=spec.slow_blocks,
     )
 
 

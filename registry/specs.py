@@ -121,6 +121,11 @@ def _requirements(_: object, attribute: attrs.Attribute[Any], value: tuple[objec
         raise ConfigError(f"requires must be requirement strings such as 'xformers>=0.0.30', got {value!r}")
 
 
+def _words(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{attribute.name} must be words, got {value!r}")
+
+
 def _described(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(word, str) for pair in value.items() for word in pair):
         raise ConfigError(f"{attribute.name} must map the names of options to what they say, got {value!r}")
@@ -143,6 +148,9 @@ class BackendSpec:
             An axis that is not named is unsupported (see `AXES`).
         requires: what must be installed, as PEP 508 strings.
         options: name -> what it says, of all that users may give in `backend_options`; another one is an error.
+        slow: what it computes with, in words, if it is for what no other takes; plans then say so, and benchmarks leave
+            it out.
+        slow_blocks: the same of layouts with blocks on a card; a whole sentence but for its end.
     """
 
     name: str = attrs.field(validator=_name)
@@ -152,6 +160,8 @@ class BackendSpec:
     capabilities: Mapping[str, Any] = attrs.field(validator=_capabilities, hash=False)
     requires: tuple[str, ...] = attrs.field(default=(), converter=_string_tuple, validator=_requirements)
     options: Mapping[str, str] = attrs.field(factory=dict, validator=_described, hash=False)
+    slow: str = attrs.field(default="", validator=_words)
+    slow_blocks: str = attrs.field(default="", validator=_words)
 
 
 @attrs.frozen(kw_only=True)

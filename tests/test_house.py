@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from dilated_attention.backends.manifest import dilated_attention_backends
+
 ROOT = Path(__file__).resolve().parents[1]
 FACE = ROOT / "src" / "dilated_attention"
 FOLDERS = ("core", "exchange", "registry", "patterns", "backends", "models")
@@ -132,6 +134,18 @@ def plugin_name_problems(name: str, source: str) -> list[str]:
             or own == f"{floor_of(plugin)}.manifest"
             or (floor_of(name) == "registry" and plugin.endswith(".manifest"))
         )
+    ]
+
+
+def backend_name_problems(name: str, source: str, backends: Iterable[str]) -> list[str]:
+    """Strings with the name of a backend as a word, docstrings aside: what core does for one it does for all."""
+    word = re.compile(rf"(?<![\w.])(?:{'|'.join(sorted(backends))})(?!\w)")
+    texts = {id(node.value) for node in nodes(source) if isinstance(node, ast.Expr)}
+    return [
+        f"{name}:{node.lineno} names the backend {found[0]}"
+        for node in nodes(source)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts
+        if (found := word.search(node.value))
     ]
 
 
@@ -268,6 +282,20 @@ def test_a_plugin_named_by_string_is_seen(text: str) -> None:
     for name in ("backends/sdpa.py", "backends/sdpa/run.py", "backends/manifest.py", "__init__.py"):
         assert plugin_name_problems(name, planted) == []
     assert plugin_name_problems("registry/discovery.py", "x = ('dilated_attention.backends.manifest',)") == []
+
+
+def test_core_names_no_backend(sources: Mapping[str, str]) -> None:
+    backends = {spec.name for spec in dilated_attention_backends()}
+    assert backends >= {"sdpa", "triton", "math", "reference"}
+    core = {name: source for name, source in sources.items() if floor_of(name) == "core"}
+    assert [p for name, source in core.items() for p in backend_name_problems(name, source, backends)] == []
+
+
+@pytest.mark.parametrize("line", ["SLOW = {'math': 1}", "x = backend == 'sdpa'", "x = f'{y}: take triton, which'"])
+def test_a_backend_named_by_core_is_seen(line: str) -> None:
+    text = '"""As math does it."""\nimport math\nx = "use dilated_attention.reference.attention"\n'
+    assert backend_name_problems("core/a.py", text, ["math", "reference", "sdpa", "triton"]) == []
+    assert len(backend_name_problems("core/a.py", text + line, ["math", "reference", "sdpa", "triton"])) == 1
 
 
 def test_floors_have_no_cycle(sources: Mapping[str, str]) -> None:

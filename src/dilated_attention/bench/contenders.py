@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..core.attention import Attention
-from ..core.explain import SLOW
 from ..core.pattern import Pattern
 from ..core.plan import AttentionPlan
 from ..registry.build import build_attention, explain
@@ -136,7 +135,7 @@ class Gate:
 
 
 def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callable[[str], None]) -> Iterator[str]:
-    """NAME, NAME:KERNEL or NAME:OPTION=VALUE: those asked for, or all that take the case and are not `SLOW`.
+    """NAME, NAME:KERNEL or NAME:OPTION=VALUE: those asked for, or all that take the case and are not `slow`.
 
     Those that refuse it are noted.
     """
@@ -153,7 +152,7 @@ def candidates(case: BenchCase, wanted: Sequence[str], device: str, note: Callab
     for row in plan.rows:
         if row.status not in ("chosen", "usable"):
             refused.append(row.name)
-        elif row.name not in SLOW:
+        elif not row.slow:
             kernels = _KERNELS.get(row.name, ()) if case.device == "cuda" and device.startswith("cuda") else ()
             yield from [f"{row.name}:{kernel}" for kernel in kernels] or [row.name]
     if refused:
