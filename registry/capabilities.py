@@ -16,15 +16,16 @@ from .specs import BackendSpec, Device, Range, Request
 
 NOT_INSTALLED: Final = "not_installed"  # the code of a refusal that names a requirement
 # An axis that limits the specs that name it and says nothing about the others.
-_NARROWING: Final = frozenset({"arch"})
+_NARROWING: Final = frozenset({"arch", "block_sizes"})
 # What core's composer makes of dense pieces, and what it sees to by itself on the way.
 _COMPOSED: Final = frozenset({"branch", "block"})
-_COMPOSED_TRAITS: Final = frozenset({"weights", "per_head", "context_parallel"})
+_COMPOSED_TRAITS: Final = frozenset({"block_sizes", "weights", "per_head", "context_parallel"})
 
 
 def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> Request:
     """The request of `config` with its pattern resolved and its device described."""
-    from ..core.lowering import block_traits, layout_kinds  # brings numpy, which listing backends does without
+    # It brings numpy, which listing backends does without.
+    from ..core.lowering import block_traits, layout_kinds, table_block_size
 
     needs: dict[str, Any] = {
         "device_types": device.type,
@@ -32,6 +33,8 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         "head_dims": config.head_dim,
         "layouts": tuple(sorted(layout_kinds(pattern, config.one_token))),
     }
+    if "block" in needs["layouts"]:
+        needs["block_sizes"] = table_block_size(pattern, config.one_token)
     needs |= dict.fromkeys(sorted(block_traits(pattern, config.one_token)), True)
     if isinstance(pattern.unwrap(), LearnedPattern):
         needs["dynamic_tables"] = True
@@ -71,7 +74,8 @@ def capability_refusals(request: Request, spec: BackendSpec) -> list[Refusal]:
             declared = _COMPOSED.union(declared)
         if not covers(declared, needed):
             words = _need_words(axis, needed, request)
-            refusals.append(Refusal(axis, words, words_of(spec.capabilities[axis])))
+            remedy = "take a pattern of such blocks, or another backend" if axis == "block_sizes" else ""
+            refusals.append(Refusal(axis, words, words_of(spec.capabilities[axis]), remedy))
     return refusals
 
 
@@ -170,6 +174,8 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
         return f"{config.num_heads} query heads on {config.kv_heads} key-value heads"
     if axis == "causal":
         return "is_causal=True"
+    if axis == "block_sizes":
+        return f"blocks of {needed} tokens ({request.pattern.kind} pattern)"
     if axis == "weights":
         return f"blocks that count more than once ({request.pattern.kind} pattern)"
     if axis == "per_head":

@@ -72,7 +72,7 @@ AXES: Final[Mapping[str, str]] = {
     "context_parallel": "parts of rows, for sequences that ranks share; dense pieces have it by core's composing",
     "staged_blocks": "beside it: tables of blocks over keys that were copied together",
     "layouts": "dense (pieces that core composes), branch, block: what a kernel computes in one go",
-    "block_sizes": "block sizes of block layouts",
+    "block_sizes": "narrows: block sizes of block layouts; without it every one",
     "repeated_blocks": "a block listed more than once",
     "weights": "integer weights of blocks",
     "per_head": "block tables that differ by head",

@@ -19,6 +19,7 @@ from dilated_attention import (
     Local,
     Pattern,
     PluginError,
+    Random,
     build_attention,
     explain,
 )
@@ -287,3 +288,31 @@ def test_the_arch_of_the_card_here_is_the_explanation_without_it(monkeypatch: py
     found = device.describe_device("cuda")
     assert explain(SHAPE, arch=found.arch) == explain(SHAPE, device="cuda")
     assert explain(SHAPE, arch="sm_75").device["is_assumed"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "fields", "near"),
+    [
+        ("math", {"head_dim": 300}, "sdpa would be usable with head_dim=256"),
+        ("math", {"head_dim": 300, "dropout_p": 0.1, "arch": "sm_90"}, "triton would be usable with head_dim=256"),
+        ("reference", {"head_dim": 300, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
+    ],
+)
+def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, fields: dict[str, Any], near: str) -> None:
+    assert explain(num_heads=2, head_dim=16).backend == "sdpa"
+    plan = explain(num_heads=2, **fields)
+    assert plan.backend == backend
+    said = next(line for line in plan.explain().splitlines() if "  slow  " in line)
+    assert f"as nothing faster takes this; {near}" in said
+    assert "  slow  " not in explain(num_heads=2, head_dim=16, backend=backend).explain()  # asked for, no surprise
+
+
+def test_blocks_that_no_kernel_computes_are_slow() -> None:
+    asked: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": Random(2, 128)}
+    assert explain(**asked, dropout_p=0.1, arch="sm_90").backend == "triton"
+    plan = explain(**asked, dropout_p=0.1, arch="sm_80")
+    assert plan.backend == "sdpa"
+    said = "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; flex would be usable"
+    assert any(line.startswith(f"{said} with dropout_p=0.0") for line in plan.explain().splitlines())
+    for fields in ({"device": "cpu"}, {"arch": "sm_90", "pattern": Local(8)}):
+        assert "  slow  " not in explain(**(asked | {"dropout_p": 0.1} | fields)).explain()

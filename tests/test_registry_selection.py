@@ -20,6 +20,7 @@ from dilated_attention import (
     ContextParallel,
     Dilated,
     Full,
+    Learned,
     Local,
     NoBackendError,
     Pattern,
@@ -104,6 +105,25 @@ def test_a_kernel_for_layouts_gets_only_those_that_it_declares() -> None:
     plan = asked(registry, pattern=Dilated((64,), (2,)) + Local(8))
     assert "layouts: needs block, branch, has branch" in {str(refusal) for refusal in row(plan, "toy").refusals}
     assert row(plan, "toy").near_miss is None
+
+
+def test_block_sizes_narrow_only_the_kernels_for_layouts_that_name_them() -> None:
+    whole = CAPABILITIES | {"layouts": ["branch", "block"], "weights": True, "per_head": True}
+    declared = with_spec(capabilities=whole | {"block_sizes": (64, 128)})
+    pattern: Pattern
+    for pattern in (Random(2, 64), Local(8), Dilated((24,), (2,)), Dilated((24,), (2,)) | Random(2, 64)):
+        assert not codes(asked(declared, pattern=pattern), "toy")  # by default blocks are of 128
+    for pattern in (Random(2, 24), Random(2, 24) | Random(2, 64), Dilated((24,), (2,)) + Random(2, 24)):
+        assert codes(asked(declared, pattern=pattern), "toy") == {"block_sizes"}
+    (refusal,) = row(asked(declared, pattern=Random(2, 24)), "toy").refusals
+    assert str(refusal) == (
+        "block_sizes: needs blocks of 24 tokens (random pattern), has 64, 128; "
+        "take a pattern of such blocks, or another backend"
+    )
+    asking = asked(declared, pattern=Learned(2, 24), backend="toy")
+    assert codes(asking, "toy") == {"block_sizes", "dynamic_tables"}
+    for any_size in (whole, CAPABILITIES | {"block_sizes": (64,)}):  # core computes the blocks of dense kernels
+        assert not codes(asked(with_spec(capabilities=any_size), pattern=Random(2, 24)), "toy")
 
 
 def test_architectures_narrow_only_the_specs_that_name_them() -> None:
@@ -287,34 +307,6 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
     assert "head_dims: needs head_dim=300, has 1..256" in text
     assert "-> would be usable with head_dim=256" in text
     assert "reference  usable" in text
-
-
-@pytest.mark.parametrize(
-    ("backend", "fields", "near"),
-    [
-        ("math", {"head_dim": 300}, "sdpa would be usable with head_dim=256"),
-        ("math", {"head_dim": 300, "dropout_p": 0.1, "arch": "sm_90"}, "triton would be usable with head_dim=256"),
-        ("reference", {"head_dim": 300, "dropout_p": 0.1, "deterministic": True, "arch": "sm_90"}, ""),
-    ],
-)
-def test_what_is_slow_is_chosen_only_where_nothing_else_fits(backend: str, fields: dict[str, Any], near: str) -> None:
-    assert explain(num_heads=2, head_dim=16).backend == "sdpa"
-    plan = explain(num_heads=2, **fields)
-    assert plan.backend == backend
-    said = next(line for line in plan.explain().splitlines() if "  slow  " in line)
-    assert f"as nothing faster takes this; {near}" in said
-    assert "  slow  " not in explain(num_heads=2, head_dim=16, backend=backend).explain()  # asked for, no surprise
-
-
-def test_blocks_that_no_kernel_computes_are_slow() -> None:
-    asked: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "pattern": Random(2, 128)}
-    assert explain(**asked, dropout_p=0.1, arch="sm_90").backend == "triton"
-    plan = explain(**asked, dropout_p=0.1, arch="sm_80")
-    assert plan.backend == "sdpa"
-    said = "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; flex would be usable"
-    assert any(line.startswith(f"{said} with dropout_p=0.0") for line in plan.explain().splitlines())
-    for fields in ({"device": "cpu"}, {"arch": "sm_90", "pattern": Local(8)}):
-        assert "  slow  " not in explain(**(asked | {"dropout_p": 0.1} | fields)).explain()
 
 
 def test_reference_is_refused_where_its_mask_does_not_fit() -> None:
