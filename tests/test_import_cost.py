@@ -8,6 +8,8 @@ import tomllib
 import pytest
 
 import dilated_attention
+from dilated_attention import registry
+from dilated_attention.core import kernel
 
 from .distributions import ROOT, run
 
@@ -27,6 +29,18 @@ def test_the_names_are_those_of_the_lazy_table() -> None:
     for name, home in homes.items():
         module = importlib.import_module(f"dilated_attention.{home or name}")
         assert home is None or getattr(module, name) is getattr(dilated_attention, name)
+
+
+def test_what_plugins_need_is_in_the_registry() -> None:
+    """Every class of core.kernel is: pieces, protocols, and what a kernel may have besides."""
+    assert sorted(registry.__all__) == registry.__all__
+    for name in registry.__all__:
+        assert getattr(registry, name) is not None
+        assert name in dir(registry)
+    own = {name for name, value in vars(kernel).items() if getattr(value, "__module__", "") == kernel.__name__}
+    assert {name for name in own if isinstance(vars(kernel)[name], type)} <= {*registry.__all__}
+    with pytest.raises(AttributeError, match="no attribute 'Join'"):
+        registry.Join  # noqa: B018
 
 
 def test_import_brings_neither_torch_nor_numpy_nor_attrs() -> None:
