@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.draws import dropped_parts
+from ..core.groups import repeated_heads, summed_groups
 from ..core.kernel import DenseKernel, DensePiece
 from ..core.limits import Limits
 from .dense_products import DenseProducts
@@ -224,7 +225,8 @@ class CudaEfficient:
     def _forward(
         self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+        heads = query.shape[2]
+        key, value = repeated_heads(key, heads), repeated_heads(value, heads)
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention.default(
             *_bhsd(query, key, value), None, True, dropout_p, piece.is_causal, scale=piece.scale
         )
@@ -253,7 +255,7 @@ class CudaEfficient:
             dropout_p, offset = self.draws.dropout_p, torch.zeros((), dtype=torch.int64, device="cpu")
             seed = torch.full_like(offset, self.draws.next_seed())
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward.default(
-            *_bhsd(dout, query, _repeat_heads(key, query), _repeat_heads(value, query)),
+            *_bhsd(dout, query, repeated_heads(key, heads), repeated_heads(value, heads)),
             None,
             out.contiguous().transpose(1, 2),
             aligned,
@@ -265,17 +267,9 @@ class CudaEfficient:
             scale=piece.scale,
         )
         dq, dk, dv = _bhsd(dq, dk, dv)
-        if kv_heads != heads:
-            dk, dv = (torch.unflatten(x, 2, (kv_heads, heads // kv_heads)).sum(3) for x in (dk, dv))
-        return dq, dk, dv
+        return dq, summed_groups(dk, kv_heads), summed_groups(dv, kv_heads)
 
 
 def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The batch rows of each tensor, as many at once as are drawn for together."""
     return [torch.split(x, _MOST_DRAWN) for x in tensors]
-
-
-def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
-    """One key-value head per query head, for the kernel that knows no groups."""
-    group = query.shape[2] // x.shape[2]
-    return x if group == 1 else x.repeat_interleave(group, dim=2)

@@ -15,6 +15,7 @@ import torch
 
 from ..core.checks import require_choice
 from ..core.errors import ConfigError
+from ..core.groups import repeated_heads, summed_groups
 from ..core.refusal import Refusal
 from ..registry.specs import compute_capability
 from .joining import joining
@@ -113,11 +114,6 @@ def _kernel(name: str) -> XformersKernel:
     return XformersKernel(full_name, forward, backward, shares_keys=name == "flash", causal_mask=LowerTriangularMask())
 
 
-def _repeat_heads(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor (B, T, K, D) with `heads` heads: those of a group follow each other."""
-    return tuple(x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in tensors)
-
-
 @attrs.frozen(eq=False)
 class XformersKernel:
     """A dense kernel over one pair of operators; strided inputs are read where they lie.
@@ -146,7 +142,7 @@ class XformersKernel:
             query = torch.unflatten(query, 2, (groups, heads // groups))
             key, value = (x.unsqueeze(3).expand(-1, -1, -1, heads // groups, -1) for x in (key, value))
         elif heads != groups:
-            key, value = _repeat_heads(heads, key, value)
+            key, value = repeated_heads(key, heads), repeated_heads(value, heads)
         mask = self.causal_mask if piece.is_causal else None
         out, lse = memory_efficient_attention_forward_requires_grad(
             query, key, value, mask, 0.0, piece.scale, op=self.forward_operator
@@ -160,7 +156,7 @@ class XformersKernel:
         from xformers.ops import memory_efficient_attention_backward
 
         heads, groups = query.shape[2], key.shape[2]
-        key, value = _repeat_heads(heads, key, value)
+        key, value = repeated_heads(key, heads), repeated_heads(value, heads)
         mask = self.causal_mask if piece.is_causal else None
         dq, dk, dv = memory_efficient_attention_backward(
             dout,
@@ -174,6 +170,4 @@ class XformersKernel:
             piece.scale,
             op=self.backward_operator,
         )
-        if heads != groups:
-            dk, dv = (torch.unflatten(x, 2, (groups, heads // groups)).sum(3) for x in (dk, dv))
-        return dq, dk, dv
+        return dq, summed_groups(dk, groups), summed_groups(dv, groups)

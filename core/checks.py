@@ -92,6 +92,15 @@ def require_choice(name: str, value: object, allowed: Iterable[str]) -> str:
     raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}")
 
 
+def one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], object], None]:
+    """An attrs validator: `require_choice` of the attribute."""
+
+    def check(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+        require_choice(attribute.name, value, allowed)
+
+    return check
+
+
 def require_counts(kind: str, counts: NDArray[Any], shape: tuple[int, ...], most: int) -> None:
     """Raise `ConfigError` unless what a pattern's `multiplicity` gave for positions of `shape` is 0 to `most` times."""
     name = f"multiplicity of a {kind} pattern"
@@ -121,6 +130,11 @@ def require_positive(name: str, value: object) -> float:
     if number is None or not 0 < number < math.inf:
         raise ConfigError(f"{name} must be a positive number, got {value!r}")
     return number
+
+
+def positive_number(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    """An attrs validator: `require_positive` of the attribute, which is kept."""
+    keep_plain(instance, attribute, require_positive(attribute.name, value))
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -19,9 +19,8 @@ from .checks import (
     did_you_mean,
     keep_number,
     nearest,
+    one_of,
     positive_int,
-    require_choice,
-    require_int,
 )
 from .context_parallel import ContextParallel
 from .errors import ConfigError
@@ -30,6 +29,7 @@ from .limits import Limits
 from .pattern import Full, Pattern
 from .structure import NamesChecked, check_keys, from_mapping, keys_of
 
+# From the most to the least precise.
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 _MOST_HEADS: Final = 1 << 16  # the pattern says of each what it sees
@@ -65,13 +65,6 @@ def _torch_name(value: object) -> object:
 def _copied(value: object) -> object:
     """Mappings are copied, so that the caller's later changes do not reach a frozen config."""
     return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else value
-
-
-def _one_of(*allowed: str) -> Callable[[object, attrs.Attribute[str], object], None]:
-    def check(_: object, attribute: attrs.Attribute[str], value: object) -> None:
-        require_choice(attribute.name, value, allowed)
-
-    return check
 
 
 def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
@@ -182,16 +175,16 @@ class AttentionConfig(NamesChecked):
         ConfigError: for a value that no backend could honour, with the allowed one.
     """
 
-    num_heads: int = attrs.field(validator=positive_int)
+    num_heads: int = attrs.field(validator=an_int(1, _MOST_HEADS))
     head_dim: int = attrs.field(validator=positive_int)
     num_kv_heads: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
     pattern: Pattern | Mapping[str, Any] = attrs.field(factory=Full, converter=_copied, validator=_pattern, hash=False)
     is_causal: bool = attrs.field(default=False, validator=_boolean)
     scale: float | None = attrs.field(default=None, validator=_scale)
     dropout_p: float = attrs.field(default=0.0, validator=_probability)
-    dtype: str = attrs.field(default="float32", converter=_torch_name, validator=_one_of(*DTYPES))
+    dtype: str = attrs.field(default="float32", converter=_torch_name, validator=one_of(*DTYPES))
     device: str | None = attrs.field(default=None, converter=_torch_name, validator=_device)
-    tensor_layout: str = attrs.field(default="bshd", validator=_one_of("bshd", "bhsd"))
+    tensor_layout: str = attrs.field(default="bshd", validator=one_of("bshd", "bhsd"))
     seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS)))
     varlen: bool = attrs.field(default=False, validator=_boolean)
     requires_grad: bool = attrs.field(default=True, validator=_boolean)
@@ -205,7 +198,6 @@ class AttentionConfig(NamesChecked):
     limits: Limits = attrs.field(factory=Limits, validator=_limits)
 
     def __attrs_post_init__(self) -> None:
-        require_int("num_heads", self.num_heads, minimum=1, maximum=_MOST_HEADS)
         if self.num_heads % self.kv_heads:
             divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
             raise ConfigError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final, NoReturn
 
 import attrs
 
-from .checks import keep_number, positive_int, require_choice
+from .checks import positive_int, positive_number, require_choice
 from .errors import ConfigError
 from .structure import NamesChecked
 
@@ -27,12 +26,6 @@ def _transport(_: object, attribute: attrs.Attribute[str], value: object) -> Non
     require_choice("ContextParallel.transport", value, ("auto", *TRANSPORTS))
 
 
-def _timeout(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
-    number = keep_number(instance, attribute, value)
-    if number is None or not 0 < number < math.inf:
-        raise ConfigError(f"ContextParallel.timeout_s must be a number of seconds above 0, got {value!r}")
-
-
 @attrs.frozen(kw_only=True)
 class ContextParallel(NamesChecked):
     """One sequence over several ranks, each holding a contiguous shard of queries, keys and values.
@@ -48,7 +41,7 @@ class ContextParallel(NamesChecked):
 
     size: int = attrs.field(validator=positive_int)
     transport: str = attrs.field(default="auto", validator=_transport)
-    timeout_s: float = attrs.field(default=60.0, validator=_timeout)
+    timeout_s: float = attrs.field(default=60.0, validator=positive_number)
 
     def transport_for(self, device_type: str) -> str:
         """The transport for a type of device, as torch calls it.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from ..core.checks import keep_number, keep_plain, positive_int, require_choice, require_positive
+from ..core.checks import keep_number, one_of, positive_int, positive_number
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import Full, Pattern
@@ -25,13 +25,6 @@ Checkpointing = bool | Literal["pointwise"]
 _SET_BY_LAYERS = ("num_heads", "head_dim", "num_kv_heads", "pattern", "is_causal", "dropout_p", "tensor_layout")
 
 
-def _choice(*allowed: str) -> Any:
-    def check(_: object, attribute: attrs.Attribute[str], value: object) -> None:
-        require_choice(attribute.name, value, allowed)
-
-    return check
-
-
 def _checkpointing(_: object, attribute: attrs.Attribute[Checkpointing], value: object) -> None:
     if not isinstance(value, bool) and value != "pointwise":
         raise ConfigError(f"{attribute.name} must be False, True or 'pointwise', got {value!r}")
@@ -41,10 +34,6 @@ def _probability(instance: object, attribute: attrs.Attribute[float], value: obj
     number = keep_number(instance, attribute, value)
     if number is None or not 0 <= number < 1:
         raise ConfigError(f"{attribute.name} must be a number from 0 to below 1, got {value!r}")
-
-
-def _positive(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
-    keep_plain(instance, attribute, require_positive(attribute.name, value))
 
 
 def require_config(config: object) -> None:
@@ -116,13 +105,13 @@ class LongNetConfig(NamesChecked):
     num_kv_heads: int | None = attrs.field(default=None, validator=_optional(positive_int))
     ffn_dim: int | None = attrs.field(default=None, validator=_optional(positive_int))
     pattern: Pattern = attrs.field(factory=Full, converter=_resolved, hash=False)
-    positions: str = attrs.field(default="none", validator=_choice(*POSITIONS))
-    rotary_base: float = attrs.field(default=10_000.0, validator=_positive)
-    xpos_base: float = attrs.field(default=512.0, validator=_positive)
-    norm: str = attrs.field(default="sub", validator=_choice(*NORMS))
+    positions: str = attrs.field(default="none", validator=one_of(*POSITIONS))
+    rotary_base: float = attrs.field(default=10_000.0, validator=positive_number)
+    xpos_base: float = attrs.field(default=512.0, validator=positive_number)
+    norm: str = attrs.field(default="sub", validator=one_of(*NORMS))
     final_norm: bool = attrs.field(default=True, validator=_flag)
-    layer_norm_eps: float = attrs.field(default=1e-5, validator=_positive)
-    activation: str = attrs.field(default="gelu", validator=_choice(*ACTIVATIONS))
+    layer_norm_eps: float = attrs.field(default=1e-5, validator=positive_number)
+    activation: str = attrs.field(default="gelu", validator=one_of(*ACTIVATIONS))
     dropout: float = attrs.field(default=0.0, validator=_probability)
     attention_dropout: float = attrs.field(default=0.0, validator=_probability)
     activation_dropout: float = attrs.field(default=0.0, validator=_probability)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import attrs
 
+from ..core.config import DTYPES
 from ..core.errors import ConfigError
 from ..core.plan import NearMiss
 from ..core.refusal import Refusal
@@ -23,8 +24,6 @@ _MOST_CHANGES: Final = 3
 _MOST_HALVINGS: Final = 6
 _DEVICE_AXES: Final = ("device_types", "device_available", "arch")
 _TORCH_TYPE: Final = {"hip": "cuda"}
-# From the most to the least precise; the nearest to what was asked for is tried first.
-_DTYPE_ORDER: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -135,11 +134,12 @@ def _device_changes(request: Request, declared: object) -> Iterator[_Change]:
 
 
 def _other_dtypes(dtype: str, declared: object) -> list[str]:
+    """The nearest in precision first."""
     if not isinstance(declared, Collection):
         return []
-    place = _DTYPE_ORDER.index(dtype)
-    others = [name for name in _DTYPE_ORDER if name in declared and name != dtype]
-    return sorted(others, key=lambda name: abs(_DTYPE_ORDER.index(name) - place))
+    place = DTYPES.index(dtype)
+    others = [name for name in DTYPES if name in declared and name != dtype]
+    return sorted(others, key=lambda name: abs(DTYPES.index(name) - place))
 
 
 def _nearest(value: int, declared: object) -> list[int]:

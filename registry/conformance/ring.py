@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.composer import Composer
+from ...core.groups import repeated_heads, summed_groups
 from ...core.limits import Limits
 from ...exchange.compute import Compute
 from ...exchange.shards import Shards
@@ -52,7 +53,7 @@ class ExactDense:
         dq = piece.scale * torch.einsum("bhst,bthd->bshd", ds, _per_head(key, query))
         dk = piece.scale * torch.einsum("bhst,bshd->bthd", ds, query.double())
         dv = torch.einsum("bhst,bshd->bthd", p, dout.double())
-        dk, dv = (torch.unflatten(x, 2, (key.shape[2], -1)).sum(3) for x in (dk, dv))
+        dk, dv = (summed_groups(x, key.shape[2]) for x in (dk, dv))
         return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
     def _scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
@@ -65,7 +66,7 @@ class ExactDense:
 
 def _per_head(x: Tensor, query: Tensor) -> Tensor:
     """Keys or values, a head for each of the query's, in float64."""
-    return x.double().repeat_interleave(query.shape[2] // x.shape[2], dim=2)
+    return repeated_heads(x.double(), query.shape[2])
 
 
 def ring(subject: Subject) -> Iterator[Finding]:
