@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from .deadlines import read_store, seconds_left
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -104,16 +106,16 @@ class Control:
                 store.set("secret", secrets.token_hex(8))
             store.set(f"address/{rank}", f"{_own_address(store)}:{server.getsockname()[1]}")
             try:
-                secret = bytes(_get(store, "secret", deadline))
+                secret = read_store(store, "secret", deadline)
                 for peer in range(rank):
-                    host, _, port = _get(store, f"address/{peer}", deadline).decode().rpartition(":")
-                    link = socket.create_connection((host, int(port)), timeout=_left(deadline))
+                    host, _, port = read_store(store, f"address/{peer}", deadline).decode().rpartition(":")
+                    link = socket.create_connection((host, int(port)), timeout=seconds_left(deadline))
                     sockets[peer] = link
                     link.sendall(_HELLO.pack(secret, rank))
                 while len(sockets) < size - 1:
-                    server.settimeout(_left(deadline))
+                    server.settimeout(seconds_left(deadline))
                     link, _ = server.accept()
-                    link.settimeout(_left(deadline))
+                    link.settimeout(seconds_left(deadline))
                     guest = _welcome(link, secret)
                     if guest is None or guest in sockets or not rank < guest < size:
                         link.close()  # a stranger
@@ -301,18 +303,6 @@ def _blamed(peer: int, who: int) -> tuple[int | None, str]:
     if who == peer:
         return peer, "it failed, and said so"
     return who, f"rank {peer} says that it failed"
-
-
-def _left(deadline: float) -> float:
-    return max(0.001, deadline - time.monotonic())
-
-
-def _get(store: Store, key: str, deadline: float) -> bytes:
-    """What another rank leaves under `key`, waiting for it until the deadline."""
-    from datetime import timedelta
-
-    store.wait([key], timedelta(seconds=_left(deadline)))
-    return bytes(store.get(key))
 
 
 def _welcome(link: socket.socket, secret: bytes) -> int | None:

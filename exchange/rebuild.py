@@ -17,10 +17,11 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ..core.attention import Attention
-from ..core.context_parallel import ContextParallel
+from ..core.config import AttentionConfig
 from ..core.engine import Engine
 from ..core.errors import ConfigError, RingBroken
 from ..core.plan import AttentionPlan, ExchangeSummary
+from .deadlines import read_store
 from .engine import RingEngine
 from .mesh import check_mesh, plan_facts, ring_of
 from .ring_kernel import RingKernel
@@ -90,15 +91,13 @@ def agree(
         room.set("verdict", json.dumps(_verdict(room, size, settle_s, deadline)))
         formed.set("generation", str(max(generation, _last_formed(formed))))
     try:
-        room.wait(["verdict"], timedelta(seconds=max(0.001, deadline + 1.0 - time.monotonic())))
+        verdict = json.loads(read_store(room, "verdict", deadline + 1.0))
     except RuntimeError as error:
         reason = f"its members were not settled within {timeout_s:g} s; agree on generation {generation + 1}"
         raise RingBroken(generation, 0, None, reason) from error
-    verdict = json.loads(room.get("verdict"))
+    if verdict["conflict"]:
+        raise ConfigError(verdict["error"])
     if verdict["error"]:
-        kind = ConfigError if verdict["conflict"] else None
-        if kind is not None:
-            raise kind(verdict["error"])
         raise RingBroken(generation, 0, None, verdict["error"])
     members = verdict["members"]
     if identity not in members:
@@ -164,8 +163,9 @@ def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> No
     if not found:
         raise ConfigError("rebuild found no attention that was built with context_parallel=ContextParallel(size=...)")
     size = 1 if mesh is None else check_mesh(mesh, None).size
-    plans = [_evolved(attention, size) for attention in found]
-    engines = [_engine(a, plan, mesh, generation) for a, plan in zip(found, plans, strict=True)]
+    configs = [_config(attention, size) for attention in found]
+    plans = [_evolved(attention, config) for attention, config in zip(found, configs, strict=True)]
+    engines = [_engine(*each, mesh, generation) for each in zip(found, configs, plans, strict=True)]
     for attention, plan, engine in zip(found, plans, engines, strict=True):
         old = attention._engine
         attention._rebind(engine.config, plan, engine)
@@ -173,39 +173,31 @@ def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> No
             old.communicator.close()
 
 
-def _evolved(attention: Attention, size: int) -> AttentionPlan:
-    """The attention's plan for another number of ranks."""
-    parallel = attrs.evolve(_parallel(attention), size=size)
-    config = attrs.evolve(attention.config, context_parallel=parallel)  # judges seq_len
-    exchange = None
-    if size > 1:
+def _config(attention: Attention, size: int) -> AttentionConfig:
+    """The attention's configuration for another number of ranks, of which it judges seq_len."""
+    assert attention.config.context_parallel is not None
+    return attrs.evolve(attention.config, context_parallel=attrs.evolve(attention.config.context_parallel, size=size))
+
+
+def _evolved(attention: Attention, config: AttentionConfig) -> AttentionPlan:
+    """The attention's plan for that."""
+    parallel, exchange = config.context_parallel, None
+    if parallel is not None and parallel.size > 1:
         transport = parallel.transport_for(attention.plan.device["torch_name"].partition(":")[0])
-        exchange = ExchangeSummary(transport=transport, size=size, timeout_s=float(parallel.timeout_s))
+        exchange = ExchangeSummary(transport=transport, size=parallel.size, timeout_s=float(parallel.timeout_s))
         kernel = attention._engine.kernel
         if isinstance(kernel, RingKernel):
             exchange = attrs.evolve(exchange, companion=kernel.companion, companion_kernel=kernel.dense.name)
     return attrs.evolve(attention.plan, config=config.to_dict(), exchange=exchange)
 
 
-def _parallel(attention: Attention) -> ContextParallel:
-    parallel = attention.config.context_parallel
-    assert parallel is not None
-    return parallel
-
-
-def _engine(attention: Attention, plan: AttentionPlan, mesh: DeviceMesh | None, generation: int) -> Engine:
-    old = attention._engine
-    size = 1 if plan.exchange is None else plan.exchange.size
-    parallel = attrs.evolve(_parallel(attention), size=size)
-    config = attrs.evolve(attention.config, context_parallel=parallel)
+def _engine(
+    attention: Attention, config: AttentionConfig, plan: AttentionPlan, mesh: DeviceMesh | None, generation: int
+) -> Engine:
+    old, parallel = attention._engine, config.context_parallel
     axes = old.local_axes if isinstance(old, RingEngine) else old.call_axes
-    traits: dict[str, Any] = {
-        "has_dlse": old.has_dlse,
-        "call_axes": axes,
-        "backend": old.backend,
-        "plan": plan.digest,
-    }
-    if plan.exchange is None or mesh is None:
+    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes, "backend": old.backend, "plan": plan.digest}
+    if plan.exchange is None or mesh is None or parallel is None:
         takes_layout = isinstance(old.kernel, RingKernel)
         return Engine(config, old.pattern, old.kernel, takes_layout=takes_layout, **traits)
     communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)

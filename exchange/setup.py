@@ -9,7 +9,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore
@@ -17,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ..core.errors import ConfigError, RingBroken
 from .communicator import Communicator
 from .control import Control
+from .deadlines import read_store
 from .nccl import NcclTransport
 from .transport import GlooTransport, Transport
 
@@ -95,7 +95,7 @@ def connect(
         except _FAULTS as error:
             verdict = f"{type(error).__name__}: {error}"
         here.set(f"verdict/{rank}", verdict)
-        verdicts = [_wait_for(here, f"verdict/{peer}", deadline) for peer in range(size)]
+        verdicts = [read_store(here, f"verdict/{peer}", deadline).decode() for peer in range(size)]
         if control is None or data is None or any(said != "ok" for said in verdicts):
             for part in (data, control):
                 if isinstance(part, Control):
@@ -118,11 +118,6 @@ def _transport(name: str, store: Store, control: Control, size: int, deadline: f
     return GlooTransport(store, control.rank, size, max(1.0, deadline - time.monotonic()), watch=control.look)
 
 
-def _wait_for(store: Store, key: str, deadline: float) -> str:
-    store.wait([key], timedelta(seconds=max(0.001, deadline - time.monotonic())))
-    return bytes(store.get(key)).decode()
-
-
 def compare_plans(store: Store, rank: int, size: int, facts: Mapping[str, Any], timeout_s: float) -> None:
     """Compare what all ranks are about to build.
 
@@ -142,7 +137,7 @@ def compare_plans(store: Store, rank: int, size: int, facts: Mapping[str, Any], 
     said: list[dict[str, Any]] = []
     for peer in range(size):
         try:
-            said.append(json.loads(_wait_for(store, f"facts/{peer}", deadline)))
+            said.append(json.loads(read_store(store, f"facts/{peer}", deadline)))
         except RuntimeError as error:
             reason = f"it did not call build_attention within {timeout_s:g} s, or not as often as rank {rank}"
             raise RingBroken(0, 0, peer, reason) from error

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .control import Failure
+from .deadlines import time_left
 from .guard import LOOK_EVERY_S
 
 if TYPE_CHECKING:
@@ -90,9 +91,8 @@ class _Works:
         """As `wait`, but deaf to what the control plane says, and not always woken by Gloo: see `_Waiter`."""
         while self.works:
             peer, work = self.works.pop(0)
-            left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
             try:
-                work.wait(left)
+                work.wait(time_left(deadline))
             except RuntimeError as error:
                 del work  # the error's traceback keeps what this frame holds
                 self.drop()
