@@ -13,10 +13,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..core.composer import accumulator_dtype, delta_of
 from ..core.draws import Draws
 from ..core.kernel import DensePiece
 from ..core.limits import Limits, at_once
+from ..core.merging import accumulator_dtype, delta_of
 from ..core.products import attend_rows, bmm, score_gradients, widened
 
 _CAUSAL_ROWS = 128  # of a square that are computed together, so that little of what they do not see is

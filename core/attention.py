@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .checks import require_int
-from .composer import accumulator_dtype
 from .config import refuse_arguments
 from .decoding import DecodingCache
 from .documents import check_arguments, check_forms
 from .dropping import draw_seed
 from .errors import ConfigError
 from .flops import register_flops
+from .merging import accumulator_dtype
 from .ops import attend, intern, without_autocast
 from .outside import outside_graphs
 from .packed import attend_documents, received_in_documents

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .composer import accumulator_dtype, delta_of
 from .draws import Draws
 from .kernel import DensePiece, Tables
 from .layout import BlockLayout
 from .limits import at_once
+from .merging import accumulator_dtype, delta_of
 from .products import attend_rows, bmm, score_gradients, widened
 from .tracing import span
 

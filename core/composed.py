@@ -1,4 +1,4 @@
-"""Dense calls and a table of blocks together, as one attention.
+"""Dense calls and a table of blocks together, as one attention, and which composer a call gets for the first.
 
 Shapes as in `composer`. The backward hands both the merged out and lse; a gradient of lse goes to both.
 """
@@ -8,15 +8,42 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 from torch import Tensor
 
-from .composer import merge_
+from .composer import Composer
+from .kernel import DenseKernel, ForOneLength
+from .merging import merge_
 
 if TYPE_CHECKING:
-    from .composer import Composer
+    from .config import AttentionConfig
     from .kernel import BlockTable
     from .schedule import Schedule
+
+
+@attrs.frozen
+class Composers:
+    """A `Composer` for calls of the length that an attention is built for, and one for all others.
+
+    Kernels that prepare for every length serve only the first.
+    """
+
+    seq_len: int | None
+    own: Composer
+    others: Composer
+
+    @classmethod
+    def of(cls, kernel: DenseKernel, scale: float, config: AttentionConfig) -> Composers:
+        """Of the kernel that a backend built."""
+        own = others = Composer(kernel, scale, config.deterministic, config.limits.workspace_bytes)
+        if isinstance(kernel, ForOneLength) and config.seq_len is not None:
+            others = attrs.evolve(own, kernel=kernel.other_lengths)
+        return cls(config.seq_len, own, others)
+
+    def for_call(self, q_len: int, kv_len: int, is_filled: bool = False) -> Composer:
+        """That of a call of so many queries and keys, over all ranks; `is_filled`: of documents that have fewer."""
+        return self.own if q_len == kv_len == self.seq_len and not is_filled else self.others
 
 
 def forward(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .checks import require_int
-from .composer import accumulator_dtype
 from .context_parallel import refuse_in_ring
 from .errors import ConfigError
 from .geometry import Geometry
+from .merging import accumulator_dtype
 from .pattern import Pattern
 from .products import bmm, exponentials, widened
 from .tracing import span

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .block_product import BlockProduct, ItemClass
-from .composer import accumulator_dtype
+from .merging import accumulator_dtype
 
 if TYPE_CHECKING:
     from .geometry import Geometry

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype
+from .merging import accumulator_dtype
 
 
 def empty_results(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from .band_calls import dense_form
 from .block_product import BlockProduct, block_table
 from .cache import ByteLRU
 from .capture import is_captured
-from .composers import Composers
+from .composed import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
 from .dropping import of_one_pass, one_by_one, refuse_capture

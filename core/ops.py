@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype
+from .merging import accumulator_dtype
 from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
 if TYPE_CHECKING:

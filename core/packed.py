@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .arranged import Arranged, arranged
-from .composer import accumulator_dtype
 from .context_parallel import refuse_in_ring
 from .documents import Packing, Stack, read_documents, stacked
 from .errors import ConfigError
 from .filled import Filled
+from .merging import accumulator_dtype
 from .ops import attend_backward_fake, attend_fake, engine_of, without_autocast
 from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 

@@ -13,8 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from .composer import accumulator_dtype, by_rows
 from .limits import at_once
+from .merging import accumulator_dtype, by_rows
 from .schedule import Call, Schedule
 from .slabs import slabs_of
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..core.band_calls import dense_form
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer, accumulator_dtype
+from ..core.composer import Composer
 from ..core.kernel import Adds, LayoutKernel, LayoutPiece, Prepares, takes_windows
 from ..core.layout import BlockLayout, Layout
+from ..core.merging import accumulator_dtype
 from ..core.pattern import Pattern
 from ..core.schedule import Schedule, schedule
 from .pieces import ComposedPiece, EmptyPiece, Merged, Piece, WholePiece, WholeRows

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..core.cache import ByteLRU
-from ..core.composers import Composers
+from ..core.composed import Composers
 from ..core.context_parallel import refuse_in_ring
 from ..core.counters import AttentionCounters
 from ..core.engine import Engine

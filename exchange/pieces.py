@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..core.block_product import BlockProduct
-from ..core.composer import Composer, accumulator_dtype, by_rows, delta_of, merge_, widen_rows
+from ..core.composer import Composer, widen_rows
 from ..core.empty import empty_gradients, empty_results
 from ..core.kernel import Adds, LayoutKernel, LayoutPiece, takes_dlse
+from ..core.merging import accumulator_dtype, by_rows, delta_of, merge_
 from ..core.schedule import Schedule
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.composer import accumulator_dtype
 from ..core.dynamic_tables import TableRows
 from ..core.errors import ConfigError
 from ..core.gate import Gate
 from ..core.geometry import Geometry
+from ..core.merging import accumulator_dtype
 from ..core.ops import without_autocast
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DenseKernel, LayoutKernel
 from dilated_attention.exchange.compute import Compute
 from dilated_attention.exchange.shards import Shards
-from dilated_attention.exchange.simulation import simulate
+from dilated_attention.registry.conformance.simulation import simulate
 
 from .support import error, inputs, oracle
 

@@ -10,8 +10,8 @@ import torch
 from dilated_attention import AttentionConfig, Dilated, Full, Global, Local, Pattern, build_attention
 from dilated_attention.backends.aten import CpuFlash
 from dilated_attention.core.band_calls import dense_form
+from dilated_attention.core.composed import Composers
 from dilated_attention.core.composer import Composer
-from dilated_attention.core.composers import Composers
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DensePiece
 from dilated_attention.core.limits import Limits

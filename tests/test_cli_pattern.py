@@ -15,7 +15,6 @@ from matplotlib.patches import Rectangle
 
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.pattern import Full, Pattern
-from dilated_attention.core.quality import measure
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.pattern_map import UNICODE, cells, draw
 from dilated_attention.pattern_plot import _bars
@@ -25,6 +24,7 @@ from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.store import PatternStore
 from dilated_attention.patterns.strided import Strided
+from dilated_attention.quality import measure
 
 from .conftest import Invoke
 from .distributions import as_json, command

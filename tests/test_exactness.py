@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dilated_attention import Dilated, Full, Global, Local, Random, Strided, build_attention
 from dilated_attention.backends.aten import CpuFlash
-from dilated_attention.core import composer
+from dilated_attention.core import merging
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import DensePiece
 from dilated_attention.core.pattern import Pattern
@@ -244,6 +244,6 @@ def test_rows_of_one_key_pass_no_gradient_to_scores(dtype: torch.dtype, monkeypa
     attention = build_attention(pattern=Random(1, 1), num_heads=4, head_dim=24, dtype=dtype, backend="sdpa")
     once = ours(attention, tensors, geometry, through_lse=False)
     assert all(float(grad.abs().max()) < 1e-5 for grad in once[2:4])
-    monkeypatch.setattr(composer, "_SUMMED_AT_ONCE", 1000)  # five rows
+    monkeypatch.setattr(merging, "_SUMMED_AT_ONCE", 1000)  # five rows
     for by_parts, whole in zip(ours(attention, tensors, geometry, through_lse=False), once, strict=True):
         assert torch.equal(by_parts, whole)

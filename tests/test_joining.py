@@ -15,7 +15,7 @@ from dilated_attention import Attention, Dilated, Full, Pattern, Strided
 from dilated_attention.backends import joining
 from dilated_attention.backends.aten import CudaFlash
 from dilated_attention.backends.joining import MAX_LENGTH, JoiningKernel, reciprocal
-from dilated_attention.core.composers import Composers
+from dilated_attention.core.composed import Composers
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.joining import are_joined, launches_of
 from dilated_attention.core.kernel import Joins

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.pattern import Full, Pattern
-from dilated_attention.core.quality import measure
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.random import Random
+from dilated_attention.quality import measure
 
 from . import strategies
 

@@ -15,8 +15,9 @@ from dilated_attention.backends.reference import ReferenceKernel
 from dilated_attention.bench.oracle import truth
 from dilated_attention.bench.timing import difference
 from dilated_attention.core import reference
-from dilated_attention.core.composer import Composer, delta_of
+from dilated_attention.core.composer import Composer
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.merging import delta_of
 from dilated_attention.exchange import pieces
 from dilated_attention.exchange import plan as planning
 from dilated_attention.exchange.compute import Compute, RankProgram
@@ -25,7 +26,7 @@ from dilated_attention.exchange.plan import plan_rank, row_codes, rows_of
 from dilated_attention.exchange.progressions import BranchRows
 from dilated_attention.exchange.rows import most_rows, survey
 from dilated_attention.exchange.shards import Shards, shard_length
-from dilated_attention.exchange.simulation import simulate
+from dilated_attention.registry.conformance.simulation import simulate
 
 from .ring_simulation import worst
 from .strategies import patterns

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...core.composer import merge_
+from ...core.merging import merge_
 from ...core.pattern import LearnedPattern
 from ...core.tracing import span
 from ..launching import launch

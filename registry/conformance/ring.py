@@ -20,9 +20,9 @@ from ...core.groups import repeated_heads, summed_groups
 from ...core.limits import Limits
 from ...exchange.compute import Compute
 from ...exchange.shards import Shards
-from ...exchange.simulation import simulate
 from .case import Subject
 from .measure import NAMES, Finding, upstream
+from .simulation import simulate
 
 if TYPE_CHECKING:
     from ...core.kernel import DensePiece

@@ -22,9 +22,9 @@ from .core.geometry import Geometry
 
 if TYPE_CHECKING:
     from .core.pattern import Pattern
-    from .core.quality import Quality
     from .pattern_map import Cells
     from .patterns.store import PatternStore, StoredInfo
+    from .quality import Quality
 
 pattern_app = typer.Typer(
     name="pattern",
@@ -144,8 +144,8 @@ def _report(
     pattern: Pattern, info: StoredInfo, geometry: Geometry, head: int, layers: int
 ) -> tuple[Quality, str, dict[str, Any]]:
     """The figures, and map and figures as text and as data."""
-    from .core.quality import measure
     from .pattern_map import ASCII, UNICODE, cells, draw, legend, quality_lines, table_block_size
+    from .quality import measure
 
     size = table_block_size(pattern, geometry.q_len)
     quality = measure(pattern, geometry, layers=layers, block_size=size, limit_bytes=_TABLE_BYTES)

@@ -15,7 +15,7 @@ from .core.explain import columns, counted
 from .core.geometry import Geometry
 from .core.layout import BlockLayout
 from .core.pattern import Pattern
-from .core.quality import Quality, Spread
+from .quality import Quality, Spread
 
 Cells = NDArray[np.float64]
 Counts = NDArray[np.int64]

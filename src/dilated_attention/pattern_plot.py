@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .core.errors import ConfigError
-from .core.quality import Quality, Spread
 from .pattern_map import Cells
+from .quality import Quality, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import attrs
 import numpy as np
 
-from .blocking import lower_blocks
-from .checks import require_int
-from .counting import allowed_pairs, entry_rows
-from .errors import ConfigError
-from .geometry import Geometry
-from .layout import BlockLayout
-from .pattern import Pattern
+from .core.blocking import lower_blocks
+from .core.checks import require_int
+from .core.counting import allowed_pairs, entry_rows
+from .core.errors import ConfigError
+from .core.geometry import Geometry
+from .core.layout import BlockLayout
+from .core.pattern import Pattern
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .pattern import IntArray
+    from .core.pattern import IntArray
 
 _BYTES_AT_ONCE = 64 << 20
 _ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.pattern import Pattern
-from .compute import Compute, RankProgram
-from .hops import HopProgram
-from .pieces import Merged, WholeRows, mergeable
-from .plan import plan_rank
-from .shards import Shards
+from ...core.pattern import Pattern
+from ...exchange.compute import Compute, RankProgram
+from ...exchange.hops import HopProgram
+from ...exchange.pieces import Merged, WholeRows, mergeable
+from ...exchange.plan import plan_rank
+from ...exchange.shards import Shards
 
 
 def simulate(
