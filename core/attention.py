@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checks import require_int
 from .config import refuse_arguments
 from .decoding import DecodingCache
+from .document_ops import attend_documents, received_in_documents
 from .documents import check_arguments, check_forms
 from .dropping import draw_seed
 from .errors import ConfigError
@@ -17,7 +18,6 @@ from .flops import register_flops
 from .merging import accumulator_dtype
 from .ops import attend, intern, without_autocast
 from .outside import outside_graphs
-from .packed import attend_documents, received_in_documents
 from .pattern import LearnedPattern
 
 if TYPE_CHECKING:

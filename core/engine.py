@@ -21,6 +21,7 @@ from .capture import is_captured
 from .composed import Composers
 from .config import AttentionConfig
 from .counters import AttentionCounters, Tally
+from .document_programs import DocumentPrograms
 from .dropping import of_one_pass, one_by_one, refuse_capture
 from .dynamic_tables import DynamicTables
 from .empty import empty_gradients, empty_results
@@ -29,7 +30,6 @@ from .geometry import Geometry
 from .kernel import DenseKernel, LayoutKernel, LayoutPiece, Packs, Prepares, takes_windows
 from .layout import Layout
 from .lowering import lower
-from .packings import Packings
 from .pattern import LearnedPattern, Pattern
 from .program import Program
 from .received import received_from
@@ -89,9 +89,9 @@ class Engine:
         self.has_dlse = has_dlse
         self.call_axes = call_axes
         self.programs: ByteLRU[tuple[Any, ...], Program] = ByteLRU(config.limits.pattern_cache_bytes)
-        self._packings: Packings | None = None
+        self._document_programs: DocumentPrograms | None = None
         if takes_layout and isinstance(kernel, Packs):
-            self._packings = Packings(self.programs, kernel, pattern, config)
+            self._document_programs = DocumentPrograms(self.programs, kernel, pattern, config)
         self.forwards, self.backwards = Tally(), Tally()
         # Stable across processes, so that compiled graphs may be cached; equal keys compute equal things.
         origin = (type(kernel).__module__, type(kernel).__qualname__, kernel.name)
@@ -168,10 +168,10 @@ class Engine:
         found = self.programs.get((packing, device))
         if found is not None:
             return found
-        assert self._packings is not None
+        assert self._document_programs is not None
         self._check_call(packing.q_len, packing.kv_len, packing.kv_len - packing.q_len, 0)
         with span(self.range_name("lower")), _disable_current_modes():
-            return self._packings.program(packing, device)
+            return self._document_programs.program(packing, device)
 
     def _make_program(
         self, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device, drops: bool

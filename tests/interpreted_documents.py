@@ -14,13 +14,13 @@ from dilated_attention.backends.fused import launches
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Pass, Tile, Tiles, TileSizes
 from dilated_attention.core import arranged, reference
+from dilated_attention.core.document_ops import attend_documents
 from dilated_attention.core.documents import read_documents
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.ops import intern
-from dilated_attention.core.packed import attend_documents
 
 from .support import NAMES, error, inputs, with_gradients
 

@@ -26,12 +26,12 @@ from dilated_attention.backends.fused.drop_kernels import draw_words
 from dilated_attention.backends.fused.kernel import FusedKernel
 from dilated_attention.backends.fused.tiles import Tile, Tiles, TileSizes
 from dilated_attention.core import reference
+from dilated_attention.core.document_ops import attend_documents
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import CALL_AXES
 from dilated_attention.core.lowering import split
 from dilated_attention.core.ops import attend, intern
-from dilated_attention.core.packed import attend_documents
 
 from .dropout_kit import HEADS, KV_HEADS, TOKENS, check_counted, check_draws, drawn
 from .learned_kit import seen_pairs

@@ -16,6 +16,7 @@ from dilated_attention.backends.aten import CpuFlash, CudaFlash
 from dilated_attention.backends.joining import JoiningKernel
 from dilated_attention.backends.sdpa import SdpaBackend
 from dilated_attention.core import arranged
+from dilated_attention.core.document_ops import attend_documents
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.kernel import (
     CALL_AXES,
@@ -27,7 +28,6 @@ from dilated_attention.core.kernel import (
     takes_windows,
 )
 from dilated_attention.core.ops import attend, intern
-from dilated_attention.core.packed import attend_documents
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.selection import select
 

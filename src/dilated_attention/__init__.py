@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         UnsafePathError,
     )
     from .core.limits import Limits
+    from .core.model_counters import counters_of
     from .core.pattern import Full, Pattern, Sum, Union
     from .core.plan import AttentionPlan
-    from .core.watch import counters_of
     from .exchange.mesh import local_positions, shard_sequence, unshard_sequence
     from .exchange.rebuild import Membership, agree, rebuild
     from .patterns.dilated import Dilated
@@ -72,7 +72,7 @@ _HOMES: dict[str, str | None] = {
     "UnsafePathError": "core.errors",
     "agree": "exchange.rebuild",
     "build_attention": "registry.build",
-    "counters_of": "core.watch",
+    "counters_of": "core.model_counters",
     "errors": None,
     "explain": "registry.build",
     "load_pattern": "patterns.store",

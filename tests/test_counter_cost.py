@@ -1,4 +1,4 @@
-"""`python -m benchmarks.watching`: what it strips computes the same and counts no more, what it times is watching."""
+"""`python -m benchmarks.counter_cost`: what it strips computes the same and counts no more, and what it times."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.counter_cost import strip, timed_watching, within
 from benchmarks.detection import copied_checkout
-from benchmarks.watching import strip, timed_watching, within
 from dilated_attention import Dilated, build_attention
 from dilated_attention.core import composer, tracing
 from dilated_attention.core.counters import Tally

@@ -25,8 +25,9 @@ from dilated_attention import (
     Pattern,
     Random,
 )
-from dilated_attention.core import arranged, packings
+from dilated_attention.core import arranged, document_programs
 from dilated_attention.core.cache import ByteLRU
+from dilated_attention.core.document_programs import DocumentPrograms
 from dilated_attention.core.documents import Document, Packing
 from dilated_attention.core.engine import Engine
 from dilated_attention.core.geometry import Geometry
@@ -70,10 +71,10 @@ def config_of(pattern: Pattern, **fields: Any) -> AttentionConfig:
     return AttentionConfig(**defaults | fields)
 
 
-def make(pattern: Pattern, **fields: Any) -> tuple[packings.Packings, ByteLRU[tuple[Any, ...], Program], Packer]:
+def make(pattern: Pattern, **fields: Any) -> tuple[DocumentPrograms, ByteLRU[tuple[Any, ...], Program], Packer]:
     programs: ByteLRU[tuple[Any, ...], Program] = ByteLRU(1 << 28)
     kernel = Packer()
-    return packings.Packings(programs, kernel, pattern, config_of(pattern, **fields)), programs, kernel
+    return DocumentPrograms(programs, kernel, pattern, config_of(pattern, **fields)), programs, kernel
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_lengths_that_are_about_the_same_are_lowered_once(monkeypatch: pytest.Mo
         lowered.append(geometry.q_len)
         return lower(pattern, geometry, **by)
 
-    monkeypatch.setattr(packings, "lower", told)
+    monkeypatch.setattr(document_programs, "lower", told)
     made, programs, kernel = make(Random(2, 16))
     for longest in (130, 140, 144, 133):
         made.program(packing_of(20, longest), CPU)
@@ -132,16 +133,16 @@ def test_what_has_no_room_for_more_is_lowered_as_it_is() -> None:
 def test_few_are_kept() -> None:
     made, programs, kernel = make(Local((20, 0)))
     first = ref(made.program(packing_of(3, 200), CPU))
-    for more in range(packings.KEPT - 1):
+    for more in range(document_programs.KEPT - 1):
         made.program(packing_of(4 + more, 200), CPU)
     assert first() is made.program(packing_of(3, 200), CPU)
-    assert len(programs) == packings.KEPT
-    for more in range(packings.KEPT):
+    assert len(programs) == document_programs.KEPT
+    for more in range(document_programs.KEPT):
         made.program(packing_of(100 + more, 200), CPU)
     kernel.prepared.clear()
     gc.collect()
     assert first() is None
-    assert len(programs) == packings.KEPT
+    assert len(programs) == document_programs.KEPT
     assert programs.counters.evictions == 0
 
 

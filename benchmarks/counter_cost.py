@@ -1,7 +1,7 @@
 """What counters and ranges cost: this code against a copy of it without them, and their own time within a pass.
 
-    python -m benchmarks.watching                     some ten minutes
-    python -m benchmarks.watching --only '8 tokens'   rows in turns whose title contains the words
+    python -m benchmarks.counter_cost                     some ten minutes
+    python -m benchmarks.counter_cost --only '8 tokens'   rows in turns whose title contains the words
 
 *In turns*: two processes, one thread each, compute the same; the code of one has been stripped of counters and ranges.
 Where a process happens to lie in memory makes it faster or slower by some hundredths for all its life, so twelve pairs

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 KEPT: Final = 8
 
 
-class Packings:
+class DocumentPrograms:
     """The programs of one configuration's documents.
 
     Args:
