@@ -72,7 +72,8 @@ def returns(subject: Subject) -> Iterator[Finding]:
     """A dense kernel's own results: out as q, lse (B, H, S) in float32, or float64, and dq, dk, dv as q, k, v."""
     kernel, case = subject.attention._engine.kernel, subject.case
     query, key, value = subject.inputs
-    piece = DensePiece(is_causal=case.is_causal, scale=case.head_dim**-0.5, deterministic=case.deterministic)
+    scale = subject.attention.config.softmax_scale
+    piece = DensePiece(is_causal=case.is_causal, scale=scale, deterministic=case.deterministic)
     with torch.no_grad():
         forward = kernel.forward(query, key, value, piece)
         problem = _problem(forward, {"out": (query.shape, None), "lse": lse_form(query)}, query.device)
