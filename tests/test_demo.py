@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import torch
 
-from dilated_attention import ConfigError, Dilated, DilatedAttentionError, Full
+from dilated_attention import ConfigError, Dilated, DilatedAttentionError
 from dilated_attention import demo as demo_package
+from dilated_attention.bench.cases import CASES, BenchCase
+from dilated_attention.bench.peers import Peer, dense_sdpa
 from dilated_attention.bench.timing import peak_bytes
 from dilated_attention.demo import compare, pictures, text
 from dilated_attention.demo.model import ByteModel, ModelConfig, rotary_table, rotate
@@ -122,29 +125,40 @@ def test_peak_memory_is_exact() -> None:
     assert peak_bytes(two_then_one) == 2 * mebibyte
 
 
-def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "ORACLE_LEN", 128)
-    assert compare.relative_error(compare.dense, Full()) < 1e-6
-    with pytest.raises(DilatedAttentionError, match="differs from the oracle"):
-        compare.relative_error(lambda q, k, v: compare.dense(q, k, v) * 1.001, Full())
-    with pytest.raises(DilatedAttentionError, match="nan"):
-        compare.relative_error(lambda q, k, v: q * math.nan, Full())
+def test_both_are_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "CASE", CASES["longnet-1k"])
+    longnet, dense = compare.compare()
+    for result in (longnet, dense):
+        assert result.error is not None
+        assert 0 < result.error < 1e-6
+        assert result.seconds > 0
+    assert longnet.peak_bytes > 4 * 1024 * 8 * 64  # the output alone
 
 
-def test_the_compared_attention_is_exact() -> None:
-    attention = compare.longnet(compare.ORACLE_LEN, shrink=16)
-    assert compare.relative_error(attention, compare.pattern(16)) < 1e-6
+@pytest.mark.parametrize(("factor", "said"), [(1.001, "dense SDPA: .* is off .* by 1.0e-03"), (math.nan, "by inf")])
+def test_a_wrong_result_is_no_result(factor: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: BenchCase, device: str) -> Peer | None:
+        right = dense_sdpa(case, device)
+        assert right is not None
+        return attrs.evolve(right, attend=lambda q, k, v: right.attend(q, k, v) * factor)
+
+    monkeypatch.setattr(compare, "CASE", CASES["longnet-1k"])
+    monkeypatch.setattr(compare, "dense_sdpa", wrong)
+    with pytest.raises(DilatedAttentionError, match=said):
+        compare.compare()
 
 
 def test_the_explanation_holds_a_near_miss() -> None:
-    assert "would be usable with seq_len=4096" in compare.longnet(compare.SEQ_LEN).plan.explain()
+    lines: list[str] = []
+    demo_package.explain(lines.append)
+    assert "would be usable with seq_len=4096" in lines[0]
 
 
 def test_the_table_is_aligned() -> None:
-    rows = [compare.Result("short", 1.5, 1 << 20, 1e-7), compare.Result("much longer", 10.25, 1 << 30, 2e-7)]
-    lines = compare.table(rows).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[3].split() == ["much", "longer", "10.25", "s", "1024", "MiB", "2.0e-07"]
+    rows = compare.Result("short", 1.5, 1 << 20, 1e-7), compare.Result("much longer", 10.25, 1 << 30, 2e-7)
+    header, first, second = compare.table(rows).splitlines()
+    assert header.index("relative") == first.index("1.0e-07") == second.index("2.0e-07")
+    assert second.split() == ["much", "longer", "10.25", "s", "1024", "MiB", "2.0e-07"]
 
 
 def test_counts_are_those_of_the_pattern() -> None:

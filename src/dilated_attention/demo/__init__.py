@@ -19,6 +19,7 @@ import typer
 from .. import Dilated
 from ..console import make_folder
 from ..core.checks import require_int
+from ..registry.build import explain as plan_of
 from . import compare, pictures, text
 from .model import ModelConfig
 from .training import Budget, Mark, Training, train
@@ -81,26 +82,23 @@ def machine() -> dict[str, object]:
 
 def explain(say: Say) -> object:
     """What the registry chose for LongNet's configuration, and why."""
-    plan = compare.longnet(compare.SEQ_LEN).plan
+    plan = plan_of(compare.CASE.config("auto", device="cpu"))
     say(plan.explain() + "\n")
     return json.loads(plan.to_json())
 
 
 def measure(say: Say) -> object:
     """Time, memory and error of LongNet's attention and of dense attention."""
-    say(
-        f"2. {compare.SEQ_LEN:,} tokens, {compare.NUM_HEADS} heads of {compare.HEAD_DIM}, float32, causal; segments "
-        f"{compare.SEGMENT_LENGTHS}, rates {compare.DILATION_RATES}\n"
-    )
-    results = compare.compare()
-    say(compare.table(results))
+    say(f"2. {compare.CASE}\n")
+    longnet, dense = compare.compare()
+    say(compare.table((longnet, dense)))
     say(
         f"\n   forward: median of {compare.REPEATS}. Memory: the most that PyTorch's allocator held above the inputs,\n"
-        f"   the output included. Error: to the float64 oracle, at {compare.ORACLE_LEN:,} tokens.\n"
-        f"   LongNet is {results[1].seconds / results[0].seconds:.1f} times as fast here because it looks at fewer "
-        "pairs, not because it rounds.\n"
+        "   the output included. Error: to the float64 oracle, the worst of output and gradients, at\n"
+        f"   {compare.CASE.gate_len:,} tokens. LongNet is {dense.seconds / longnet.seconds:.1f} times as fast here "
+        "because it looks at fewer\n   pairs, not because it rounds.\n"
     )
-    return [attrs.asdict(result) for result in results]
+    return [attrs.asdict(longnet), attrs.asdict(dense)]
 
 
 def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
