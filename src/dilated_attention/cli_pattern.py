@@ -22,7 +22,7 @@ from .core.geometry import Geometry
 
 if TYPE_CHECKING:
     from .core.pattern import Pattern
-    from .pattern_map import Cells
+    from .pattern_cells import Cells
     from .patterns.store import PatternStore, StoredInfo
     from .quality import Quality
 
@@ -144,7 +144,7 @@ def _report(
     pattern: Pattern, info: StoredInfo, geometry: Geometry, head: int, layers: int
 ) -> tuple[Quality, str, dict[str, Any]]:
     """The figures, and map and figures as text and as data."""
-    from .pattern_map import ASCII, UNICODE, cells, draw, legend, quality_lines, table_block_size
+    from .pattern_map import ASCII, UNICODE, draw, even_cells, legend, quality_lines, table_block_size
     from .quality import measure
 
     size = table_block_size(pattern, geometry.q_len)
@@ -153,22 +153,22 @@ def _report(
     # Characters are twice as high as wide: half as many rows give a square.
     rows = width // 2
     cols = width if geometry.q_len >= width else rows
-    shares = cells(pattern, geometry, head, rows=rows, cols=cols, limit_bytes=_TABLE_BYTES)
+    cells = even_cells(pattern, geometry, head, rows=rows, cols=cols, limit_bytes=_TABLE_BYTES)
     ink = UNICODE if _can_print(UNICODE + "│─┌┐└┘") else ASCII
-    map_lines = draw(shares, length=geometry.q_len, ink=ink)
+    map_lines = draw(cells, length=geometry.q_len, ink=ink)
     beside = ["", *quality_lines(quality), "", *legend(ink, is_causal=geometry.is_causal)]
     alike = pattern.head_groups(info.num_heads, info.num_heads)
     same = [h for h, group in enumerate(alike) if group == alike[head]]
     text = "\n".join([_title(info), *_head_words(head, same, info.num_heads), *_side_by_side(map_lines, beside)])
-    data = {**attrs.asdict(info), "quality": attrs.asdict(quality), "head": head, "map": _plain(shares)}
+    data = {**attrs.asdict(info), "quality": attrs.asdict(quality), "head": head, "map": _plain(cells)}
     return quality, text, data
 
 
 def _picture(pattern: Pattern, geometry: Geometry, head: int) -> Cells:
-    from .pattern_map import cells
+    from .pattern_map import even_cells
     from .pattern_plot import CELLS
 
-    return cells(pattern, geometry, head, rows=CELLS, cols=CELLS, limit_bytes=_TABLE_BYTES)
+    return even_cells(pattern, geometry, head, rows=CELLS, cols=CELLS, limit_bytes=_TABLE_BYTES)
 
 
 def _plot(picture: Cells, quality: Quality, info: StoredInfo, head: int, path: Path) -> None:
@@ -298,9 +298,9 @@ def _side_by_side(left: list[str], right: list[str]) -> list[str]:
     return [f"{a:<{width}}  {b}".rstrip() for a, b in zip(*padded, strict=True)]
 
 
-def _plain(shares: Cells) -> list[list[float | None]]:
+def _plain(cells: Cells) -> list[list[float | None]]:
     """For JSON, which has no nan."""
-    return [[None if share != share else round(share, 6) for share in row] for row in shares.tolist()]
+    return [[None if share != share else round(share, 6) for share in row] for row in cells.shares().tolist()]
 
 
 def _can_print(text: str) -> bool:

@@ -1,50 +1,40 @@
-"""A pattern as a map of cells: how much of each cell of queries against keys a head sees. Drawn with characters.
-
-Shapes: R rows of queries and C columns of keys. A cell is nan where causality allows none of its pairs.
-"""
+"""A pattern as a map, drawn with characters, and its quality beside it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from .core.blocking import DEFAULT_BLOCK_SIZE, lower_blocks
+from .core.blocking import DEFAULT_BLOCK_SIZE
 from .core.explain import columns, counted
 from .core.geometry import Geometry
-from .core.layout import BlockLayout
 from .core.pattern import Pattern
+from .pattern_cells import Cells, count_cells
 from .quality import Quality, Spread
-
-Cells = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 # Cells darken at these shares of their pairs; whatever is seen at all shows.
 _STEPS = (0.1, 0.35, 0.7)
 UNICODE, ASCII = "·░▒▓█", ".:+%#"
 _ROWS, _LARGEST_BLOCK = 4096, 1024
-_EVERY_PAIR = 512  # tokens up to which every pair is evaluated, so that cells need not follow blocks
+_EVERY_PAIR = 512  # tokens up to which blocks are of one token, so that all cells are as alike as can be
 
 
-def cells(pattern: Pattern, geometry: Geometry, head: int, *, rows: int, cols: int, limit_bytes: int) -> Cells:
-    """The share of the pairs of each cell that `head` sees, (R, C) float64, R and C at most the length.
-
-    Up to 512 tokens cells are exact; beyond, a block counts for the cell that holds its middle.
+def even_cells(pattern: Pattern, geometry: Geometry, head: int, *, rows: int, cols: int, limit_bytes: int) -> Cells:
+    """Cells that fill `rows` and `cols`, each at most the length, and differ by a block at most.
 
     Raises:
         ConfigError: the table of blocks needs more than `limit_bytes`.
     """
     length = geometry.q_len
     rows, cols = min(rows, length), min(cols, length)
-    if length <= _EVERY_PAIR:
-        place = np.arange(length, dtype=np.int64)
-        return _exact(pattern, geometry, head, place * rows // length, place * cols // length)
     size = min(table_block_size(pattern, length), max(1, length // max(rows, cols)))
-    blocks = lower_blocks(pattern, geometry, block_size=size, limit_bytes=limit_bytes)
+    if length <= _EVERY_PAIR:
+        size = 1
     low = np.arange(0, length, size, dtype=np.int64)
     middle = low + np.minimum(length - low, size) // 2
-    return _binned(blocks, head, middle * rows // length, middle * cols // length)
+    starts = [low[np.flatnonzero(np.diff(middle * count // length, prepend=-1))] for count in (rows, cols)]
+    return count_cells(
+        pattern, geometry, head, rows=starts[0], cols=starts[1], block_size=size, limit_bytes=limit_bytes
+    )
 
 
 def table_block_size(pattern: Pattern, length: int) -> int:
@@ -54,68 +44,15 @@ def table_block_size(pattern: Pattern, length: int) -> int:
     return max(DEFAULT_BLOCK_SIZE, min(_LARGEST_BLOCK, 1 << ((length - 1) // _ROWS).bit_length()))
 
 
-def _exact(pattern: Pattern, geometry: Geometry, head: int, row: Counts, col: Counts) -> Cells:
-    place = np.arange(geometry.q_len, dtype=np.int64)
-    seen = pattern.multiplicity(place[:, None], place, np.array(head, dtype=np.int64), geometry) > 0
-    seen = np.broadcast_to(seen, (place.size, place.size))
-    allowed = place <= place[:, None] if geometry.is_causal else np.ones_like(seen)
-    found, possible = (
-        np.add.reduceat(np.add.reduceat(x.astype(np.int64), _starts(row), axis=0), _starts(col), axis=1)
-        for x in (seen & allowed, allowed)
-    )
-    return _shares(found, possible)
-
-
-def _binned(blocks: BlockLayout, head: int, row: Counts, col: Counts) -> Cells:
-    length, size, table = blocks.geometry.q_len, blocks.block_size, int(blocks.head_table[head])
-    sizes = np.minimum(length - np.arange(0, length, size), size)
-    pointers = blocks.row_ptr[table]
-    entries = slice(int(pointers[0]), int(pointers[-1]))
-    q_block = np.repeat(np.arange(sizes.size), np.diff(pointers))
-    k_block, mask_ids = blocks.cols[entries], blocks.mask_ids[entries]
-    pairs = sizes[q_block] * sizes[k_block]
-    if blocks.masks.size:
-        ones = np.count_nonzero(blocks.masks, axis=(1, 2))
-        pairs = np.where(mask_ids >= 0, ones[mask_ids], pairs)
-    shape = int(row[-1]) + 1, int(col[-1]) + 1
-    found = np.bincount(row[q_block] * shape[1] + col[k_block], weights=pairs, minlength=shape[0] * shape[1])
-    q_tokens, k_tokens = (np.add.reduceat(sizes, _starts(cell)) for cell in (row, col))
-    possible = q_tokens[:, None] * k_tokens
-    if blocks.geometry.is_causal:
-        q_end, k_end = np.cumsum(q_tokens), np.cumsum(k_tokens)
-        possible = _causal_pairs(q_end - q_tokens, q_end, k_end - k_tokens, k_end)
-    return _shares(found.reshape(shape), possible)
-
-
-def _causal_pairs(q_low: Counts, q_high: Counts, k_low: Counts, k_high: Counts) -> Counts:
-    """Pairs q_low <= p < q_high, k_low <= q < k_high with q <= p, for every cell: (R, C)."""
-
-    def below(p: Counts, q: Counts) -> Counts:  # pairs with 0 <= p' < p, 0 <= q' < q and q' <= p'
-        p, q = p[:, None], np.minimum(p[:, None], q)
-        return q * (q + 1) // 2 + (p - q) * q
-
-    return below(q_high, k_high) - below(q_low, k_high) - below(q_high, k_low) + below(q_low, k_low)
-
-
-def _starts(cell: Counts) -> Counts:
-    return np.flatnonzero(np.diff(cell, prepend=-1))
-
-
-def _shares(found: NDArray[Any], possible: Counts) -> Cells:
-    return np.where(possible > 0, found / np.maximum(possible, 1), np.nan)
-
-
-def draw(shares: Cells, *, length: int, ink: str) -> list[str]:
+def draw(cells: Cells, *, length: int, ink: str) -> list[str]:
     """The cells as framed lines; where there are no more columns than rows each is two characters wide."""
-    levels = np.where(shares > 0, 1 + np.searchsorted(_STEPS, shares), 0)
-    wide = 1 if shares.shape[1] > shares.shape[0] else 2  # a cell is square on the screen
-    lines = [
-        "".join((" " if np.isnan(share) else ink[level]) * wide for share, level in zip(row, levels_row, strict=True))
-        for row, levels_row in zip(shares, levels, strict=True)
-    ]
+    levels = cells.levels(_STEPS)
+    wide = 1 if levels.shape[1] > levels.shape[0] else 2  # a cell is square on the screen
+    shades = f"{ink} "  # the last one, for -1
+    lines = ["".join(shades[level] * wide for level in row) for row in levels.tolist()]
     side, edge = ("|", "-") if ink == ASCII else ("│", "─")
     corners = "++++" if ink == ASCII else "┌┐└┘"
-    rule = edge * (wide * shares.shape[1])
+    rule = edge * (wide * levels.shape[1])
     scale = f" 0 {f'key {length - 1:,}':>{len(rule) - 2}}"
     framed = [f"{side}{line}{side}" for line in lines]
     return [scale, f"{corners[0]}{rule}{corners[1]}", *framed, f"{corners[2]}{rule}{corners[3]}"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .core.errors import ConfigError
-from .pattern_map import Cells
+from .pattern_cells import Cells
 from .quality import Quality, Spread
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ def check_can_plot(path: Path) -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'dilated-attention[plot]'")
 
 
-def plot(shares: Cells, quality: Quality, title: str, path: Path, *, length: int, head: int) -> None:
+def plot(cells: Cells, quality: Quality, title: str, path: Path, *, length: int, head: int) -> None:
     """Write the figure: the map of one head at the left, fan-in, fan-out and receptive field of all at the right."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    shares = cells.shares()
     figure = Figure(figsize=(10.5, 5.6), dpi=150, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.45, 1), squeeze=False)[0]
     axis = left.subplots()

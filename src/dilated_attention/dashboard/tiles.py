@@ -1,6 +1,6 @@
-"""A pattern as a picture of tiles, each with the exact number of its pairs that a head sees.
+"""A pattern as a picture of cells of one size, its tiles.
 
-Shapes: T tiles on each side. A tile is a whole number of blocks, so no block counts for two tiles.
+Shapes: T tiles on each side. A tile is a whole number of blocks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from typing import Any, Final
 
 import attrs
 import numpy as np
-from numpy.typing import NDArray
 
-from ..core.blocking import DEFAULT_BLOCK_SIZE, lower_blocks
+from ..core.blocking import DEFAULT_BLOCK_SIZE
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.pattern import LearnedPattern, Pattern
-
-Counts = NDArray[np.int64]
+from ..pattern_cells import Cells, count_cells
 
 TILES: Final = 64
 # A tile darkens at these shares of its pairs; whatever is seen at all shows.
@@ -38,8 +36,8 @@ class TileRow:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Picture:
-    """What one head sees of one sequence.
+class Picture(Cells):
+    """Tiles, (T, T), and what they are of.
 
     Attributes:
         name: for people.
@@ -48,8 +46,6 @@ class Picture:
         num_heads: of how many.
         is_causal: whether later keys are hidden.
         tile: tokens on a tile's side; the last tile may be shorter.
-        seen: (T, T) int64, pairs of queries (rows) and keys that count at least once.
-        allowed: (T, T) int64, pairs that causality allows.
     """
 
     name: str
@@ -58,28 +54,15 @@ class Picture:
     num_heads: int
     is_causal: bool
     tile: int
-    seen: Counts
-    allowed: Counts
-
-    @property
-    def density(self) -> float:
-        """Pairs seen as a share of those allowed."""
-        return float(self.seen.sum() / self.allowed.sum())
 
     def bounds(self, index: int) -> tuple[int, int]:
         """First and last position of a tile's row or column."""
         return index * self.tile, min(self.length, (index + 1) * self.tile) - 1
 
-    def levels(self) -> Counts:
-        """(T, T) int64: -1 where causality allows nothing, 0 for not seen, 1 to 5 for darker and darker."""
-        shares = self.seen / np.maximum(self.allowed, 1)
-        levels = np.where(self.seen > 0, 1 + np.searchsorted(STEPS, shares), 0)
-        return np.where(self.allowed > 0, levels, -1)
-
     def path(self, level: int) -> str:
         """All tiles of a level as the path of an SVG in which a tile is one unit wide; runs in a row are joined."""
         parts = []
-        for row, line in enumerate(self.levels() == level):
+        for row, line in enumerate(self.levels(STEPS) == level):
             edges = np.flatnonzero(np.diff(line.astype(np.int8), prepend=0, append=0))
             parts += [f"M{a} {row}h{b - a}v1h{a - b}z" for a, b in edges.reshape(-1, 2).tolist()]
         return "".join(parts)
@@ -116,18 +99,8 @@ def picture(name: str, pattern: Pattern, *, length: int, num_heads: int, is_caus
         )
     geometry = Geometry.self_attention(length, num_heads, is_causal=is_causal)
     tile, block = _sizes(pattern.block_size, length)
-    table = lower_blocks(pattern, geometry, block_size=block, limit_bytes=_TABLE_BYTES)
-    count = -(-length // tile)
-    own = int(table.head_table[head])
-    pointers = table.row_ptr[own]
-    entries = slice(int(pointers[0]), int(pointers[-1]))
-    rows = np.repeat(np.arange(pointers.size - 1), np.diff(pointers))
-    cols, mask_ids = table.cols[entries].astype(np.int64), table.mask_ids[entries]
-    pairs = np.minimum(length - rows * block, block) * block  # a block at the end of the keys has a mask
-    if table.masks.size:
-        pairs = np.where(mask_ids >= 0, np.count_nonzero(table.masks, axis=(1, 2))[mask_ids], pairs)
-    place = (rows * block // tile) * count + cols * block // tile
-    seen = np.bincount(place, weights=pairs, minlength=count * count).astype(np.int64).reshape(count, count)
+    starts = np.arange(0, length, tile, dtype=np.int64)
+    cells = count_cells(pattern, geometry, head, rows=starts, cols=starts, block_size=block, limit_bytes=_TABLE_BYTES)
     return Picture(
         name=name,
         length=length,
@@ -135,8 +108,8 @@ def picture(name: str, pattern: Pattern, *, length: int, num_heads: int, is_caus
         num_heads=num_heads,
         is_causal=is_causal,
         tile=tile,
-        seen=seen,
-        allowed=_allowed(length, tile, count, is_causal=is_causal),
+        seen=cells.seen,
+        allowed=cells.allowed,
     )
 
 
@@ -147,13 +120,3 @@ def _sizes(own: int | None, length: int) -> tuple[int, int]:
     if own is not None or tile <= _LARGEST_BLOCK:
         return tile, own or tile
     return tile, _LARGEST_BLOCK if tile % _LARGEST_BLOCK == 0 else DEFAULT_BLOCK_SIZE
-
-
-def _allowed(length: int, tile: int, count: int, *, is_causal: bool) -> Counts:
-    """(T, T): pairs of each tile that causality allows."""
-    sizes = np.minimum(length - np.arange(count, dtype=np.int64) * tile, tile)
-    pairs = sizes[:, None] * sizes
-    if not is_causal:
-        return pairs
-    triangle: Counts = np.tril(pairs, -1) + np.diag(sizes * (sizes + 1) // 2)
-    return triangle
