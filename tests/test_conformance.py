@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dilated_attention import ConfigError
-from dilated_attention.registry.conformance import Kit, run
+from dilated_attention.registry.conformance import Kit, KitSettings, run
 from dilated_attention.registry.conformance.checks import CHECKS
 from dilated_attention.registry.conformance.grid import ODD_HEAD_DIMS, QUICK_HEAD_DIMS
 from dilated_attention.registry.conformance.measure import Finding, compare
@@ -32,7 +32,7 @@ WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(sel
     ],
 )
 def test_ours_by_every_check_on_half_of_the_grid(backend: str, no_few: tuple[str, ...]) -> None:
-    report = covering(Kit(backend, device="cpu", quick=True), no_few)
+    report = covering(Kit(backend, KitSettings(device="cpu", quick=True)), no_few)
     assert report.passed, str(report)
 
 
@@ -46,7 +46,7 @@ def test_the_whole_grid(backend: str) -> None:
 
 @pytest.mark.slow
 def test_rows_more_than_two_to_the_31_elements_apart() -> None:
-    kit = Kit("sdpa", device="cpu", quick=True, large=True)
+    kit = Kit("sdpa", KitSettings(device="cpu", quick=True, large=True))
     (trial,) = (trial for trial in kit.trials() if trial.check.name == "large-strides")
     assert trial.run().passed, str(trial.run())
 
@@ -68,7 +68,7 @@ def test_nan_never_passes() -> None:
 
 
 def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = Kit("sdpa", device="cpu", quick=True).cases
+    cases = Kit("sdpa", KitSettings(device="cpu", quick=True)).cases
     assert {case.dtype for case in cases} == {"float64", "float32", "bfloat16", "float16"}
     assert {case.head_dim for case in cases} == {*QUICK_HEAD_DIMS, ODD_HEAD_DIMS[0]}
     assert {case.is_causal for case in cases} == {True, False}
@@ -78,7 +78,7 @@ def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     from dilated_attention.registry.discovery import Registry
 
-    narrow = Kit("narrow", registry=Registry.discover({}), quick=True)
+    narrow = Kit("narrow", KitSettings(registry=Registry.discover({}), quick=True))
     assert {case.pattern_name for case in narrow.cases} == {"full", "dilated", "repeated", "ragged", "strided", "split"}
     assert {(case.dtype, case.head_dim, case.is_causal) for case in narrow.cases} == {("float32", 40, False)}
     assert {case.num_heads // case.num_kv_heads for case in narrow.cases} == {1}
@@ -86,22 +86,22 @@ def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_further_pattern_is_tested_too() -> None:
-    kit = Kit("sdpa", device="cpu", quick=True, patterns=[{"kind": "local", "window_size": 3}])
+    kit = Kit("sdpa", KitSettings(device="cpu", quick=True, patterns=[{"kind": "local", "window_size": 3}]))
     assert "local(window_size=3)" in {case.pattern_name for case in kit.cases}
     with pytest.raises(ConfigError, match="unknown pattern 'lokal'"):
-        Kit("sdpa", patterns=[{"kind": "lokal"}])
+        Kit("sdpa", KitSettings(patterns=[{"kind": "lokal"}]))
 
 
 def test_names_that_do_not_exist_and_devices_that_are_not_here() -> None:
     with pytest.raises(ConfigError, match=r"unknown backend 'sdap' \(did you mean 'sdpa'\?\)"):
         Kit("sdap")
     with pytest.raises(ConfigError, match="declares cpu, cuda, not 'meta'"):
-        Kit("sdpa", device="meta")
+        Kit("sdpa", KitSettings(device="meta"))
     with pytest.raises(ConfigError, match=r"^device 'cuda:99': there is none on this machine$"):
-        Kit("sdpa", device="cuda:99")
+        Kit("sdpa", KitSettings(device="cuda:99"))
     without_names: Any = "kernel"
     with pytest.raises(ConfigError, match=r"^options must map option names of 'sdpa' to values, got 'kernel'$"):
-        Kit("sdpa", options=without_names)
+        Kit("sdpa", KitSettings(options=without_names))
     with pytest.raises(ConfigError, match=r"backend_options\['sdpa'\] has no 'kernal' \(did you mean 'kernel'\?\)"):
         run("sdpa", quick=True, options={"kernal": "flash"})
 
@@ -140,7 +140,7 @@ def test_a_manifest_that_imports_what_takes_long_is_caught(tmp_path: Path) -> No
         tmp_path, "heavy", backend="heavy", capabilities=capabilities, code=WRONG, extra="import cattrs  # noqa"
     )
     with installed(tmp_path):
-        trial = next(t for t in Kit("heavy", quick=True).trials() if t.check.name == "manifest")
+        trial = next(t for t in Kit("heavy", KitSettings(quick=True)).trials() if t.check.name == "manifest")
         assert "its import brings cattrs" in str(trial.run())
 
 
@@ -149,10 +149,12 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(
 ) -> None:
     arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance.pytest_plugin"]
     arguments += ["--conformance", "sdpa", "--conformance-quick", "--conformance-device", "cpu"]
-    arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", "declared or undeclared or cuda-graph", "-rs"]
+    arguments += ["--conformance-pattern", '{kind = "local", window_size = 3}', "--conformance-large"]
+    chosen = "declared or undeclared or cuda-graph or (builds and window_size and float64)"
+    arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", chosen, "-rs"]
     done = python(None, "-m", "pytest", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed, 1 skipped" in done.stdout
+    assert "4 passed, 1 skipped" in done.stdout
     assert "not on a CUDA device" in done.stdout
     for workers in ([], ["-n", "1"]):  # a pytest within this one, which has torch already
         code = pytest.main([*(word.replace("sdpa", "spda") for word in arguments), *workers])
@@ -160,5 +162,8 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(
         assert code == pytest.ExitCode.USAGE_ERROR
         said = printed.out + printed.err
         assert "ERROR: --conformance spda: unknown backend 'spda' (did you mean 'sdpa'?)" in said
+    assert pytest.main([*arguments, "--conformance-pattern", "local"]) == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: --conformance sdpa: --conformance-pattern must be a TOML table" in capfd.readouterr().err
+    assert pytest.main([*arguments, "--collect-only", "-k", "large-strides"]) == pytest.ExitCode.OK
     with pytest.raises(ValueError, match="no option named '--conformance'"):  # nobody has asked this pytest
         pytestconfig.getoption("--conformance")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dilated_attention.registry import BackendSpec, Range, hookimpl
-from dilated_attention.registry.conformance import Conformance, Kit, Outcome, run
+from dilated_attention.registry.conformance import Conformance, Kit, KitSettings, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
 
@@ -126,7 +126,7 @@ def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
 
 
 def kit_of(target: type, capabilities: dict[str, Any]) -> Kit:
-    return Kit(target.__name__.lower(), registry=registry_of(target, capabilities), quick=True)
+    return Kit(target.__name__.lower(), KitSettings(registry=registry_of(target, capabilities), quick=True))
 
 
 class TestDense(Conformance):

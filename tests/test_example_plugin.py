@@ -30,7 +30,7 @@ from dilated_attention.registry import (
     Request,
     hooks,
 )
-from dilated_attention.registry.conformance import Kit
+from dilated_attention.registry.conformance import Kit, KitSettings
 
 from .conftest import Invoke
 from .covering import covering
@@ -78,7 +78,7 @@ def test_the_installed_example_is_found_and_used(site: Path, invoke_at: Invoke) 
 
 def test_the_installed_example_conforms(site: Path) -> None:
     with installed(site):
-        kit = Kit("toy", quick=True, patterns=[{"kind": "log_sparse", "base": 3}])
+        kit = Kit("toy", KitSettings(quick=True, patterns=[{"kind": "log_sparse", "base": 3}]))
         report = covering(kit, no_few=("dilated", "local|global"))  # its kernel's are the whole pieces, the rest core's
     assert report.passed, str(report)
     lines = str(report).splitlines()

@@ -14,7 +14,7 @@ import torch
 
 from dilated_attention import AttentionConfig, Full, build_attention, explain
 from dilated_attention.registry.capabilities import make_request
-from dilated_attention.registry.conformance import Kit
+from dilated_attention.registry.conformance import Kit, KitSettings
 from dilated_attention.registry.device import describe_device
 from dilated_attention.registry.discovery import Registry
 from dilated_attention.registry.selection import select
@@ -133,7 +133,7 @@ def test_all_kinds_of_broken_plugin_at_once(tmp_path: Path, invoke_at: Invoke) -
     with installed(tmp_path):
         attention = build_attention(num_heads=4, head_dim=32, backend="sdpa", device="cpu")
         assert attention(*torch.zeros(3, 1, 5, 4, 32)).shape == (1, 5, 4, 32)
-        for trial in list(Kit("sdpa", device="cpu", quick=True).trials())[:3]:
+        for trial in list(Kit("sdpa", KitSettings(device="cpu", quick=True)).trials())[:3]:
             assert trial.run().passed, trial
     rows = as_json(command(tmp_path, "plugins", "--json"))
     for name, (_, words) in BROKEN.items():

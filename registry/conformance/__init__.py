@@ -17,41 +17,33 @@ Without: `run("mine")`, or `dilated-attention conformance mine`. As a plugin of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import attrs
 
 from .kit import Kit, Outcome, Trial
 from .measure import Finding
 from .report import Report, Row
+from .settings import DEFAULTS, KitSettings
 
-if TYPE_CHECKING:
-    from ..discovery import Registry
-
-__all__ = ["Conformance", "Finding", "Kit", "Outcome", "Report", "Row", "Trial", "run"]
+__all__ = ["Conformance", "Finding", "Kit", "KitSettings", "Outcome", "Report", "Row", "Trial", "run"]
 
 
 def run(
     backend: str,
+    settings: KitSettings = DEFAULTS,
     *,
-    registry: Registry | None = None,
-    device: str | None = None,
-    quick: bool = False,
-    patterns: Sequence[Mapping[str, Any]] = (),
-    options: Mapping[str, Any] | None = None,
-    large: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **fields: Any,
 ) -> Report:
     """Make every check that applies to `backend`.
 
     Args:
         backend: its name.
-        registry: where it is registered; by default the process's own registry.
-        device: the one to test on; by default one of each type that is declared and is here.
-        quick: a smaller grid, of seconds instead of minutes.
-        patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
-        options: of the backend, as `backend_options` has them.
-        large: also try tensors of more than 2**31 elements, which takes several GB.
+        settings: how to test it.
         progress: called after each check with the number made and the number of all.
+        fields: fields of `KitSettings`, instead of those of `settings`: `run("mine", quick=True)`.
 
     Returns:
         The report; `print(report)` shows the table, `report.passed` says whether all is well.
@@ -59,7 +51,7 @@ def run(
     Raises:
         ConfigError: for an unknown backend, pattern or option, or where no declared device is here.
     """
-    kit = Kit(backend, registry=registry, device=device, quick=quick, patterns=patterns, options=options, large=large)
+    kit = Kit(backend, attrs.evolve(settings, **fields))
     trials = list(kit.trials())
     outcomes = []
     for number, trial in enumerate(trials, start=1):
@@ -73,35 +65,16 @@ class Conformance:
     """Subclass it as `Test...`, name the backend, and pytest runs the kit: one test for each check on each case.
 
     Attributes:
-        backend: the backend's name.
-        device: the one to test on; by default one of each type that is declared and is here.
-        quick: a smaller grid, of seconds instead of minutes.
-        patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
-        options: of the backend, as `backend_options` has them.
-        large: also try tensors of more than 2**31 elements.
-        registry: where the backend is registered; by default the process's own registry.
+        backend: the backend's name. An attribute with the name of a field of `KitSettings` sets that: `quick = True`.
     """
 
     backend: ClassVar[str]
-    device: ClassVar[str | None] = None
-    quick: ClassVar[bool] = False
-    patterns: ClassVar[Sequence[Mapping[str, Any]]] = ()
-    options: ClassVar[Mapping[str, Any]] = {}
-    large: ClassVar[bool] = False
-    registry: ClassVar[Registry | None] = None
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Called by pytest while it collects: one parameter for each check on each case."""
         if "trial" in metafunc.fixturenames:
-            kit = Kit(
-                self.backend,
-                registry=self.registry,
-                device=self.device,
-                quick=self.quick,
-                patterns=self.patterns,
-                options=self.options,
-                large=self.large,
-            )
+            names = [field.name for field in attrs.fields(KitSettings) if hasattr(self, field.name)]
+            kit = Kit(self.backend, KitSettings(**{name: getattr(self, name) for name in names}))
             trials = list(kit.trials())
             metafunc.parametrize("trial", trials, ids=[str(trial).replace(" ", "-") for trial in trials])
 

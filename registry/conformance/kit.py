@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +14,14 @@ from ...core.checks import did_you_mean
 from ...core.errors import ConfigError, NoBackendError, PluginError
 from ..build import build_from
 from ..capabilities import covers
-from ..discovery import Registry, default_registry
+from ..discovery import default_registry
 from ..plugins import PLUGIN_FAULTS, describe
 from ..selection import judge
 from .case import Case, Subject
 from .checks import BUILDS, CHECKS, Check
 from .grid import FEW, admitted, candidates, devices_of, patterns_of, request_of
 from .measure import Finding
+from .settings import DEFAULTS, KitSettings
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -103,42 +104,27 @@ class Kit:
 
     Args:
         backend: its name.
-        registry: where it is registered; by default the process's own registry.
-        device: the one to test on; by default one of each type that is declared and is here.
-        quick: a smaller grid, of seconds instead of minutes.
-        patterns: mappings of further patterns to test with, beside the kit's own.
-        options: of the backend, as `backend_options` has them.
-        large: also try tensors of more than 2**31 elements, which takes several GB.
+        settings: how to test it.
 
     Raises:
         ConfigError: for an unknown backend or pattern, options without names, or where no declared device is here.
     """
 
-    def __init__(
-        self,
-        backend: str,
-        *,
-        registry: Registry | None = None,
-        device: str | None = None,
-        quick: bool = False,
-        patterns: Sequence[Mapping[str, Any]] = (),
-        options: Mapping[str, Any] | None = None,
-        large: bool = False,
-    ) -> None:
+    def __init__(self, backend: str, settings: KitSettings = DEFAULTS) -> None:
         self.name = backend
-        self.registry = default_registry() if registry is None else registry
+        self.registry = default_registry() if settings.registry is None else settings.registry
         if backend not in self.registry.backends:
             known = tuple(self.registry.backends)
             raise ConfigError(
                 f"unknown backend {backend!r}{did_you_mean(backend, known)}; known are {', '.join(known)}"
             )
-        if not isinstance(options, Mapping | None):
-            raise ConfigError(f"options must map option names of {backend!r} to values, got {options!r}")
+        if not isinstance(settings.options, Mapping | None):
+            raise ConfigError(f"options must map option names of {backend!r} to values, got {settings.options!r}")
         self.registered = self.registry.backends[backend]
-        self.quick, self.large, self.options = quick, large, dict(options or {})
-        self.devices = devices_of(self.registered.spec, device)
+        self.quick, self.large, self.options = settings.quick, settings.large, dict(settings.options or {})
+        self.devices = devices_of(self.registered.spec, settings.device)
         self.refusals: dict[str, int] = {}
-        self._patterns = patterns_of(self.registry, patterns)
+        self._patterns = patterns_of(self.registry, settings.patterns)
         self._added = set(self._patterns) - set(patterns_of(self.registry, ()))
         self._last: tuple[Case, Subject] | None = None
 

@@ -8,22 +8,34 @@ is an item of its own, so that `-k`, `-x`, `--lf` and `-n` work on them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from ...core.config import named_values
 from ...core.errors import ConfigError
-from . import Kit, Trial
+from . import Kit, KitSettings, Trial
+from .settings import read_pattern
+
+_OPTION: Final = "--conformance-option"
+_PATTERN: Final = "--conformance-pattern"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--conformance NAME` and `--conformance-option NAME=VALUE` (repeatable), `--conformance-quick`, `-device`."""
+    """`--conformance NAME`, and the flags of `dilated-attention conformance` with this word before them."""
     group = parser.getgroup("dilated-attention")
     group.addoption("--conformance", action="append", default=[], metavar="NAME", help="backend to put to the kit")
     group.addoption("--conformance-quick", action="store_true", help="the smaller grid, of seconds")
+    group.addoption("--conformance-large", action="store_true", help="also tensors of more than 2**31 elements")
     group.addoption(
-        "--conformance-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the backend"
+        _OPTION, action="append", default=[], metavar="NAME=VALUE", help="an option of the backend; repeatable"
+    )
+    group.addoption(
+        _PATTERN,
+        action="append",
+        default=[],
+        metavar="TOML",
+        help="a further pattern: '{kind = \"local\", window_size = 8}'; repeatable",
     )
     group.addoption("--conformance-device", metavar="DEVICE", help="device to test on; by default all declared ones")
 
@@ -45,11 +57,15 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 def _trials(config: pytest.Config, name: str) -> list[Trial]:
-    quick, device = config.getoption("--conformance-quick"), config.getoption("--conformance-device")
-    given = config.getoption("--conformance-option")
     try:
-        options = named_values(given, flag="--conformance-option")
-        return list(Kit(name, quick=quick, device=device, options=options).trials())
+        settings = KitSettings(
+            device=config.getoption("--conformance-device"),
+            quick=config.getoption("--conformance-quick"),
+            patterns=[read_pattern(text, flag=_PATTERN) for text in config.getoption(_PATTERN)],
+            options=named_values(config.getoption(_OPTION), flag=_OPTION),
+            large=config.getoption("--conformance-large"),
+        )
+        return list(Kit(name, settings).trials())
     except ConfigError as error:
         raise pytest.UsageError(f"--conformance {name}: {error}") from error
 

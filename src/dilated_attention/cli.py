@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -268,19 +267,19 @@ def conformance(
     Every result against float64 on the grid that its capabilities declare, what must hold without an oracle, and the
     contract of plugins. Prints a row a check; exit status 1 when any fails.
     """
-    from .registry.conformance import run
+    from .registry.conformance import KitSettings, run
+    from .registry.conformance.settings import read_pattern
 
+    settings = KitSettings(
+        registry=registry(),
+        device=device,
+        quick=quick,
+        patterns=[read_pattern(text, flag="--pattern") for text in pattern or ()],
+        options=named_values(option or (), flag="--option"),
+        large=large,
+    )
     with progress_bar(f"conformance of {backend}") as advance:
-        report = run(
-            backend,
-            registry=registry(),
-            device=device,
-            quick=quick,
-            patterns=[_mapping(text) for text in pattern or ()],
-            options=named_values(option or (), flag="--option"),
-            large=large,
-            progress=advance,
-        )
+        report = run(backend, settings, progress=advance)
     show(str(report), report.to_dict(), as_json=as_json)
     if not report.passed:
         raise typer.Exit(1)
@@ -290,17 +289,6 @@ def conformance(
 app.command()(bench)
 app.command()(dashboard)
 app.add_typer(pattern_app)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """A pattern as a TOML table in one line."""
-    try:
-        found = tomllib.loads(f"pattern = {text}")["pattern"]
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f'--pattern must be a TOML table such as {{kind = "full"}}, got {text!r}: {error}') from error
-    if not isinstance(found, dict):
-        raise ConfigError(f'--pattern must be a TOML table such as {{kind = "full"}}, got {text!r}')
-    return found
 
 
 def _given(**fields: object) -> dict[str, object]:

@@ -1,0 +1,54 @@
+"""What the kit is asked to do, beside which backend it is asked about."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from ...core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..discovery import Registry
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class KitSettings:
+    """How to test a backend.
+
+    Attributes:
+        registry: where it is registered; by default the process's own registry.
+        device: the one to test on; by default one of each type that is declared and is here.
+        quick: a smaller grid, of seconds instead of minutes.
+        patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
+        options: of the backend, as `backend_options` has them.
+        large: also try tensors of more than 2**31 elements, which takes several GB.
+    """
+
+    registry: Registry | None = None
+    device: str | None = None
+    quick: bool = False
+    patterns: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] | None = None
+    large: bool = False
+
+
+DEFAULTS: Final = KitSettings()
+
+
+def read_pattern(text: str, *, flag: str) -> dict[str, Any]:
+    """A pattern as a TOML table in one line.
+
+    Raises:
+        ConfigError: it is none; `flag` is how the caller was given it.
+    """
+    wanted = f'{flag} must be a TOML table such as {{kind = "full"}}, got {text!r}'
+    try:
+        found = tomllib.loads(f"pattern = {text}")["pattern"]
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{wanted}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(wanted)
+    return found
