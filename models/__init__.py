@@ -19,25 +19,19 @@ if TYPE_CHECKING:
     from .predecessors import load_dilated_attention_pytorch
     from .torchscale import load_torchscale
 
-# Public name -> the module of this folder that has it.
-_HOMES = {
-    "LongNetConfig": "longnet_config",
-    "LongNetDecoder": "longnet",
-    "LongNetDecoderLayer": "layers",
-    "LongNetEncoder": "longnet",
-    "LongNetEncoderLayer": "layers",
-    "LongNetLM": "longnet",
-    "LongViT": "longvit",
-    "LongViTConfig": "longvit",
-    "MultiheadAttention": "multihead",
-    "SlideEncoder": "gigapath",
-    "SlideEncoderConfig": "gigapath",
-    "load_dilated_attention_pytorch": "predecessors",
-    "load_gigapath": "gigapath",
-    "load_longvit": "longvit",
-    "load_torchscale": "torchscale",
-    "register_with_transformers": "huggingface",
+# By the module of this folder that has them.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "gigapath": ("SlideEncoder", "SlideEncoderConfig", "load_gigapath"),
+    "huggingface": ("register_with_transformers",),
+    "layers": ("LongNetDecoderLayer", "LongNetEncoderLayer"),
+    "longnet": ("LongNetDecoder", "LongNetEncoder", "LongNetLM"),
+    "longnet_config": ("LongNetConfig",),
+    "longvit": ("LongViT", "LongViTConfig", "load_longvit"),
+    "multihead": ("MultiheadAttention",),
+    "predecessors": ("load_dilated_attention_pytorch",),
+    "torchscale": ("load_torchscale",),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = [
     "LongNetConfig",

@@ -24,11 +24,19 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_the_names_are_those_of_the_lazy_table() -> None:
-    homes = dilated_attention._HOMES
-    assert {*homes, "__version__"} == set(dilated_attention.__all__)
+    homes, modules = dilated_attention._HOMES, dilated_attention._MODULES
+    assert {*homes, *modules, "__version__"} == {*dilated_attention.__all__, "metrics"}
+    assert len(homes) == sum(map(len, dilated_attention._NAMES.values()))
     for name, home in homes.items():
-        module = importlib.import_module(f"dilated_attention.{home or name}")
-        assert home is None or getattr(module, name) is getattr(dilated_attention, name)
+        module = importlib.import_module(f"dilated_attention.{home}")
+        assert getattr(module, name) is getattr(dilated_attention, name)
+
+
+def test_modules_are_there_without_an_import_of_their_own() -> None:
+    names = [*dilated_attention._MODULES, "metrics.Collector"]
+    code = "import dilated_attention\n" + "\n".join(f"print(dilated_attention.{name})" for name in names)
+    done = run(None, "-c", code)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, len(names)), done.stderr
 
 
 def test_what_plugins_need_is_in_the_registry() -> None:

@@ -12,6 +12,7 @@ from .core.version import VERSION
 
 if TYPE_CHECKING:
     from . import errors, models, presets, reference, registry
+    from . import metrics as metrics
     from .core.attention import Attention
     from .core.config import AttentionConfig
     from .core.context_parallel import ContextParallel
@@ -43,51 +44,39 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
-# Public name -> the module that has it; a name that stands for a module itself maps to None.
-_HOMES: dict[str, str | None] = {
-    "Attention": "core.attention",
-    "AttentionConfig": "core.config",
-    "AttentionCounters": "core.counters",
-    "AttentionPlan": "core.plan",
-    "ContextParallel": "core.context_parallel",
-    "ConfigError": "core.errors",
-    "Dilated": "patterns.dilated",
-    "DilatedAttentionError": "core.errors",
-    "Full": "core.pattern",
-    "Global": "patterns.global_tokens",
-    "Learned": "patterns.learned",
-    "Limits": "core.limits",
-    "Local": "patterns.local",
-    "Membership": "exchange.rebuild",
-    "NoBackendError": "core.errors",
-    "Pattern": "core.pattern",
-    "PatternFileError": "core.errors",
-    "PatternStore": "patterns.store",
-    "PluginError": "core.errors",
-    "Random": "patterns.random",
-    "RingBroken": "core.errors",
-    "Strided": "patterns.strided",
-    "Sum": "core.pattern",
-    "Union": "core.pattern",
-    "UnsafePathError": "core.errors",
-    "agree": "exchange.rebuild",
-    "build_attention": "registry.build",
-    "counters_of": "core.model_counters",
-    "errors": None,
-    "explain": "registry.build",
-    "load_pattern": "patterns.store",
-    "local_positions": "exchange.mesh",
-    "models": None,
-    "preflight": "registry.build",
-    "presets": None,
-    "rebuild": "exchange.rebuild",
-    "reference": None,
-    "registry": None,
-    "resolve_pattern": "registry.patterns",
-    "save_pattern": "patterns.store",
-    "shard_sequence": "exchange.mesh",
-    "unshard_sequence": "exchange.mesh",
+# By the module that has them; `metrics` is not in `__all__` because it needs an extra.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "core.attention": ("Attention",),
+    "core.config": ("AttentionConfig",),
+    "core.context_parallel": ("ContextParallel",),
+    "core.counters": ("AttentionCounters",),
+    "core.errors": (
+        "ConfigError",
+        "DilatedAttentionError",
+        "NoBackendError",
+        "PatternFileError",
+        "PluginError",
+        "RingBroken",
+        "UnsafePathError",
+    ),
+    "core.limits": ("Limits",),
+    "core.model_counters": ("counters_of",),
+    "core.pattern": ("Full", "Pattern", "Sum", "Union"),
+    "core.plan": ("AttentionPlan",),
+    "exchange.mesh": ("local_positions", "shard_sequence", "unshard_sequence"),
+    "exchange.rebuild": ("Membership", "agree", "rebuild"),
+    "patterns.dilated": ("Dilated",),
+    "patterns.global_tokens": ("Global",),
+    "patterns.learned": ("Learned",),
+    "patterns.local": ("Local",),
+    "patterns.random": ("Random",),
+    "patterns.store": ("PatternStore", "load_pattern", "save_pattern"),
+    "patterns.strided": ("Strided",),
+    "registry.build": ("build_attention", "explain", "preflight"),
+    "registry.patterns": ("resolve_pattern",),
 }
+_MODULES = ("errors", "metrics", "models", "presets", "reference", "registry")
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Attention",
@@ -137,12 +126,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
-    if home is None:
-        return importlib.import_module(f"{__name__}.{name}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value  # so that the next use costs nothing
     return value
 
