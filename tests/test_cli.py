@@ -36,6 +36,17 @@ def test_explain_prints_the_plan_of_the_flags(invoke: Invoke) -> None:
     assert not plan.config["requires_grad"]
 
 
+def test_flags_are_understood_by_the_names_of_fields_too(invoke: Invoke) -> None:
+    flags = ("--num-heads", "4", "--num-kv-heads=2", "--head-dim", "8", "--is-causal", "--no-requires-grad")
+    fields = as_json(invoke("explain", *flags, "--dropout-p", "0.1", "--json"))["config"]
+    assert (fields["num_heads"], fields["num_kv_heads"], fields["dropout_p"]) == (4, 2, 0.1)
+    assert (fields["is_causal"], fields["requires_grad"]) == (True, False)
+    assert not as_json(invoke("explain", *flags, "--no-is-causal", "--json"))["config"]["is_causal"]
+    said = invoke("explain", "--help").stdout
+    assert "--heads" in said
+    assert "--num-heads" not in said
+
+
 def test_the_layout_is_told_briefly_at_any_length(invoke: Invoke) -> None:
     shape = ("explain", "--heads", "8", "--head-dim", "64", "--device", "cpu", "--seq-len")
     assert "% of all pairs, 2.1 EFLOP forward, 152 B of tables" in invoke(*shape, "32000000").stdout

@@ -73,7 +73,7 @@ def test_what_is_saved_is_listed_loaded_and_verified(invoke: Invoke, work: Path)
 
 
 def test_flags_replace_what_the_file_says(invoke: Invoke, work: Path) -> None:
-    save(invoke, "p", "local.toml", "--heads", "3", "--no-causal")
+    save(invoke, "p", "local.toml", "--num-heads", "3", "--no-causal")
     info = PatternStore("store").verify("p")
     assert (info.seq_len, info.num_heads, info.is_causal) == (200, 3, False)
     Path("whole.toml").write_text(f"seq_len = 64\n{LOCAL}")

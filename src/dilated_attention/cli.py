@@ -20,7 +20,7 @@ import typer.core
 from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
-from .console import AsJson, registry, show
+from .console import CONTEXT, AsJson, registry, show
 from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
@@ -69,7 +69,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: boxes cut the names of options on a narrow terminal
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 
 
@@ -173,7 +173,7 @@ def explain(
     ] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="No key at a later position.")] = None,
     dropout: Annotated[
-        float | None, typer.Option("--dropout", "--dropout-p", help="Probability of dropping attention weights.")
+        float | None, typer.Option("--dropout", help="Probability of dropping attention weights.")
     ] = None,
     varlen: Annotated[
         bool | None, typer.Option("--varlen/--no-varlen", help="For padded rows and packed documents.")

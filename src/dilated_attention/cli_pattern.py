@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import attrs
 import typer
 
-from .console import AsJson, registry, show
+from .console import CONTEXT, AsJson, registry, show
 from .core.checks import did_you_mean
 from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, PatternFileError, UnsafePathError
@@ -30,7 +30,7 @@ pattern_app = typer.Typer(
     name="pattern",
     help="Store patterns in files, look at them, check them.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 
 Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeAlias
+from typing import Annotated, Final, NoReturn, TypeAlias
 
 import typer
 
@@ -17,6 +17,21 @@ from .core.errors import ConfigError
 from .registry.discovery import Registry, default_registry
 from .report import paint
 
+# Flags that are shorter than the fields of a configuration that they set, by those: both are understood.
+_SHORTER: Final = {
+    "num-heads": "heads",
+    "num-kv-heads": "kv-heads",
+    "is-causal": "causal",
+    "no-is-causal": "no-causal",
+    "dropout-p": "dropout",
+    "requires-grad": "grad",
+    "no-requires-grad": "no-grad",
+}
+# Of every group of commands.
+CONTEXT: Final = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: _SHORTER.get(name, name),
+}
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
