@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Attention, Dilated, Full, Global, Local, Pattern, build_attention
+from dilated_attention.bench.contenders import BOUNDS
+from dilated_attention.bench.timing import difference, random_inputs
 from dilated_attention.core.decoding import Reach
 
 LENGTH, SCALE, STEPS = 131_072, 32, 24
-BOUNDS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 
 def patterns(scale: int) -> dict[str, Pattern]:
@@ -37,11 +38,6 @@ def patterns(scale: int) -> dict[str, Pattern]:
     }
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of the expected."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
 def check_short(pattern: Pattern, fields: dict[str, Any]) -> float:
     """The worst relative error of steps, one token each, over a sequence in which every segment ends."""
     attention = build_attention(pattern=pattern, **fields)
@@ -50,16 +46,13 @@ def check_short(pattern: Pattern, fields: dict[str, Any]) -> float:
     cache = attention.make_cache(1)
     places = [slice(i, i + 1) for i in range(length)]
     parts = [attention.step(query[:, i], key[:, i], value[:, i], cache) for i in places]
-    return relative_error(torch.cat(parts, dim=1), attention(query, key, value))
+    return difference(torch.cat(parts, dim=1), attention(query, key, value))
 
 
-def draw(length: int, attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
+def draw(length: int, attention: Attention) -> list[Tensor]:
     """Random query, key and value of one sequence."""
     config = attention.config
-    generator = torch.Generator().manual_seed(0)
-    shape = (3, 1, length, config.num_heads, config.head_dim)
-    query, key, value = torch.randn(shape, generator=generator).to(getattr(torch, config.dtype)).to(config.device)
-    return query, key, value
+    return random_inputs((1, length, config.num_heads, config.head_dim), config.dtype, str(config.device))[:3]
 
 
 def measure(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +77,7 @@ def measure(name: str, fields: dict[str, Any]) -> dict[str, Any]:
         outs[-1].sum().item()  # waits for the device
         times.append((time.perf_counter() - began) * 1e3)
         peak = max(peak, cache.nbytes)
-    last = relative_error(torch.cat(outs, dim=1), attention(query[:, start:], key, value))
+    last = difference(torch.cat(outs, dim=1), attention(query[:, start:], key, value))
     if not last < bound:
         raise SystemExit(f"{name}: the last steps differ from the forward by {last:.1e}, allowed are {bound:.0e}")
     return {

@@ -27,7 +27,7 @@ from dilated_attention import (
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.timing import random_inputs, training
 
-from .windows import Case, following, parser_of, print_rows
+from .kit import Case, following, parser_of, print_rows
 
 _LONGNET: Final = Dilated((2048, 4096, 8192, 16_384, 32_768), (1, 2, 4, 8, 16))
 _GIGAPATH: Final = Dilated((1024, 5792, 32_768, 185_363, 1_048_576), (1, 2, 4, 8, 16))

@@ -25,7 +25,7 @@ from torch import Tensor
 from dilated_attention import Attention, build_attention
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.oracle import truth
-from dilated_attention.bench.timing import difference, extra_bytes, in_turns
+from dilated_attention.bench.timing import difference, extra_bytes, in_turns, random_inputs
 from dilated_attention.core.pattern import Pattern
 
 _WARM_UP = 2
@@ -55,11 +55,8 @@ class Case:
 
     def inputs(self, seq_len: int | None = None, *, kv_heads: int | None = None) -> list[Tensor]:
         """Random query, key, value and gradient of out, (1, seq_len, heads, head_dim)."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        heads = (self.heads, kv_heads or self.heads, kv_heads or self.heads, self.heads)
-        shapes = [(1, seq_len or self.seq_len, count, self.head_dim) for count in heads]
-        return [torch.randn(shape, generator=generator, dtype=dtype, device=self.device) for shape in shapes]
+        shape = (1, seq_len or self.seq_len, self.heads, self.head_dim)
+        return random_inputs(shape, self.dtype, self.device, kv_heads=kv_heads)
 
 
 CASES = {

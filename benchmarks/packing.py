@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dilated_attention import Attention, ConfigError, Dilated, Full, Global, Local, Pattern, Random, build_attention
+from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.timing import difference, milliseconds, random_inputs, training
 
-BOUNDS: Final = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 # With whether it is causal.
 PATTERNS: Final[dict[str, tuple[Pattern, bool]]] = {
     "Full": (Full(), True),

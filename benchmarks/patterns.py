@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dilated_attention import Dilated, Global, Local, Pattern, Random, build_attention, reference
-from dilated_attention.bench.timing import difference, peak_bytes
+from dilated_attention.bench.timing import Clock, difference, in_turns, milliseconds, peak_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import BlockLayout
@@ -46,7 +46,6 @@ _GATE_TOKENS: Final = 1024
 _BOUND: Final = 1e-5  # relative, float32
 
 Row = dict[str, Any]
-Clock = Callable[[], float]  # seconds
 
 
 def numpy_peak_bytes(call: Callable[[], object]) -> int:
@@ -58,21 +57,9 @@ def numpy_peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def milliseconds(call: Callable[[], object], clock: Clock) -> float:
-    """One timed call."""
-    start = clock()
-    call()
-    return (clock() - start) * 1e3
-
-
 def medians(calls: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
     """Milliseconds of each call, the median of interleaved rounds after one that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            elapsed = milliseconds(call, clock)
-            if number:
-                times[name].append(elapsed)
+    times = in_turns(calls, rounds, "cpu", warm_up=1, clock=clock)
     return {name: statistics.median(mine) for name, mine in times.items()}
 
 
@@ -95,7 +82,7 @@ def drawing(rounds: int, clock: Clock) -> list[Row]:
     if not in_order or not (drawn == row[:, None]).any(axis=1).all():
         sys.exit("a row of the draw is not 8 distinct blocks with its own among them: no times")
     mine = medians({"ours": ours}, rounds, clock)["ours"]
-    other = milliseconds(randperm, clock)
+    other = milliseconds(randperm, "cpu", clock=clock)
     return [
         {"name": "Random(8)", "ms": mine, "peak_bytes": numpy_peak_bytes(ours)},
         {"name": "torch.randperm a row", "ms": other, "ratio": other / mine},

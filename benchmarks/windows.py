@@ -7,20 +7,19 @@ A backend gets a row only after out and gradients have come near those of the fi
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
 
-from dilated_attention import ConfigError, Global, Local, NoBackendError, Pattern, build_attention
+from dilated_attention import ConfigError, Global, Local, NoBackendError, build_attention
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.graphs import capture
-from dilated_attention.bench.timing import difference, milliseconds, random_inputs, training
+from dilated_attention.bench.timing import difference, random_inputs, training
 
-Case = tuple[Pattern, int, int, int, bool]  # pattern, tokens, heads, head_dim, causal
+from .kit import Case, following, parser_of, print_rows
+
 CASES: Final[tuple[Case, ...]] = (
     (Local((255, 0)), 4096, 8, 64, True),
     *((Local((1023, 0)), 16_384, 8, head_dim, True) for head_dim in (64, 96, 128, 136, 192, 256)),
@@ -31,18 +30,6 @@ CASES: Final[tuple[Case, ...]] = (
     (Local((1023, 0)), 131_072, 16, 64, True),
     (Local((1023, 0)), 131_072, 16, 128, True),
 )
-_CALLS, _ROUNDS = 20, 5
-
-
-def following(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of a call of many that follow each other; the median of rounds."""
-
-    def several() -> None:
-        for _ in range(_CALLS):
-            call()
-
-    several()
-    return statistics.median(milliseconds(several, device) / _CALLS for _ in range(_ROUNDS))
 
 
 def rows(case: Case, backends: list[str], device: str, dtype: str) -> Iterator[str]:
@@ -75,25 +62,6 @@ def rows(case: Case, backends: list[str], device: str, dtype: str) -> Iterator[s
             replays = [capture(call)[0] for call in calls]
             line += ", in graphs " + " / ".join(f"{following(replay, device):.3f}" for replay in replays)
         yield f"{line}, differs by {off:.1e}"
-
-
-def parser_of(description: str | None, cases: Sequence[Case]) -> argparse.ArgumentParser:
-    """Of backends, a device, a dtype and the longest case."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(BOUNDS))
-    parser.add_argument("--longest", type=int, default=cases[-1][1], help="tokens of the longest case")
-    parser.add_argument("backends", nargs="*", default=["triton", "sdpa"], metavar="BACKEND")
-    return parser
-
-
-def print_rows(cases: Sequence[Case], longest: int, of_case: Callable[[Case], Iterator[str]]) -> None:
-    """A heading for each case that is no longer, and its lines as they come."""
-    for case in cases:
-        if case[1] <= longest:
-            print(f"{case[0]}, {case[1]:,} tokens, {case[2]} heads of {case[3]}, {'causal' if case[4] else 'all'}")
-            for line in of_case(case):
-                print(f"  {line}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

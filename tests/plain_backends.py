@@ -5,7 +5,6 @@ Shapes: B batch, S query length, T key length, H query heads, K key-value heads,
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dilated_attention.core.kernel import DensePiece, LayoutPiece
-from dilated_attention.core.layout import BlockLayout
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.registry import Refusal, Request
+
+from .dense_tables import dense_blocks
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -147,7 +147,9 @@ class Ring(Whole):
 
     def counts(self, piece: LayoutPiece) -> Tensor:
         layout = piece.layout
-        return super().counts(piece) if layout.branches or layout.blocks is None else table_counts(layout.blocks)
+        if layout.branches or layout.blocks is None:
+            return super().counts(piece)
+        return torch.from_numpy(dense_blocks(layout.blocks)).double()
 
     def backward(
         self,
@@ -164,17 +166,3 @@ class Ring(Whole):
         delta = (dout.double() * out.double()).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
         return self.gradients(dout, query, key, value, lse.double(), delta, piece)
-
-
-def table_counts(blocks: BlockLayout) -> Tensor:
-    """(H, S, T) float64: how often each pair counts, by the table alone."""
-    geometry, size = blocks.geometry, blocks.block_size
-    rows, columns = -(-geometry.q_len // size), -(-geometry.kv_len // size)
-    counts = torch.zeros(geometry.num_heads, rows * size, columns * size, dtype=torch.float64)
-    for head, table in enumerate(blocks.head_table):
-        for row, (begin, end) in enumerate(itertools.pairwise(blocks.row_ptr[table])):
-            for entry in range(begin, end):
-                mask, col = int(blocks.mask_ids[entry]), int(blocks.cols[entry])
-                tile = torch.tensor(blocks.masks[mask]).double() if mask >= 0 else float(blocks.weights[entry])
-                counts[head, row * size :, col * size :][:size, :size] = tile
-    return counts[:, : geometry.q_len, : geometry.kv_len]

@@ -18,18 +18,19 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+Clock = Callable[[], float]  # seconds
 K = TypeVar("K", bound=Hashable)
 
 _ROWS = 1 << 14  # compared at once, so that the comparison of long sequences takes no memory to speak of
 _PRODUCT = {"cpu": 1024, "cuda": 8192}
 
 
-def milliseconds(call: Call, device_type: str) -> float:
-    """One timed call: CUDA events around it on a GPU, else a monotonic clock."""
+def milliseconds(call: Call, device_type: str, *, clock: Clock = time.perf_counter) -> float:
+    """One timed call: CUDA events around it on a GPU, else `clock`."""
     if device_type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     before.record()
     call()
@@ -39,12 +40,14 @@ def milliseconds(call: Call, device_type: str) -> float:
     return elapsed
 
 
-def in_turns(calls: Mapping[K, Call], rounds: int, device_type: str, *, warm_up: int) -> dict[K, list[float]]:
+def in_turns(
+    calls: Mapping[K, Call], rounds: int, device_type: str, *, warm_up: int, clock: Clock = time.perf_counter
+) -> dict[K, list[float]]:
     """Milliseconds of every call, in rounds in which all take turns, after `warm_up` rounds that do not count."""
     times: dict[K, list[float]] = {key: [] for key in calls}
     for number in range(warm_up + rounds):
         for key, call in calls.items():
-            elapsed = milliseconds(call, device_type)
+            elapsed = milliseconds(call, device_type, clock=clock)
             if number >= warm_up:
                 times[key].append(elapsed)
     return times
