@@ -38,6 +38,9 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.StrictlyCausal, DENSE, {"one-token", "out"}),
     (wrong_backends.SeesOneAhead, DENSE, {"future", "one-token"}),
     (wrong_backends.IgnoresScale, DENSE, {"out", "lse"}),
+    (wrong_backends.ScalesByHeadDim, {**DENSE, "head_dims": (64, 128)}, {"scale", "negative-scale"}),
+    (wrong_backends.WholeScalesByHeadDim, WHOLE, {"scale"}),
+    (wrong_backends.ScalesBySize, WHOLE, {"negative-scale"}),
     (wrong_backends.LseInBaseTwo, DENSE, {"lse", "lse-base"}),
     (wrong_backends.LseNegated, DENSE, {"lse", "lse-base"}),
     (wrong_backends.LseRounded, DENSE, {"lse"}),
@@ -89,6 +92,9 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
 ]
 # Every check that finds a fault, for those that few can see; all others must pass.
 EXACTLY: dict[str, set[str]] = {
+    "ScalesByHeadDim": {"scale", "negative-scale"},
+    "WholeScalesByHeadDim": {"scale", "negative-scale"},
+    "ScalesBySize": {"negative-scale"},
     "SumsWithoutMaximum": {"large-scores"},
     "SumsFromZero": {"large-scores"},
     "IgnoresOffsets": {"offsets", "empty-rows"},
@@ -176,6 +182,11 @@ def test_each_fault_is_caught_by_the_checks_that_should(
 )
 def test_what_a_kernel_returns_is_told_in_the_words_of_the_contract(target: type, says: str) -> None:
     assert says in str(failing(kit_of(target, DENSE), "returns"))
+
+
+def test_a_scale_that_is_not_taken_is_told_with_what_to_do() -> None:
+    outcome = failing(kit_of(wrong_backends.WholeScalesByHeadDim, WHOLE), "scale")
+    assert "; if `out` passes, take piece.scale, not 1/sqrt(head_dim)" in str(outcome)
 
 
 @pytest.mark.slow

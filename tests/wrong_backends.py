@@ -49,6 +49,25 @@ class IgnoresScale(Dense):
         return super().scores(query, key, DensePiece(is_causal=piece.is_causal, scale=1.0))
 
 
+class ScalesByHeadDim(Dense):
+    """Takes 1/sqrt(head_dim) for what the configuration says, at widths to which no columns can be added."""
+
+    def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
+        return super().scores(query, key, attrs.evolve(piece, scale=query.shape[-1] ** -0.5))
+
+
+class WholeScalesByHeadDim(Whole):
+    def logits(self, query: Tensor, key: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        return super().logits(query, key, attrs.evolve(piece, scale=query.shape[-1] ** -0.5))
+
+
+class ScalesBySize(Whole):
+    """Folds the scale into a base-two exponential, and loses its sign there."""
+
+    def logits(self, query: Tensor, key: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
+        return super().logits(query, key, attrs.evolve(piece, scale=abs(piece.scale)))
+
+
 class LseInBaseTwo(Dense):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         out, lse = super().forward(query, key, value, piece)

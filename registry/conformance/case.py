@@ -48,6 +48,7 @@ class Case:
         requires_grad: gradients are asked for (wherever the backend declares them).
         deterministic: the same bits on every run are asked for.
         dropout_p: dropout that is asked for.
+        scale: factor on q·k; None: 1/sqrt(head_dim).
         options: of the backend, by name.
     """
 
@@ -67,6 +68,7 @@ class Case:
     requires_grad: bool = True
     deterministic: bool = False
     dropout_p: float = 0.0
+    scale: float | None = None
     options: Mapping[str, Any] = attrs.field(factory=dict, eq=False)  # a kit has the same in all of its cases
 
     def __str__(self) -> str:
@@ -81,6 +83,7 @@ class Case:
             f"head_dim {self.head_dim}",
             f"length {length}",
             f"offsets {self.geometry.q_offset},{self.kv_offset}" if placed else "",
+            "" if self.scale is None else f"scale {self.scale:g}",
             "" if self.device == "cpu" else self.device,
         ]
         return " ".join(word for word in words if word)
@@ -112,6 +115,7 @@ class Case:
             requires_grad=self.requires_grad,
             deterministic=self.deterministic,
             dropout_p=self.dropout_p,
+            scale=self.scale,
             backend=backend,
             backend_options={backend: self.options} if self.options else {},
         )
@@ -203,6 +207,7 @@ class Subject:
             leaves[2],
             pattern=case.pattern,
             is_causal=case.is_causal,
+            scale=case.scale,
             q_offset=case.q_offset,
             kv_offset=case.kv_offset,
             key_padding_mask=key_padding_mask,
@@ -234,7 +239,7 @@ class Subject:
 
     def bounds_on(self, inputs: Sequence[Tensor]) -> dict[str, float]:
         """The bounds, or twice the error of PyTorch's dense attention on these inputs of equal lengths, if larger."""
-        measured = half_bounds(inputs, is_causal=self.case.is_causal)
+        measured = half_bounds(inputs, is_causal=self.case.is_causal, scale=self.case.scale)
         return {name: bound if name == "lse" else max(bound, measured[name]) for name, bound in self.bounds.items()}
 
     def compared(self, actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> Iterator[Finding]:
@@ -245,7 +250,7 @@ class Subject:
 
 @lru_cache(maxsize=64)
 def _half_bounds(case: Case) -> dict[str, float]:
-    return half_bounds(inputs_of(case), is_causal=case.is_causal)
+    return half_bounds(inputs_of(case), is_causal=case.is_causal, scale=case.scale)
 
 
 def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .kit import Kit
 
 LEARNED: Final = "learned"
+# Far from 1/sqrt(head_dim) at every usual head_dim; the first is none of the other's size either.
+SCALES: Final = (0.3, -0.7)
 
 Where = Literal["backend", "every case", "every causal case", "few cases", "one case"]
 
@@ -175,6 +177,10 @@ def _of_one_head(kit: Kit, case: Case) -> Case:
     return attrs.evolve(case, batch=1, num_heads=1, num_kv_heads=1, q_len=length, kv_len=length)
 
 
+def _scaled(scale: float) -> Callable[[Kit, Case], Case]:
+    return lambda kit, case: attrs.evolve(case, scale=scale)
+
+
 def _dropping(kit: Kit, case: Case) -> Case:
     return attrs.evolve(case, dropout_p=0.25)
 
@@ -203,6 +209,8 @@ CHECKS: Final = (
     Check("one-token", "every case", values.one_token),
     Check("chosen-blocks", "few cases", values.chosen_blocks, _needs_gate, _choosing),
     Check("lse-base", "few cases", values.lse_base),
+    Check("scale", "few cases", values.scale, change=_scaled(SCALES[0])),
+    Check("negative-scale", "few cases", values.negative_scale, change=_scaled(SCALES[1])),
     Check("large-scores", "few cases", values.large_scores),
     Check("ragged", "few cases", geometry.ragged),
     Check("long-rows", "few cases", geometry.long_rows, _needs_dense_rows, _of_one_head),

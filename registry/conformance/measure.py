@@ -142,15 +142,19 @@ def upstream(
     return random_like(out_shape, dtype, device, seed=1), random_like(lse_shape, lse_dtype, device, seed=2)
 
 
-def half_bounds(inputs: Sequence[Tensor], *, is_causal: bool) -> dict[str, float]:
+def half_bounds(inputs: Sequence[Tensor], *, is_causal: bool, scale: float | None = None) -> dict[str, float]:
     """Twice the error of PyTorch's dense attention on the same inputs, in their dtype, for out, dq, dk and dv."""
     dtype = inputs[0].dtype
     causal = is_causal and inputs[0].shape[1] == inputs[1].shape[1]  # SDPA aligns unequal lengths at their start
     leaves = [x.detach().requires_grad_() for x in inputs]
     query, key, value = (x.transpose(1, 2) for x in leaves)
-    out = functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True).transpose(1, 2)
+    # Of a negative scale the negated queries: aten's kernels for CPUs mask before they scale.
+    size, query = (scale, query) if scale is None or scale > 0 else (-scale, -query)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, scale=size, enable_gqa=True
+    ).transpose(1, 2)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected, lse = reference.attention(exact[0], exact[1], exact[2], is_causal=causal)
+    expected, lse = reference.attention(exact[0], exact[1], exact[2], is_causal=causal, scale=scale)
     actual = {"out": out, **gradients(out, lse, leaves, dtype, through_lse=False)}
     right = {"out": expected, **gradients(expected, lse, exact, dtype, through_lse=False)}
     errors = {

@@ -115,6 +115,25 @@ def _large(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tenso
     return query, key, inputs[2]
 
 
+def scale(subject: Subject) -> Iterator[Finding]:
+    """Scores are scaled by what the configuration says, whatever head_dim is."""
+    yield from _scaled(subject, "if `{}` passes, take piece.scale, not 1/sqrt(head_dim)")
+
+
+def negative_scale(subject: Subject) -> Iterator[Finding]:
+    """A negative scale, which reaches dense kernels as negated queries, layout kernels and tables as it is."""
+    yield from _scaled(subject, "if `scale` passes, take negative ones too: scale before masking")
+
+
+def _scaled(subject: Subject, remedy: str) -> Iterator[Finding]:
+    through_lse = subject.case.requires_grad and subject.attention._engine.has_dlse
+    actual = subject.run(subject.inputs, through_lse=through_lse)
+    for finding in subject.compared(actual, subject.oracle(subject.inputs, through_lse=through_lse)):
+        off = str(finding).removeprefix(f"{finding.what}: ")
+        problem = "" if finding.passed else f"{off}; {remedy.format(finding.what)}"
+        yield attrs.evolve(finding, problem=problem)
+
+
 def ones(subject: Subject) -> Iterator[Finding]:
     """Values of one give one: the weights of a row add up to 1."""
     query, key, value = subject.inputs
