@@ -41,7 +41,10 @@ def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry | N
         kinds = (*registry.patterns, *_COMPOSITES)
         raise ConfigError(f"unknown pattern {kind!r}{did_you_mean(kind, kinds)}; known are {', '.join(sorted(kinds))}")
     registered = registry.patterns[kind]
-    cls = import_target(registered.spec.target)
+    try:
+        cls = import_target(registered.spec.target)
+    except PluginError as error:
+        raise PluginError(f"pattern {kind!r} of {registered.source.origin}: {error}") from error
     if not _is_pattern_class(cls):
         raise PluginError(
             f"pattern {kind!r} of {registered.source.origin}: {registered.spec.target} is no attrs class derived "

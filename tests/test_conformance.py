@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dilated_attention import ConfigError
+from dilated_attention import ConfigError, Local, Pattern
 from dilated_attention.registry.conformance import Kit, KitSettings, run
 from dilated_attention.registry.conformance.checks import CHECKS
-from dilated_attention.registry.conformance.grid import ODD_HEAD_DIMS, QUICK_HEAD_DIMS
+from dilated_attention.registry.conformance.grid import LENGTH, LONGER, ODD_HEAD_DIMS, QUICK_HEAD_DIMS
 from dilated_attention.registry.conformance.measure import Finding, compare
 
 from .conftest import Invoke
@@ -86,10 +87,15 @@ def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_further_pattern_is_tested_too() -> None:
-    kit = Kit("sdpa", KitSettings(device="cpu", quick=True, patterns=[{"kind": "local", "window_size": 3}]))
-    assert "local(window_size=3)" in {case.pattern_name for case in kit.cases}
+    patterns: list[Pattern | Mapping[str, Any]] = [{"kind": "local", "window_size": 3}, Local(5)]
+    kit = Kit("sdpa", KitSettings(device="cpu", quick=True, patterns=patterns))
+    assert {"local(window_size=3)", "local(window_size=[5,5])"} <= {case.pattern_name for case in kit.cases}
+    lengths = {case.q_len for case in kit.cases if case.pattern_name == "local(window_size=3)"}
+    assert lengths == {LENGTH, LONGER}
     with pytest.raises(ConfigError, match="unknown pattern 'lokal'"):
         Kit("sdpa", KitSettings(patterns=[{"kind": "lokal"}]))
+    with pytest.raises(ConfigError, match="a pattern is a mapping with 'kind', its name, got 'local'"):
+        Kit("sdpa", KitSettings(patterns=["local"]))  # type: ignore[list-item]
 
 
 def test_names_that_do_not_exist_and_devices_that_are_not_here() -> None:

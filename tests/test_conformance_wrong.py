@@ -5,16 +5,18 @@ And, through the class that third parties use, against one that is right.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from dilated_attention.registry import BackendSpec, Range, hookimpl
 from dilated_attention.registry.conformance import Conformance, Kit, KitSettings, Outcome, run
 from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
 from dilated_attention.registry.plugins import Source
 
-from . import plain_backends, wrong_backends
+from . import meddling_backends, plain_backends, wrong_backends
 
 DENSE: dict[str, Any] = {
     "device_types": ("cpu",),
@@ -76,11 +78,12 @@ FAULTS: list[tuple[type, dict[str, Any], set[str]]] = [
     (wrong_backends.Restless, DENSE, {"same-bits"}),
     (wrong_backends.ShortSums, {**DENSE, "dtypes": ("bfloat16",)}, {"out", "lse"}),
     (wrong_backends.LeavesGaps, WHOLE, {"fresh-memory"}),
-    (wrong_backends.KeepsItsBuffer, DENSE, {"own-results"}),
-    (wrong_backends.WritesIntoInputs, DENSE, {"own-results"}),
-    (wrong_backends.KeepsItsInputs, DENSE, {"released"}),
-    (wrong_backends.Seeds, DENSE, {"random-state"}),
-    (wrong_backends.DrawsInBackward, DENSE, {"random-state"}),
+    (meddling_backends.KeepsItsBuffer, DENSE, {"own-results"}),
+    (meddling_backends.WritesIntoInputs, DENSE, {"own-results"}),
+    (meddling_backends.KeepsItsInputs, DENSE, {"released"}),
+    (meddling_backends.Seeds, DENSE, {"random-state"}),
+    (meddling_backends.DrawsInBackward, DENSE, {"random-state"}),
+    (meddling_backends.RoundsProducts, DENSE, {"process-state"}),
     (wrong_backends.CrashesAt48, DENSE, {"out"}),
     (wrong_backends.CrashesWhenAsked, DENSE, {"declared"}),
     (wrong_backends.NeverAccepts, DENSE, {"declared"}),
@@ -109,6 +112,7 @@ EXACTLY: dict[str, set[str]] = {
     "KeepsItsInputs": {"released"},
     "Seeds": {"random-state"},
     "DrawsInBackward": {"random-state"},
+    "RoundsProducts": {"process-state"},
     "CrashesWhenAsked": {"declared"},
     "NeverAccepts": {"declared"},
     "PinsAnother": {"builds"},
@@ -133,6 +137,14 @@ def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
 
 def kit_of(target: type, capabilities: dict[str, Any]) -> Kit:
     return Kit(target.__name__.lower(), KitSettings(registry=registry_of(target, capabilities), quick=True))
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    """That of products, which one of the wrong changes."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 class TestDense(Conformance):

@@ -83,7 +83,7 @@ def test_the_installed_example_conforms(site: Path) -> None:
     assert report.passed, str(report)
     lines = str(report).splitlines()
     assert lines[0].startswith("toy of toy-attention 1.0 on cpu: ")
-    assert lines[-1].startswith("all 32 checks passed")
+    assert lines[-1].startswith("all 34 checks passed")
     assert any(line.startswith("manifest         ok") for line in lines)
 
 

@@ -12,11 +12,13 @@ import attrs
 import pytest
 import torch
 
-from dilated_attention import AttentionConfig, Full, build_attention, explain
+from dilated_attention import AttentionConfig, Full, PluginError, build_attention, explain, resolve_pattern
+from dilated_attention.registry import PatternSpec, hookimpl
 from dilated_attention.registry.capabilities import make_request
 from dilated_attention.registry.conformance import Kit, KitSettings
 from dilated_attention.registry.device import describe_device
 from dilated_attention.registry.discovery import Registry
+from dilated_attention.registry.plugins import Source
 from dilated_attention.registry.selection import select
 
 from . import distributions
@@ -322,11 +324,13 @@ def test_an_axis_of_tomorrow_is_refused_by_plugins_of_today_without_a_call(tmp_p
 
 
 def test_unknown_capabilities_are_kept_and_shown(tmp_path: Path, invoke_at: Invoke) -> None:
-    capabilities = distributions.CAPABILITIES | {"quantum": {"qubits": 3}}
+    capabilities = distributions.CAPABILITIES | {"quantum": {"qubits": 3}, "unequal_length": True}
     install_backend(tmp_path, "odd", backend="odd", capabilities=capabilities)
     (odd,) = [b for b in as_json(invoke_at(tmp_path, "backends", "--json")) if b["name"] == "odd"]
     assert odd["capabilities"]["quantum"] == {"qubits": 3}
-    assert "qubits=3  (not in this release's vocabulary)" in invoke_at(tmp_path, "backends").stdout
+    shown = invoke_at(tmp_path, "backends").stdout
+    assert "qubits=3  (not in this release's vocabulary)\n" in shown
+    assert "(not in this release's vocabulary) (did you mean 'unequal_lengths'?)" in shown
 
 
 def test_listing_backends_imports_neither_torch_nor_numpy_nor_plugin_code(tmp_path: Path) -> None:
@@ -356,3 +360,14 @@ def test_discovery_adds_little_with_twenty_plugins(tmp_path: Path) -> None:
         times.append(float(took))
     # Of the processor, which a loaded machine too tells within a factor of two: it is 20 ms on a quiet one.
     assert min(times) < 0.06, times
+
+
+def test_a_pattern_that_cannot_be_imported_is_told_with_its_distribution() -> None:
+    class Plugin:
+        @hookimpl
+        def dilated_attention_patterns(self) -> list[PatternSpec]:
+            return [PatternSpec(kind="lost", target="no_such_module:Lost")]
+
+    registry = Registry.discover({}, [Source(name="lost", distribution="losers", version="2", load=Plugin)])
+    with pytest.raises(PluginError, match=r"pattern 'lost' of losers 2: no_such_module:Lost cannot be imported: Mod"):
+        resolve_pattern({"kind": "lost"}, registry)

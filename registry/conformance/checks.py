@@ -133,6 +133,12 @@ def _needs_undeclared_call(kit: Kit, case: Case | None) -> str:
     return f"{', '.join(CALL_AXES)} are declared" if every else ""
 
 
+def _needs_decoding(kit: Kit, case: Case | None) -> str:
+    if case is None or not case.is_causal:
+        return "token by token is causal"
+    return _needs("unequal_lengths")(kit, case)
+
+
 def _needs_ring(kit: Kit, case: Case | None) -> str:
     """A ring composes what it needs of dense pieces, without asking."""
     return "" if takes_dense(kit.registered.spec) else _needs("context_parallel")(kit, case)
@@ -216,6 +222,7 @@ CHECKS: Final = (
     Check("long-rows", "few cases", geometry.long_rows, _needs_dense_rows, _of_one_head),
     Check("unequal-lengths", "few cases", geometry.unequal_lengths, _needs("unequal_lengths")),
     Check("offsets", "few cases", geometry.offsets, _needs("offsets")),
+    Check("decoding", "few cases", geometry.decoding, _needs_decoding),
     Check("empty-rows", "few cases", geometry.empty_rows),
     Check("documents", "few cases", geometry.documents, _needs("varlen")),
     Check("ring", "few cases", ring.ring, _needs_ring, _shared),
@@ -226,6 +233,7 @@ CHECKS: Final = (
     Check("own-results", "few cases", memory.own_results),
     Check("released", "few cases", memory.released),
     Check("random-state", "few cases", memory.random_state),
+    Check("process-state", "few cases", memory.process_state),
     Check("same-bits", "few cases", memory.same_bits, _needs("deterministic", "forward"), _deterministic),
     Check("dropout", "few cases", pytorch.dropout, _needs("dropout"), _dropping),
     Check("operator", "one case", pytorch.operator),

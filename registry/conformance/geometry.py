@@ -51,6 +51,15 @@ def offsets(subject: Subject) -> Iterator[Finding]:
             yield from _compared(placed, where)
 
 
+def decoding(subject: Subject) -> Iterator[Finding]:
+    """Token by token, with a cache that drops what no later token reaches, each row is as at once."""
+    case, inputs = subject.case, subject.inputs
+    with torch.no_grad():
+        cache = subject.attention.make_cache(case.batch)
+        rows = [subject.attention.step(*(x[:, i : i + 1] for x in inputs), cache) for i in range(case.q_len)]
+    yield compare("out", torch.cat(rows, dim=1), subject.expected["out"], subject.bounds["out"])
+
+
 def empty_rows(subject: Subject) -> Iterator[Finding]:
     """A row without keys gives 0 and -inf and has no gradient; a call without keys or queries is answered."""
     if subject.takes("offsets"):

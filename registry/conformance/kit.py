@@ -19,7 +19,7 @@ from ..plugins import PLUGIN_FAULTS, describe
 from ..selection import judge
 from .case import Case, Subject
 from .checks import BUILDS, CHECKS, Check
-from .grid import FEW, admitted, candidates, devices_of, patterns_of, request_of
+from .grid import FEW, USUAL_DTYPES, admitted, candidates, devices_of, patterns_of, request_of
 from .measure import Finding
 from .settings import DEFAULTS, KitSettings
 
@@ -179,7 +179,7 @@ class Kit:
         """For each device, dtype (one, if quick), causality and one of a few patterns the first case."""
         dtypes = {case.dtype for case in self.cases}
         if self.quick:
-            dtypes = {*sorted(dtypes, key=("float32", "bfloat16", "float16", "float64").index)[:1]}
+            dtypes = {*sorted(dtypes, key=USUAL_DTYPES.index)[:1]}
         first: dict[tuple[object, ...], Case] = {}
         for case in self.cases:
             if case.dtype not in dtypes:

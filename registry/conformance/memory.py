@@ -7,7 +7,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,21 @@ RUNS: Final = 3
 LARGE: Final = (1 << 31) + 64
 # Types of device with a random state for each device; others ("mps") have one that PyTorch gives no such access to.
 _RANDOM: Final = ("cuda", "xpu")
+# How each is read and set, and what it is during a call: what PyTorch begins with, or a number that nobody chooses.
+_SETTINGS: Final[Mapping[str, tuple[Callable[[], object], Callable[[Any], object], object]]] = {
+    "threads": (torch.get_num_threads, torch.set_num_threads, 3),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    "precision of float32 products": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+        "highest",
+    ),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+        False,
+    ),
+}
 
 
 def strided(subject: Subject) -> Iterator[Finding]:
@@ -138,6 +153,23 @@ def _random_states(devices: Sequence[torch.device]) -> dict[str, Tensor]:
     """Of the CPU and of these devices."""
     states = {str(device): torch.get_device_module(device).get_rng_state(device) for device in devices}
     return {"cpu": torch.get_rng_state(), **states}
+
+
+def process_state(subject: Subject) -> Iterator[Finding]:
+    """A call leaves what PyTorch has once a process as it was: threads, default dtype, precision of products."""
+    subject.inputs  # noqa: B018 - nothing but the backend runs between the two looks
+    kept = {name: read() for name, (read, _, _) in _SETTINGS.items()}
+    try:
+        for _, write, value in _SETTINGS.values():
+            write(value)
+        subject.run(subject.inputs)
+        found = {name: read() for name, (read, _, _) in _SETTINGS.items()}
+    finally:
+        for name, (_, write, _) in _SETTINGS.items():
+            write(kept[name])
+    for name, (_, _, value) in _SETTINGS.items():
+        problem = "" if found[name] == value else f"was {value} and is {found[name]} after the call"
+        yield Finding(what=name, problem=problem)
 
 
 def same_bits(subject: Subject) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import attrs
 from ...core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ...core.pattern import Pattern
     from ..discovery import Registry
 
 
@@ -22,7 +23,7 @@ class KitSettings:
         registry: where it is registered; by default the process's own registry.
         device: the one to test on; by default one of each type that is declared and is here.
         quick: a smaller grid, of seconds instead of minutes.
-        patterns: mappings of further patterns to test with (`{"kind": ...}`), beside the kit's own.
+        patterns: further patterns to test with, or mappings of them (`{"kind": ...}`), beside the kit's own.
         options: of the backend, as `backend_options` has them.
         large: also try tensors of more than 2**31 elements, which takes several GB.
     """
@@ -30,7 +31,7 @@ class KitSettings:
     registry: Registry | None = None
     device: str | None = None
     quick: bool = False
-    patterns: Sequence[Mapping[str, Any]] = ()
+    patterns: Sequence[Pattern | Mapping[str, Any]] = ()
     options: Mapping[str, Any] | None = None
     large: bool = False
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import attrs
 
+from .core.checks import did_you_mean
 from .core.explain import amount, columns
 from .core.version import VERSION
 from .registry.capabilities import plain, unmet_requirements, words_of
@@ -195,7 +196,7 @@ def _installed(name: str) -> str | None:
 
 
 def _unknown(axis: str) -> str:
-    return "" if axis in AXES else "  (not in this release's vocabulary)"
+    return "" if axis in AXES else f"  (not in this release's vocabulary){did_you_mean(axis, AXES)}"
 
 
 def _lack(text: str, missing: dict[str, str]) -> str:
