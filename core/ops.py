@@ -1,7 +1,8 @@
-"""The two opaque operators through which every attention runs, and their autograd.
+"""The opaque operator of a call whose sequences have one length, its backward, and their autograd.
 
 `torch.compile` sees one operator a call: lengths, layouts and kernels stay inside it, found by the engine's key.
-Shapes as in `engine`.
+Padded rows and packed documents go through two operators of their own, in `packed`. Ranks that share a sequence
+(`exchange.engine`) use none: there `torch.compile` breaks the graph. Shapes as in `engine`.
 """
 
 from __future__ import annotations

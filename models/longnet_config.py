@@ -84,7 +84,8 @@ class LongNetConfig(NamesChecked):
         layer_norm_eps: of all of them.
         activation: "gelu" or "relu".
         dropout: of what each part adds to the residual stream, and of the embedding.
-        attention_dropout: of attention weights, which `sdpa` drops: other kernels are not taken then.
+        attention_dropout: of attention weights. Above 0 `auto` takes only backends that drop weights
+            (docs/configuration.md, "Dropout").
         activation_dropout: inside the feed-forward layers.
         drop_path: probability of leaving out a part, for each sequence; grows from 0 to this with depth.
         vocab_size: of token models.

@@ -39,7 +39,8 @@ class MultiheadAttention(nn.Module):
     Args:
         embed_dim: E.
         num_heads: H; a divisor of E.
-        dropout: of attention weights, while training; `module.dropout = p` changes it. `auto` then takes `sdpa`.
+        dropout: of attention weights, while training; `module.dropout = p` changes it. Above 0 `auto` takes only
+            backends that drop weights (docs/configuration.md, "Dropout").
         bias: of the projections.
         kdim: width of keys, by default E.
         vdim: width of values, by default E.
