@@ -16,10 +16,8 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 OF_THE_MACHINE = re.compile(r" on cpu.*?, with|^  with .*$", re.MULTILINE)
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def anywhere(text: str) -> str:
@@ -31,10 +29,12 @@ def anywhere(text: str) -> str:
     reason="other backends fit here than on the machine that is shown",
 )
 def test_the_example_prints_what_is_shown() -> None:
+    (example,), shown = blocks("python"), blocks("text")
+    assert len(shown) == 2
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(block("python"), "README.md", "exec"), {})
-    assert anywhere(printed.getvalue()) == anywhere(block("text"))
+        exec(compile(example, "README.md", "exec"), {})
+    assert anywhere(printed.getvalue()) == anywhere("".join(shown))  # the first lines, and the rest, which is folded
     assert "chosen" in anywhere(printed.getvalue())
 
 
