@@ -388,7 +388,7 @@ def test_auto_takes_it_for_several_branches_and_not_for_dense_attention() -> Non
     assert build_attention(pattern=Full(), **fields).plan.backend != "triton"
     assert build_attention(pattern=Full(), varlen=True, **fields).plan.backend == "triton"
     assert build_attention(pattern=CARD[0], **fields | {"dtype": "float32"}).plan.backend != "triton"
-    assert build_attention(pattern=WINDOW, **fields | {"head_dim": 256}).plan.backend == "sdpa"
+    assert build_attention(pattern=WINDOW, **fields | {"head_dim": 256}).plan.backend == "triton"
     assert build_attention(pattern=WINDOW, **fields | {"dtype": "float32"}).plan.backend == "sdpa"
     odd = Random(blocks_per_row=2, block_size=96)  # which no tile divides
     assert build_attention(pattern=odd, seq_len=1024, **fields).plan.backend == "flex"
