@@ -11,7 +11,7 @@ from .checks import require_int
 from .config import refuse_arguments
 from .decoding import DecodingCache
 from .document_ops import attend_documents, received_in_documents
-from .documents import check_arguments, check_forms
+from .documents import check_arguments, check_documents
 from .dropping import draw_seed
 from .errors import ConfigError
 from .flops import register_flops
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         if config.dropout_p and self.training:
             seed = draw_seed(self._engine.kernel, query.device, has_documents=has_documents)
         if has_documents:
-            self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
+            check_documents(key_padding_mask, cu_seqlens, query, key, q_offset, kv_offset, is_causal=config.is_causal)
             out, lse = attend_documents(
                 query, key, value, self._engine, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, seed=seed,
                 gate=self.gate if self._has_gate else None, recompute=config.activation_checkpointing,
@@ -181,30 +181,6 @@ class Attention(nn.Module):
         if swap:
             out = out.transpose(1, 2)
         return (out, lse) if return_lse else out
-
-    def _check_documents(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        q_offset: int | None,
-        kv_offset: int,
-    ) -> None:
-        """Raise `ConfigError` for what a call with documents cannot honour, as far as no number has to be read."""
-        check_forms(key_padding_mask, cu_seqlens, query, key)
-        name = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
-        if q_offset is not None or kv_offset:
-            raise ConfigError(
-                f"{name}: every sequence has positions from 0, so no offsets can be given; got q_offset={q_offset} "
-                f"and kv_offset={kv_offset}"
-            )
-        if query.shape[1] != key.shape[1] and not self.config.is_causal:
-            raise ConfigError(
-                f"{name} with {query.shape[1]} queries and {key.shape[1]} keys: the last queries of a sequence stand "
-                "alone in decoding, which is causal. Queries of another sequence cannot be told from padded ones; "
-                "leave the padding out of the keys and call once for each row"
-            )
 
     @outside_graphs
     @torch.no_grad()
@@ -258,7 +234,9 @@ class Attention(nn.Module):
         gate = self.gate if self._has_gate else None
         with without_autocast(query.device):
             if key_padding_mask is not None or cu_seqlens is not None:
-                self._check_documents(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
+                check_documents(
+                    key_padding_mask, cu_seqlens, query, key, q_offset, kv_offset, is_causal=self.config.is_causal
+                )
                 return received_in_documents(
                     query, key, lse, self._engine, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, gate=gate
                 )

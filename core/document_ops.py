@@ -246,7 +246,7 @@ def attend_documents(
         engine: computes each document.
         key_padding_mask: (B, T) bool, True where a key is padding, or None.
         cu_seqlens: (N + 1,) cumulative lengths of documents, or None; one of the two is given, and has passed
-            `check_forms`.
+            `check_documents`.
         seed: int64 scalar that determines the dropout, or None.
         gate: chooses the blocks of a learned pattern, for each document by itself.
         recompute: keep only the inputs for the backward.

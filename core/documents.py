@@ -199,15 +199,44 @@ def _check_no_tangents(*tensors: Tensor) -> None:
         no_forward_mode()
 
 
-def check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:
-    """Raise `ConfigError` for arguments whose shape or dtype says already that they cannot be honoured.
+def check_documents(
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    q_offset: int | None,
+    kv_offset: int,
+    *,
+    is_causal: bool,
+) -> None:
+    """Raise `ConfigError` for what a call with documents cannot honour, as far as no number has to be read.
 
     Args:
         key_padding_mask: to be (B, T) bool, or None.
-        cu_seqlens: to be (N + 1,) int32 or int64, or None.
+        cu_seqlens: to be (N + 1,) int32 or int64, or None; one of the two is given.
         query: (B, S, H, D).
         key: (B, T, K, D).
+        q_offset: to be None.
+        kv_offset: to be 0.
+        is_causal: of the attention.
     """
+    _check_forms(key_padding_mask, cu_seqlens, query, key)
+    name = "cu_seqlens" if key_padding_mask is None else "key_padding_mask"
+    if q_offset is not None or kv_offset:
+        raise ConfigError(
+            f"{name}: every sequence has positions from 0, so no offsets can be given; got q_offset={q_offset} "
+            f"and kv_offset={kv_offset}"
+        )
+    if query.shape[1] != key.shape[1] and not is_causal:
+        raise ConfigError(
+            f"{name} with {query.shape[1]} queries and {key.shape[1]} keys: the last queries of a sequence stand "
+            "alone in decoding, which is causal. Queries of another sequence cannot be told from padded ones; "
+            "leave the padding out of the keys and call once for each row"
+        )
+
+
+def _check_forms(key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Raise `ConfigError` for arguments whose shape or dtype says already that they cannot be honoured."""
     if key_padding_mask is not None and cu_seqlens is not None:
         raise ConfigError("give key_padding_mask or cu_seqlens, not both: documents without padding need no mask")
     for name, given in (("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):

@@ -38,7 +38,14 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def distillation_loss(
-        self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """A scalar that teaches the gate where full attention goes; query and key learn nothing from it.
 
@@ -47,15 +54,33 @@ class Gate(nn.Module, ABC):
             key: as the attention gets it.
             q_offset: absolute position of the first query; default: the last query stands at the last key.
             kv_offset: absolute position of the first key.
+            key_padding_mask: as the attention gets it; each sequence is as it would be alone.
+            cu_seqlens: as the attention gets it, likewise.
         """
 
     @abstractmethod
-    def kept_mass(self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0) -> Tensor:
+    def kept_mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """The share of full attention's weights that lies in the blocks kept now; arguments as above.
 
-        Returns (B, H, S), for each query; 0 for those without keys.
+        Returns (B, H, S), for each query; 0 for those without keys and for padding.
         """
 
     @abstractmethod
-    def freeze(self, query: Tensor, key: Tensor) -> Pattern:
-        """A fixed pattern of the blocks kept for these queries and keys of one sequence length."""
+    def freeze(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Pattern:
+        """A fixed pattern of the blocks kept for these queries and keys, of sequences that have one length."""

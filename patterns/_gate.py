@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.documents import Stack, check_documents, read_documents, stacked
 from ..core.dynamic_tables import TableRows
 from ..core.errors import ConfigError
 from ..core.gate import Gate
 from ..core.geometry import Geometry
 from ..core.merging import accumulator_dtype
 from ..core.ops import without_autocast
+from ._block_weights import block_weights
 
 if TYPE_CHECKING:
     from ..core.config import AttentionConfig
@@ -79,15 +81,24 @@ class BlockGate(Gate):
             return self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
 
     def distillation_loss(
-        self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """How far the scores are from the attention that full attention would pay to each block.
 
-        The mean over batch rows, heads and blocks of queries of KL(p || softmax(scores)), p being the attention
-        weights of full (causal) attention, summed over the queries and the keys of a pair of blocks and normalised
-        over the blocks that can be chosen: the target of SeerAttention (arXiv 2410.13276, there the largest weight
-        instead of their sum) with the loss of DeepSeek-V3.2's warm-up of its sparse-attention indexer (KL to the summed
-        and L1-normalised attention). Only the gate learns from it: query and key are detached.
+        The mean over heads and blocks of queries, of all batch rows or documents together, of KL(p || softmax(scores)),
+        p being the attention weights of full (causal) attention, summed over the queries and the keys of a pair of
+        blocks and normalised over the blocks that can be chosen: the target of SeerAttention (arXiv 2410.13276, there
+        the largest weight instead of their sum) with the loss of DeepSeek-V3.2's warm-up of its sparse-attention
+        indexer (KL to the summed and L1-normalised attention). Only blocks of queries that have two key blocks or more
+        to choose from count, each as much as any other, so a document counts by how many it has. Only the gate learns
+        from it: query and key are detached.
 
         Weights are formed for a few blocks of queries and keys at a time, within `Limits.workspace_bytes`, and only
         their sums over pairs of blocks are kept.
@@ -97,21 +108,32 @@ class BlockGate(Gate):
             key: as attention gets it.
             q_offset: absolute position of the first query; default: the last query stands at the last key.
             kv_offset: absolute position of the first key.
+            key_padding_mask: as attention gets it. Each row is as it would be alone, whatever its padding holds.
+            cu_seqlens: as attention gets it, each document as it would be alone.
 
         Returns:
             A scalar in nats, float32 (float64 for float64); 0 where no block of queries has a choice.
+
+        Raises:
+            ConfigError: for shapes, masks and lengths that attention refuses.
         """
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
+        stacks = self._stacks(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
         with without_autocast(query.device):
-            return self._divergence(query, key, shift)
+            total = sum(x.sum() for x in self.parameters()) * 0.0  # of every parameter, whoever has a choice
+            count = torch.zeros((), dtype=torch.int64, device=query.device)
+            for q, k, apart in _sequences(query, key, shift, stacks):
+                own, choices = self._divergence(q, k, apart)
+                total, count = total + own, count + choices
+            return total / count.clamp(min=1)
 
-    def _divergence(self, query: Tensor, key: Tensor, shift: int) -> Tensor:
-        """`distillation_loss` of query (B, S, H, D) and key (B, T, K, D)."""
+    def _divergence(self, query: Tensor, key: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+        """Of query (B, S, H, D) and key (B, T, K, D) the sum of all divergences, and of how many it is."""
         scores = self._scores(query, key, shift)
         of = self._rows(query.shape[1], key.shape[1], shift, query.device)
         column = torch.arange(scores.shape[-1], device=query.device)
-        total, count = scores.sum() * 0.0, 0
-        for rows, weights in self._weights(query, key, shift):
+        total, count = scores.new_zeros(()), torch.zeros((), dtype=torch.int64, device=query.device)
+        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size, self._dtype):
             can_choose = column < of.before[rows, None]
             target = weights.sum(dim=3) * can_choose
             sums = target.sum(dim=-1, keepdim=True)
@@ -121,36 +143,81 @@ class BlockGate(Gate):
             cross = torch.where(can_choose, target * logs, 0.0)
             divergence = (torch.special.xlogy(target, target) - cross).sum(dim=-1)
             total = total + torch.where(has_choice, divergence, 0.0).sum()
-            count += int(has_choice.sum())
-        return total / max(count, 1)
+            count = count + has_choice.sum()
+        return total, count
 
     @torch.no_grad()
-    def kept_mass(self, query: Tensor, key: Tensor, *, q_offset: int | None = None, kv_offset: int = 0) -> Tensor:
+    def kept_mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """As `Gate.kept_mass`; formed a few blocks at a time, like the loss."""
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
+        stacks = self._stacks(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
         with without_autocast(query.device):
-            tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
-            parts = []
-            for rows, weights in self._weights(query, key, shift):
-                kept = tables[:, :, rows, None].expand(*weights.shape[:4], -1)
-                parts.append(torch.where(kept < 0, 0.0, weights.gather(-1, kept.clamp(min=0))).sum(dim=-1))
+            if stacks is None:
+                return self._mass(query, key, shift)
+            total = torch.zeros(query.shape[0], query.shape[2], query.shape[1], dtype=self._dtype, device=query.device)
+            for stack, own in zip(stacks, _sequences(query, key, shift, stacks), strict=True):
+                stack.put_values(total, self._mass(*own))
+        return total
+
+    def _mass(self, query: Tensor, key: Tensor, shift: int) -> Tensor:
+        """`kept_mass` of query (B, S, H, D) and key (B, T, K, D)."""
+        tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
+        parts = []
+        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size, self._dtype):
+            kept = tables[:, :, rows, None].expand(*weights.shape[:4], -1)
+            parts.append(torch.where(kept < 0, 0.0, weights.gather(-1, kept.clamp(min=0))).sum(dim=-1))
         return torch.cat(parts, dim=2).flatten(2)[:, :, : query.shape[1]]
 
     @torch.no_grad()
-    def freeze(self, query: Tensor, key: Tensor) -> FrozenBlocks:
+    def freeze(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> FrozenBlocks:
         """A fixed pattern of the blocks kept for these queries and keys, of one length.
 
-        With several batch rows it keeps, for all of them alike, the blocks with the largest mean probability under the
+        With several sequences it keeps, for all of them alike, the blocks with the largest mean probability under the
         softmax of the scores; with one exactly those that the attention would use.
+
+        Args:
+            query: as attention gets it.
+            key: as attention gets it, equally many.
+            key_padding_mask: as attention gets it.
+            cu_seqlens: as attention gets it.
 
         Returns:
             A pattern for this sequence length, number of heads and causality, which `PatternStore` can save.
+
+        Raises:
+            ConfigError: sequences of several lengths, whose blocks are not the same, or none.
         """
         query, key, _ = self._inputs(query, key, None, 0)
         if query.shape[1] != key.shape[1]:
             raise ConfigError(
                 f"freeze takes queries and keys of one sequence, got lengths {query.shape[1]} and {key.shape[1]}"
             )
+        stacks = self._stacks(query, key, key_padding_mask, cu_seqlens, None, 0)
+        if stacks is not None:
+            lengths = sorted({stack.q_len for stack in stacks})
+            if len(lengths) != 1:
+                found = f"sequences of {', '.join(map(str, lengths))} tokens" if lengths else "padding alone"
+                raise ConfigError(
+                    f"a frozen pattern is one of a single length, got {found}; freeze those of each length alone"
+                )
+            query = torch.cat([stack.queries(query) for stack in stacks])
+            key = torch.cat([stack.keys(key) for stack in stacks])
         length = query.shape[1]
         with without_autocast(query.device):
             scores = self._scores(query, key, 0)
@@ -200,6 +267,22 @@ class BlockGate(Gate):
         offset = kv_offset + key.shape[1] - query.shape[1] if q_offset is None else q_offset
         return query.detach(), key.detach(), offset - kv_offset
 
+    def _stacks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        q_offset: int | None,
+        kv_offset: int,
+    ) -> tuple[Stack, ...] | None:
+        """The sequences of a call of several, read and looked at as the attention does."""
+        if key_padding_mask is None and cu_seqlens is None:
+            return None
+        causal = self._config.is_causal
+        check_documents(key_padding_mask, cu_seqlens, query, key, q_offset, kv_offset, is_causal=causal)
+        return stacked(read_documents(key_padding_mask, cu_seqlens, query.shape[1], key.shape[1]))
+
     def _rows(self, q_len: int, kv_len: int, shift: int, device: torch.device) -> TableRows:
         return TableRows.of(self._pattern, q_len, kv_len, shift, is_causal=self._config.is_causal, device=device)
 
@@ -248,49 +331,16 @@ class BlockGate(Gate):
             features = torch.cat([features * (apart >= 0).unsqueeze(-1), features * (apart < 0).unsqueeze(-1)], dim=-1)
         return torch.einsum("rcf,hf->hrc", features, self.nearness.to(self._dtype))
 
-    def _weights(self, query: Tensor, key: Tensor, shift: int) -> Iterator[tuple[slice, Tensor]]:
-        """Full attention's weights summed over blocks of keys, (B, H, n, b, C), for n rows of blocks at a time.
 
-        They are formed from the log-sum-exp of each block, so that a tile of scores is dropped as soon as it has been
-        seen. Queries past the end have the weight 0, as those without keys.
-        """
-        config, size = self._config, self._pattern.block_size
-        (batch, length, heads, _), kv_len = query.shape, key.shape[1]
-        queries = functional.pad(query.to(self._dtype).transpose(1, 2), (0, 0, 0, -length % size))
-        queries = torch.unflatten(queries, 1, (config.kv_heads, -1))
-        keys = functional.pad(key.to(self._dtype).transpose(1, 2), (0, 0, 0, -kv_len % size))
-        cols = keys.shape[2] // size
-        budget = config.limits.workspace_bytes // (4 * self._dtype.itemsize * batch * heads * size)
-        step = max(1, budget // max(cols, size))
-        tile = max(1, budget // (step * size))
-        for begin in range(0, queries.shape[3] // size, step):
-            rows = slice(begin, min(begin + step, queries.shape[3] // size))
-            place = torch.arange(rows.start * size, rows.stop * size, device=query.device)
-            part = queries[:, :, :, rows.start * size : rows.stop * size]
-            seen = min(cols, max(1, rows.stop + shift // size + 1)) if config.is_causal else cols
-            logs = [
-                self._block_logs(part, keys[:, :, c * size : end * size], place + shift - c * size, kv_len - c * size)
-                for c, end in ((c, min(c + tile, seen)) for c in range(0, seen, tile))
-            ]
-            per_block = functional.pad(torch.cat(logs, dim=-1), (0, cols - seen), value=-torch.inf)
-            total = per_block.logsumexp(dim=-1, keepdim=True)
-            weights = torch.exp(per_block - torch.where(total == -torch.inf, 0.0, total))
-            weights = weights * (place < length)[:, None]
-            yield rows, torch.unflatten(weights.flatten(1, 2), 2, (-1, size))
-
-    def _block_logs(self, query: Tensor, key: Tensor, position: Tensor, kv_len: int) -> Tensor:
-        """Log-sum-exp of the scores of query (B, K, G, n, D) with each block of key (B, K, t * b, D): (B, K, G, n, t).
-
-        `position` (n,) are the queries' positions counted from the first of these keys, of which kv_len are real.
-        """
-        scores = (query.flatten(2, 3) @ key.mT).mul_(self._config.softmax_scale)
-        scores = torch.unflatten(scores, 2, query.shape[2:4])
-        place = torch.arange(key.shape[2], device=key.device)
-        sees = place < kv_len
-        if self._config.is_causal:
-            sees = sees & (place <= position[:, None])
-        scores.masked_fill_(~sees, -torch.inf)
-        return torch.unflatten(scores, -1, (-1, self._pattern.block_size)).logsumexp(dim=-1)
+def _sequences(
+    query: Tensor, key: Tensor, shift: int, stacks: tuple[Stack, ...] | None
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Queries, keys and shift of the sequences of each length, or those of the call."""
+    if stacks is None:
+        yield query, key, shift
+        return
+    for stack in stacks:
+        yield stack.queries(query), stack.keys(key), stack.kv_len - stack.q_len
 
 
 def _block_means(x: Tensor, size: int) -> Tensor:

@@ -74,7 +74,7 @@ def test_loss_and_kept_mass_are_those_of_the_dense_weights(geometry: Geometry, w
     size, limits = 8, Limits(workspace_bytes=workspace_bytes)
     attention = build(Learned(size, 3), geometry, dtype="float64", limits=limits)
     query, key, _ = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=torch.float64))
-    offsets = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
+    offsets: dict[str, Any] = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
     weights = dense_weights(query, key, geometry, size)
     mass = weights.sum(dim=3)
     shift = geometry.q_offset - geometry.kv_offset
