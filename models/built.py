@@ -19,6 +19,7 @@ from ..core.attention import Attention
 from ..core.config import AttentionConfig
 from ..core.decoding import DecodingCache
 from ..core.errors import ConfigError
+from ..core.gate import Gate
 from ..core.outside import outside_graphs
 from ..core.pattern import Full, LearnedPattern, Pattern
 from ..registry.build import build_attention
@@ -33,27 +34,34 @@ ZERO_PADDING = "torchscale_zero_padding"
 
 
 class _Builds:
-    """The attentions of one configuration, by what they are called with; equal modules share them."""
+    """The attentions of one configuration, by what they are called with; equal modules share them.
 
-    def __init__(self, config: AttentionConfig, token: str) -> None:
+    Those of a learned pattern have one gate, and only its module uses them.
+    """
+
+    def __init__(self, config: AttentionConfig, gate: Gate | None, token: str) -> None:
         self.config = config
+        self.gate = gate
         self.token = token
         self.made: dict[_Key, Attention] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _builds_of, (self.config,)  # copies of a module share too, and nothing built is pickled
+        return _builds_of, (self.config, self.gate)  # copies of a module share too, and nothing built is pickled
 
     def attention_for(self, dtype: torch.dtype, device_type: str, is_causal: bool, drops: bool) -> Attention:
         """The attention for these inputs, built now if it was not before."""
         key = (dtype, device_type, is_causal, drops)
         if key not in self.made:
-            self.made[key] = build_attention(
+            attention = build_attention(
                 self.config,
                 dtype=dtype,
                 device=device_type,
                 is_causal=is_causal,
                 dropout_p=self.config.dropout_p if drops else 0.0,
             )
+            if self.gate is not None:
+                attention.gate = self.gate
+            self.made[key] = attention
         return self.made[key]
 
 
@@ -61,11 +69,11 @@ class _Builds:
 _BUILDS: Final[WeakValueDictionary[str, _Builds]] = WeakValueDictionary()
 
 
-def _builds_of(config: AttentionConfig) -> _Builds:
+def _builds_of(config: AttentionConfig, gate: Gate | None) -> _Builds:
     token = repr(config)
-    while (known := _BUILDS.get(token)) is not None and known.config != config:
-        token += "'"  # somebody's patterns may look alike
-    made = known or _Builds(config, token)
+    while (known := _BUILDS.get(token)) is not None and (known.gate is not gate or known.config != config):
+        token += "'"  # another layer's gate; and somebody's patterns may look alike
+    made = known or _Builds(config, gate, token)
     return _BUILDS.setdefault(token, made)
 
 
@@ -73,8 +81,9 @@ class BuiltAttention(nn.Module):
     """One attention for whatever dtype, device and causality it is called with; each is built once, on first use.
 
     Under torch.compile that happens while tracing, so that graphs stay whole. Dropout is while training: in evaluation
-    mode the attention is built without it. A learned pattern has parameters, which belong to one dtype and device: it
-    is built at once, and other calls are refused.
+    mode the attention is built without it. A learned pattern has a gate, which is made at once, for one causality, and
+    which all that is built for this module shares. A forward pre-hook of this module sees the queries and keys that
+    `gate.distillation_loss` takes.
 
     Args:
         fields: fields of `AttentionConfig`, `is_causal` among them where no call may be other than causal.
@@ -85,10 +94,10 @@ class BuiltAttention(nn.Module):
 
     Attributes:
         pattern: the pattern, resolved.
-        learned: the only attention, where the pattern is learned; otherwise None.
+        gate: chooses the blocks of a learned pattern; None for others. Its parameters have the module's dtype.
     """
 
-    learned: Attention | None
+    gate: Gate | None
 
     def __init__(
         self,
@@ -109,32 +118,30 @@ class BuiltAttention(nn.Module):
             check_zero_padding(self.config)
         self.compatibility = compatibility
         self._has_dropout = self.config.dropout_p > 0  # under torch.compile(dynamic=True) the number is a symbol
-        self.learned = None
-        self._builds = _builds_of(self.config)
-        if isinstance(self.pattern.unwrap(), LearnedPattern):
-            device = torch.device(device) if device is not None else torch.get_default_device()
-            if device.type == "meta":
-                raise ConfigError(
-                    f"a {self.pattern.kind} pattern's attention belongs to one device and is built at once, which the "
-                    "meta device rules out; make the module on the device that it is to run on"
-                )
-            made = dtype or torch.get_default_dtype(), device.type, config.is_causal
-            self._learned_for = made
-            self.learned = build_attention(self.config, dtype=made[0], device=made[1])
+        self.gate = self._make_gate(device, dtype)
+        self._builds = _builds_of(self.config, self.gate)
+
+    def _make_gate(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Gate | None:
+        learned = self.pattern.unwrap()
+        if not isinstance(learned, LearnedPattern):
+            return None
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        if device.type == "meta":
+            raise ConfigError(
+                f"a {self.pattern.kind} pattern's gate has numbers to begin with and is made at once, which the meta "
+                "device rules out; make the module on the device that it is to run on"
+            )
+        gate = learned.make_gate(attrs.evolve(self.config, device=device))
+        return gate.to(dtype or torch.get_default_dtype())  # as the module's other parameters: FSDP2 wants them alike
 
     def set_dropout(self, dropout_p: float) -> None:
         """Drop with that probability from now on; attentions that were built for others are kept.
 
         Raises:
-            ConfigError: for a learned pattern, whose attention is built once, and for no probability below 1.
+            ConfigError: for no probability below 1.
         """
         config = attrs.evolve(self.config, dropout_p=dropout_p)
-        if self.learned is not None and dropout_p != self.config.dropout_p:
-            raise ConfigError(
-                f"the {self.pattern.kind} pattern's attention was made with dropout_p={self.config.dropout_p:g}; make "
-                "the module with another"
-            )
-        self.config, self._has_dropout, self._builds = config, dropout_p > 0, _builds_of(config)
+        self.config, self._has_dropout, self._builds = config, dropout_p > 0, _builds_of(config, self.gate)
 
     @property
     def is_full(self) -> bool:
@@ -155,23 +162,20 @@ class BuiltAttention(nn.Module):
         """The attention for these inputs, built now if it was not before; `plan.explain()` says what was chosen.
 
         Raises:
-            ConfigError, NoBackendError: as `build_attention`; for a learned pattern, for all but what it was made for.
+            ConfigError, NoBackendError: as `build_attention`; for a learned pattern also for another causality.
         """
-        if self.learned is None:
-            return self._builds.attention_for(dtype, device_type, is_causal, self._drops)
-        made = self._learned_for
-        if torch.is_autocast_enabled(device_type):  # it casts its inputs itself
-            dtype = made[0]
-        if (dtype, device_type, is_causal) != made:
+        self._check_causality(is_causal)
+        return self._builds.attention_for(dtype, device_type, is_causal, self._drops)
+
+    def _check_causality(self, is_causal: bool) -> None:
+        if self.gate is not None and is_causal != self.config.is_causal:
             raise ConfigError(
-                f"the {self.pattern.kind} pattern's attention was made for {made[0]}, {made[1]}, "
-                f"is_causal={made[2]} and called with {dtype}, {device_type}, is_causal={is_causal}; make the "
-                f"module with that dtype=, device= and is_causal="
+                f"the {self.pattern.kind} pattern's gate was made for is_causal={self.config.is_causal} and called "
+                f"with is_causal={is_causal}; make the module with that is_causal="
             )
-        return self.learned
 
     def built_attentions(self) -> tuple[Attention, ...]:
-        """What was built by now, here or in modules that share it (a learned pattern's is a submodule instead)."""
+        """What was built by now, here or in modules that share it."""
         return tuple(self._builds.made.values())
 
     @property
@@ -207,12 +211,13 @@ class BuiltAttention(nn.Module):
             (B, S, H, D).
         """
         is_causal = is_causal or self.config.is_causal
-        if self.learned is None and torch.compiler.is_compiling():
+        self._check_causality(is_causal)
+        if torch.compiler.is_compiling():
             built_for = (query.dtype, query.device.type, is_causal, self._drops)
             _build_while_tracing(self._builds.token, *built_for)
             attention = self._builds.made[built_for]
         else:
-            attention = self.attention_for(query.dtype, query.device.type, is_causal=is_causal)
+            attention = self._builds.attention_for(query.dtype, query.device.type, is_causal, self._drops)
         if sinks is not None and (self.compatibility is not None or (is_cross and key_padding_mask is not None)):
             raise ConfigError("sinks are not taken beside compatibility, nor with a padding mask across two sequences")
         if is_cross and key_padding_mask is not None:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.merging import accumulator_dtype
+
 if TYPE_CHECKING:
     from ..core.config import AttentionConfig
 
 
 def block_weights(
-    query: Tensor, key: Tensor, shift: int, config: AttentionConfig, size: int, dtype: torch.dtype
+    query: Tensor, key: Tensor, shift: int, config: AttentionConfig, size: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows of blocks and their weights (B, H, n, b, C), for n rows at a time.
 
@@ -30,8 +32,8 @@ def block_weights(
         shift: how far the first query stands after the first key.
         config: heads, scale, causality and `Limits.workspace_bytes`, within which tiles are.
         size: b.
-        dtype: of the weights.
     """
+    dtype = accumulator_dtype(query.dtype)
     (batch, length, heads, _), kv_len = query.shape, key.shape[1]
     queries = functional.pad(query.to(dtype).transpose(1, 2), (0, 0, 0, -length % size))
     queries = torch.unflatten(queries, 1, (config.kv_heads, -1))

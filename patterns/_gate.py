@@ -60,9 +60,9 @@ class BlockGate(Gate):
         self._words = repr(pattern)  # torch.compile cannot trace attrs' own repr, which torch.func.vmap asks for
         self._most = most
         self._config = config
-        self._dtype = accumulator_dtype(getattr(torch, config.dtype))
+        dtype = accumulator_dtype(getattr(torch, config.dtype))
         heads, kv_heads, dim = config.num_heads, config.kv_heads, config.head_dim
-        eye = torch.eye(dim, dtype=self._dtype, device=config.device)
+        eye = torch.eye(dim, dtype=dtype, device=config.device)
         axes = torch.cat([eye, -eye], dim=1)
         self.query_mix = nn.Parameter(axes.repeat(heads, 1, 1))
         self.query_bias = nn.Parameter(eye.new_zeros(heads, _SIGNS * dim))
@@ -120,7 +120,8 @@ class BlockGate(Gate):
         query, key, shift = self._inputs(query, key, q_offset, kv_offset)
         stacks = self._stacks(query, key, key_padding_mask, cu_seqlens, q_offset, kv_offset)
         with without_autocast(query.device):
-            total = sum(x.sum() for x in self.parameters()) * 0.0  # of every parameter, whoever has a choice
+            dtype = accumulator_dtype(query.dtype)
+            total = sum((x * 0).sum(dtype=dtype) for x in self.parameters())  # all are used, whoever has a choice
             count = torch.zeros((), dtype=torch.int64, device=query.device)
             for q, k, apart in _sequences(query, key, shift, stacks):
                 own, choices = self._divergence(q, k, apart)
@@ -133,7 +134,7 @@ class BlockGate(Gate):
         of = self._rows(query.shape[1], key.shape[1], shift, query.device)
         column = torch.arange(scores.shape[-1], device=query.device)
         total, count = scores.new_zeros(()), torch.zeros((), dtype=torch.int64, device=query.device)
-        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size, self._dtype):
+        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size):
             can_choose = column < of.before[rows, None]
             target = weights.sum(dim=3) * can_choose
             sums = target.sum(dim=-1, keepdim=True)
@@ -163,7 +164,8 @@ class BlockGate(Gate):
         with without_autocast(query.device):
             if stacks is None:
                 return self._mass(query, key, shift)
-            total = torch.zeros(query.shape[0], query.shape[2], query.shape[1], dtype=self._dtype, device=query.device)
+            batch, length, heads, _ = query.shape
+            total = query.new_zeros(batch, heads, length, dtype=accumulator_dtype(query.dtype))
             for stack, own in zip(stacks, _sequences(query, key, shift, stacks), strict=True):
                 stack.put_values(total, self._mass(*own))
         return total
@@ -172,7 +174,7 @@ class BlockGate(Gate):
         """`kept_mass` of query (B, S, H, D) and key (B, T, K, D)."""
         tables = self._choose(self._scores(query, key, shift), query.shape[1], key.shape[1], shift)
         parts = []
-        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size, self._dtype):
+        for rows, weights in block_weights(query, key, shift, self._config, self._pattern.block_size):
             kept = tables[:, :, rows, None].expand(*weights.shape[:4], -1)
             parts.append(torch.where(kept < 0, 0.0, weights.gather(-1, kept.clamp(min=0))).sum(dim=-1))
         return torch.cat(parts, dim=2).flatten(2)[:, :, : query.shape[1]]
@@ -301,15 +303,16 @@ class BlockGate(Gate):
         return tables.masked_fill(torch.arange(width, device=scores.device) >= of.kept[:, None], -1)
 
     def _scores(self, query: Tensor, key: Tensor, shift: int) -> Tensor:
-        """(B, H, R, C) for query (B, S, H, D) and key (B, T, K, D)."""
+        """(B, H, R, C) for query (B, S, H, D) and key (B, T, K, D), whatever the dtype of the parameters is."""
         size, group = self._pattern.block_size, self._config.num_heads // self._config.kv_heads
-        summary = self._summaries(query.to(self._dtype))
-        strengths = torch.einsum("brhd,hdf->bhrf", summary, self.query_mix.to(self._dtype))
-        strengths = (strengths + self.query_bias.to(self._dtype)[:, None]).relu() * self._config.softmax_scale
-        keys = torch.einsum("btkd,kdf->bktf", key.to(self._dtype), self.key_mix.to(self._dtype))
+        dtype = accumulator_dtype(query.dtype)
+        summary = self._summaries(query.to(dtype))
+        strengths = torch.einsum("brhd,hdf->bhrf", summary, self.query_mix.to(dtype))
+        strengths = (strengths + self.query_bias.to(dtype)[:, None]).relu() * self._config.softmax_scale
+        keys = torch.einsum("btkd,kdf->bktf", key.to(dtype), self.key_mix.to(dtype))
         by_group = torch.unflatten(strengths, 1, (-1, group))
         scores = (by_group @ _block_log_means(keys, size).unsqueeze(2).mT).flatten(1, 2)
-        return scores + self._nearness(scores.shape[2], scores.shape[3], shift)
+        return scores + self._nearness(scores.shape[2], scores.shape[3], shift, dtype)
 
     def _summaries(self, query: Tensor) -> Tensor:
         """(B, R, H, D): causal, the first query of each block; else the mean of its queries."""
@@ -319,17 +322,17 @@ class BlockGate(Gate):
             return query.index_select(1, torch.arange(rows, device=query.device) * size)
         return _block_means(query, size)
 
-    def _nearness(self, rows: int, cols: int, shift: int) -> Tensor:
+    def _nearness(self, rows: int, cols: int, shift: int, dtype: torch.dtype) -> Tensor:
         """(H, R, C): what the distance of two blocks adds to their score."""
         size = self._pattern.block_size
         row = torch.arange(rows, device=self.nearness.device)[:, None]
         column = torch.arange(cols, device=self.nearness.device)
-        apart = (row - column).to(self._dtype) + shift / size
+        apart = (row - column).to(dtype) + shift / size
         distance = apart.abs()
         features = torch.stack([distance.log1p(), 1 / (1 + distance)], dim=-1)
         if not self._config.is_causal:
             features = torch.cat([features * (apart >= 0).unsqueeze(-1), features * (apart < 0).unsqueeze(-1)], dim=-1)
-        return torch.einsum("rcf,hf->hrc", features, self.nearness.to(self._dtype))
+        return torch.einsum("rcf,hf->hrc", features, self.nearness.to(dtype))
 
 
 def _sequences(

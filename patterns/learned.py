@@ -35,8 +35,9 @@ class Learned(LearnedPattern):
     `build_attention` makes the gate, an `nn.Module`, as `attention.gate`; it is trained by
     `attention.gate.distillation_loss(query, key)` beside or after the model, and frozen to a fixed pattern by
     `attention.gate.freeze(query, key)`. Attention over the kept blocks is exact, with gradients to queries, keys and
-    values; the choice is not differentiated. So a model's own loss gives the gate no gradient, and
-    DistributedDataParallel needs `find_unused_parameters=True` or `static_graph=True`.
+    values; the choice is not differentiated. So a model's own loss gives the gate no gradient: DistributedDataParallel
+    needs `static_graph=True` where the gate's loss is added outside of the module that it wraps, and
+    `find_unused_parameters=True` only where the gate does not learn.
 
     Causal: a block of queries is judged by its first query and by the keys of blocks that end before it, so that no
     later token moves the choice; blocks that the diagonal cuts are always kept. Not causal: by the mean of its queries

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from dilated_attention import ConfigError, Dilated, Full, Learned, NoBackendError, reference
+from dilated_attention import ConfigError, Dilated, Full, NoBackendError, reference
 from dilated_attention.models import MultiheadAttention
 
 from .model_kit import data, gradients, padding
@@ -280,16 +280,6 @@ def test_other_dtypes_and_autocast() -> None:
     assert "sdpa" in repr(back.attention)
 
 
-def test_a_learned_pattern_keeps_its_gate() -> None:
-    learned = {"kind": "learned", "block_size": 4, "blocks_per_row": 2}
-    ours = MultiheadAttention(E, H, batch_first=True, pattern=learned, is_causal=True)
-    assert any(name.startswith("attention.learned.gate.") for name in ours.state_dict())
-    x = data(1, S, E)
-    assert ours(x, x, x)[0].shape == x.shape
-    with pytest.raises(ConfigError, match="make the module with that dtype="):
-        ours.double()(*[x.double()] * 3)
-
-
 def test_compiled_without_graph_breaks() -> None:
     torch.manual_seed(0)
     ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED, positions="rotary")
@@ -314,9 +304,6 @@ def test_dropout_may_be_set_as_torchs_is() -> None:
     with pytest.raises(ConfigError, match="dropout_p"):
         module.dropout = 1.5
     assert module.dropout == 0.0
-    learned = MultiheadAttention(E, H, pattern=Learned(block_size=8, blocks_per_row=2))
-    with pytest.raises(ConfigError, match=r"was made with dropout_p=0; make the module with another"):
-        learned.dropout = 0.1
 
 
 def test_dropout_is_for_training_only() -> None:
