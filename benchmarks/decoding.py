@@ -21,7 +21,7 @@ from torch import Tensor
 from dilated_attention import Attention, Dilated, Full, Global, Local, Pattern, build_attention
 from dilated_attention.bench.contenders import BOUNDS
 from dilated_attention.bench.timing import difference, random_inputs
-from dilated_attention.core.decoding import Reach
+from dilated_attention.core.reach import Reach
 
 LENGTH, SCALE, STEPS = 131_072, 32, 24
 

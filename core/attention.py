@@ -255,7 +255,7 @@ class Attention(nn.Module):
         return self._engine.counters()
 
     @outside_graphs
-    def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> DecodingCache:
+    def make_cache(self, batch_size: int, max_seq_len: int | None = None, *, max_crop: int = 0) -> DecodingCache:
         """An empty cache for `step`, one for each sequence (or batch of them) that is decoded.
 
         It keeps the keys and values that a later token can still reach, for each head by itself: the last window of
@@ -265,14 +265,15 @@ class Attention(nn.Module):
         Args:
             batch_size: sequences decoded together, all of one length.
             max_seq_len: most tokens that it may see; a cache that keeps all then takes its memory at once.
+            max_crop: how many of the last tokens `cache.crop` must be able to take back; what they could see is kept so
+                much longer.
 
         Raises:
             ConfigError: attention that is not causal or that ranks share, a pattern kept as blocks of one length, or a
                 backend that does not declare unequal_lengths.
         """
-        return DecodingCache(
-            self._engine, self.gate if self._has_gate else None, self._device(), batch_size, max_seq_len
-        )
+        gate = self.gate if self._has_gate else None
+        return DecodingCache(self._engine, gate, self._device(), batch_size, max_seq_len, max_crop)
 
     @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:

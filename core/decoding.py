@@ -14,84 +14,44 @@ import torch
 from torch import Tensor
 
 from .checks import require_int
-from .context_parallel import refuse_in_ring
+from .decoding_checks import check_request, check_rows
 from .errors import ConfigError
-from .geometry import Geometry
 from .merging import accumulator_dtype
-from .pattern import Pattern
 from .products import bmm, exponentials, widened
+from .reach import Reach
 from .tracing import span
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from .config import AttentionConfig
     from .engine import Engine
     from .gate import Gate
     from .pattern import IntArray
 
 _SLACK = 16  # rows of room that an eviction leaves, and a 64th of what it keeps: so many tokens until the next
-_FAR = 1 << 40  # a position far behind every window and segment
 _PAIRS_AT_ONCE = 1 << 22  # multiplicities evaluated in one step: some tens of megabytes of temporaries
-
-
-class Reach:
-    """What later queries can see, for one configuration.
-
-    Attributes:
-        keeps_all: no key is ever out of reach, as far as the pattern says.
-    """
-
-    def __init__(self, config: AttentionConfig, pattern: Pattern) -> None:
-        self._pattern = pattern.unwrap()
-        self._geometry = attrs.evolve(config.one_token, is_causal=True)
-        self._groups = self._pattern.head_groups(config.num_heads, config.kv_heads)
-        some = np.arange(_FAR // 2, _FAR // 2 + 1024, dtype=np.int64)
-        self.keeps_all = all(bool(kept.all()) for kept in self.kept([some] * config.kv_heads, _FAR))
-
-    def kept(self, positions: list[IntArray], length: int) -> list[NDArray[np.bool_]]:
-        """For each key-value head, which of its positions a query at `length` or later may see."""
-        known: dict[tuple[int, int], NDArray[np.bool_]] = {}
-        size, result = self._geometry.group_size, []
-        for kv_head, own in enumerate(positions):
-            keep = np.zeros(own.shape, dtype=np.bool_)
-            for head in range(kv_head * size, (kv_head + 1) * size):
-                place = self._groups[head], id(own)
-                if place not in known:
-                    known[place] = self._pattern.reachable(own, length, head, self._geometry)
-                keep = keep | known[place]
-            result.append(keep)
-        return result
-
-    def multiplicity(self, query: IntArray, key: IntArray, head: IntArray, geometry: Geometry) -> IntArray:
-        """How often each query counts each key, causality included; keys before position 0 are none."""
-        counts = self._pattern.multiplicity(query, np.maximum(key, 0), head, geometry)
-        return counts * ((key >= 0) & (key <= query))
-
-    def rows(self, length: int) -> list[int]:
-        """How many keys each key-value head must keep once `length` tokens are known."""
-        every = np.arange(length, dtype=np.int64)
-        return [int(kept.sum()) for kept in self.kept([every] * self._geometry.num_kv_heads, length)]
 
 
 class DecodingCache:
     """The keys and values that later tokens can still see. `attention.make_cache` makes one, `attention.step` fills it.
 
     Rows are dropped as segments close and windows pass, a few at a time: what is held exceeds what is needed by 16 rows
-    and a 64th at most.
+    and a 64th at most, and by the `max_crop` last tokens.
 
     Attributes:
         batch_size: B.
         max_seq_len: most tokens that it may see, or None.
+        max_crop: how many of the last tokens `crop` can surely take back.
         seq_len: tokens that it has seen.
         engine: of the attention that it belongs to.
         reach: what later tokens can see.
     """
 
-    def __init__(self, engine: Engine, gate: Gate | None, device: torch.device, batch: int, most: int | None) -> None:
+    def __init__(
+        self, engine: Engine, gate: Gate | None, device: torch.device, batch: int, most: int | None, max_crop: int
+    ) -> None:
         config = engine.config
-        _check_request(engine, batch, most)
+        check_request(engine, batch, most, max_crop)
         self.batch_size, self.max_seq_len, self.seq_len = int(batch), None if most is None else int(most), 0
+        self.max_crop = int(max_crop)
         self.engine = engine
         self.reach = Reach(config, engine.pattern)
         self._gate = gate
@@ -103,6 +63,7 @@ class DecodingCache:
         self._values = torch.empty_like(self._keys)
         self._positions = np.full((self._heads, 0 if self.reach.keeps_all else room), -1, dtype=np.int64)
         self._used = np.zeros(self._heads, dtype=np.int64)
+        self._least = 0  # what queries from there on can see is held
         self._block_query: Tensor | None = None  # of a learned pattern: the first query of the block that is not full
 
     def __repr__(self) -> str:
@@ -205,6 +166,64 @@ class DecodingCache:
         first = query.shape[1] - begun
         return query, lead, query[:, first : first + 1].clone() if begun else None
 
+    def select(self, rows: Tensor) -> None:
+        """Hold the sequences `rows` of the batch from now on, in that order: beams, or what has not ended yet.
+
+        Args:
+            rows: (N,) int32 or int64, each from 0 to batch_size - 1, as often as it is wanted. N is the new batch_size.
+
+        Raises:
+            ConfigError: anything else, which changes nothing.
+        """
+        check_rows(rows, self.batch_size)
+        index, width, query = rows.to(self._keys.device), int(self._used.max(initial=0)), self._block_query
+        query = None if query is None else query.index_select(0, index)
+        held = [self._keys, self._values]
+        parts = [x[:, :, :width].index_select(0, index) for x in held]
+        if len(rows) != self.batch_size:
+            held = [x.new_zeros(len(rows), *x.shape[1:]) for x in held]
+        for x, part in zip(held, parts, strict=True):
+            x[:, :, :width] = part
+        (self._keys, self._values), self._block_query, self.batch_size = held, query, len(rows)
+
+    def crop(self, seq_len: int) -> None:
+        """Forget all tokens but the first `seq_len`, as if they had not been given.
+
+        Where rows are dropped it goes back by `max_crop` from the most tokens that it has seen: what was out of reach
+        then is lost. A learned pattern goes back to where a block begins, or within the last one if it is not full.
+
+        Raises:
+            ConfigError: more tokens than it has seen, or fewer than it can go back to; nothing is changed then.
+        """
+        seq_len = require_int("seq_len", seq_len, minimum=0)
+        if not self._least <= seq_len <= self.seq_len:
+            raise ConfigError(
+                f"cannot crop to {seq_len} tokens: the cache has seen {self.seq_len} and holds what tokens from "
+                f"{self._least} on can see (max_crop={self.max_crop}); give a length from {self._least} to "
+                f"{self.seq_len}, or make it with a larger max_crop"
+            )
+        query = self._block_query_at(seq_len)
+        if self.reach.keeps_all:
+            self._used[:] = seq_len
+        else:
+            self._positions[self._positions >= seq_len] = -1
+            self._used = (self._positions >= 0).sum(axis=1)
+        self.seq_len, self._block_query = seq_len, query
+
+    def _block_query_at(self, seq_len: int) -> Tensor | None:
+        """What `_block_query` has to be after `crop`."""
+        size, seen = self.engine.pattern.block_size, self.seq_len
+        if self._gate is None or size is None or seq_len % size == 0:
+            return None
+        begun = seen - seen % size + 1
+        if seq_len < min(begun, seen):
+            within = f", or from {begun} to {seen}" if begun <= seen else ""
+            raise ConfigError(
+                f"cannot crop to {seq_len} tokens: the first query of the block that they end in, which chooses for "
+                f"it, is no longer held; crop to a multiple of {size}{within}"
+            )
+        return self._block_query
+
     def extend(self, key: Tensor, value: Tensor) -> None:
         """Take in new tokens whose output is not asked for, as far as later ones can reach them.
 
@@ -248,39 +267,42 @@ class DecodingCache:
 
     def _place(self, key: Tensor, value: Tensor, end: int) -> None:
         """Write new rows, which do not count yet, behind those of all tokens seen."""
-        self._make_room([np.arange(self.seq_len)] * self._heads, key.shape[1])
+        every = [np.arange(self.seq_len)] * self._heads
+        self._keys, self._values, self._positions = self._with_room(every, key.shape[1])
         for held, x in ((self._keys, key), (self._values, value)):
             held[:, :, self.seq_len : end] = x.transpose(1, 2)
 
     def _append_reachable(self, key: Tensor, value: Tensor) -> None:
         """Keep of new tokens what later ones can reach; where room is short, what no longer is in reach is dropped."""
         end = self.seq_len + key.shape[1]
+        least = max(self._least, end - self.max_crop)
         positions = np.arange(self.seq_len, end, dtype=np.int64)
-        taken = [np.flatnonzero(kept) for kept in self.reach.kept([positions] * self._heads, end)]
+        taken = [np.flatnonzero(kept) for kept in self.reach.kept([positions] * self._heads, least)]
         counts = np.array([tokens.size for tokens in taken])
         heads, tokens = np.repeat(np.arange(self._heads), counts), np.concatenate(taken)
         head, token = (torch.from_numpy(x).to(self._keys.device) for x in (heads, tokens))
         rows = [x[:, token, head] for x in (key, value)]  # before anything is dropped: memory may not suffice
-        if (self._used + counts).max(initial=0) > self._positions.shape[1]:
-            old = [places[:used] for places, used in zip(self._positions, self._used, strict=True)]
-            kept = [np.flatnonzero(keep) for keep in self.reach.kept(old, end)]
-            used = np.array([old_rows.size for old_rows in kept])
-            self._make_room(kept, int((used + counts).max()) - int(used.max()))
-            self._used = used
-        slots = np.concatenate([used + np.arange(n) for used, n in zip(self._used, counts, strict=True)])
+        room, used = (self._keys, self._values, self._positions), self._used
+        if (used + counts).max(initial=0) > self._positions.shape[1]:
+            old = [places[:own] for places, own in zip(self._positions, used, strict=True)]
+            kept = [np.flatnonzero(keep) for keep in self.reach.kept(old, least)]
+            used = np.array([own.size for own in kept])
+            room = self._with_room(kept, int((used + counts).max()) - int(used.max()))
+        slots = np.concatenate([own + np.arange(n) for own, n in zip(used, counts, strict=True)])
         slot = torch.from_numpy(slots).to(self._keys.device)
-        for held, x in zip((self._keys, self._values), rows, strict=True):
+        for held, x in zip(room[:2], rows, strict=True):
             held[:, head, slot] = x
+        # Only now, when nothing can fail any more: a step that does is taken again over what was held before.
+        self._keys, self._values, self._positions = room
         self._positions[heads, slots] = positions[tokens]
-        self._used += counts
-        self.seq_len = end
+        self._used, self._least, self.seq_len = used + counts, least, end
 
-    def _make_room(self, kept: list[IntArray], new: int) -> None:
-        """Hold the rows `kept` of each head, in that order, and room for `new` more."""
+    def _with_room(self, kept: list[IntArray], new: int) -> tuple[Tensor, Tensor, IntArray]:
+        """Keys, values and positions of the rows `kept` of each head, in that order, with room for `new` more."""
         most = max(rows.size for rows in kept)
         if self.reach.keeps_all:
             if most + new <= self._keys.shape[2]:
-                return
+                return self._keys, self._values, self._positions
             room, positions = max(most + new, 2 * most), self._positions
         else:
             room = most + new + _SLACK + most // 64
@@ -289,8 +311,7 @@ class DecodingCache:
                 positions[head, : rows.size] = self._positions[head, rows]
         indices = [torch.from_numpy(rows).to(self._keys.device) for rows in kept]
         # All at once, at the end: there may be memory for one and not for both.
-        moved = [_moved(held, indices, room) for held in (self._keys, self._values)]
-        self._keys, self._values, self._positions = *moved, positions
+        return _moved(self._keys, indices, room), _moved(self._values, indices, room), positions
 
     def _attend_to_reachable(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """New tokens against the rows held and themselves: out (B, C, H, D).
@@ -350,22 +371,6 @@ class DecodingCache:
         query = places[None, :, None]
         key = np.repeat(positions, heads // self._heads, axis=0)[:, None, :]
         return self.reach.multiplicity(query, key, np.arange(heads)[:, None, None], geometry)
-
-
-def _check_request(engine: Engine, batch: int, most: int | None) -> None:
-    """Raise `ConfigError` for a cache that cannot be."""
-    require_int("batch_size", batch, minimum=0)
-    if most is not None:
-        require_int("max_seq_len", most, minimum=1)
-    if engine.config.ring_size > 1:
-        refuse_in_ring(engine.config.ring_size, "make_cache")
-    if not engine.config.is_causal:
-        raise ConfigError("decoding token by token needs is_causal=True: without it earlier tokens see later ones")
-    if "unequal_lengths" not in engine.call_axes:
-        raise ConfigError(
-            f"decoding needs queries and keys of different lengths, and the backend of kernel {engine.kernel.name!r} "
-            "does not declare unequal_lengths; build with another backend"
-        )
 
 
 def _moved(held: Tensor, rows: list[Tensor], room: int) -> Tensor:

@@ -238,10 +238,10 @@ class BuiltAttention(nn.Module):
         return with_zero_keys(out, lse, self.pattern, self.config.kv_heads)
 
     @outside_graphs
-    def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor) -> DecodingCache:
+    def make_cache(self, batch_size: int, max_seq_len: int | None, *, like: Tensor, max_crop: int = 0) -> DecodingCache:
         """An empty cache for decoding, causal, for what is projected of `like`; see `Attention.make_cache`."""
         attention = self.attention_for(projected_dtype(like), like.device.type, is_causal=True)
-        return attention.make_cache(batch_size, max_seq_len)
+        return attention.make_cache(batch_size, max_seq_len, max_crop=max_crop)
 
     @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:

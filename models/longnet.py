@@ -49,6 +49,16 @@ class LongNetCache:
         """Memory that it occupies."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def select(self, rows: Tensor) -> None:
+        """Hold the sequences `rows` of the batch from now on; see `DecodingCache.select`."""
+        for layer in self.layers:
+            layer.select(rows)
+
+    def crop(self, seq_len: int) -> None:
+        """Forget all tokens but the first `seq_len`; see `DecodingCache.crop`."""
+        for layer in self.layers:
+            layer.crop(seq_len)
+
 
 class _Stack(nn.Module):
     """Layers one after the other: positions worked out once, activations checkpointed layer by layer."""
@@ -230,17 +240,19 @@ class LongNetLM(nn.Module):
         require_tokens(tokens_BS)
         return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
 
-    def make_cache(self, batch_size: int, max_seq_len: int) -> LongNetCache:
+    def make_cache(self, batch_size: int, max_seq_len: int, *, max_crop: int = 0) -> LongNetCache:
         """An empty cache for `step`; under autocast make it there, too.
 
         Args:
             batch_size: sequences decoded together, all of one length.
             max_seq_len: most tokens that it will see.
+            max_crop: how many of the last ones `cache.crop` must be able to take back.
         """
         layers: list[LongNetDecoderLayer] = self._decoder_layers()
         require_int("max_seq_len", max_seq_len, minimum=1)
         like = self.embedding.weight
-        caches = [layer.self_attn.attention.make_cache(batch_size, max_seq_len, like=like) for layer in layers]
+        attentions = [layer.self_attn.attention for layer in layers]
+        caches = [built.make_cache(batch_size, max_seq_len, like=like, max_crop=max_crop) for built in attentions]
         return LongNetCache(layers=caches, centre=max_seq_len // 2)
 
     @torch.no_grad()

@@ -25,8 +25,9 @@ from dilated_attention import (
 )
 from dilated_attention.bench.timing import peak_bytes
 from dilated_attention.core import decoding
-from dilated_attention.core.decoding import DecodingCache, Reach
+from dilated_attention.core.decoding import DecodingCache
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.reach import Reach
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.patterns import resolve_pattern
 

@@ -30,7 +30,7 @@ def test_sequences() -> None:
     shown = blocks("docs/sequences.md")
     for block in shown:
         exec(compile(block, "docs/sequences.md", "exec"), names)
-    assert len(shown) == 3
+    assert len(shown) == 4
     assert names["packed"].shape == (1, 300, 4, 32)
     assert names["received"].shape == (2, 4, 300)
     assert names["received"].sum(-1).sub(300).abs().max() < 1e-3  # every query gives away one
