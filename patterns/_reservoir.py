@@ -10,6 +10,7 @@ integer arithmetic alone, hence the same bits everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,15 @@ _STEP: Final = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS: Final = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32))
 _LOW_HALF: Final = np.uint64(0xFFFFFFFF)
+
+
+def _kept(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled, and kept beside this module or in the user's cache: a process that finds it there saves seconds."""
+    try:
+        compiled: Callable[..., None] = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # as numba says that it can write to neither
+        compiled = njit(nogil=True)(function)
+    return compiled
 
 
 @njit(nogil=True)
@@ -41,7 +51,7 @@ def _below(state: np.uint64, bound: np.uint64) -> tuple[np.uint64, np.uint64]:
             return state, product >> _SHIFTS[3]
 
 
-@njit(nogil=True)
+@_kept
 def draw_rows(
     seed: np.uint64,
     heads: NDArray[np.int64],
