@@ -59,6 +59,7 @@ class Attention(nn.Module):
     def _rebind(self, config: AttentionConfig, plan: AttentionPlan, engine: Engine) -> None:
         """Compute with another engine from now on; heads, widths and dtype are as before."""
         self.config, self.plan, self._engine = config, plan, intern(engine)
+        self._origin = getattr(engine, "origin", None)  # its own, also where it shares an engine with others
         register_flops()
         # Not made in extra_repr: torch.func.vmap asks a module for its repr, and torch.compile cannot trace attrs' own.
         self._words = (
@@ -177,6 +178,7 @@ class Attention(nn.Module):
                 seed=seed,
                 tables=self.gate(query, key, q_offset=q_offset, kv_offset=kv_offset) if self._has_gate else None,
                 recompute=config.activation_checkpointing,
+                origin=self._origin,
             )
         if swap:
             out = out.transpose(1, 2)

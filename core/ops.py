@@ -189,6 +189,7 @@ def attend(
     seed: Tensor | None,
     tables: Tensor | None,
     recompute: bool,
+    origin: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable attention. Autocast must be off.
 
@@ -202,12 +203,15 @@ def attend(
         seed: int64 scalar that determines the dropout, or None.
         tables: the blocks that a gate chose, (B, H, R, k) int64, or None.
         recompute: keep only the inputs for the backward.
+        origin: which attention calls, for ranks that share a sequence.
 
     Returns:
         out (B, S, H, D) and lse (B, H, S), contiguous.
     """
     if (attend_together := getattr(engine, "attend", None)) is not None:  # ranks that share a sequence
-        out, lse = attend_together(query, key, value, q_offset=q_offset, kv_offset=kv_offset, recompute=recompute)
+        out, lse = attend_together(
+            query, key, value, q_offset=q_offset, kv_offset=kv_offset, recompute=recompute, origin=origin
+        )
         return out, lse
     if is_active():
         return transformed(_OPERATORS, query, key, value, seed, tables, engine.key, q_offset, kv_offset, recompute)

@@ -65,15 +65,32 @@ class Posted:
     name: str
 
 
+@attrs.frozen
+class Origin:
+    """Which call of which attention a pass computes: attentions that are built alike share all else.
+
+    Attributes:
+        attention: the number of its build, which copies keep.
+        call: the forward pass that is gone back through, or computed again; 0 in a first one.
+    """
+
+    attention: int = 0
+    call: int = 0
+
+
 class Pass:
     """One pass of one rank, which the others know of: everything posted in it is waited for before it ends.
 
     What is computed before the first messages are posted runs while the others' headers are on their way.
+
+    Attributes:
+        number: of all passes of the ring, from 1.
     """
 
     def __init__(
         self, communicator: Communicator, kind: int, deadline: float, counters: Counters, agree: Callable[[], None]
     ) -> None:
+        self.number = communicator.passes
         self._communicator = communicator
         self._counters = (communicator.counters, counters)
         self._kind = kind
@@ -166,13 +183,26 @@ class Communicator:
         return self
 
     @property
+    def passes(self) -> int:
+        """Passes entered by now."""
+        return self._step
+
+    @property
     def broken(self) -> RingBroken | None:
         """Why it is closed, or None while it works."""
         return self._broken
 
     @contextmanager
     def begin(
-        self, kind: int, *, digest: bytes, batch: int, length: int, dtype: torch.dtype, counters: Counters
+        self,
+        kind: int,
+        *,
+        digest: bytes,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        counters: Counters,
+        origin: Origin = Origin(),
     ) -> Iterator[Pass]:
         """Tell all ranks of a pass and enter it; whatever goes wrong inside breaks the ring.
 
@@ -194,7 +224,7 @@ class Communicator:
             deadline = time.monotonic() + self.timeout_s
             header = Header(
                 generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
-                dtype=_DTYPES.index(dtype),
+                dtype=_DTYPES.index(dtype), attention=origin.attention, call=origin.call,
             )  # fmt: skip
             try:
                 self._control.announce(header)

@@ -22,7 +22,7 @@ from .deadlines import read_store, seconds_left
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-_FRAME: Final = struct.Struct("!4sBIQB16sIIB3x")
+_FRAME: Final = struct.Struct("!4sBIQB16sIIBIQ3x")
 _HELLO: Final = struct.Struct("!16sI")
 _MAGIC: Final = b"daR1"
 _HEADER, _NOTICE, _GOODBYE = 0, 1, 2
@@ -41,6 +41,8 @@ class Header:
         batch: batch size.
         length: tokens of a shard.
         dtype: number of the dtype.
+        attention: which of those that the ranks have built.
+        call: the pass of the forward that this one belongs to; 0 where it is one itself.
     """
 
     generation: int
@@ -50,12 +52,12 @@ class Header:
     batch: int
     length: int
     dtype: int
+    attention: int = 0
+    call: int = 0
 
     def frame(self) -> bytes:
         """The header as it travels."""
-        return _FRAME.pack(
-            _MAGIC, _HEADER, self.generation, self.step, self.kind, self.digest, self.batch, self.length, self.dtype
-        )
+        return _FRAME.pack(_MAGIC, _HEADER, *attrs.astuple(self))
 
     def difference(self, other: Header) -> str:
         """The fields in which `other` differs, in words."""
@@ -224,7 +226,7 @@ class Control:
         """Tell the others who failed, or that this rank leaves in peace, and close all connections."""
         kind = _NOTICE if failed else _GOODBYE
         who = NOBODY if culprit is None else culprit
-        frame = _FRAME.pack(_MAGIC, kind, 0, 0, 0, bytes(16), who, 0, 0)
+        frame = _FRAME.pack(_MAGIC, kind, 0, 0, 0, bytes(16), who, 0, 0, 0, 0)
         for link in self._sockets.values():
             try:
                 link.send(frame)
@@ -268,8 +270,7 @@ class Control:
             raise Failure(peer, "it has closed its attention while others still use theirs", is_certain=True)
         if kind == _NOTICE:
             raise Failure(*_blamed(peer, fields[4]), is_certain=True)
-        names = ("generation", "step", "kind", "digest", "batch", "length", "dtype")
-        theirs = Header(**dict(zip(names, fields, strict=True)))
+        theirs = Header(**dict(zip(attrs.fields_dict(Header), fields, strict=True)))
         if theirs != header:
             raise Failure(peer, f"it is in another pass: {header.difference(theirs)}", is_certain=True)
 

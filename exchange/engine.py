@@ -11,7 +11,7 @@ its kernel for whole layouts.
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
@@ -28,8 +28,9 @@ from ..core.errors import ConfigError
 from ..core.lowering import lower
 from ..core.ops import without_autocast
 from ..core.tracing import span
-from ..core.transforms import is_active, is_watched, needs_operator, no_second_derivative
-from .communicator import GRADIENTS, ROWS, Counters, digest_bytes
+from ..core.transforms import is_active, is_watched
+from .autograd import RingAttend
+from .communicator import GRADIENTS, ROWS, Counters, Origin, digest_bytes
 from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
 from .pieces import EmptyPiece, Merged, WholeRows, mergeable
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ..core.layout import Layout
     from ..core.pattern import IntArray, Pattern
     from .communicator import Communicator, Pass, Posted
+    from .hops import Begin
 
     Messages = tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]  # to send and to receive, with the peers
 
@@ -83,7 +85,7 @@ class RingEngine(Engine):
         kernel: of the local backend, for dense pieces, or a `RingKernel`.
         has_dlse: see `Engine`.
         call_axes: those of the local backend, for when it computes alone again.
-        communicator: the ring.
+        ring: its communicator, and which of the attentions over it this is.
         names: `backend` and `plan` of `Engine`.
     """
 
@@ -95,7 +97,7 @@ class RingEngine(Engine):
         *,
         has_dlse: bool,
         call_axes: frozenset[str],
-        communicator: Communicator,
+        ring: tuple[Communicator, Origin],
         **names: str,
     ) -> None:
         # What a call alone may ask of a backend (other lengths, offsets) it may not ask of ranks that share a sequence.
@@ -104,9 +106,9 @@ class RingEngine(Engine):
         if isinstance(kernel, RingKernel):
             self._composers = Composers.of(kernel.dense, self.scale, config)
         self.local_axes = call_axes
-        self.communicator = communicator
+        self.communicator, self.origin = ring
         self.plan_key = self.key
-        self.key += f"/{id(communicator)}"
+        self.key += f"/{id(self.communicator)}"
         self.rings: ByteLRU[tuple[int, bool, torch.device], _Program] = ByteLRU(config.limits.pattern_cache_bytes)
         # By length, rows that no rank receives more of, and the most that one does, where that had to be found.
         self._rows: dict[int, tuple[int, int | None]] = {}
@@ -142,7 +144,15 @@ class RingEngine(Engine):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, q_offset: int, kv_offset: int, recompute: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        q_offset: int,
+        kv_offset: int,
+        recompute: bool,
+        origin: Origin,
     ) -> tuple[Tensor, Tensor]:
         """Differentiable attention of the shard's queries to the whole sequence; collective.
 
@@ -153,6 +163,7 @@ class RingEngine(Engine):
             q_offset: 0; where a shard stands follows from the rank.
             kv_offset: 0.
             recompute: keep neither results nor received rows for the backward.
+            origin: of the attention that calls.
 
         Raises:
             ConfigError: lengths or offsets that no shard has, or a transform of torch.func.
@@ -164,14 +175,16 @@ class RingEngine(Engine):
                 "torch.func does not reach over ranks that share a sequence; use backward, or build without a mesh"
             )
         with _disable_current_modes() if is_watched() else nullcontext():  # else modes would keep what is added to
-            return self._attend(query, key, value, recompute)
+            return self._attend(query, key, value, recompute, origin)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, recompute: bool, origin: Origin
+    ) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            out, lse = _RingAttend.apply(query, key, value, (self, recompute))  # type: ignore[no-untyped-call, unused-ignore]
+            rest = (self, recompute, origin)
+            out, lse = RingAttend.apply(query, key, value, rest)  # type: ignore[no-untyped-call, unused-ignore]
             return out, lse
-        out, lse, _ = self.ring_forward(query, key, value)
-        return out, lse
+        return self.ring_forward(query, key, value, origin)[:2]
 
     def _program(self, *_: object, **__: object) -> NoReturn:
         """Whatever would compute on this rank's keys alone is an error, not a local answer."""
@@ -236,25 +249,27 @@ class RingEngine(Engine):
         digest = digest_bytes(f"{self.plan_key} {shards!r} {hops}")
         return _Program(shards, digest, selective, travelling)
 
-    def ring_forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """out in the inputs' dtype and lse, both contiguous, and what was received, (U, 2, B, D)."""
+    def ring_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, origin: Origin
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """out in the inputs' dtype and lse, both contiguous, what was received, (U, 2, B, D), and the pass's number."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         with without_autocast(query.device), torch.no_grad():
             program, received = self._ring_program(query.shape[1], query.shape[0], query.device), None
+            begin = self._begin(program.digest, origin)
             with span(self._forward_name):
                 if program.hops is not None:
-                    place = self.communicator, program.hops, program.digest, self._moved
-                    out, lse = hop_forward(*place, query, key, value)
+                    out, lse, number = hop_forward(self.communicator, program.hops, begin, query, key, value)
                 else:
                     assert program.selective is not None
-                    out, lse, received = self._selective_forward(program.selective, program.digest, query, key, value)
+                    out, lse, received, number = self._selective_forward(program.selective, begin, query, key, value)
                 out, lse = out.to(query.dtype).contiguous(), lse.contiguous()
         self.forwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
-        return out, lse, received
+        return out, lse, received, number
 
     def _selective_forward(
-        self, program: RankProgram, digest: bytes, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, program: RankProgram, begin: Begin, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         batch, _, _, head_dim = key.shape
 
         def own() -> tuple[Tensor, Tensor]:
@@ -265,13 +280,13 @@ class RingEngine(Engine):
             receives = received.split_with_sizes(program.plan.receive_counts.tolist())
             return list(enumerate(program.pack(key, value))), list(enumerate(receives))
 
-        with self._pass(ROWS, digest, query) as current:
+        with begin(ROWS, query) as current:
             received = key.new_empty((program.plan.received.size, 2, batch, head_dim))
             (out, lse), pending = _beside(current, rows, own)
             current.wait(pending)
             with span("received keys"):
                 program.merge_received(out, lse, query, received)
-        return out, lse, received
+        return out, lse, received, current.number
 
     def ring_backward(
         self,
@@ -283,28 +298,29 @@ class RingEngine(Engine):
         out: Tensor,
         lse: Tensor,
         received: Tensor | None,
+        origin: Origin,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the shard in the inputs' dtype, with what all ranks' queries contribute; collective."""
         self._check_dlse(dlse)
         query, key, value, dout = (x.contiguous() for x in (query, key, value, dout))
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
+            begin = self._begin(program.digest, origin)
             with span(self._backward_name):
                 once = program.selective is not None and program.selective.once
                 merged = Merged(WholeRows(dout, dlse if dlse is None else dlse.contiguous(), query, out, lse), once)
                 if program.hops is not None:
-                    place = self.communicator, program.hops, program.digest, self._moved
-                    dk, dv = hop_backward(*place, merged, key, value)
+                    dk, dv = hop_backward(self.communicator, program.hops, begin, merged, key, value)
                 else:
                     assert program.selective is not None
                     assert received is not None
-                    dk, dv = self._selective_backward(program.selective, program.digest, merged, key, value, received)
+                    dk, dv = self._selective_backward(program.selective, begin, merged, key, value, received)
                 dq = merged.dq()
         self.backwards.add(1, query.shape[0] * query.shape[1], query.shape[0] * program.pairs)
         return dq, dk.to(key.dtype).contiguous(), dv.to(value.dtype).contiguous()
 
     def _selective_backward(
-        self, program: RankProgram, digest: bytes, merged: Merged, key: Tensor, value: Tensor, received: Tensor
+        self, program: RankProgram, begin: Begin, merged: Merged, key: Tensor, value: Tensor, received: Tensor
     ) -> tuple[Tensor, Tensor]:
         shape, dtype = (program.sent.numel(), 2, key.shape[0], key.shape[3]), merged.rows.dtype
         beside = Merged(merged.rows, merged.once)  # what received keys give to queries
@@ -321,7 +337,7 @@ class RingEngine(Engine):
                 grads = program.received_backward(beside, received)
             return list(enumerate(grads.split_with_sizes(program.plan.receive_counts.tolist()))), list(enumerate(home))
 
-        with self._pass(GRADIENTS, digest, key) as current:
+        with begin(GRADIENTS, key) as current:
             home = torch.empty(shape, dtype=dtype, device=key.device).split_with_sizes(program.send_counts)
             program.read(merged.rows)  # before the mark that what is aside follows
             (dk, dv), pending = _beside(current, gradients, own)
@@ -335,10 +351,14 @@ class RingEngine(Engine):
             current.rejoin()
         return dk, dv
 
-    def _pass(self, kind: int, digest: bytes, x: Tensor) -> Any:
-        return self.communicator.begin(
-            kind, digest=digest, batch=x.shape[0], length=x.shape[1], dtype=x.dtype, counters=self._moved
-        )
+    def _begin(self, digest: bytes, origin: Origin) -> Begin:
+        def begin(kind: int, x: Tensor) -> AbstractContextManager[Pass]:
+            shape = {"batch": x.shape[0], "length": x.shape[1]}
+            return self.communicator.begin(
+                kind, digest=digest, dtype=x.dtype, counters=self._moved, origin=origin, **shape
+            )
+
+        return begin
 
 
 def _beside(
@@ -358,33 +378,3 @@ def _beside(
         results = own()
     with current.aside(ready):
         return results, current.post(*messages())
-
-
-class _RingAttend(torch.autograd.Function):
-    """Autograd around a ring's passes. What is no tensor to be differentiated travels as one argument."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        engine, recompute = rest
-        out, lse, received = engine.ring_forward(query, key, value)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, *((None,) * 3 if recompute else (out, lse, received)))
-        ctx.engine = engine
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            no_second_derivative()
-        if needs_operator(dout, dlse):
-            raise ConfigError(
-                "batched gradients (is_grads_batched, vectorize=True) do not reach over ranks that share a sequence; "
-                "loop over them"
-            )
-        query, key, value, out, lse, received = ctx.saved_tensors
-        engine: RingEngine = ctx.engine
-        if out is None:
-            out, lse, received = engine.ring_forward(query, key, value)
-        if dout is None:
-            dout = torch.zeros_like(query)
-        return (*engine.ring_backward(dout, dlse, query, key, value, out, lse, received), None)

@@ -8,6 +8,8 @@ all the same, since others need it. Shapes: B batch, S positions of a shard, K k
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -22,9 +24,11 @@ from .pieces import mergeable
 
 if TYPE_CHECKING:
     from ..core.pattern import Pattern
-    from .communicator import Communicator, Counters
+    from .communicator import Communicator, Pass
     from .pieces import Merged, Piece
     from .shards import Shards
+
+    Begin = Callable[[int, Tensor], AbstractContextManager[Pass]]  # a pass of a kind, for a shard
 
 
 @attrs.frozen(eq=False)
@@ -55,18 +59,15 @@ class HopProgram:
 def hop_forward(
     communicator: Communicator,
     program: HopProgram,
-    digest: bytes,
-    counters: Counters,
+    begin: Begin,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of the shard; collective."""
+) -> tuple[Tensor, Tensor, int]:
+    """out and lse of the shard, and the pass's number; collective."""
     rank, size = communicator.rank, communicator.size
     held = torch.stack([key, value])
-    with communicator.begin(
-        HOPS, digest=digest, batch=query.shape[0], length=query.shape[1], dtype=query.dtype, counters=counters
-    ) as current:
+    with begin(HOPS, query) as current:
         spare = torch.empty_like(held)
         for step in range(size):
             pending = None
@@ -83,14 +84,13 @@ def hop_forward(
             if pending is not None:
                 current.wait(pending)
                 held, spare = spare, held
-    return out, lse
+    return out, lse, current.number
 
 
 def hop_backward(
     communicator: Communicator,
     program: HopProgram,
-    digest: bytes,
-    counters: Counters,
+    begin: Begin,
     merged: Merged,
     key: Tensor,
     value: Tensor,
@@ -100,9 +100,7 @@ def hop_backward(
     after, before = (rank + 1) % size, (rank - 1) % size
     held = torch.stack([key, value])
     grads: Tensor | None = None
-    with communicator.begin(
-        HOPS_BACK, digest=digest, batch=key.shape[0], length=key.shape[1], dtype=key.dtype, counters=counters
-    ) as current:
+    with begin(HOPS_BACK, key) as current:
         spare = torch.empty_like(held)
         arriving = torch.empty(held.shape, dtype=merged.rows.dtype, device=key.device)
         for step in range(size):

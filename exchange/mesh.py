@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from ..core.checks import require_int
 from ..core.errors import ConfigError
-from .communicator import Communicator
+from .communicator import Communicator, Origin
 from .setup import compare_plans, connect
 from .shards import shard_length
 
@@ -88,8 +88,10 @@ def plan_facts(plan: AttentionPlan) -> dict[str, Any]:
 
 def ring_of(
     mesh: DeviceMesh, parallel: ContextParallel, facts: Mapping[str, Any], *, transport: str, generation: int
-) -> Communicator:
-    """The communicator of this rank's ring, after all ranks of the mesh have found that they build the same.
+) -> tuple[Communicator, Origin]:
+    """The communicator of this rank's ring and the number of this build.
+
+    All ranks of the mesh have then found that they build the same.
 
     Attentions that are built alike over one mesh share a communicator. It is a group of its own: torch's groups stay
     their owner's.
@@ -128,7 +130,7 @@ def ring_of(
         )
         with _LOCK:
             built.rings[key] = ring
-    return ring
+    return ring, Origin(count)
 
 
 def _store_of(group: Any) -> Any:

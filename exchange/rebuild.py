@@ -200,5 +200,5 @@ def _engine(
     if plan.exchange is None or mesh is None or parallel is None:
         takes_layout = isinstance(old.kernel, RingKernel)
         return Engine(config, old.pattern, old.kernel, takes_layout=takes_layout, **traits)
-    communicator = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)
-    return RingEngine(config, old.pattern, old.kernel, communicator=communicator, **traits)  # type: ignore[arg-type]
+    ring = ring_of(mesh, parallel, plan_facts(plan), transport=plan.exchange.transport, generation=generation)
+    return RingEngine(config, old.pattern, old.kernel, ring=ring, **traits)  # type: ignore[arg-type]

@@ -127,10 +127,9 @@ def _ring_engine(
 
     assert config.context_parallel is not None
     assert plan.exchange is not None
-    communicator = ring_of(
-        mesh, config.context_parallel, plan_facts(plan), transport=plan.exchange.transport, generation=0
-    )
-    return RingEngine(config, request.pattern, kernel, communicator=communicator, **traits)
+    transport = plan.exchange.transport
+    ring = ring_of(mesh, config.context_parallel, plan_facts(plan), transport=transport, generation=0)
+    return RingEngine(config, request.pattern, kernel, ring=ring, **traits)
 
 
 def explain(
