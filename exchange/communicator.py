@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.errors import RingBroken
 from ..core.tracing import span
-from .control import Control, Failure, Header
+from .control import DTYPES, Control, Failure, Header
 from .guard import Guard
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 ROWS, GRADIENTS, HOPS, HOPS_BACK = range(4)
 # A broken connection may be the wake of another rank's end: so long one waits to hear whose.
 _LAST_WORDS_S: Final = 0.25
-_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @attrs.define(eq=False)
@@ -224,7 +223,7 @@ class Communicator:
             deadline = time.monotonic() + self.timeout_s
             header = Header(
                 generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
-                dtype=_DTYPES.index(dtype), attention=origin.attention, call=origin.call,
+                dtype=DTYPES.index(str(dtype).removeprefix("torch.")), attention=origin.attention, call=origin.call,
             )  # fmt: skip
             try:
                 self._control.announce(header)

@@ -27,6 +27,7 @@ _HELLO: Final = struct.Struct("!16sI")
 _MAGIC: Final = b"daR1"
 _HEADER, _NOTICE, _GOODBYE = 0, 1, 2
 NOBODY: Final = 0xFFFFFFFF
+DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +41,7 @@ class Header:
         digest: 16 bytes that identify configuration and length.
         batch: batch size.
         length: tokens of a shard.
-        dtype: number of the dtype.
+        dtype: its place in `DTYPES`.
         attention: which of those that the ranks have built.
         call: the pass of the forward that this one belongs to; 0 where it is one itself.
     """
@@ -60,15 +61,21 @@ class Header:
         return _FRAME.pack(_MAGIC, _HEADER, *attrs.astuple(self))
 
     def difference(self, other: Header) -> str:
-        """The fields in which `other` differs, in words."""
-        mine, theirs = attrs.asdict(self), attrs.asdict(other)
-        return ", ".join(
-            f"{name} {_word(theirs[name])} (here {_word(mine[name])})" for name in mine if mine[name] != theirs[name]
-        )
+        """The first thing that the rank of `other` does otherwise, which what follows may come of."""
+        pairs = zip(other._words(), self._words(), strict=True)
+        it, this = next(((it, this) for it, this in pairs if it != this), ("has another configuration", "has its own"))
+        return f"it {it} where this rank {this}: all ranks must make the same calls in the same order"
 
-
-def _word(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else str(value)
+    def _words(self) -> Iterator[str]:
+        yield f"is in generation {self.generation}"
+        yield f"is in a {'backward' if self.kind % 2 else 'forward'} pass"
+        yield f"calls number {self.attention} of the attentions built"
+        yield f"goes back through pass {self.call}" if self.call else "calls for the first time"
+        yield f"has a shard of {self.length} tokens"
+        yield f"has a batch of {self.batch}"
+        yield f"has {DTYPES[self.dtype]}"
+        yield f"is in pass {self.step}"
+        yield f"has rows that {'travel hop by hop' if self.kind > 1 else 'are fetched'}"
 
 
 class Failure(Exception):  # noqa: N818 - never leaves this folder: communicators turn it into RingBroken
@@ -272,7 +279,7 @@ class Control:
             raise Failure(*_blamed(peer, fields[4]), is_certain=True)
         theirs = Header(**dict(zip(attrs.fields_dict(Header), fields, strict=True)))
         if theirs != header:
-            raise Failure(peer, f"it is in another pass: {header.difference(theirs)}", is_certain=True)
+            raise Failure(peer, header.difference(theirs), is_certain=True)
 
     def _find_notice(self, peer: int) -> tuple[int | None, str] | None:
         """The failure that the frames read from `peer` tell of."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_attention import ContextParallel, Dilated, RingBroken, build_attention, shard_sequence
+from dilated_attention import ContextParallel, Dilated, Local, RingBroken, build_attention, shard_sequence
 from dilated_attention.core.attention import Attention
 
 from .ring_cases import mesh_of
@@ -66,6 +66,28 @@ def mixed(fields: dict[str, Any], recomputed: bool, shared: bool) -> str:
     else:
         outs = [first(x, x, x), second(y, y, y)]
     return told(outs[dist.get_rank()].sum().backward)
+
+
+def evaluated() -> str:
+    """Rank 0 alone calls once more, without gradients."""
+    (attention,), x = built(), leaf()
+
+    def step() -> None:
+        if dist.get_rank() == 0:
+            with torch.no_grad():
+                attention(x, x, x)
+        attention(x, x, x).sum().backward()
+
+    return told(step)
+
+
+def shapes() -> list[str]:
+    """Other batches, and another pattern; all ranks are told each time."""
+    first, second, x = built()[0], built(pattern=Local(4))[0], leaf()
+    rank = dist.get_rank()
+    said = [told(lambda: (first, second)[rank](x, x, x))]
+    (first,), batch = built(), x.expand(1 + rank, -1, -1, -1)
+    return [*said, told(lambda: first(batch, batch, batch))]
 
 
 class Layer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from dilated_attention import Limits
 
-from .ring_calls import alike, dropped, mixed, swapped
+from .ring_calls import alike, dropped, evaluated, mixed, shapes, swapped
 from .ring_ranks import Ranks
+
+ORDER = ": all ranks must make the same calls in the same order"
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +24,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 def test_attentions_that_are_built_alike_are_told_apart(ranks: Ranks) -> None:
-    for said in (*ranks.run(swapped), *ranks.run(dropped, False), *ranks.run(dropped, True)):
-        assert "attention" in said
+    for found in (ranks.run(swapped), ranks.run(dropped, False), ranks.run(dropped, True)):
+        for said, (theirs, own) in zip(found, ((2, 1), (1, 2)), strict=True):
+            numbers = re.findall(r"calls number (\d+) of the attentions built", said)
+            assert int(numbers[0]) - int(numbers[1]) == theirs - own
+            assert said.endswith(ORDER)
+
+
+def test_what_a_rank_does_otherwise_is_said_in_words(ranks: Ranks) -> None:
+    way = "backward", "forward"
+    for rank, said in enumerate(ranks.run(evaluated)):
+        assert said == f"it is in a {way[rank]} pass where this rank is in a {way[1 - rank]} pass{ORDER}"
+    for rank, (pattern, batch) in enumerate(ranks.run(shapes)):
+        assert "it calls number" in pattern
+        assert batch == f"it has a batch of {2 - rank} where this rank has a batch of {1 + rank}{ORDER}"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +55,8 @@ def test_gradients_of_different_calls_never_mix(
     ranks: Ranks, fields: dict[str, Any], recomputed: bool, shared: bool
 ) -> None:
     for said in ranks.run(mixed, fields, recomputed, shared):
-        assert ("attention" if recomputed else "call") in said
+        words = "calls number" if recomputed or not shared else "goes back through pass"
+        assert f"it {words}" in said
 
 
 def test_calls_are_the_same_when_compiled_checkpointed_or_copied(ranks: Ranks) -> None:
