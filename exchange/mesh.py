@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -16,11 +17,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ..core.checks import require_int
 from ..core.errors import ConfigError
 from .communicator import Communicator, Origin
-from .setup import compare_plans, connect
+from .setup import compare_plans, connect, refuse
 from .shards import shard_length
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.distributed_c10d import Store
 
     from ..core.context_parallel import ContextParallel
     from ..core.plan import AttentionPlan
@@ -52,7 +54,7 @@ def check_mesh(mesh: object, size: int | None) -> Place:
     """The place of this rank among rings of `size` consecutive ranks of `mesh`; None: one ring of all.
 
     Raises:
-        ConfigError: no mesh, one of several dimensions, or a size that does not divide it.
+        ConfigError: no mesh, one of several dimensions or without this rank, or a size that does not divide it.
     """
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -74,14 +76,53 @@ def check_mesh(mesh: object, size: int | None) -> Place:
         raise ConfigError(
             f"context_parallel.size must divide the {ranks} ranks of the mesh, got {size}; it can be {divisors}"
         )
+    if mesh.get_coordinate() is None:
+        raise ConfigError(
+            f"this rank, {dist.get_rank()}, is not in the mesh, of ranks {', '.join(map(str, mesh.mesh.tolist()))}: "
+            "call this on those alone"
+        )
     return Place(mesh.get_local_rank() // size, mesh.get_local_rank() % size, size)
+
+
+def _next_build(mesh: DeviceMesh, generation: int) -> tuple[int, Store]:
+    """The number of a build that all ranks of `mesh` take part in, and a store of its generation."""
+    group: Any = mesh.get_group()
+    with _LOCK:
+        built = _BUILT.setdefault(group, _Built())
+        built.count += 1
+        return built.count, PrefixStore(f"dilated_attention/generation-{generation}", _store_of(group))
+
+
+@contextmanager
+def refusals_told(mesh: object, *, generation: int = 0) -> Iterator[None]:
+    """Tell the other ranks of `mesh` what this one cannot build: they are about to wait for it.
+
+    So all of them count the build, and the next one finds them together. Of an unusable mesh nobody is told.
+    """
+    try:
+        check_mesh(mesh, None)
+    except ConfigError:
+        yield  # which finds the same
+        return
+    usable: Any = mesh
+    with _LOCK:
+        built = _BUILT.setdefault(usable.get_group(), _Built())
+    before = built.count
+    try:
+        yield
+    except Exception as error:
+        if built.count == before:  # else they have all been waited for
+            number, store = _next_build(usable, generation)
+            with suppress(RuntimeError):  # a store that has failed, of which the others hear as well
+                refuse(PrefixStore(f"build-{number}", store), usable.get_local_rank(), error)
+        raise
 
 
 def plan_facts(plan: AttentionPlan) -> dict[str, Any]:
     """What must be equal on all ranks of a mesh, as plain values."""
     facts = {f"config.{name}": value for name, value in plan.config.items() if name != "device"}
     facts |= {"device type": plan.device["type"], "backend": plan.backend, "kernel": plan.kernel}
-    if plan.exchange is not None:
+    if plan.exchange is not None and plan.exchange.companion is not None:
         facts |= {"companion": plan.exchange.companion, "companion's kernel": plan.exchange.companion_kernel}
     return facts | {f"version of {name}": version for name, version in plan.versions.items() if name != "python"}
 
@@ -107,17 +148,11 @@ def ring_of(
         ConfigError: `check_mesh`'s, or the ranks build different things.
         RingBroken: a rank did not build with the others, or could not be connected in time.
     """
-    group: Any = mesh.get_group()
-    with _LOCK:
-        built = _BUILT.setdefault(group, _Built())
-        built.count += 1
-        count = built.count
-    prefix = PrefixStore(f"dilated_attention/generation-{generation}", _store_of(group))
-    told = dict(facts) | {"mesh": mesh.size(), "generation": generation, "transport": transport}
-    compare_plans(PrefixStore(f"build-{count}", prefix), mesh.get_local_rank(), mesh.size(), told, parallel.timeout_s)
+    count, prefix = compare(mesh, parallel, facts, transport=transport, generation=generation)
     place = check_mesh(mesh, parallel.size)
     key = (parallel, transport, generation)
     with _LOCK:
+        built = _BUILT[mesh.get_group()]
         ring = built.rings.get(key)
     if ring is None or ring.broken is not None:
         ring = connect(
@@ -131,6 +166,20 @@ def ring_of(
         with _LOCK:
             built.rings[key] = ring
     return ring, Origin(count)
+
+
+def compare(
+    mesh: DeviceMesh, parallel: ContextParallel, facts: Mapping[str, Any], *, transport: str | None, generation: int
+) -> tuple[int, Store]:
+    """`_next_build`, once all ranks of the mesh have found that they build the same.
+
+    Arguments and errors as of `ring_of`, and no transport where no ranks share a sequence.
+    """
+    count, store = _next_build(mesh, generation)
+    told = dict(facts) | {"mesh": mesh.size(), "generation": generation, "transport": transport}
+    place = PrefixStore(f"build-{count}", store), mesh.get_local_rank(), mesh.size()
+    compare_plans(*place, told, parallel.timeout_s, generation=generation)
+    return count, store
 
 
 def _store_of(group: Any) -> Any:

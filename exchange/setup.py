@@ -118,7 +118,14 @@ def _transport(name: str, store: Store, control: Control, size: int, deadline: f
     return GlooTransport(store, control.rank, size, max(1.0, deadline - time.monotonic()), watch=control.look)
 
 
-def compare_plans(store: Store, rank: int, size: int, facts: Mapping[str, Any], timeout_s: float) -> None:
+def refuse(store: Store, rank: int, error: Exception) -> None:
+    """Tell those who call `compare_plans` over `store` that this rank cannot build."""
+    store.set(f"facts/{rank}", json.dumps({"refused": f"{type(error).__name__}: {error}"}))
+
+
+def compare_plans(
+    store: Store, rank: int, size: int, facts: Mapping[str, Any], timeout_s: float, *, generation: int
+) -> None:
     """Compare what all ranks are about to build.
 
     Args:
@@ -127,21 +134,31 @@ def compare_plans(store: Store, rank: int, size: int, facts: Mapping[str, Any], 
         size: ranks that must agree.
         facts: what must be equal, plain values.
         timeout_s: how long to wait for the others.
+        generation: 0 for a first build.
 
     Raises:
-        ConfigError: something differs; the message, the same on every rank, names what on which rank.
+        ConfigError: something differs, or a rank cannot build; the message, the same on every rank, names what on which
+            rank.
         RingBroken: a rank did not say in time what it builds.
     """
     deadline = time.monotonic() + timeout_s
-    store.set(f"facts/{rank}", json.dumps(facts, sort_keys=True))
+    store.set(f"facts/{rank}", json.dumps({"facts": facts}, sort_keys=True))
     said: list[dict[str, Any]] = []
     for peer in range(size):
         try:
             said.append(json.loads(read_store(store, f"facts/{peer}", deadline)))
         except RuntimeError as error:
-            reason = f"it did not call build_attention within {timeout_s:g} s, or not as often as rank {rank}"
-            raise RingBroken(0, 0, peer, reason) from error
-    differences = list(_differences(said))
+            call = "rebuild" if generation else "build_attention"
+            reason = f"it did not call {call} within {timeout_s:g} s, or not as often as rank {rank}"
+            if time.monotonic() < deadline:
+                reason = f"the store of the mesh failed while it was waited for: {error}"
+            raise RingBroken(generation, 0, peer, reason) from error
+    refused = [
+        f"rank {peer} cannot build its own: {words['refused']}" for peer, words in enumerate(said) if "refused" in words
+    ]
+    if refused:
+        raise ConfigError("; ".join(refused))
+    differences = list(_differences([words["facts"] for words in said]))
     if differences:
         raise ConfigError("the ranks build different attentions: " + "; ".join(differences))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,17 @@ def build_attention(
         PluginError: when the chosen backend breaks its contract while building.
         RingBroken: when not all ranks of the mesh build, or can be connected, in time.
     """
-    if like is not None:
-        fields = _fields_of(like, config, fields) | fields
-    return build_from(_config(config, fields), default_registry(), mesh=mesh)
+    with nullcontext() if mesh is None else _refusals_told(mesh):
+        if like is not None:
+            fields = _fields_of(like, config, fields) | fields
+        return build_from(_config(config, fields), default_registry(), mesh=mesh)
+
+
+def _refusals_told(mesh: object) -> AbstractContextManager[None]:
+    """Whatever cannot be built is told to all ranks of the mesh."""
+    from ..exchange.mesh import refusals_told
+
+    return refusals_told(mesh)
 
 
 def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = None) -> Attention:
@@ -91,6 +100,8 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
     }
     if config.ring_size > 1:
         return Attention(config, plan, _ring_engine(config, request, plan, kernel, mesh, traits))
+    if mesh is not None:
+        _compare(config, plan, mesh)
     takes_layout = not takes_dense(selection.chosen.registered.spec)
     return Attention(config, plan, Engine(config, request.pattern, kernel, takes_layout=takes_layout, **traits))
 
@@ -130,6 +141,14 @@ def _ring_engine(
     transport = plan.exchange.transport
     ring = ring_of(mesh, config.context_parallel, plan_facts(plan), transport=transport, generation=0)
     return RingEngine(config, request.pattern, kernel, ring=ring, **traits)
+
+
+def _compare(config: AttentionConfig, plan: AttentionPlan, mesh: Any) -> None:
+    """Ranks that share no sequence are asked too: others may be about to wait for them."""
+    from ..exchange.mesh import compare, plan_facts
+
+    assert config.context_parallel is not None
+    compare(mesh, config.context_parallel, plan_facts(plan), transport=None, generation=0)
 
 
 def explain(
