@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ..core.attention import Attention
+from ..core.checks import require_int
 from ..core.config import AttentionConfig
 from ..core.engine import Engine
 from ..core.errors import ConfigError, RingBroken
@@ -78,11 +79,16 @@ def agree(
 
     Raises:
         ConfigError: the participants want different things, or two have one identity.
-        RingBroken: fewer than `size` came, the outcome was not there in time, or it was settled without this process.
+        RingBroken: fewer than `size` came, the outcome was not there in time, or it was settled without this call,
+            also where an earlier call of this process took part; `error.generation + 1` is the one to form then.
     """
     formed = PrefixStore(_ROOM, store)
+    last = _last_formed(formed)
     if generation is None:
-        generation = _last_formed(formed) + 1
+        generation = last + 1
+    require_int("generation", generation, minimum=1)
+    if generation <= last:  # its members may be gone, and are not waiting
+        raise RingBroken(last, 0, None, f"generation {generation} is over: agree on generation {last + 1}")
     deadline = time.monotonic() + timeout_s
     room = PrefixStore(f"{_ROOM}/{generation}", store)
     number = room.add("count", 1)
@@ -90,18 +96,19 @@ def agree(
     if number == 1:  # the first to come waits for the others and writes down who is in
         room.set("verdict", json.dumps(_verdict(room, size, settle_s, deadline)))
         formed.set("generation", str(max(generation, _last_formed(formed))))
+    hint = f"agree on generation {generation + 1}"
     try:
         verdict = json.loads(read_store(room, "verdict", deadline + 1.0))
     except RuntimeError as error:
-        reason = f"its members were not settled within {timeout_s:g} s; agree on generation {generation + 1}"
+        reason = f"its members were not settled within {timeout_s:g} s; {hint}"
         raise RingBroken(generation, 0, None, reason) from error
     if verdict["conflict"]:
-        raise ConfigError(verdict["error"])
+        raise ConfigError(f"{verdict['error']}; make them alike, and {hint}")
     if verdict["error"]:
-        raise RingBroken(generation, 0, None, verdict["error"])
+        raise RingBroken(generation, 0, None, f"{verdict['error']}; {hint}")
     members = verdict["members"]
-    if identity not in members:
-        reason = f"{identity!r} came after its members were settled ({', '.join(members)}); join the next generation"
+    if number > verdict["count"]:  # also one that has the name of a member
+        reason = f"{identity!r} came after its members were settled ({', '.join(members)}); {hint}"
         raise RingBroken(generation, 0, None, reason)
     return Membership(
         generation=generation,
@@ -139,7 +146,7 @@ def _verdict(room: Store, size: int | None, settle_s: float, deadline: float) ->
             return {"error": f"the participants want different things, {wish} by identity: {wishes}", "conflict": True}
     if size is not None and count != size:
         return {"error": f"{count} came where {size} were to: {', '.join(members)}", "conflict": False}
-    return {"error": "", "conflict": False, "members": members}
+    return {"error": "", "conflict": False, "members": members, "count": count}
 
 
 def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> None:
