@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 ROWS, GRADIENTS, HOPS, HOPS_BACK = range(4)
 # A broken connection may be the wake of another rank's end: so long one waits to hear whose.
 _LAST_WORDS_S: Final = 0.25
+_NO_RETRY: Final = "nothing is retried in place: rebuild it over the ranks that are left"
 
 
 @attrs.define(eq=False)
@@ -160,16 +163,26 @@ class Communicator:
         size: ranks in the ring.
         generation: 0 as built; every rebuild is a later one.
         timeout_s: longest wait in a pass.
+        number: of the build that it was connected for, the same on all ranks.
         counters: what was moved, for all plans that share the ring.
     """
 
     def __init__(
-        self, control: Control, transport: Transport, *, rank: int, size: int, generation: int, timeout_s: float
+        self,
+        control: Control,
+        transport: Transport,
+        *,
+        rank: int,
+        size: int,
+        generation: int,
+        timeout_s: float,
+        number: int = 0,
     ) -> None:
         self.rank = rank
         self.size = size
         self.generation = generation
         self.timeout_s = timeout_s
+        self.number = number
         self.transport = transport
         self.counters = Counters()
         self._control = control
@@ -177,6 +190,10 @@ class Communicator:
         self._step = 0
         self._broken: RingBroken | None = None
         self._lock = threading.Lock()
+        # Nobody uses it any more. At exit the connections end with the process.
+        self._end = weakref.finalize(self, _leave, control, transport)
+        self._end.atexit = False
+        _LIVING.add(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
         return self
@@ -214,9 +231,7 @@ class Communicator:
         """
         with self._lock:
             if self._broken is not None:
-                old = self._broken
-                reason = f"{old.reason}; nothing is retried in place: rebuild it over the ranks that are left"
-                raise RingBroken(old.generation, old.step, old.peer, reason) from old
+                raise self._closed(self._broken.peer, self._broken.reason)
             self._step += 1
             self.counters.passes += 1
             counters.passes += 1
@@ -258,16 +273,46 @@ class Communicator:
             peer, reason = self.rank, f"{type(error).__name__}: {error}"
             self._control.close(peer, failed=True)  # first, since aborting a transport may take its time
             self.transport.close()
-        self._broken = RingBroken(self.generation, self._step, peer, reason)
-        return self._broken
+        self._broken = self._closed(peer, f"{reason}; {_NO_RETRY}")
+        return self._closed(peer, reason)  # not the one that is kept: its traceback keeps what the caller computed
+
+    def _closed(self, peer: int | None, reason: str) -> RingBroken:
+        return RingBroken(self.generation, self._step, peer, reason)
 
     def close(self) -> None:
         """Leave the ring in peace; the next pass of any rank raises `RingBroken`."""
         with self._lock:
             if self._broken is None:
-                self._broken = RingBroken(self.generation, self._step, self.rank, "it was closed")
-                self.transport.close()
-                self._control.close(None, failed=False)
+                self._broken = self._closed(self.rank, f"it was closed; {_NO_RETRY}")
+                _leave(self._control, self.transport)
+
+    def abandon(self) -> None:
+        """In the child of a fork: the ring is its parent's, whose death the others hear by connections that close."""
+        self._lock = threading.Lock()  # another thread of the parent may have held the old one
+        self._end.detach()
+        self._control.abandon()
+        _PARENTS.append(self.transport)
+        reason = f"this process was forked from rank {self.rank} and is none itself: call attentions in the rank alone"
+        self._broken = self._closed(None, reason)
+
+
+_LIVING: Final[weakref.WeakSet[Communicator]] = weakref.WeakSet()
+_PARENTS: Final[list[Transport]] = []  # kept by children of a fork: to take one down is to wait for its threads
+
+
+def _abandon_all() -> None:
+    for communicator in tuple(_LIVING):
+        communicator.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _leave(control: Control, transport: Transport) -> None:
+    """Close in peace; what is closed already stays so."""
+    transport.close()
+    control.close(None, failed=False)
 
 
 def digest_bytes(text: str) -> bytes:

@@ -90,6 +90,10 @@ class Failure(Exception):  # noqa: N818 - never leaves this folder: communicator
         self.reason = reason
         self.is_certain = is_certain
 
+    def again(self) -> Failure:
+        """The same, to be raised where this one is kept: a traceback keeps what callers compute."""
+        return Failure(self.peer, self.reason, is_certain=self.is_certain)
+
 
 class Control:
     """Connections from one rank to all others."""
@@ -239,6 +243,10 @@ class Control:
                 link.send(frame)
             except OSError:
                 continue  # it is gone, which is why we close
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close all connections without a word."""
         if self._watched is not None:
             self._watched.close()
         for link in self._sockets.values():

@@ -48,12 +48,12 @@ class Guard:
         except Exception as error:
             self._end()
             if self.failure is not None:
-                raise self.failure from error
+                raise self.failure.again() from error
             raise
         finally:
             self._end()
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.again()
 
     def _end(self) -> None:
         with self._lock:

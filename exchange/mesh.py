@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import attrs
 import torch
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class _Built:
-    """What was built over one process group: how often, and the communicators that are shared."""
+    """What was built over one process group: how often, and the communicators that are shared while any is used."""
 
     count: int = 0
-    rings: dict[tuple[object, ...], Communicator] = attrs.field(factory=dict)
+    rings: WeakValueDictionary[tuple[object, ...], Communicator] = attrs.field(factory=WeakValueDictionary)
 
 
 # By torch's group, so that a new one after a failure starts from nothing, on old and new ranks alike.
@@ -148,13 +148,21 @@ def ring_of(
         ConfigError: `check_mesh`'s, or the ranks build different things.
         RingBroken: a rank did not build with the others, or could not be connected in time.
     """
-    count, prefix = compare(mesh, parallel, facts, transport=transport, generation=generation)
     place = check_mesh(mesh, parallel.size)
     key = (parallel, transport, generation)
     with _LOCK:
-        built = _BUILT[mesh.get_group()]
+        built = _BUILT.setdefault(mesh.get_group(), _Built())
         ring = built.rings.get(key)
-    if ring is None or ring.broken is not None:
+    if ring is not None and ring.broken is not None:
+        ring = None
+    number = 0 if ring is None else ring.number
+    try:
+        count, prefix, numbers = compare(mesh, parallel, facts, transport=transport, generation=generation, ring=number)
+    except BaseException:
+        ring = None  # the error's traceback keeps what is here
+        raise
+    # Another rank may have dropped the ring already, or know that it is broken.
+    if ring is None or any(theirs != number for theirs in numbers[place.ring * place.size :][: place.size]):
         ring = connect(
             PrefixStore(f"ring-{count}-{place.ring}", prefix),
             place.rank,
@@ -162,6 +170,7 @@ def ring_of(
             transport=transport,
             generation=generation,
             timeout_s=parallel.timeout_s,
+            number=count,
         )
         with _LOCK:
             built.rings[key] = ring
@@ -169,17 +178,23 @@ def ring_of(
 
 
 def compare(
-    mesh: DeviceMesh, parallel: ContextParallel, facts: Mapping[str, Any], *, transport: str | None, generation: int
-) -> tuple[int, Store]:
-    """`_next_build`, once all ranks of the mesh have found that they build the same.
+    mesh: DeviceMesh,
+    parallel: ContextParallel,
+    facts: Mapping[str, Any],
+    *,
+    transport: str | None,
+    generation: int,
+    ring: int = 0,
+) -> tuple[int, Store, list[int]]:
+    """`_next_build`, once all ranks of the mesh have found that they build the same, and every rank's `ring`.
 
-    Arguments and errors as of `ring_of`, and no transport where no ranks share a sequence.
+    Arguments and errors as of `ring_of`; no transport where no ranks share a sequence; `ring` is the number of one that
+    this rank has for it, or 0.
     """
     count, store = _next_build(mesh, generation)
     told = dict(facts) | {"mesh": mesh.size(), "generation": generation, "transport": transport}
     place = PrefixStore(f"build-{count}", store), mesh.get_local_rank(), mesh.size()
-    compare_plans(*place, told, parallel.timeout_s, generation=generation)
-    return count, store
+    return count, store, compare_plans(*place, told, parallel.timeout_s, generation=generation, ring=ring)
 
 
 def _store_of(group: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,7 @@ from ..core.errors import ConfigError, RingBroken
 from ..core.plan import AttentionPlan, ExchangeSummary
 from .deadlines import read_store
 from .engine import RingEngine
-from .mesh import check_mesh, plan_facts, ring_of
+from .mesh import check_mesh, plan_facts, refusals_told, ring_of
 from .ring_kernel import RingKernel
 
 if TYPE_CHECKING:
@@ -152,8 +153,9 @@ def _verdict(room: Store, size: int | None, settle_s: float, deadline: float) ->
 def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> None:
     """Rebind every context-parallel attention of `model` to a ring over all ranks of `mesh`; collective over it.
 
-    Either all of them are rebound or none: what cannot be honoured is found before anything changes. Attentions built
-    with `ContextParallel(size=1)` take part too, so that newcomers can build a model before they know their ring.
+    Either all of them are rebound or none, and then nothing of the new ring is left. A ring is closed with the last
+    attention that uses it. Attentions built with `ContextParallel(size=1)` take part too, so that newcomers can build a
+    model before they know their ring.
 
     Args:
         model: with `Attention` modules, or one itself.
@@ -164,20 +166,30 @@ def rebuild(model: nn.Module, *, mesh: DeviceMesh | None, generation: int) -> No
     Raises:
         ConfigError: nothing to rebind, a mesh that does not fit, or a configured seq_len that the new size does not
             divide.
-        RingBroken: a rank did not take part, or could not be connected.
+        RingBroken: a rank did not take part, or could not be connected. `error.generation + 1` is the one to agree on.
     """
-    found = [m for m in model.modules() if isinstance(m, Attention) and m.config.context_parallel is not None]
-    if not found:
-        raise ConfigError("rebuild found no attention that was built with context_parallel=ContextParallel(size=...)")
-    size = 1 if mesh is None else check_mesh(mesh, None).size
-    configs = [_config(attention, size) for attention in found]
-    plans = [_evolved(attention, config) for attention, config in zip(found, configs, strict=True)]
-    engines = [_engine(*each, mesh, generation) for each in zip(found, configs, plans, strict=True)]
-    for attention, plan, engine in zip(found, plans, engines, strict=True):
-        old = attention._engine
+    require_int("generation", generation, minimum=1)
+    rebound: list[tuple[Attention, AttentionPlan, Engine]] = []
+    try:
+        with nullcontext() if mesh is None else refusals_told(mesh, generation=generation):
+            found = [m for m in model.modules() if isinstance(m, Attention) and m.config.context_parallel is not None]
+            if not found:
+                raise ConfigError(
+                    "rebuild found no attention that was built with context_parallel=ContextParallel(size=...)"
+                )
+            size = 1 if mesh is None else check_mesh(mesh, None).size
+            configs = [_config(attention, size) for attention in found]
+            plans = [_evolved(attention, config) for attention, config in zip(found, configs, strict=True)]
+            for attention, config, plan in zip(found, configs, plans, strict=True):
+                rebound.append((attention, plan, _engine(attention, config, plan, mesh, generation)))
+    except BaseException as error:
+        rebound.clear()  # closes what they alone have, which the error's traceback would keep
+        if not isinstance(error, RingBroken):
+            raise
+        reason = f"{error.reason}; nothing was rebuilt: agree on generation {generation + 1}, and rebuild for that"
+        raise RingBroken(generation, error.step, error.peer, reason) from error
+    for attention, plan, engine in rebound:
         attention._rebind(engine.config, plan, engine)
-        if isinstance(old, RingEngine):
-            old.communicator.close()
 
 
 def _config(attention: Attention, size: int) -> AttentionConfig:

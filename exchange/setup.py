@@ -64,6 +64,7 @@ def connect(
     transport: str,
     generation: int,
     timeout_s: float,
+    number: int = 0,
 ) -> Communicator:
     """A communicator over `size` ranks that share `store`.
 
@@ -76,40 +77,44 @@ def connect(
         size: ranks in the ring.
         transport: "gloo_cpu" or "ring_nccl".
         generation: 0 for a first build.
-        timeout_s: of set-up and of every pass.
+        timeout_s: of set-up, and of every wait in a pass.
+        number: see `Communicator`.
 
     Raises:
         RingBroken: not all ranks were there in time.
     """
     deadline = time.monotonic() + timeout_s
+    told: list[str] = []  # what went wrong in tries that all ranks know the outcome of
 
     def attempt(number: int) -> tuple[Control, Transport]:
         here = PrefixStore(f"try-{number}", store)
-        control, data = None, None
         # A third of the time that is left, so that a try of which one rank has dropped out is not the last.
         until = time.monotonic() + max(0.5, (deadline - time.monotonic()) / 3)
+        parts: list[Control | Transport] = []
         try:
-            control = Control.connect(PrefixStore("control", here), rank, size, until)
-            data = _transport(transport, PrefixStore("data", here), control, size, until, timeout_s)
-            verdict = "ok"
-        except _FAULTS as error:
-            verdict = f"{type(error).__name__}: {error}"
-        here.set(f"verdict/{rank}", verdict)
-        verdicts = [read_store(here, f"verdict/{peer}", deadline).decode() for peer in range(size)]
-        if control is None or data is None or any(said != "ok" for said in verdicts):
-            for part in (data, control):
-                if isinstance(part, Control):
-                    part.close(None, failed=True)
-                elif part is not None:
-                    part.close()
-            raise RuntimeError("; ".join(f"rank {i}: {said}" for i, said in enumerate(verdicts) if said != "ok"))
+            try:
+                parts.append(control := Control.connect(PrefixStore("control", here), rank, size, until))
+                parts.append(data := _transport(transport, PrefixStore("data", here), control, size, until, timeout_s))
+                verdict = "ok"
+            except _FAULTS as error:
+                verdict = f"{type(error).__name__}: {error}"
+            here.set(f"verdict/{rank}", verdict)
+            verdicts = [read_store(here, f"verdict/{peer}", deadline).decode() for peer in range(size)]
+            if any(said != "ok" for said in verdicts):
+                told.append("; ".join(f"rank {i}: {said}" for i, said in enumerate(verdicts) if said != "ok"))
+                raise RuntimeError(told[-1])
+        except BaseException:
+            for part in reversed(parts):
+                part.close(None, failed=True) if isinstance(part, Control) else part.close()
+            raise
         return control, data
 
     try:
         control, data = with_backoff(attempt, deadline)
     except _FAULTS as error:
-        raise RingBroken(generation, 0, None, f"not all {size} ranks could be connected: {error}") from error
-    return Communicator(control, data, rank=rank, size=size, generation=generation, timeout_s=timeout_s)
+        reason = f"not all {size} ranks could be connected within {timeout_s:g} s: {told[-1] if told else error}"
+        raise RingBroken(generation, 0, None, reason) from error
+    return Communicator(control, data, rank=rank, size=size, generation=generation, timeout_s=timeout_s, number=number)
 
 
 def _transport(name: str, store: Store, control: Control, size: int, deadline: float, timeout_s: float) -> Transport:
@@ -124,8 +129,15 @@ def refuse(store: Store, rank: int, error: Exception) -> None:
 
 
 def compare_plans(
-    store: Store, rank: int, size: int, facts: Mapping[str, Any], timeout_s: float, *, generation: int
-) -> None:
+    store: Store,
+    rank: int,
+    size: int,
+    facts: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    generation: int,
+    ring: int,
+) -> list[int]:
     """Compare what all ranks are about to build.
 
     Args:
@@ -135,6 +147,10 @@ def compare_plans(
         facts: what must be equal, plain values.
         timeout_s: how long to wait for the others.
         generation: 0 for a first build.
+        ring: the number of the ring that this rank has for it, which need not be equal.
+
+    Returns:
+        Every rank's `ring`.
 
     Raises:
         ConfigError: something differs, or a rank cannot build; the message, the same on every rank, names what on which
@@ -142,7 +158,7 @@ def compare_plans(
         RingBroken: a rank did not say in time what it builds.
     """
     deadline = time.monotonic() + timeout_s
-    store.set(f"facts/{rank}", json.dumps({"facts": facts}, sort_keys=True))
+    store.set(f"facts/{rank}", json.dumps({"facts": facts, "ring": ring}, sort_keys=True))
     said: list[dict[str, Any]] = []
     for peer in range(size):
         try:
@@ -161,6 +177,7 @@ def compare_plans(
     differences = list(_differences([words["facts"] for words in said]))
     if differences:
         raise ConfigError("the ranks build different attentions: " + "; ".join(differences))
+    return [words["ring"] for words in said]
 
 
 def _differences(said: Sequence[Mapping[str, Any]]) -> Iterable[str]:

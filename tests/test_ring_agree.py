@@ -54,10 +54,10 @@ def test_who_comes_as_members_are_settled_is_told_which_is_next(store: Store) ->
 
 
 def test_a_generation_that_did_not_form_is_not_tried_again(store: Store) -> None:
-    with pytest.raises(ConfigError, match="two participants have the same identity.*agree on generation 2"):
-        with ThreadPoolExecutor(2) as pool:
-            calls = [pool.submit(agree, store, identity="a", size=2) for _ in range(2)]
-            [call.result() for call in calls]
+    with ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(agree, store, identity="a", size=2) for _ in range(2)]:
+            with pytest.raises(ConfigError, match=r"two participants have the same identity.*agree on generation 2"):
+                call.result()
     error = broken(lambda: agree(store, identity="a", size=2, timeout_s=0.1))
     assert (error.generation, error.reason) == (2, "1 came where 2 were to: a; agree on generation 3")
     assert [member.generation for member in all_agree(store, None)] == [3, 3]
