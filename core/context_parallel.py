@@ -6,11 +6,12 @@ from typing import Final, NoReturn
 
 import attrs
 
-from .checks import positive_int, positive_number, require_choice
+from .checks import keep_plain, positive_int, require_choice, require_positive
 from .errors import ConfigError
 from .structure import NamesChecked
 
 TRANSPORTS: Final = {"gloo_cpu": "cpu", "ring_nccl": "cuda"}  # what moves the rows, by the device type that it serves
+LONGEST_WAIT_S: Final = 7 * 24 * 3600  # of stores and sockets some can wait for 24 days, and none for ever
 
 
 def refuse_in_ring(size: int, *given: str) -> NoReturn:
@@ -26,6 +27,18 @@ def _transport(_: object, attribute: attrs.Attribute[str], value: object) -> Non
     require_choice("ContextParallel.transport", value, ("auto", *TRANSPORTS))
 
 
+def require_wait(name: str, value: object) -> float:
+    """Return `value` as seconds to wait, or raise `ConfigError` unless it is above 0 and at most a week."""
+    seconds = require_positive(name, value)
+    if seconds > LONGEST_WAIT_S:
+        raise ConfigError(f"{name} must be at most {LONGEST_WAIT_S:,} seconds (a week), got {value!r}")
+    return seconds
+
+
+def _wait(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    keep_plain(instance, attribute, require_wait(f"ContextParallel.{attribute.name}", value))
+
+
 @attrs.frozen(kw_only=True)
 class ContextParallel(NamesChecked):
     """One sequence over several ranks, each holding a contiguous shard of queries, keys and values.
@@ -33,7 +46,8 @@ class ContextParallel(NamesChecked):
     Attributes:
         size: ranks that share a sequence; 1 shards nothing. It must divide the mesh it is built with.
         transport: "gloo_cpu" or "ring_nccl", which move rows between CPUs and between CUDA devices; "auto": by device.
-        timeout_s: longest wait for another rank in one pass, after which the ring is broken.
+        timeout_s: seconds, at most a week. Longest wait for another rank: until it builds, enters a pass, or sends the
+            rows that are due next; then the ring is broken. It does not bound a pass, which takes as long as it needs.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -41,7 +55,7 @@ class ContextParallel(NamesChecked):
 
     size: int = attrs.field(validator=positive_int)
     transport: str = attrs.field(default="auto", validator=_transport)
-    timeout_s: float = attrs.field(default=60.0, validator=positive_number)
+    timeout_s: float = attrs.field(default=60.0, validator=_wait)
 
     def transport_for(self, device_type: str) -> str:
         """The transport for a type of device, as torch calls it.

@@ -113,7 +113,7 @@ class ExchangeSummary:
     Attributes:
         transport: "gloo_cpu" or "ring_nccl".
         size: ranks that share a sequence.
-        timeout_s: longest wait for another rank in one pass.
+        timeout_s: longest wait for another rank, see `ContextParallel`.
         companion: the backend that computes dense pieces over received rows, where the chosen one takes whole layouts
             and computes each rank's own keys; else None, the chosen one computing everything.
         companion_kernel: its pinned sub-kernel.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -89,14 +90,11 @@ class Pass:
         number: of all passes of the ring, from 1.
     """
 
-    def __init__(
-        self, communicator: Communicator, kind: int, deadline: float, counters: Counters, agree: Callable[[], None]
-    ) -> None:
+    def __init__(self, communicator: Communicator, kind: int, counters: Counters, agree: Callable[[], None]) -> None:
         self.number = communicator.passes
         self._communicator = communicator
         self._counters = (communicator.counters, counters)
         self._kind = kind
-        self._deadline = deadline
         self._agree: Callable[[], None] | None = agree
         self._step = 0
 
@@ -104,7 +102,7 @@ class Pass:
         """Wait, once, until all ranks are in this pass; nothing is posted before.
 
         Raises:
-            Failure: a rank is gone, has failed, is in another pass, or silent at the deadline.
+            Failure: a rank is gone, has failed, is in another pass, or silent for too long.
         """
         if self._agree is not None:
             agree, self._agree = self._agree, None
@@ -141,15 +139,17 @@ class Pass:
         for counters in self._counters:
             counters.count(self._kind, sends, receives)
         self._step += 1
+        self._communicator.expect()  # a rank may block before it comes to wait
         peers = ", ".join(str(peer) for peer, _ in receives) or "none"
         pending = self._communicator.transport.post(sends, receives)
         return Posted(pending, f"ring step {self._step} receive from {peers}")
 
     def wait(self, posted: Posted) -> None:
-        """Wait for an exchange, until the pass's deadline."""
+        """Wait for an exchange, for `timeout_s` at most."""
         before = time.perf_counter()
         with span(posted.name):
-            posted.pending.wait(self._deadline)
+            posted.pending.wait(self._communicator.expect())
+        self._communicator.expect(math.inf)
         waited = time.perf_counter() - before
         for counters in self._counters:
             counters.waited_s += waited
@@ -162,7 +162,7 @@ class Communicator:
         rank: this rank, within the ring.
         size: ranks in the ring.
         generation: 0 as built; every rebuild is a later one.
-        timeout_s: longest wait in a pass.
+        timeout_s: longest wait for another rank, each time.
         number: of the build that it was connected for, the same on all ranks.
         counters: what was moved, for all plans that share the ring.
     """
@@ -235,7 +235,6 @@ class Communicator:
             self._step += 1
             self.counters.passes += 1
             counters.passes += 1
-            deadline = time.monotonic() + self.timeout_s
             header = Header(
                 generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
                 dtype=DTYPES.index(str(dtype).removeprefix("torch.")), attention=origin.attention, call=origin.call,
@@ -245,7 +244,7 @@ class Communicator:
                 counters.header_bytes += self._control.bytes_sent - self.counters.header_bytes
                 self.counters.header_bytes = self._control.bytes_sent
                 with ExitStack() as watched:
-                    current = Pass(self, kind, deadline, counters, lambda: self._agree(header, deadline, watched))
+                    current = Pass(self, kind, counters, lambda: self._agree(header, watched))
                     yield current
                     current.agree()
             except Exception as error:
@@ -254,11 +253,19 @@ class Communicator:
                 self._break(error)
                 raise
 
-    def _agree(self, header: Header, deadline: float, watched: ExitStack) -> None:
+    def _agree(self, header: Header, watched: ExitStack) -> None:
         """Wait for all ranks; from then on the pass is guarded, where it needs to be."""
-        self._control.agree(header, deadline)
+        self._control.agree(header, time.monotonic() + self.timeout_s)
         if self._guard is not None:
-            watched.enter_context(self._guard.over(deadline))
+            watched.enter_context(self._guard.over(math.inf))
+
+    def expect(self, deadline: float | None = None) -> float:
+        """Within a pass, from now on, wait until `deadline`, or for `timeout_s`; returns until when."""
+        if deadline is None:
+            deadline = time.monotonic() + self.timeout_s
+        if self._guard is not None:
+            self._guard.put_off(deadline)
+        return deadline
 
     def _break(self, error: BaseException) -> RingBroken:
         """Close at once, telling the others; returns what to raise."""

@@ -260,7 +260,7 @@ class Control:
             except OSError as error:
                 raise Failure(peer, f"it is gone ({error})") from error  # or it left a notice first
             if sent != len(frame):
-                raise Failure(peer, "it has not read the headers of many passes", is_certain=True)
+                raise Failure(peer, "it is many passes behind", is_certain=True)
             self.bytes_sent += sent
 
     def _receive(self, peer: int) -> bool:
@@ -280,7 +280,9 @@ class Control:
         del self._buffers[peer][: _FRAME.size]
         magic, kind, *fields = _FRAME.unpack(frame)
         if magic != _MAGIC:
-            raise Failure(peer, "what it sent is no header", is_certain=True)
+            raise Failure(
+                peer, "it sends what another version of dilated_attention may, or a stranger", is_certain=True
+            )
         if kind == _GOODBYE:
             raise Failure(peer, "it has closed its attention while others still use theirs", is_certain=True)
         if kind == _NOTICE:
@@ -309,7 +311,7 @@ def _silent(missing: Iterable[int]) -> Failure:
     """Ranks that have not been heard of at the deadline."""
     first, *others = sorted(missing)
     more = f", nor did ranks {', '.join(map(str, others))}" if others else ""
-    reason = f"rank {first} did not enter the pass before the timeout{more}"
+    reason = f"rank {first} did not make this call before the timeout{more}"
     return Failure(None if others else first, reason, is_certain=True)
 
 

@@ -55,6 +55,12 @@ class Guard:
         if self.failure is not None:
             raise self.failure.again()
 
+    def put_off(self, deadline: float) -> None:
+        """Watch until another deadline: the pass has come further."""
+        with self._lock:
+            if self._deadline is not None:
+                self._deadline = deadline
+
     def _end(self) -> None:
         with self._lock:
             self._deadline = None

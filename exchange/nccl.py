@@ -45,7 +45,7 @@ class NcclTransport:
         store: for NCCL's rendezvous; what is put there must not have been used before.
         rank: this rank within the ring, on the current CUDA device.
         size: ranks in the ring.
-        timeout_s: of a pass.
+        timeout_s: of a wait in a pass.
         deadline: `time.monotonic` until which to connect.
         watch: called while connecting; raises `Failure` where another rank has failed.
 
@@ -61,7 +61,7 @@ class NcclTransport:
         self, store: Store, rank: int, size: int, *, timeout_s: float, deadline: float, watch: Callable[[], None]
     ) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
-        timeout = timedelta(seconds=timeout_s + _WATCHDOG_MARGIN_S)
+        timeout = timedelta(seconds=2 * timeout_s + _WATCHDOG_MARGIN_S)  # from posting a message to the end of its wait
         group = in_time(lambda: _connected(store, rank, size, device, timeout), deadline, watch)
         self._group: Any = group
         self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ class NcclTransport:
         """See `Transport`."""
         group = self._group
         if group is None:
-            raise Failure(None, "its communicator was aborted")
+            raise Failure(None, "it was closed while rows were under way")
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if sends or receives:
             # NCCL's own stream waits for the one that is current, which waits for NCCL's in the end.
@@ -133,7 +133,7 @@ class _Exchange:
         while not self._transport.is_closed and not self._event.query():  # type: ignore[no-untyped-call]
             time.sleep(_LOOK_EVERY_S)
         if self._transport.is_closed:  # the event of an aborted exchange is there too, without its rows
-            raise Failure(None, "its communicator was aborted")
+            raise Failure(None, "it was closed while rows were under way")
         torch.cuda.current_stream().wait_event(self._event)
         self._tensors = ()
 

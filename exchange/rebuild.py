@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from ..core.attention import Attention
 from ..core.checks import require_int
 from ..core.config import AttentionConfig
+from ..core.context_parallel import require_wait
 from ..core.engine import Engine
 from ..core.errors import ConfigError, RingBroken
 from ..core.plan import AttentionPlan, ExchangeSummary
@@ -76,13 +77,14 @@ def agree(
         size: how many must come; None: whoever comes until nobody new has come for `settle_s`.
         local: agree that each computes whole sequences by itself from now on; all must say so.
         settle_s: see `size`.
-        timeout_s: longest wait for the outcome.
+        timeout_s: longest wait for the outcome, at most a week.
 
     Raises:
         ConfigError: the participants want different things, or two have one identity.
         RingBroken: fewer than `size` came, the outcome was not there in time, or it was settled without this call,
             also where an earlier call of this process took part; `error.generation + 1` is the one to form then.
     """
+    require_wait("timeout_s", timeout_s)
     formed = PrefixStore(_ROOM, store)
     last = _last_formed(formed)
     if generation is None:

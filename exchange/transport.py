@@ -98,7 +98,10 @@ class _Works:
                 self.drop()
                 # Messages among ranks that are there need nobody else: who is late at the deadline is to blame.
                 late = time.monotonic() >= deadline - _EARLY_S
-                raise Failure(peer, _first_line(error), is_certain=late) from error
+                reason = f"its connection has ended: {_first_line(error)}"
+                if late:
+                    reason = "rows that it was to send, or to take, were not there before the timeout"
+                raise Failure(peer, reason, is_certain=late) from error
 
     def drop(self) -> None:
         """Forget what has not been waited for: handles keep their connections open."""

@@ -135,3 +135,32 @@ def test_a_rank_that_fails_amid_a_message_is_known_at_once(is_sender: bool) -> N
         for rank, broken in enumerate(pool.map(live, range(3))):
             assert broken.peer == 1
             assert times[rank] - times["failed"] < SOON_S
+
+
+def test_a_pass_may_take_longer_than_the_timeout_while_rows_keep_coming() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    pauses = [0.3, 0.3, 0.3, 0.9]
+
+    there = [0, 0]
+
+    def use(ring: Communicator) -> None:
+        with ring.begin(0, digest=bytes(16), batch=1, length=8, dtype=torch.float32, counters=Counters()) as current:
+            for pause in pauses:
+                time.sleep(pause * ring.rank)  # before it sends what is due
+                row, other = torch.zeros(3), 1 - ring.rank
+                exchange = current.post([(other, torch.ones(3))], [(other, row)])
+                time.sleep(pause / 4 * ring.rank)  # and while rows are on their way
+                current.wait(exchange)
+                there[ring.rank] += int(row.sum())
+
+    def live(rank: int) -> str:
+        ring = connect(store, rank, 2, transport="gloo_cpu", generation=0, timeout_s=20)
+        ring.timeout_s = 0.6
+        with pytest.raises(RingBroken) as caught:
+            use(ring)
+        return caught.value.reason
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting, _ = pool.map(live, range(2))
+    assert there[0] == 9
+    assert waiting == "rows that it was to send, or to take, were not there before the timeout"

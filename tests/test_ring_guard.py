@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,6 +124,26 @@ def test_a_blocked_rank_is_woken_at_the_deadline(controls: list[Control]) -> Non
     failure, after = blocked(guard, door, time.monotonic() + 0.2)
     assert (failure.peer, failure.reason) == (None, "rows were not there before the timeout")
     assert 0.2 <= after < 0.2 + SOON_S
+
+
+def test_a_pass_that_comes_further_has_more_time(controls: list[Control]) -> None:
+    door, before = Door(), time.monotonic()
+    guard = Guard(controls[0], door.closed.set)
+    guard.put_off(before)  # nothing is watched yet
+
+    def work() -> None:
+        for _ in range(4):
+            guard.put_off(time.monotonic() + 0.3)
+            time.sleep(0.1)
+        guard.put_off(time.monotonic() + 0.1)
+        door.wait_for_ever()
+
+    with pytest.raises(Failure, match="rows were not there before the timeout"), guard.over(math.inf):
+        work()
+    assert 0.5 <= time.monotonic() - before < 0.5 + SOON_S
+    kept = guard.failure
+    assert kept is not None
+    assert "in over" not in "".join(traceback.format_tb(kept.__traceback__))  # which would keep what is computed
 
 
 def test_ranks_that_are_ahead_or_have_left_in_peace_break_nothing(controls: list[Control]) -> None:
