@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from .errors import ConfigError
 
@@ -78,6 +79,15 @@ def needs_operator(dout: Tensor | None, dlse: Tensor | None) -> bool:
 def is_watched() -> bool:
     """Whether a mode of this thread is shown every operator: selective checkpointing, fake tensors, FLOP counters."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether a call is only written down, or has no numbers: make_fx, torch.export, fake tensors."""
+    if not is_watched() and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    if detect_fake_mode(tensors) is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def transformed(operators: Operators, *args: Any) -> tuple[Tensor, Tensor]:

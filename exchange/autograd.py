@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..core.transforms import needs_operator, no_second_derivative
+from ..core.transforms import is_traced, needs_operator, no_second_derivative
 
 if TYPE_CHECKING:
     from .engine import RingEngine
+
+
+def refuse_traced(*tensors: Tensor | None) -> None:
+    """Raise `ConfigError` before other ranks are told of a call that they may not make, and that moves no rows."""
+    if is_traced(*tensors):
+        raise ConfigError(
+            "ranks that share a sequence cannot be traced (torch.export, make_fx, fake tensors): a pass needs all; "
+            "trace an attention that is built without a mesh, or use torch.compile, which leaves it out of its graphs"
+        )
 
 
 class RingAttend(torch.autograd.Function):
@@ -31,6 +40,7 @@ class RingAttend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
+        refuse_traced(dout, dlse)
         if torch.is_grad_enabled():
             no_second_derivative()
         if needs_operator(dout, dlse):

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import attrs
-import torch
 from torch import Tensor
 
 from ..core.errors import RingBroken
@@ -210,21 +209,18 @@ class Communicator:
 
     @contextmanager
     def begin(
-        self,
-        kind: int,
-        *,
-        digest: bytes,
-        batch: int,
-        length: int,
-        dtype: torch.dtype,
-        counters: Counters,
-        origin: Origin = Origin(),
+        self, kind: int, x: Tensor, *, digest: bytes, counters: Counters, origin: Origin = Origin()
     ) -> Iterator[Pass]:
         """Tell all ranks of a pass and enter it; whatever goes wrong inside breaks the ring.
 
         Before anything is posted, and before the pass ends, all ranks are waited for (`Pass.agree`).
 
-        What it moves is counted in `counters` too, those of the plan that it computes.
+        Args:
+            kind: `ROWS` or another of these.
+            x: a shard, (B, S, ...), of which all ranks' are alike.
+            digest: 16 bytes that identify configuration and length.
+            counters: of the plan that is computed; what is moved is counted there too.
+            origin: which call this is.
 
         Raises:
             RingBroken: it was broken before, a rank is gone or silent or in another pass, or the body raised.
@@ -236,8 +232,9 @@ class Communicator:
             self.counters.passes += 1
             counters.passes += 1
             header = Header(
-                generation=self.generation, step=self._step, kind=kind, digest=digest, batch=batch, length=length,
-                dtype=DTYPES.index(str(dtype).removeprefix("torch.")), attention=origin.attention, call=origin.call,
+                generation=self.generation, step=self._step, kind=kind, digest=digest, batch=x.shape[0],
+                length=x.shape[1], dtype=DTYPES.index(str(x.dtype).removeprefix("torch.")),
+                attention=origin.attention, call=origin.call,
             )  # fmt: skip
             try:
                 self._control.announce(header)

@@ -11,7 +11,8 @@ its kernel for whole layouts.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
@@ -23,13 +24,14 @@ from ..core.cache import ByteLRU
 from ..core.composed import Composers
 from ..core.context_parallel import refuse_in_ring
 from ..core.counters import AttentionCounters
+from ..core.empty import empty_gradients, empty_results
 from ..core.engine import Engine
 from ..core.errors import ConfigError
 from ..core.lowering import lower
 from ..core.ops import without_autocast
 from ..core.tracing import span
 from ..core.transforms import is_active, is_watched
-from .autograd import RingAttend
+from .autograd import RingAttend, refuse_traced
 from .communicator import GRADIENTS, ROWS, Counters, Origin, digest_bytes
 from .compute import Compute, RankProgram
 from .hops import HopProgram, hop_backward, hop_forward
@@ -138,8 +140,10 @@ class RingEngine(Engine):
             ConfigError: for a length that the ranks cannot share, other lengths of keys, or other offsets.
         """
         self._check_offsets(q_len, kv_len, q_offset, kv_offset)
-        program = self._ring_program(shard_length(q_len, self.communicator.size), 1, device)
-        own = program.shards.against(self.communicator.rank, self.communicator.rank)
+        shards = self._shards(shard_length(q_len, self.communicator.size))
+        if shards.length:
+            self._ring_program(shards.length, 1, device)
+        own = shards.against(self.communicator.rank, self.communicator.rank)
         return lower(self.pattern, own, limit_bytes=self.config.limits.layout_bytes)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -166,7 +170,7 @@ class RingEngine(Engine):
             origin: of the attention that calls.
 
         Raises:
-            ConfigError: lengths or offsets that no shard has, or a transform of torch.func.
+            ConfigError: lengths or offsets that no shard has, a transform of torch.func, or a trace.
             RingBroken: the pass failed on some rank.
         """
         self._check_offsets(query.shape[1], key.shape[1], q_offset, kv_offset)
@@ -174,6 +178,7 @@ class RingEngine(Engine):
             raise ConfigError(
                 "torch.func does not reach over ranks that share a sequence; use backward, or build without a mesh"
             )
+        refuse_traced(query, key, value)
         with _disable_current_modes() if is_watched() else nullcontext():  # else modes would keep what is added to
             return self._attend(query, key, value, recompute, origin)
 
@@ -201,9 +206,12 @@ class RingEngine(Engine):
                 f"rank), got {q_len} queries, {kv_len} keys, q_offset={q_offset}, kv_offset={kv_offset}"
             )
 
+    def _shards(self, length: int) -> Shards:
+        config = self.config
+        return Shards(length, self.communicator.size, config.num_heads, config.kv_heads, config.is_causal)
+
     def _ring_program(self, length: int, batch: int, device: torch.device) -> _Program:
-        config, limits = self.config, self.config.limits
-        shards = Shards(length, self.communicator.size, config.num_heads, config.kv_heads, config.is_causal)
+        config, limits, shards = self.config, self.config.limits, self._shards(length)
         row_bytes = 2 * batch * config.head_dim * getattr(torch, config.dtype).itemsize
         # The rows of no batch fit any buffer.
         hops, sent = self._judge(shards, limits.exchange_buffer_bytes // row_bytes) if batch else (False, None)
@@ -253,6 +261,10 @@ class RingEngine(Engine):
         self, query: Tensor, key: Tensor, value: Tensor, origin: Origin
     ) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """out in the inputs' dtype and lse, both contiguous, what was received, (U, 2, B, D), and the pass's number."""
+        if not query.shape[1]:
+            number = self._agree_on_nothing(ROWS, query, origin)
+            self.forwards.add(1, 0, 0)
+            return (*empty_results(query), None, number)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         with without_autocast(query.device), torch.no_grad():
             program, received = self._ring_program(query.shape[1], query.shape[0], query.device), None
@@ -302,6 +314,10 @@ class RingEngine(Engine):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the shard in the inputs' dtype, with what all ranks' queries contribute; collective."""
         self._check_dlse(dlse)
+        if not query.shape[1]:
+            self._agree_on_nothing(GRADIENTS, key, origin)
+            self.backwards.add(1, 0, 0)
+            return empty_gradients(query, key, value)
         query, key, value, dout = (x.contiguous() for x in (query, key, value, dout))
         with without_autocast(query.device), torch.no_grad():
             program = self._ring_program(query.shape[1], query.shape[0], query.device)
@@ -351,14 +367,13 @@ class RingEngine(Engine):
             current.rejoin()
         return dk, dv
 
-    def _begin(self, digest: bytes, origin: Origin) -> Begin:
-        def begin(kind: int, x: Tensor) -> AbstractContextManager[Pass]:
-            shape = {"batch": x.shape[0], "length": x.shape[1]}
-            return self.communicator.begin(
-                kind, digest=digest, dtype=x.dtype, counters=self._moved, origin=origin, **shape
-            )
+    def _agree_on_nothing(self, kind: int, x: Tensor, origin: Origin) -> int:
+        """A pass without tokens, which no other rank may have either; its number."""
+        with self._begin(digest_bytes(self.plan_key), origin)(kind, x) as current:
+            return current.number
 
-        return begin
+    def _begin(self, digest: bytes, origin: Origin) -> Begin:
+        return partial(self.communicator.begin, digest=digest, counters=self._moved, origin=origin)
 
 
 def _beside(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from ..core.checks import positive_int, require_int
+from ..core.checks import an_int, positive_int, require_int
 from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 
@@ -31,7 +31,7 @@ def shard_length(seq_len: int, size: int) -> int:
 class Shards:
     """A sequence of `size` shards of `length` positions: shard i holds positions i * length onwards, on rank i."""
 
-    length: int = attrs.field(validator=positive_int)
+    length: int = attrs.field(validator=an_int(0))
     size: int = attrs.field(validator=positive_int)
     num_heads: int
     num_kv_heads: int

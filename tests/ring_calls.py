@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from dilated_attention import ContextParallel, Dilated, Local, RingBroken, build_attention, shard_sequence
+from dilated_attention import ConfigError, ContextParallel, Dilated, Local, RingBroken, build_attention, shard_sequence
 from dilated_attention.core.attention import Attention
 
 from .ring_cases import mesh_of
@@ -88,6 +90,58 @@ def shapes() -> list[str]:
     said = [told(lambda: (first, second)[rank](x, x, x))]
     (first,), batch = built(), x.expand(1 + rank, -1, -1, -1)
     return [*said, told(lambda: first(batch, batch, batch))]
+
+
+def traced() -> dict[str, str]:
+    """Rank 0 alone traces a call in several ways, which it is refused; then both call."""
+    (attention,), x = built(), leaf().detach()
+    out, said = attention(leaf(), x, x), {}
+
+    def call(x: Tensor) -> Tensor:
+        found: Tensor = attention(x, x, x)
+        return found
+
+    def fake(inside: bool) -> None:
+        with FakeTensorMode() as mode:
+            shard = mode.from_tensor(x)
+            if inside:
+                call(shard)
+        call(shard)
+
+    def back() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            out.backward(mode.from_tensor(out.detach()))
+
+    model = nn.Module()
+    model.forward = call
+    ways: dict[str, Callable[[], object]] = {
+        "fake inside": lambda: fake(True),
+        "fake": lambda: fake(False),
+        "backward": back,
+        "make_fx": lambda: make_fx(call)(x),
+        "export": lambda: torch.export.export(model, (x,), strict=False),
+    }
+    for name, trace in ways.items() if dist.get_rank() == 0 else ():
+        try:
+            trace()
+        except ConfigError as error:
+            said[name] = str(error)
+    dist.barrier()
+    return said | {"after": told(lambda: out.sum().backward()) + told(lambda: call(x))}
+
+
+def without_tokens() -> dict[str, Any]:
+    """A sequence of no tokens, forward and back; then rank 0 alone has none."""
+    (attention,), x = built(), leaf(length=0)
+    attention.prepare(0)
+    out, lse = attention(x, x, x, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    said: dict[str, Any] = {"shapes": (out.shape, lse.shape, None if x.grad is None else x.grad.shape)}
+    (recomputing,) = built(activation_checkpointing=True)
+    said["recomputed"] = told(recomputing(x, x, x).sum().backward)
+    x = leaf() if dist.get_rank() else leaf(length=0)
+    said["uneven"] = told(lambda: attention(x, x, x))
+    return said
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 
 from dilated_attention import Limits
 
-from .ring_calls import alike, dropped, evaluated, mixed, shapes, swapped
+from .ring_calls import alike, dropped, evaluated, mixed, shapes, swapped, traced, without_tokens
 from .ring_ranks import Ranks
 
 ORDER = ": all ranks must make the same calls in the same order"
@@ -63,3 +63,19 @@ def test_calls_are_the_same_when_compiled_checkpointed_or_copied(ranks: Ranks) -
     for said in ranks.run(alike, 10):
         assert {said[name] for name in ("compiled", "kept", "both", "copied")} == {True}
         assert said["graphs"] <= 4
+
+
+def test_a_rank_that_traces_is_refused_before_others_hear_of_it(ranks: Ranks) -> None:
+    first, second = ranks.run(traced)
+    assert (first.pop("after"), second) == ("", {"after": ""})
+    assert set(first) == {"fake inside", "fake", "backward", "make_fx", "export"}
+    for said in first.values():
+        assert "ranks that share a sequence cannot be traced (torch.export, make_fx, fake tensors)" in said
+
+
+def test_no_tokens_are_a_pass_like_any_other(ranks: Ranks) -> None:
+    for rank, said in enumerate(ranks.run(without_tokens)):
+        assert said["shapes"] == ((1, 0, 2, 8), (1, 2, 0), (1, 0, 2, 8))
+        assert said["recomputed"] == ""
+        theirs, own = (32, 0) if rank == 0 else (0, 32)
+        assert f"it has a shard of {theirs} tokens where this rank has a shard of {own} tokens" in said["uneven"]

@@ -108,7 +108,7 @@ def test_a_rank_that_fails_amid_a_message_is_known_at_once(is_sender: bool) -> N
     def use(ring: Communicator) -> None:
         """Rank 1 fails amid a message between 0 and 1; 2 only waits, for rows of 0's that never come."""
         rank = ring.rank
-        with ring.begin(0, digest=bytes(16), batch=1, length=8, dtype=torch.float32, counters=Counters()) as current:
+        with ring.begin(0, torch.zeros(1, 8), digest=bytes(16), counters=Counters()) as current:
             if rank == 1:
                 assert posted.wait(4)
                 time.sleep(0.05)
@@ -144,7 +144,7 @@ def test_a_pass_may_take_longer_than_the_timeout_while_rows_keep_coming() -> Non
     there = [0, 0]
 
     def use(ring: Communicator) -> None:
-        with ring.begin(0, digest=bytes(16), batch=1, length=8, dtype=torch.float32, counters=Counters()) as current:
+        with ring.begin(0, torch.zeros(1, 8), digest=bytes(16), counters=Counters()) as current:
             for pause in pauses:
                 time.sleep(pause * ring.rank)  # before it sends what is due
                 row, other = torch.zeros(3), 1 - ring.rank
