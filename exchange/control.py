@@ -22,7 +22,7 @@ from .deadlines import read_store, seconds_left
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-_FRAME: Final = struct.Struct("!4sBIQB16sIIBIQ3x")
+_FRAME: Final = struct.Struct("!4sBIQB16sIIBIQ")
 _HELLO: Final = struct.Struct("!16sI")
 _MAGIC: Final = b"daR1"
 _HEADER, _NOTICE, _GOODBYE = 0, 1, 2

@@ -62,7 +62,7 @@ def test_counters_of_real_ranks_are_equal_to_the_byte(ranks: Ranks, pattern: Pat
             for name in ("forward_received", "forward_sent", "backward_received", "backward_sent"):
                 assert counters[name] == getattr(load, name), (name, load)
             assert counters["passes"] == 2
-            assert counters["header_bytes"] == 2 * 3 * 46
+            assert counters["header_bytes"] == 2 * 3 * 55
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_attention_counts_what_it_moved_and_computed_by_itself(
         assert (backward.sent_bytes, backward.received_bytes) == (load.backward_sent, load.backward_received)
         assert (forward.calls, forward.tokens, forward.flops) == (1, 60, load.flops)
         assert (backward.calls, backward.tokens, backward.flops) == (1, 60, load.flops * 5 // 2)
-        assert (counters.layouts.hits, counters.layouts.misses, counters.header_bytes) == (1, 1, 2 * 3 * 46)
+        assert (counters.layouts.hits, counters.layouts.misses, counters.header_bytes) == (1, 1, 2 * 3 * 55)
         passes = {f"dilated_attention {backend} {name} (plan {counters.plan})" for name in ("forward", "backward")}
         assert passes <= ranges
     ranges = results[2][1]
