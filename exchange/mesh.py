@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ..core.checks import require_int
+from ..core.checks import plain_int, require_int
 from ..core.errors import ConfigError
 from .communicator import Communicator, Origin
 from .setup import compare_plans, connect, refuse
@@ -209,13 +209,14 @@ def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | Non
     Args:
         x: with the sequence along `dim`; its length is a multiple of the ring's size.
         mesh: one-dimensional.
-        dim: the sequence's dimension.
+        dim: the sequence's dimension; below 0 counted from the last.
         size: ranks that share a sequence, where they are not all of the mesh (`ContextParallel.size`).
 
     Raises:
-        ConfigError: a length that cannot be cut, naming the nearest ones, or a mesh that does not fit.
+        ConfigError: a length that cannot be cut, naming the nearest ones, a dimension that `x` has not, or a mesh that
+            does not fit.
     """
-    place = check_mesh(mesh, size)
+    place, dim = check_mesh(mesh, size), _dimension(x, dim)
     length = shard_length(x.shape[dim], place.size)
     return x.narrow(dim, place.rank * length, length).contiguous()
 
@@ -226,20 +227,50 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | N
     Args:
         x: this rank's shard, as long as the others'; detached, since a loss belongs on the shards.
         mesh: one-dimensional.
-        dim: the sequence's dimension.
+        dim: the sequence's dimension; below 0 counted from the last.
         size: ranks that share a sequence, where they are not all of the mesh.
 
     Raises:
-        ConfigError: `x` requires a gradient, which would be lost, or a mesh that does not fit.
+        ConfigError: `x` requires a gradient, which would be lost, ranks have shards of different shapes or dtypes, a
+            dimension that `x` has not, or a mesh that does not fit.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             "unshard_sequence gathers values, not gradients: compute the loss on the shards, or pass x.detach()"
         )
-    place = check_mesh(mesh, size)
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
-    dist.all_gather(parts, x.contiguous(), group=mesh.get_group())
+    place, dim = check_mesh(mesh, size), _dimension(x, dim)
+    _check_alike(x, mesh)
+    parts = _gathered(x, mesh)
     return torch.cat(parts[place.ring * place.size :][: place.size], dim)
+
+
+def _dimension(x: Tensor, dim: int) -> int:
+    plain = plain_int(dim)
+    if not isinstance(plain, int) or not -x.dim() <= plain < x.dim():
+        raise ConfigError(
+            f"dim must be one of the {x.dim()} dimensions of a tensor of shape {tuple(x.shape)}, got {dim!r}"
+        )
+    return plain
+
+
+def _check_alike(x: Tensor, mesh: DeviceMesh) -> None:
+    """What is gathered is of one shape and dtype; else some rank would be given other numbers, or wait for ever."""
+    words = f"{tuple(x.shape)} {x.dtype}".encode().ljust(256)
+    told = _gathered(torch.tensor([*words], dtype=torch.uint8, device=x.device), mesh)
+    said = [bytes(part.tolist()).decode().strip() for part in told]
+    if len(set(said)) > 1:
+        sides = [
+            f"{each} on rank {', '.join(str(i) for i, one in enumerate(said) if one == each)}" for each in set(said)
+        ]
+        raise ConfigError(f"shards must be of one shape and dtype on all ranks, got {'; '.join(sorted(sides))}")
+
+
+def _gathered(x: Tensor, mesh: DeviceMesh) -> list[Tensor]:
+    """`x` of all ranks of the mesh."""
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(mesh.size())]
+    dist.all_gather(parts, x, group=mesh.get_group())
+    return parts
 
 
 def local_positions(seq_len: int, mesh: DeviceMesh, *, size: int | None = None) -> Tensor:

@@ -202,7 +202,15 @@ def refusals() -> dict[str, Any]:
     attention = build_attention(num_heads=2, head_dim=8, context_parallel=parallel[4], mesh=mesh)
     q = torch.randn(1, 3, 2, 8)
     leaf = q.clone().requires_grad_()
+    part, rank = torch.zeros(1, 3, 2), mesh.get_local_rank()
+    said["last"] = torch.equal(unshard_sequence(shard_sequence(x.mT, mesh, -1), mesh, -1), x.mT)
+    pair = DeviceMesh("cpu", [0, 1])
     attempts: dict[str, Any] = {
+        "dim": lambda: shard_sequence(x, mesh, 3),
+        "minus": lambda: unshard_sequence(part, mesh, -4),
+        "uneven": lambda: unshard_sequence(part[:, : 3 - rank // 3], mesh),
+        "dtypes": lambda: unshard_sequence(part.double() if rank == 1 else part, mesh),
+        "outside": lambda: shard_sequence(x, pair),
         "length": lambda: shard_sequence(torch.zeros(1, 10), mesh),
         "size": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[3], mesh=mesh),
         "dims": lambda: build_attention(num_heads=2, head_dim=8, context_parallel=parallel[2], mesh=square),

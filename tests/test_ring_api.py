@@ -171,6 +171,14 @@ def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
     for rank, said in enumerate(ranks.run(refusals)):
         assert said["positions"] == [3 * rank + i for i in range(3)]
         assert said["whole"]
+        assert said["last"]
+        assert said["dim"] == "dim must be one of the 3 dimensions of a tensor of shape (1, 12, 2), got 3"
+        assert "(1, 3, 2), got -4" in said["minus"]
+        uneven = "got (1, 2, 2) torch.float32 on rank 3; (1, 3, 2) torch.float32 on rank 0, 1, 2"
+        assert said["uneven"] == f"shards must be of one shape and dtype on all ranks, {uneven}"
+        assert "(1, 3, 2) torch.float32 on rank 0, 2, 3; (1, 3, 2) torch.float64 on rank 1" in said["dtypes"]
+        words = f"this rank, {rank}, is not in the mesh, of ranks 0, 1: call this on those alone"
+        assert said.get("outside") == (None if rank < 2 else words)
         assert "cannot be cut into 4 equal shards; the nearest lengths are 8 and 12" in said["length"]
         assert "must divide the 4 ranks of the mesh, got 3; it can be 1, 2, 4" in said["size"]
         assert "must have one dimension, got 2 ('dp', 'cp')" in said["dims"]
