@@ -16,6 +16,8 @@ from dilated_attention import (
     Dilated,
     Full,
     Learned,
+    Local,
+    Pattern,
     build_attention,
     explain,
     rebuild,
@@ -131,6 +133,26 @@ def test_a_mesh_is_needed_exactly_where_ranks_share() -> None:
         rebuild(build_attention(**FIELDS), mesh=None, generation=1)
     with pytest.raises(ConfigError, match=r"dropout_p=0\.5 with context_parallel: no attention that ranks share drops"):
         build_attention(**FIELDS, dropout_p=0.5, context_parallel=ContextParallel(size=1))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "parts", "same"),
+    [
+        (Local(5), 4, True),
+        (Dilated((8, 32), (1, 4)), 2, True),
+        (Dilated((8, 32), (1, 4)), 4, False),  # two heads each, whose offsets are 0 and 1
+        (Dilated((8, 32), (1, 4), offsets="blocked"), 2, False),
+        (Dilated((8, 32), (1, 4), heads="split"), 2, False),
+    ],
+    ids=str,
+)
+def test_heads_of_a_tensor_parallel_rank_are_numbered_from_0(pattern: Pattern, parts: int, same: bool) -> None:
+    query, key, value = torch.randn(3, 1, 32, 8, 8, dtype=torch.float64)
+    fields: dict[str, Any] = {"head_dim": 8, "pattern": pattern, "is_causal": True, "dtype": "float64"}
+    whole = build_attention(fields, num_heads=8)(query, key, value)
+    part = build_attention(fields, num_heads=8 // parts)
+    split = [part(*heads) for heads in zip(*(x.chunk(parts, 2) for x in (query, key, value)), strict=True)]
+    assert torch.allclose(torch.cat(split, 2), whole, rtol=0, atol=1e-12) == same
 
 
 def test_set_up_is_tried_again_with_growing_pauses_until_its_deadline() -> None:
