@@ -190,7 +190,7 @@ class Communicator:
         self._broken: RingBroken | None = None
         self._lock = threading.Lock()
         # Nobody uses it any more. At exit the connections end with the process.
-        self._end = weakref.finalize(self, _leave, control, transport)
+        self._end = weakref.finalize(self, _leave, control, transport, timeout_s)
         self._end.atexit = False
         _LIVING.add(self)
 
@@ -288,7 +288,7 @@ class Communicator:
         with self._lock:
             if self._broken is None:
                 self._broken = self._closed(self.rank, f"it was closed; {_NO_RETRY}")
-                _leave(self._control, self.transport)
+                _leave(self._control, self.transport, self.timeout_s)
 
     def abandon(self) -> None:
         """In the child of a fork: the ring is its parent's, whose death the others hear by connections that close."""
@@ -313,10 +313,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
 
 
-def _leave(control: Control, transport: Transport) -> None:
-    """Close in peace; what is closed already stays so."""
+def _leave(control: Control, transport: Transport, patience_s: float) -> None:
+    """Close in peace; what is closed already stays so.
+
+    Where a transport is aborted, ranks in the last pass may still read what this one holds: they are waited for, aside.
+    """
+    control.tell_end(None, failed=False)
+    if not transport.is_guarded:
+        _close(control, transport)
+        return
+    aside = (control, transport, time.monotonic() + patience_s)
+    threading.Thread(target=_leave_last, args=aside, name="ring-leave", daemon=True).start()
+
+
+def _leave_last(control: Control, transport: Transport, deadline: float) -> None:
+    control.await_ends(deadline)
+    _close(control, transport)
+
+
+def _close(control: Control, transport: Transport) -> None:
     transport.close()
-    control.close(None, failed=False)
+    control.abandon()
 
 
 def digest_bytes(text: str) -> bytes:

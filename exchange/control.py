@@ -235,6 +235,11 @@ class Control:
 
     def close(self, culprit: int | None, *, failed: bool) -> None:
         """Tell the others who failed, or that this rank leaves in peace, and close all connections."""
+        self.tell_end(culprit, failed=failed)
+        self.abandon()
+
+    def tell_end(self, culprit: int | None, *, failed: bool) -> None:
+        """Tell the others who failed, or that this rank leaves in peace."""
         kind = _NOTICE if failed else _GOODBYE
         who = NOBODY if culprit is None else culprit
         frame = _FRAME.pack(_MAGIC, kind, 0, 0, 0, bytes(16), who, 0, 0, 0, 0)
@@ -243,7 +248,17 @@ class Control:
                 link.send(frame)
             except OSError:
                 continue  # it is gone, which is why we close
-        self.abandon()
+
+    def await_ends(self, deadline: float) -> None:
+        """Wait until every other rank has left in peace or is gone, until the deadline at the longest."""
+        with selectors.DefaultSelector() as selector:
+            for peer, link in self._sockets.items():
+                if not self._has_left(peer):
+                    selector.register(link, selectors.EVENT_READ, peer)
+            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    if not self._receive(key.data) or self._has_left(key.data):
+                        selector.unregister(key.fileobj)
 
     def abandon(self) -> None:
         """Close all connections without a word."""

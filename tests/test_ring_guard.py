@@ -8,10 +8,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from dilated_attention.exchange.communicator import Communicator
 from dilated_attention.exchange.control import Control, Failure, Header
 from dilated_attention.exchange.guard import LOOK_EVERY_S, Guard
 from dilated_attention.exchange.nccl import in_time
@@ -185,6 +188,20 @@ def test_a_guard_ends_with_its_ring(controls: list[Control]) -> None:
     del guard
     own.join(20)
     assert not own.is_alive()
+
+
+def test_a_ring_that_is_dropped_is_aborted_once_no_rank_can_be_in_its_last_pass(controls: list[Control]) -> None:
+    transport: Any = SimpleNamespace(is_guarded=True, closed=threading.Event())
+    transport.close = transport.closed.set
+    ring = Communicator(controls[0], transport, rank=0, size=3, generation=0, timeout_s=20)
+    controls[1].announce(header(2))
+    del ring
+    controls[1].close(None, failed=False)
+    assert not transport.closed.wait(0.2)
+    for link in controls[2]._sockets.values():
+        assert link.recv(200)  # it has heard of both
+        link.close()
+    assert transport.closed.wait(SOON_S)
 
 
 def test_a_call_that_never_returns_is_left_at_the_deadline_or_when_a_rank_fails() -> None:
