@@ -23,6 +23,8 @@ from dilated_attention.bench.history import (
 )
 from dilated_attention.errors import ConfigError
 
+from .disk import room_for
+
 RESULT = Result(
     case="longnet-4k",
     backend="sdpa",
@@ -178,6 +180,18 @@ def test_half_a_line_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ends in the middle of a line"):
         append_run(path, RUN)
     assert path.read_text(encoding="utf-8") == '{"schema": 1, "when"'
+
+
+def test_a_run_that_has_no_room_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append_run(path, RUN)
+    size = path.stat().st_size
+    for room in (0, 1, 40):
+        with room_for(size + room), pytest.raises(ConfigError, match=r"cannot append to '.*runs\.jsonl': "):
+            append_run(path, RUN)
+        assert read_history(path) == [RUN]
+    append_run(path, RUN)
+    assert read_history(path) == [RUN, RUN]
 
 
 def test_reading_needs_no_torch() -> None:

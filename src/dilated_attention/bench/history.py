@@ -222,7 +222,8 @@ def append_run(path: Path | str, run: Run) -> None:
     """Add `run` to the file, in one write so that two who append at once do not mix; a missing file is made.
 
     Raises:
-        ConfigError: the file cannot be written, would outgrow `LIMIT_BYTES`, or ends in the middle of a line.
+        ConfigError: the file cannot be written, would outgrow `LIMIT_BYTES`, or ends in the middle of a line. It is
+            left as it was.
     """
     path, line = Path(path), (run.to_json() + "\n").encode()
     try:
@@ -236,7 +237,12 @@ def append_run(path: Path | str, run: Run) -> None:
             file.seek(max(0, size - 1))
             if file.read(1) not in (b"", b"\n"):
                 raise ConfigError(f"{str(path)!r} ends in the middle of a line; mend or move it first")
-            file.write(line)
+            written = file.write(line)
+            if written < len(line):  # as a disk does that becomes full; half a line would make all runs unreadable
+                end = file.tell()
+                if file.seek(0, 2) == end:  # and nobody has appended since
+                    file.truncate(end - written)
+                raise ConfigError(f"cannot append to {str(path)!r}: only {written:,} of {len(line):,} bytes had room")
     except OSError as error:
         raise ConfigError(f"cannot append to {str(path)!r}: {error.strerror or error}") from error
 
