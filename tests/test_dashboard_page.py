@@ -13,18 +13,26 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import pytest
 
 from dilated_attention import Dilated, preflight
 from dilated_attention.cli import main
-from dilated_attention.dashboard import HISTORY_BYTES, HISTORY_RESULTS, HISTORY_RUNS, check_can_render, read_runs
+from dilated_attention.dashboard import (
+    HISTORY_BYTES,
+    HISTORY_RESULTS,
+    HISTORY_RUNS,
+    check_can_render,
+    make_page,
+    read_runs,
+)
 from dilated_attention.errors import ConfigError
 
 from .conftest import Invoke
 from .dashboard_kit import HOSTILE, Page, history, result, run_of, write
+from .disk import room_for
 from .distributions import ROOT, as_json
 
 CONFIG = """
@@ -196,6 +204,66 @@ def test_what_cannot_be_done_is_one_clear_message(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bokeh" else found(name))
     with pytest.raises(ConfigError, match=r"needs bokeh: pip install 'dilated-attention\[dashboard\]'"):
         check_can_render(tmp_path / "page.html")
+
+
+def test_the_page_takes_the_place_of_nothing_else(tmp_path: Path, invoke: Invoke) -> None:
+    log = write(tmp_path / "runs.jsonl", history(1))
+    config, counters, pipe = (tmp_path / name for name in ("a.json", "ran.json", "pipe"))
+    config.write_text("{}")
+    counters.write_text("{}")
+    os.mkfifo(pipe)
+    (tmp_path / "log").symlink_to(log)
+
+    def found() -> dict[str, tuple[int, int, int]]:
+        status = {path.name: path.lstat() for path in tmp_path.iterdir()}
+        return {name: (each.st_ino, each.st_mode, each.st_size) for name, each in status.items()}
+
+    before = found()
+    read = ["--history", str(log), "--counters", str(counters), "--config", str(config)]
+    for out, said in (
+        (log, "--out must be another file than"),
+        (tmp_path / "log", "--out must be another file than"),
+        (counters, "--out must be another file than"),
+        (config, "--out must be another file than"),
+        (pipe, "is there and is no regular one"),
+        (Path(os.devnull), "is there and is no regular one"),
+        (Path("/proc/page.html"), "--out: cannot write to '/proc'"),
+    ):
+        done = invoke("dashboard", *read, "--out", str(out))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+    assert found() == before
+
+
+def test_the_page_is_a_file_like_any_other(tmp_path: Path, invoke: Invoke) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    before = os.umask(0o027)
+    try:
+        assert invoke("dashboard", "--no-machine", "--out", str(link)).returncode == 0
+    finally:
+        os.umask(before)
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o640
+    page.chmod(0o600)
+    content = page.read_bytes()
+    with room_for(1000):
+        done = invoke("dashboard", "--no-machine", "--out", str(link))
+    assert (done.returncode, "File too large" in done.stderr) == (2, True)
+    assert page.read_bytes() == content
+    assert invoke("dashboard", "--no-machine", "--out", str(link)).returncode == 0
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", "link.html"}
+
+
+def test_nothing_is_left_of_a_page_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_page(tmp_path / "page.html", history=None, counters=None, config=None, registry=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_history_larger_than_a_page_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from .console import AsJson, registry, show
 from .core.config import read_mapping
 from .core.errors import ConfigError
 from .core.explain import amount
-from .dashboard import make_page
+from .dashboard import check_can_render, make_page
 
 
 def dashboard(
@@ -37,6 +37,7 @@ def dashboard(
     """
     if config is not None and not machine:
         raise ConfigError("--config is what --machine plans; give no --no-machine with it")
+    check_can_render(out, history, counters, config)
     data = make_page(
         out,
         history=history,

@@ -6,9 +6,7 @@ The page holds all that it needs and makes no requests.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from ..core.errors import ConfigError
+from ..writing import check_writable, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +55,7 @@ def make_page(
     Raises:
         ConfigError: a file that cannot be read, a configuration that no backend could honour, or no place for the page.
     """
-    check_can_render(out)
+    check_can_render(out, history, counters)
     runs = None if history is None else read_runs(history)
     gathered = _files(runs, history, counters)
     if registry is not None:
@@ -64,7 +63,7 @@ def make_page(
     from .page import render
 
     content = render(gathered).encode()
-    _write(out, content)
+    write_whole(out, content, option="--out")
     return {
         "page": str(out),
         "nbytes": len(content),
@@ -73,10 +72,9 @@ def make_page(
     }
 
 
-def check_can_render(out: Path) -> None:
-    """Raise `ConfigError` for a place where no page can be written, or without the libraries that make it."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out must be a file in a folder that exists, got {str(out)!r}")
+def check_can_render(out: Path, *inputs: Path | None) -> None:
+    """Raise `ConfigError` for a place where no page can be written or which is read, or without what makes the page."""
+    check_writable(out, option="--out", inputs=inputs)
     missing = [name for module, name in _LIBRARIES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f"the dashboard needs {' and '.join(missing)}: pip install 'dilated-attention[dashboard]'")
@@ -135,18 +133,3 @@ def _machine(gathered: Gathered, config: Mapping[str, Any] | None, registry: Reg
         measured=tuple(line for found in plans for line in measured_ring(fields, found, registry)),
         pictures=tuple(machine.pictures(plan, registry)),
     )
-
-
-def _write(out: Path, content: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(out)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
