@@ -16,6 +16,7 @@ import attrs
 from .checks import (
     MOST_POSITIONS,
     an_int,
+    as_number,
     did_you_mean,
     keep_number,
     nearest,
@@ -32,7 +33,9 @@ from .structure import NamesChecked, check_keys, from_mapping, keys_of
 # From the most to the least precise.
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
+MOST_NESTED: Final = 64  # mappings and lists in each other; Python itself ends at some hundreds
 _MOST_HEADS: Final = 1 << 16  # the pattern says of each what it sees
+_MOST_HEAD_DIM: Final = 1 << 20  # beyond what any backend takes, and floats hold what is counted of it
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*(:\d+)?")
 # What people coming from torchscale or from a flat configuration pass here; it is the pattern's.
 _DILATED_FIELDS: Final = {
@@ -63,8 +66,21 @@ def _torch_name(value: object) -> object:
 
 
 def _copied(value: object) -> object:
-    """Mappings are copied, so that the caller's later changes do not reach a frozen config."""
-    return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else value
+    """Mappings are copied, so that the caller's later changes do not reach a frozen config; numpy's values plainly."""
+    return _plain(value, 0) if isinstance(value, Mapping) else value
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > MOST_NESTED:
+        raise ConfigError(f"mappings and lists in a config may be nested {MOST_NESTED} deep, these are deeper")
+    if isinstance(value, Mapping):
+        return {key: _plain(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        found = [_plain(each, depth + 1) for each in value]
+        return found if isinstance(value, list) else tuple(found)
+    if (number := as_number(value)) is not None:
+        return number
+    return value.tolist() if type(value).__module__ == "numpy" else copy.deepcopy(value)
 
 
 def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
@@ -176,7 +192,7 @@ class AttentionConfig(NamesChecked):
     """
 
     num_heads: int = attrs.field(validator=an_int(1, _MOST_HEADS))
-    head_dim: int = attrs.field(validator=positive_int)
+    head_dim: int = attrs.field(validator=an_int(1, _MOST_HEAD_DIM))
     num_kv_heads: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive_int))
     pattern: Pattern | Mapping[str, Any] = attrs.field(factory=Full, converter=_copied, validator=_pattern, hash=False)
     is_causal: bool = attrs.field(default=False, validator=_boolean)
@@ -341,7 +357,7 @@ def named_values(texts: Iterable[str], *, flag: str) -> dict[str, Any]:
     """Names and values of `name=value`, the values in TOML's notation; what is none is a string.
 
     Raises:
-        ConfigError: without a name or =, or for a name that is given twice.
+        ConfigError: without a name or =, for a name that is given twice, or a number or list in another notation.
     """
     found: dict[str, Any] = {}
     for text in texts:
@@ -352,9 +368,20 @@ def named_values(texts: Iterable[str], *, flag: str) -> dict[str, Any]:
             raise ConfigError(f"{flag} {name} is given twice; give it once")
         try:
             found[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError) as error:  # also integers of thousands of digits, and lists without end
+            if not isinstance(error, tomllib.TOMLDecodeError) or value[:1] in tuple("[{\"'") or _are_numbers(value):
+                shown = repr(value if len(value) <= 80 else f"{value[:77]}...")
+                raise ConfigError(f"{flag} {name}: values are TOML: 0.1, [8, 0]; got {shown}: {error}") from error
             found[name] = value
     return found
+
+
+def _are_numbers(text: str) -> bool:
+    """Whether people would read `.1` or `8,0` as numbers, which TOML does not."""
+    try:
+        return all(any(map(str.isdigit, part)) and math.isfinite(float(part)) for part in text.split(","))
+    except ValueError:
+        return False
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

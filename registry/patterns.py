@@ -8,6 +8,7 @@ from typing import Any, Final, TypeGuard
 import attrs
 
 from ..core.checks import did_you_mean
+from ..core.config import MOST_NESTED
 from ..core.errors import ConfigError, DilatedAttentionError, PluginError
 from ..core.pattern import Pattern, Sum, Union
 from ..core.structure import check_keys, from_mapping
@@ -28,15 +29,21 @@ def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry | N
         ConfigError: for an unknown kind or parameter, naming the nearest right one, or a value not allowed.
         PluginError: when the plugin that brings the kind is at fault.
     """
+    return _resolved(pattern, registry or default_registry(), 0)
+
+
+def _resolved(pattern: Pattern | Mapping[str, Any], registry: Registry, depth: int) -> Pattern:
+    """`resolve_pattern` inside `depth` unions and sums."""
     if isinstance(pattern, Pattern):
         return pattern
+    if depth > MOST_NESTED:
+        raise ConfigError(f"unions and sums may be nested {MOST_NESTED} deep, these are deeper")
     if not isinstance(pattern, Mapping) or not isinstance(pattern.get("kind"), str):
         raise ConfigError(f"a pattern is a mapping with 'kind', its name, got {pattern!r}")
-    registry = registry or default_registry()
     kind: str = pattern["kind"]
     parameters = {name: value for name, value in pattern.items() if name != "kind"}
     if kind in _COMPOSITES:
-        return _composite(kind, parameters, registry)
+        return _composite(kind, parameters, registry, depth)
     if kind not in registry.patterns:
         kinds = (*registry.patterns, *_COMPOSITES)
         raise ConfigError(f"unknown pattern {kind!r}{did_you_mean(kind, kinds)}; known are {', '.join(sorted(kinds))}")
@@ -62,10 +69,10 @@ def _is_pattern_class(found: object) -> TypeGuard[type[Pattern]]:
     return isinstance(found, type) and issubclass(found, Pattern) and attrs.has(found)
 
 
-def _composite(kind: str, parameters: Mapping[str, Any], registry: Registry) -> Pattern:
+def _composite(kind: str, parameters: Mapping[str, Any], registry: Registry, depth: int) -> Pattern:
     check_keys(parameters, ("of",), name=f"pattern {kind!r}")
     members = parameters.get("of")
     if not isinstance(members, list | tuple):
         raise ConfigError(f"pattern {kind!r} needs 'of', a list of patterns, got {members!r}")
-    resolved: tuple[Pattern, ...] = tuple(resolve_pattern(member, registry) for member in members)
+    resolved: tuple[Pattern, ...] = tuple(_resolved(member, registry, depth + 1) for member in members)
     return _COMPOSITES[kind](resolved)

@@ -106,6 +106,13 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
         (["conformance", "math", "-o", "a=1", "-o", "a=2"], 2, "error: --option a is given twice; give it once"),
         (["explain", *LONGNET, "-P", "dilation_rates=[1]"], 2, "given as --dilation-rates and as --pattern-option"),
         (["explain", *LONGNET, "--device", "gpu"], 2, "torch knows no device 'gpu' (did you mean 'cuda'?)"),
+        (["explain", *LONGNET[:2], "--head-dim", "1" + "0" * 400, "--seq-len", "128"], 2, "head_dim must be at most"),
+        (["explain", *LONGNET[:4], "--pattern", "local", "-P", "window_size=" + "1" * 5001], 2, "got '1111"),
+        (["explain", *LONGNET[:4], "--pattern", "union", "-P", "of=" + "[" * 5001], 2, "values are TOML: 0.1, [8, 0]"),
+        (["explain", *LONGNET[:4], "--pattern", "random", "-P", "density=.1"], 2, "TOML: 0.1, [8, 0]; got '.1': "),
+        (["explain", *LONGNET[:4], "--pattern", "local", "-P", "window_size=8,0"], 2, "TOML: 0.1, [8, 0]; got '8,0'"),
+        (["conformance", "math", "-p", '{kind = "local", window_size = ' + "[" * 5001], 2, "must be a TOML table"),
+        (["conformance", "math", "-p", "{window_size = " + "1" * 5001 + "}"], 2, "must be a TOML table"),
         (["explian"], 2, "No such command 'explian'"),
         (["backends", "--jsn"], 2, "No such option"),
     ],
@@ -114,6 +121,15 @@ def test_bad_usage_is_one_message_on_stderr(invoke: Invoke, arguments: list[str]
     done = invoke(*arguments)
     assert (done.returncode, done.stdout) == (status, "")
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("size", ["4", "[]", '"2"'])
+def test_ranks_of_a_file_must_be_a_table(invoke: Invoke, tmp_path: Path, size: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(f'{{"num_heads": 2, "head_dim": 8, "seq_len": 64, "context_parallel": {size}}}')
+    done = invoke("explain", str(file), "--ranks", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "context_parallel must be a table such as {size = 2}, got " in done.stderr
 
 
 def test_an_error_shows_no_traceback() -> None:

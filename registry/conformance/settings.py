@@ -45,10 +45,11 @@ def read_pattern(text: str, *, flag: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is none; `flag` is how the caller was given it.
     """
-    wanted = f'{flag} must be a TOML table such as {{kind = "full"}}, got {text!r}'
+    shown = text if len(text) <= 200 else f"{text[:197]}..."
+    wanted = f'{flag} must be a TOML table such as {{kind = "full"}}, got {shown!r}'
     try:
         found = tomllib.loads(f"pattern = {text}")["pattern"]
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # as of `read_mapping`
         raise ConfigError(f"{wanted}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(wanted)

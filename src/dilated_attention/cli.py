@@ -218,6 +218,9 @@ def explain(
         raise ConfigError(f"--batch is for --ranks, which was not given; got --batch {batch}")
     if ranks is not None and fields.get("seq_len") is None:
         raise ConfigError(f"--ranks {ranks} needs --seq-len: what ranks exchange depends on the sequence's length")
+    parallel = {} if fields.get("context_parallel") is None else fields["context_parallel"]
+    if not isinstance(parallel, dict):
+        raise ConfigError(f"context_parallel must be a table such as {{size = 2}}, got {parallel!r}")
     parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
     if pattern is not None or parameters:
         fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
@@ -228,7 +231,7 @@ def explain(
     if ranks is not None:
         costs = preflight(fields, ranks=ranks, batch=1 if batch is None else batch, registry=registry())
         shown, data = ["", str(costs)], {"preflight": costs.to_dict()} if as_json else {}
-        fields["context_parallel"] = dict(fields.get("context_parallel") or {}) | {"size": ranks}
+        fields["context_parallel"] = parallel | {"size": ranks}
         fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     found = registry()
     with progress_bar("planning"):  # a minute, where a table of blocks comes near Limits.layout_bytes
