@@ -52,7 +52,6 @@ SDPA = BackendSpec(
         "cuda_graph": True,
     },
     options={"kernel": "on CUDA: flash, cudnn (for any length) or efficient"},
-    slow_blocks="sdpa leaves blocks to core's matrix products",
 )
 
 # Priorities of kernels for Hopper, by forward + backward of LongNet's case on an H100 (docs/performance_log.md, "Dense
@@ -85,6 +84,7 @@ FA4 = BackendSpec(
         # Those in use of which it pads a head to a multiple of 32: gradients of causal attention are wrong of others
         # (seen with 48 on an H100: dq off by 0.7). Only 24 and 56 have one with 8 columns more, for a gradient of lse.
         "head_dims": (24, 32, 56, 64, 128),
+        "layouts": ("dense", "block"),
         "deterministic": ("forward",),
         "cuda_graph": True,
     },

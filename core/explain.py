@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from .plan import AttentionPlan, BackendRow, NearMiss
+
+_BLOCKS: Final = {"block", "dynamic"}  # kinds of layouts
+_MATRIX_PRODUCTS: Final = "core's matrix products"
 
 
 def explain_plan(plan: AttentionPlan) -> str:
@@ -108,20 +111,32 @@ def _headline(plan: AttentionPlan) -> str:
         return "no backend fits that could be judged here"
     if plan.backend is None:
         return "no backend fits" if asked == "auto" else f"backend {asked!r} does not fit, and was asked for by name"
-    kernel = f" ({plan.kernel})" if plan.kernel else ""
+    runs_core_alone = plan.exchange is None and _has_blocks_by_core(plan) and _BLOCKS.issuperset(plan.layout.kinds)
+    computes = _MATRIX_PRODUCTS if runs_core_alone else plan.kernel
+    kernel = f" ({computes})" if computes else ""
     how = "chosen" if asked == "auto" else "asked for by name"
     if plan.premises:
         how = f"would be {'chosen' if asked == 'auto' else 'used'} on {plan.device['arch']}"
     return f"{plan.backend}{kernel} {how}; torch.compile: {plan.compile_class}"
 
 
+def _chosen(plan: AttentionPlan) -> BackendRow | None:
+    return next((row for row in plan.rows if row.status == "chosen"), None)
+
+
+def _has_blocks_by_core(plan: AttentionPlan) -> bool:
+    chosen = _chosen(plan)
+    return chosen is not None and chosen.blocks_by_core and not _BLOCKS.isdisjoint(plan.layout.kinds)
+
+
 def _slow_words(plan: AttentionPlan) -> Iterator[str]:
     """That `auto` was left with what is slow, and what would bring back the fastest that takes a little less."""
-    chosen = next((row for row in plan.rows if row.status == "chosen"), None)
+    chosen = _chosen(plan)
     if chosen is None or plan.config["backend"] != "auto":
         return
-    on_a_card = plan.device["type"] != "cpu"  # on CPUs nothing computes blocks faster
-    words = (chosen.slow_blocks if on_a_card and "block" in plan.layout.kinds else "") or chosen.slow
+    words = chosen.slow
+    if not words and _has_blocks_by_core(plan) and plan.device["type"] != "cpu":  # there nothing is faster
+        words = f"{chosen.name} leaves blocks to {_MATRIX_PRODUCTS}"
     if words:
         near = [(row.name, row.near_miss) for row in plan.rows if row.near_miss is not None and row.near_miss.verified]
         near.sort(key=lambda found: _intrusion(found[1]))
@@ -149,17 +164,19 @@ def _layout_words(plan: AttentionPlan) -> Iterator[str]:
         yield "blocks, chosen at every call"
         return
     names = {"branch": "strided branches", "block": "blocks", "band": "windows and rectangles"}
+    if plan.config["dropout_p"]:
+        names["band"] += " (while weights are dropped blocks, where its kernel has no windows)"
     kinds = " and ".join(names.get(kind, kind) for kind in layout.kinds)
-    if layout.digest is None or layout.density is None or layout.flops is None or layout.nbytes is None:
+    if layout.flops is None or layout.nbytes is None:
         when = "by each rank for its own rows" if plan.exchange is not None else "when the length is known (seq_len)"
         yield f"{kinds}; lowered {when}"
         return
     overlaps = layout.distinct_flops and layout.distinct_flops != layout.flops
     saved = f", {amount(layout.distinct_flops or 0, 'FLOP')} in distinct pairs" if overlaps else ""
-    yield (
-        f"{kinds}, {layout.density:.2%} of all pairs, {amount(layout.flops, 'FLOP')} forward{saved}, "
-        f"{amount(layout.nbytes, 'B')} of tables, digest {layout.digest[:12]}"
-    )
+    density = "" if layout.density is None else f", {layout.density:.2%} of all pairs"
+    digest = "" if layout.digest is None else f", digest {layout.digest[:12]}"
+    work = f"{amount(layout.flops, 'FLOP')} forward{saved}"
+    yield f"{kinds}{density}, {work}, {amount(layout.nbytes, 'B')} of tables{digest}"
     if layout.keyless_queries:
         share = layout.keyless_queries / ((layout.seq_len or 1) * num_heads)
         yield f"{share:.2%} of the queries of all heads see no key: out is 0 there"

@@ -61,7 +61,7 @@ class BackendRow:
             about it: a slow import of its plugin, or that it would be chosen, or would take another kernel, if seq_len
             were given.
         slow: what makes it slow, in words, if it is for what no other takes (`BackendSpec.slow`).
-        slow_blocks: the same of layouts with blocks on a card.
+        blocks_by_core: core's matrix products compute blocks for it, whatever its kernel.
     """
 
     name: str
@@ -73,7 +73,7 @@ class BackendRow:
     version: str = ""
     detail: str = ""
     slow: str = ""
-    slow_blocks: str = ""
+    blocks_by_core: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -82,8 +82,10 @@ class LayoutSummary:
 
     Attributes:
         kinds: the layouts it needs at any length, "branch" and "block"; "band" in the place of "block" where dense
-            kernels compute windows and rectangles without a table; "dynamic" where blocks are chosen per call.
-        seq_len: the length of the rest; without one, and of a dynamic layout, the rest is None.
+            kernels compute windows and rectangles without a table (while weights are dropped, those that have no
+            windows take one); "dynamic" where blocks are chosen per call.
+        seq_len: the length of the rest; without one, and of a dynamic layout, the rest is None. So is what only a
+            table would tell that is larger than `Limits.layout_bytes`, where bands need none.
         digest: identifies the lowered layout.
         nbytes: memory of its tables.
         density: distinct pairs over all pairs (the causal ones, if causal).

@@ -310,7 +310,12 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
     if config.seq_len is None:
         return LayoutSummary(kinds=kinds)
     geometry = config.geometry(config.seq_len)
-    layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
+    try:
+        layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
+    except ConfigError:
+        if not has_bands:
+            raise
+        return _counted_in_bands(kinds, config, pattern)
     pairs, distinct = int(layout.pairs), int(layout.distinct_pairs)
     kept = Layout(pattern, geometry, layout.branches, None) if has_bands else layout
     return LayoutSummary(
@@ -324,6 +329,30 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
         flops=4 * config.head_dim * pairs,
         distinct_flops=4 * config.head_dim * distinct,
         keyless_queries=layout.keyless_queries,
+    )
+
+
+def _counted_in_bands(kinds: tuple[str, ...], config: AttentionConfig, pattern: Pattern) -> LayoutSummary:
+    """Without what only a table tells, which is larger than allowed and which no dense kernel needs."""
+    from ..core.band_calls import dense_form
+    from ..core.counting import allowed_pairs
+    from ..core.layout import Layout
+
+    assert config.seq_len is not None
+    geometry = config.geometry(config.seq_len)
+    dense = dense_form(pattern, geometry, windows=True) or dense_form(pattern, geometry, windows=False)
+    assert dense is not None
+    pairs = dense.schedule.pairs
+    distinct = pairs if pattern.max_multiplicity == 1 else None
+    return LayoutSummary(
+        kinds=kinds,
+        seq_len=config.seq_len,
+        nbytes=Layout(pattern, geometry, dense.branches, None).nbytes,
+        density=None if distinct is None else distinct / allowed_pairs(geometry),
+        pairs=pairs,
+        distinct_pairs=distinct,
+        flops=4 * config.head_dim * pairs,
+        distinct_flops=None if distinct is None else 4 * config.head_dim * distinct,
     )
 
 

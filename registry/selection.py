@@ -122,6 +122,11 @@ def takes_dense(spec: BackendSpec) -> bool:
     return "dense" in spec.capabilities.get("layouts", ())
 
 
+def _leaves_blocks(spec: BackendSpec, request: Request) -> bool:
+    """Its kernel is one for dense pieces alone, or the tables of blocks are made at every call."""
+    return takes_dense(spec) and ("block" not in spec.capabilities["layouts"] or "dynamic_tables" in request.needs)
+
+
 def _needs_companion(spec: BackendSpec, request: Request) -> bool:
     return "context_parallel" in request.needs and not takes_dense(spec)
 
@@ -206,7 +211,7 @@ def _row(verdict: Verdict, request: Request, registry: Registry, *, is_chosen: b
         version=source.version,
         detail=verdict.fault or "; ".join(verdict.registered.notes),
         slow=spec.slow,
-        slow_blocks=spec.slow_blocks,
+        blocks_by_core=_leaves_blocks(spec, request),
     )
 
 

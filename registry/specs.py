@@ -150,7 +150,6 @@ class BackendSpec:
         options: name -> what it says, of all that users may give in `backend_options`; another one is an error.
         slow: what it computes with, in words, if it is for what no other takes; plans then say so, and benchmarks leave
             it out.
-        slow_blocks: the same of layouts with blocks on a card; a whole sentence but for its end.
     """
 
     name: str = attrs.field(validator=_name)
@@ -161,7 +160,6 @@ class BackendSpec:
     requires: tuple[str, ...] = attrs.field(default=(), converter=_string_tuple, validator=_requirements)
     options: Mapping[str, str] = attrs.field(factory=dict, validator=_described, hash=False)
     slow: str = attrs.field(default="", validator=_words)
-    slow_blocks: str = attrs.field(default="", validator=_words)
 
 
 @attrs.frozen(kw_only=True)

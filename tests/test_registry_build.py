@@ -16,8 +16,11 @@ from dilated_attention import (
     Dilated,
     Full,
     Global,
+    Learned,
+    Limits,
     Local,
     Pattern,
+    Random,
     Strided,
     build_attention,
     explain,
@@ -137,3 +140,61 @@ def test_a_plan_says_bands_where_dense_kernels_take_them_and_blocks_on_ranks() -
     fields: dict[str, Any] = {"pattern": Local(9), "num_heads": 2, "head_dim": 8, "backend": "sdpa"}
     assert explain(**fields).layout.kinds == ("band",)
     assert explain(**fields, context_parallel=ContextParallel(size=2)).layout.kinds == ("block",)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "is_told"),
+    [
+        (Local(8) | Global(2), True),
+        (Local((3, 40)), True),
+        (Global(50) | Local(9), True),
+        (Local(3) + Local(700), False),
+        (Dilated((64, 256), (1, 4)) + Global(2), False),
+    ],
+    ids=str,
+)
+def test_a_table_that_nothing_needs_may_be_larger_than_allowed(
+    pattern: Pattern, is_told: bool, is_causal: bool
+) -> None:
+    fields: dict[str, Any] = {"pattern": pattern, "num_heads": 2, "head_dim": 8, "is_causal": is_causal}
+    fields |= {"seq_len": 4096, "backend": "sdpa", "device": "cpu"}
+    plan, ample = explain(**fields, limits=Limits(layout_bytes=1000)), explain(**fields)
+    assert (plan.layout.pairs, plan.layout.flops) == (ample.layout.pairs, ample.layout.flops)
+    wanted = (ample.layout.distinct_pairs, ample.layout.density) if is_told else (None, None)
+    assert (plan.layout.distinct_pairs, plan.layout.density) == wanted
+    assert (plan.layout.digest, plan.layout.nbytes) == (None, ample.layout.nbytes)
+    assert (" of all pairs" in plan.explain()) is is_told
+    attention = build_attention(**fields, limits=Limits(layout_bytes=1000))
+    assert attention(*[torch.zeros(1, 4096, 2, 8)] * 3).shape == (1, 4096, 2, 8)
+    with pytest.raises(ConfigError, match=r"raise Limits\.layout_bytes"):
+        explain(**fields | {"backend": "reference"}, limits=Limits(layout_bytes=1000))
+
+
+def test_a_plan_says_what_runs_while_weights_are_dropped() -> None:
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "seq_len": 4096, "backend": "sdpa", "dropout_p": 0.1}
+    said = "windows and rectangles (while weights are dropped blocks, where its kernel has no windows)"
+    assert f"  layout  {said}, " in explain(**fields, pattern=Local(9)).explain()
+    plan = explain(**fields, pattern=Dilated((64,), (1,)) + Local(9))
+    assert f"  layout  {said} and strided branches, " in plan.explain()
+    assert "dropped blocks" not in explain(**fields, pattern=Dilated((64,), (1,))).explain()
+    assert explain(**fields, pattern=Local(9), limits=Limits(layout_bytes=1000)).backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kernel"),
+    [
+        (Random(2, 16), "core's matrix products"),
+        (Learned(16, 2), "core's matrix products"),
+        (Random(2, 16) | Local(3), "core's matrix products"),
+        (Dilated((64,), (1,)) + Random(2, 16), "aten flash for CPU"),
+        (Local(3), "aten flash for CPU"),
+    ],
+    ids=str,
+)
+def test_a_plan_names_what_computes_blocks_alone(pattern: Pattern, kernel: str) -> None:
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "pattern": pattern, "device": "cpu"}
+    plan = explain(**fields, backend="sdpa")
+    assert plan.explain().startswith(f"sdpa ({kernel}) asked for by name")
+    attention = build_attention(**fields, backend="sdpa")
+    assert attention.plan.kernel == attention._engine.kernel.name == "aten flash for CPU"

@@ -322,7 +322,7 @@ def test_a_plan_survives_json(discover: Discover) -> None:
     assert again == plan
     older = json.loads(plan.to_json())
     for each in older["rows"]:
-        del each["slow"], each["slow_blocks"]  # which plans of older releases have not
+        del each["slow"], each["blocks_by_core"]  # which plans of older releases have not
     assert [row.slow for row in AttentionPlan.from_json(json.dumps(older)).rows] == [""] * len(plan.rows)
     assert again.explain() == plan.explain()
     assert row(again, "toy").near_miss is not None
