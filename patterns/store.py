@@ -10,10 +10,11 @@ import attrs
 
 from ..core.checks import is_int, positive_int, require_int
 from ..core.errors import ConfigError, PatternFileError, PluginError, UnsafePathError
+from ..core.files import write
 from ..core.geometry import Geometry
 from ..core.limits import Limits
 from ..core.pattern import Branch, KeySpans, Pattern
-from ._paths import SUFFIX, path_of, read, write
+from ._paths import SUFFIX, path_of, read
 
 if TYPE_CHECKING:
     import numpy as np

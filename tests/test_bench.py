@@ -8,12 +8,14 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dilated_attention.bench import history, output
 from dilated_attention.bench.cases import CASES, named_cases
 from dilated_attention.bench.history import read_history
 from dilated_attention.bench.measure import Settings, measure_case
@@ -23,6 +25,7 @@ from dilated_attention.errors import ConfigError
 
 from .bench_kit import BLOCKS, TINY
 from .conftest import Invoke
+from .disk import room_for
 from .distributions import ROOT, as_json, install_backend
 
 KIT = "tests.bench_kit"
@@ -220,6 +223,47 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
     done = invoke(*command, *device, "--output", str(tmp_path / "file" / "folder"))
     said = f"error: --output: cannot make the folder {str(tmp_path / 'file' / 'folder')!r}: Not a directory\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(["demo"], "loss.png"), (["bench"], "results.csv"), (["bench", "--scaling", "--gpus", "1"], "scaling.png")],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, invoke: Invoke, command: list[str], name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    device = [] if command == ["demo"] else ["--device", "cpu"]
+    done = invoke(*command, *device, "--output", str(tmp_path))
+    said = f"error: --output must be a file in a folder that exists, got {str(tmp_path / name)!r}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_disk_that_is_full_after_all_costs_no_measurement(
+    tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((history, "append_run"), (output, "write_files")):
+        write = getattr(module, name)
+
+        def without_room(*arguments: Any, write: Callable[..., None] = write) -> None:
+            with room_for(0):
+                write(*arguments)
+
+        monkeypatch.setattr(module, name, without_room)
+    asked = ("bench", "--case", "tiny", "--rounds", "1", "--device", "cpu", "--backend", "sdpa", "--json")
+    for option, place in (("--save", tmp_path / "runs.jsonl"), ("--output", tmp_path / "out")):
+        done = invoke(*asked, option, str(place))
+        assert (done.returncode, "File too large" in done.stderr) == (2, True)
+        assert {row["backend"] for row in json.loads(done.stdout)["results"]} == {"sdpa", "dense SDPA"}
+    assert [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()] == [0]
+
+
+def test_half_a_line_is_told_before_anything_is_measured(tmp_path: Path, invoke: Invoke) -> None:
+    (tmp_path / "runs.jsonl").write_text("{")
+    done = invoke("bench", "--device", "cpu", "--case", "tiny", "--save", str(tmp_path / "runs.jsonl"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("runs.jsonl' ends in the middle of a line; mend or move it first\n")
 
 
 def test_a_place_that_cannot_be_saved_to_is_refused_before_anything_is_measured(invoke: Invoke) -> None:

@@ -150,9 +150,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_whether_a_run_can_be_appended_is_known_before_it(tmp_path: Path) -> None:
     check_appendable(tmp_path / "runs.jsonl")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "runs.jsonl").write_text("kept", encoding="utf-8")
+    (tmp_path / "runs.jsonl").write_text("kept\n", encoding="utf-8")
     check_appendable(tmp_path / "runs.jsonl")
-    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == "kept"
+    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == "kept\n"
     for place in (tmp_path, tmp_path / "none" / "runs.jsonl"):
         with pytest.raises(ConfigError, match="cannot append to"):
             check_appendable(place)

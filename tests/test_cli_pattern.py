@@ -27,6 +27,7 @@ from dilated_attention.patterns.strided import Strided
 from dilated_attention.quality import measure
 
 from .conftest import Invoke
+from .disk import room_for
 from .distributions import as_json, command
 
 LOCAL = 'num_heads = 4\nis_causal = true\npattern = {kind = "local", window_size = 8}\n'
@@ -118,7 +119,7 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
         (["show", "near", "--layers", "100000000"], 2, "--layers"),
         (["show", "far", "--seq-len", "300"], 2, "was drawn for seq_len=200"),
         (["show", "near", "--plot", "a.pdf"], 2, "--plot writes a file ending in .png or .svg, got 'a.pdf'"),
-        (["show", "near", "--plot", "nowhere/a.png"], 2, "'nowhere' is no folder"),
+        (["show", "near", "--plot", "nowhere/a.png"], 2, "--plot must be a file in a folder that exists"),
         (["verfy"], 2, "No such command 'verfy'"),
     ],
 )
@@ -272,7 +273,18 @@ def test_a_picture_that_cannot_be_written_is_no_fault_of_the_length(invoke: Invo
     Path("a.svg").symlink_to("nowhere/a.svg")
     done = invoke("pattern", "show", "near", "--root", "store", "--plot", "a.svg")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --plot cannot write 'a.svg': No such file or directory\n"
+    assert done.stderr == "error: --plot must be a file in a folder that exists, got 'a.svg'\n"
+
+
+def test_a_picture_takes_the_place_of_another_whole_or_not_at_all(invoke: Invoke, work: Path) -> None:
+    save(invoke, "near", "local.toml")
+    Path("a.png").write_bytes(b"before")
+    before = sorted(work.iterdir())
+    with room_for(1000):
+        done = invoke("pattern", "show", "near", "--root", "store", "--plot", "a.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --plot: cannot write 'a.png': File too large\n"
+    assert (Path("a.png").read_bytes(), sorted(work.iterdir())) == (b"before", before)
 
 
 def test_layers_are_listed_until_all_is_reached(invoke: Invoke, work: Path) -> None:

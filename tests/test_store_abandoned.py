@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dilated_attention.patterns import _paths
+from dilated_attention.core import files
 from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.store import PatternStore
 
@@ -90,7 +90,7 @@ def test_a_file_removed_before_its_writer_could_lock_it_is_written_again(
     def late(file: int, operation: int) -> None:
         if operation == fcntl.LOCK_EX and not removed:
             removed.extend(tmp_path.glob(".a.*.tmp"))
-            _paths._remove_abandoned(tmp_path / "a.safetensors")
+            files._remove_abandoned(tmp_path / "a.safetensors")
             assert not any(path.exists() for path in removed)
         real(file, operation)
 

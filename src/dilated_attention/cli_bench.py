@@ -191,7 +191,7 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     device, output = _device(given.get("device")), given.get("output")
     if output is not None:
         out.require_matplotlib()  # before minutes are spent
-        make_folder(output)
+        make_folder(output, out.FILES)
     if "save" in given:
         check_appendable(given["save"])
     _load(given.get("load_library", ()))
@@ -216,17 +216,19 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
         if not as_json:
             out.print_report(reports[-1])
     run = out.make_run(reports, device, min(floors.values()) if len(floors) == 1 else None)
-    if "save" in given:
-        append_run(given["save"], run)
-    files = out.write_files(output, run) if output is not None else []
+    files = [] if output is None else [output / name for name in out.FILES]
     near = out.auto_summary(reports)
     extra = {"cases": [out.report_data(report) for report in reports], "auto": near, "files": [str(p) for p in files]}
     if as_json:
         typer.echo(json.dumps({**json.loads(run.to_json()), **extra}, indent=2, ensure_ascii=False))
     else:
         typer.echo(f"auto is within 5% of the fastest in {near['within_5_percent']} of {near['measured']} cases")
-        if files:
-            typer.echo("written: " + ", ".join(str(path) for path in files))
+    if "save" in given:  # once all is printed: a disk that is full by now takes nothing with it
+        append_run(given["save"], run)
+    if output is not None:
+        out.write_files(output, run)
+    if files and not as_json:
+        typer.echo("written: " + ", ".join(str(path) for path in files))
     if any(report.failures or all(r.peer for r in report.results) for report in reports):
         raise typer.Exit(1)
 
@@ -266,7 +268,7 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
     """`--scaling`; a CPU gets a small case unless it is told otherwise."""
     from .bench.output import require_matplotlib
     from .bench.ring_settings import RingSettings
-    from .bench.scaling import run_scaling, text_of, write_scaling
+    from .bench.scaling import FILES, run_scaling, text_of, write_scaling
 
     gpus, output = given.get("gpus", "1,2"), given.get("output")
     try:
@@ -275,7 +277,7 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
         raise ConfigError(f"--gpus must be integers with commas between them, got {gpus!r}") from error
     if output is not None:
         require_matplotlib()
-        make_folder(output)
+        make_folder(output, FILES)
     # Not `_device`, which opens the device: the memory here is the ranks'.
     device = given.get("device") or _device(None)
     on_cpu = device == "cpu"
@@ -293,10 +295,10 @@ def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:
         trace=str(output.resolve()) if output is not None and not on_cpu else None,
     )
     report = run_scaling(settings, lambda line: typer.echo(line, err=True))
-    files = write_scaling(output, report) if output is not None else []
-    if as_json:
-        typer.echo(json.dumps(report | {"files": [str(path) for path in files]}, indent=2))
-        return
-    typer.echo(text_of(report))
-    if files:
+    files = [] if output is None else [output / name for name in FILES]
+    found = json.dumps(report | {"files": [str(path) for path in files]}, indent=2) if as_json else text_of(report)
+    typer.echo(found)
+    if output is not None:
+        write_scaling(output, report)
+    if files and not as_json:
         typer.echo("written: " + ", ".join(str(path) for path in files))

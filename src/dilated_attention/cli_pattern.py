@@ -174,10 +174,7 @@ def _picture(pattern: Pattern, geometry: Geometry, head: int) -> Cells:
 def _plot(picture: Cells, quality: Quality, info: StoredInfo, head: int, path: Path) -> None:
     from .pattern_plot import plot
 
-    try:
-        plot(picture, quality, _title(info), path, length=info.seq_len, head=head)
-    except OSError as error:
-        raise ConfigError(f"--plot cannot write {str(path)!r}: {error.strerror or error}") from error
+    plot(picture, quality, _title(info), path, length=info.seq_len, head=head)
 
 
 @pattern_app.command()

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, NoReturn, TypeAlias
@@ -16,6 +16,7 @@ import typer
 from .core.errors import ConfigError
 from .registry.discovery import Registry, default_registry
 from .report import paint
+from .writing import check_writable
 
 # Flags that are shorter than the fields of a configuration that they set, by those: both are understood.
 _SHORTER: Final = {
@@ -64,13 +65,15 @@ def ending_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder that results go to, if it is missing, before time is spent on them.
+def make_folder(path: Path, names: Iterable[str]) -> None:
+    """Make the folder that results go to as files of these names, if it is missing, before time is spent on them.
 
     Raises:
-        ConfigError: it cannot be made, or is a file.
+        ConfigError: it cannot be made, is a file, or one of these cannot be written there.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output: cannot make the folder {str(path)!r}: {error.strerror or error}") from error
+    for name in names:
+        check_writable(path / name, option="--output")

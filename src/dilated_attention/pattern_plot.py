@@ -12,6 +12,7 @@ import numpy as np
 from .core.errors import ConfigError
 from .pattern_cells import Cells
 from .quality import Quality, Spread
+from .writing import check_writable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +25,10 @@ CELLS = 256
 
 
 def check_can_plot(path: Path) -> None:
-    """Raise `ConfigError` for a file that is neither PNG nor SVG, a folder that is not there, or without matplotlib."""
+    """Raise `ConfigError` for a file that is neither PNG nor SVG or cannot be written, or without matplotlib."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--plot writes a file ending in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot cannot write {str(path)!r}: {str(path.parent)!r} is no folder")
+    check_writable(path, option="--plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'dilated-attention[plot]'")
 
@@ -73,7 +73,7 @@ def plot(cells: Cells, quality: Quality, title: str, path: Path, *, length: int,
         f"{title}\ndensity {quality.density:.3%}, {quality.empty_rows:,} empty rows, "
         f"dearest tile {quality.load_imbalance:.2f} × the mean", fontsize=11,
     )  # fmt: skip
-    figure.savefig(path)
+    save_figure(figure, path, option="--plot")
 
 
 def _bars(axis: Axes, quality: Quality) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.errors import ConfigError
+from .core.files import temporary_file, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,28 +41,20 @@ def check_writable(path: Path, *, option: str, inputs: Iterable[Path | None] = (
 def check_folder(folder: Path, *, option: str) -> None:
     """Raise `ConfigError` where no file can be made in `folder`; nothing is left there."""
     try:
-        with _beside(folder / "any") as temporary:
-            temporary.touch()
+        with temporary_file(folder / "any", b""):
+            pass
     except OSError as error:
         raise ConfigError(f"{option}: cannot write to {str(folder)!r}: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, content: bytes, *, option: str) -> None:
-    """Put `content` at `path` in one step: whatever happens, the file is the old one or the new one, whole.
-
-    A link is followed; a file that is replaced keeps its mode.
+    """`core.files.write`, which follows a link.
 
     Raises:
         ConfigError: the system refuses; the message names `option`.
     """
-    target = _target(path)
     try:
-        with _beside(target) as temporary:
-            with temporary.open("xb") as file:
-                file.write(content)
-            if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-            temporary.replace(target)
+        write(_target(path), content, overwrite=True)
     except OSError as error:
         raise ConfigError(f"{option}: cannot write {str(path)!r}: {error.strerror or error}") from error
 
@@ -77,14 +68,3 @@ def save_figure(figure: Figure, path: Path, *, option: str) -> None:
 
 def _target(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """The name of a hidden file beside `target`, of which nothing is left."""
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(OSError):  # its folder is none, say, which the one who made it has been told
-            temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
@@ -211,11 +212,19 @@ def check_appendable(path: Path) -> None:
     """Raise `ConfigError` where `append_run` could not write; what is there stays as it is, and nothing is left."""
     is_new = not (path.exists() or path.is_symlink())
     try:
-        path.open("ab").close()
+        with path.open("a+b", buffering=0) as file:
+            _check_end(file, path)
         if is_new:
             path.unlink()
     except OSError as error:
         raise ConfigError(f"cannot append to {str(path)!r}: {error.strerror or error}") from error
+
+
+def _check_end(file: FileIO, path: Path) -> None:
+    """Raise `ConfigError` where what is appended would continue a line."""
+    file.seek(max(0, file.seek(0, 2) - 1))
+    if file.read(1) not in (b"", b"\n"):
+        raise ConfigError(f"{str(path)!r} ends in the middle of a line; mend or move it first")
 
 
 def append_run(path: Path | str, run: Run) -> None:
@@ -234,9 +243,7 @@ def append_run(path: Path | str, run: Run) -> None:
                     f"{str(path)!r} holds {size:,} bytes, and with this run would outgrow the {LIMIT_BYTES:,} that are "
                     "read again; begin a new file"
                 )
-            file.seek(max(0, size - 1))
-            if file.read(1) not in (b"", b"\n"):
-                raise ConfigError(f"{str(path)!r} ends in the middle of a line; mend or move it first")
+            _check_end(file, path)
             written = file.write(line)
             if written < len(line):  # as a disk does that becomes full; half a line would make all runs unreadable
                 end = file.tell()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import torch
@@ -20,9 +21,12 @@ from ..core.errors import ConfigError
 from ..core.explain import columns
 from ..core.version import VERSION
 from ..registry.device import describe_device
+from ..writing import save_figure, write_whole
 from .checkout import checkout_root, commit_of
 from .history import PHASES, Machine, Result, Run
 from .measure import CaseReport
+
+FILES: Final = ("results.csv", "results.jsonl", "results.png")
 
 _NEAR_PERCENT = 5.0
 _LIBRARIES = ("torch", "triton", "numpy", "numba", "flash-attn-4", "xformers")
@@ -183,17 +187,18 @@ def require_matplotlib() -> None:
         raise ConfigError("charts need matplotlib, which is not installed: pip install 'dilated-attention[plot]'")
 
 
-def write_files(folder: Path, run: Run) -> list[Path]:
-    """results.csv, results.jsonl and results.png in `folder`."""
+def write_files(folder: Path, run: Run) -> None:
+    """`FILES` in `folder`."""
     rows = [attrs.asdict(result) for result in run.results]
-    paths = [folder / f"results.{suffix}" for suffix in ("csv", "jsonl", "png")]
-    with paths[0].open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in attrs.fields(Result)])
-        writer.writeheader()
-        writer.writerows(rows)
-    paths[1].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    draw(run, paths[2])
-    return paths
+    table, lines, picture = (folder / name for name in FILES)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, [field.name for field in attrs.fields(Result)])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(table, file.getvalue().encode(), option="--output")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(lines, text.encode(), option="--output")
+    draw(run, picture)
 
 
 def draw(run: Run, path: Path) -> None:
@@ -213,7 +218,7 @@ def draw(run: Run, path: Path) -> None:
     for axis in grid[-1]:
         axis.set_xlabel("milliseconds, median and quartiles")
     figure.suptitle(f"{run.machine.name}, {run.when[:10]}; hatched: what ours are compared with", fontsize=10)
-    figure.savefig(path)
+    save_figure(figure, path, option="--output")
 
 
 def _draw_bars(axis: Any, rows: Sequence[Result]) -> None:

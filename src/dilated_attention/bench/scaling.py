@@ -16,10 +16,12 @@ import attrs
 from ..core.errors import ConfigError, DilatedAttentionError
 from ..core.explain import columns
 from ..registry.build import preflight
+from ..writing import save_figure, write_whole
 from .longest import LOG
 from .output import versions
 from .ring_settings import PATTERNS, RingSettings
 
+FILES: Final = ("scaling.json", "scaling.png")
 SIMULATED: Final = (4, 8, 64, 1024)
 _LONGEST_S: Final = 240
 _GREY: Final = "#6B6B6B"
@@ -244,12 +246,11 @@ def _counted(tokens: int | None) -> str:
     return "none" if tokens is None else f"{tokens:,}"
 
 
-def write_scaling(folder: Path, report: dict[str, Any]) -> list[Path]:
-    """scaling.json and scaling.png in `folder`."""
-    paths = [folder / "scaling.json", folder / "scaling.png"]
-    paths[0].write_text(json.dumps(report, indent=1), encoding="utf-8")
-    draw_scaling(report, paths[1])
-    return paths
+def write_scaling(folder: Path, report: dict[str, Any]) -> None:
+    """`FILES` in `folder`."""
+    figures, picture = (folder / name for name in FILES)
+    write_whole(figures, json.dumps(report, indent=1).encode(), option="--output")
+    draw_scaling(report, picture)
 
 
 def draw_scaling(report: dict[str, Any], path: Path) -> None:
@@ -282,7 +283,7 @@ def draw_scaling(report: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.12)
         axis.legend(frameon=False, loc="lower left")
     _draw_bytes(axes[2], report["simulated"])
-    figure.savefig(path)
+    save_figure(figure, path, option="--output")
 
 
 def _draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ def run(output: Path, *, steps: int | None = None, json_output: bool = False) ->
     if steps is not None:
         require_int("steps", steps, minimum=1)
     start = time.perf_counter()
-    make_folder(output)
+    make_folder(output, pictures.FILES if pictures.can_draw() else ())
     report: dict[str, object] = {"machine": machine()}
     say("1. This machine: " + ", ".join(f"{key} {value}" for key, value in machine().items()) + "\n")
     report["plan"] = explain(say)
@@ -157,7 +157,7 @@ def draw(say: Say, output: Path, training: Training, xz_bits: float) -> list[Pat
     if not pictures.can_draw():
         say("   No pictures: matplotlib is missing. python -m pip install 'dilated-attention[plot]'\n")
         return []
-    loss, pattern = output / "loss.png", output / "pattern.png"
+    loss, pattern = (output / name for name in pictures.FILES)
     pictures.draw_loss(training, xz_bits, loss)
     small = Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
     title = "Who attends to whom: segments 16, 32, 64 with dilation rates 1, 2, 4, causal"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Geometry
 from ..core.pattern import Pattern
+from ..writing import save_figure
 from .training import Training
 
+FILES: Final = ("loss.png", "pattern.png")
 # Okabe and Ito's palette, and one hue from light to dark for counts: told apart with any colour vision, and in print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 FUTURE, NOT_SEEN, COUNTS = "#EFEFEF", "#FFFFFF", "Blues"
@@ -76,7 +78,7 @@ def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_
     axes[0].set_ylabel("query position")
     figure.suptitle(title, fontsize=12)
     figure.legend(**shades.of_legend)
-    figure.savefig(path)
+    save_figure(figure, path, option="--output")
 
 
 def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
@@ -117,4 +119,4 @@ def draw_loss(training: Training, xz_bits: float, path: Path) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path, option="--output")
