@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,35 @@ def test_verify_says_which_file_is_bad_and_goes_on(invoke: Invoke, work: Path) -
     rows = as_json(invoke("pattern", "verify", "--root", "store", "--json"))
     assert [row["status"] for row in rows] == ["bad", "ok"]
     assert invoke("pattern", "verify", "near", "--root", "store").returncode == 0
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_goes_on(
+    invoke: Invoke, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        save(invoke, name, "local.toml")
+    listed = PatternStore.list
+    monkeypatch.setattr(PatternStore, "list", lambda store: (*listed(store), "gone"))
+    done = invoke("pattern", "list", "--root", "store")
+    assert (done.returncode, [line.split()[0] for line in done.stdout.splitlines()]) == (1, ["a", "b", "c"])
+    assert done.stderr == "error: cannot read 'store/gone.safetensors': No such file or directory\n"
+    opened = os.open
+
+    def refuse(path: str, *rest: Any, **fields: Any) -> int:
+        if str(path).endswith("b.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *rest, **fields)
+
+    monkeypatch.setattr(os, "open", refuse)
+    done = invoke("pattern", "verify", "--root", "store", "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    rows = json.loads(done.stdout)
+    assert [row["status"] for row in rows] == ["ok", "unreadable", "ok", "unreadable"]
+    assert "b.safetensors': Permission denied" in rows[1]["cause"]
+    assert invoke("pattern", "verify", "b", "--root", "store").returncode == 1
+    assert invoke("pattern", "verify", "gone", "--root", "store").returncode == 2
+    Path("store/a.safetensors").write_bytes(b"PK")
+    assert invoke("pattern", "verify", "--root", "store").returncode == 4
 
 
 def test_a_named_store_must_be_there_and_the_default_one_need_not(invoke: Invoke, work: Path) -> None:

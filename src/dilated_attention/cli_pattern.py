@@ -36,6 +36,7 @@ pattern_app = typer.Typer(
 Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]
 Name: TypeAlias = Annotated[str, typer.Argument(help="A stored pattern's name.", show_default=False)]
 _ROOT: Final = Path("pattern-store")
+_FAILED: Final = 1
 _BAD_FILE: Final = 4
 _TABLE_BYTES: Final = 512 << 20  # most that a drawing's table of blocks may take
 _REPORT_WIDTH: Final = 36  # characters beside the map, its frame and the gap included
@@ -47,11 +48,20 @@ _MOST_LAYERS: Final = 1000
 def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = False) -> None:
     """List the stored patterns and their sizes; the files are not read."""
     _require_named(context, root)
+    sizes, causes = dict[str, int](), list[str]()
     with _store(root) as store:
-        sizes = {name: (store.root / f"{name}.safetensors").stat().st_size for name in store.list()}
+        for name in store.list():
+            try:
+                sizes[name] = (store.root / f"{name}.safetensors").stat().st_size
+            except OSError as error:
+                causes.append(_cause(error))
     rows = [{"name": name, "nbytes": size} for name, size in sizes.items()]
     text = "\n".join(columns([(name, amount(size, "B")) for name, size in sizes.items()])) if rows else ""
     show(text or f"no patterns are stored in {str(root)!r}", rows, as_json=as_json)
+    for cause in causes:
+        typer.echo(f"error: {cause}", err=True)
+    if causes:
+        raise typer.Exit(_FAILED)
 
 
 @pattern_app.command()
@@ -184,28 +194,36 @@ def verify(
     root: Root = _ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Check stored patterns, bit by bit. Exit status 4 when one is bad."""
+    """Check stored patterns, bit by bit. Exit status 4 when one is bad, else 1 when one cannot be read."""
     _require_named(context, root)
     with _store(root) as store:
         names = store.list() if name is None else (name,)
-        rows = [_verified(root, store, each) for each in names]
+        rows = [_verified(root, store, each, is_asked_for=name is not None) for each in names]
     table = list(columns([(row["name"], row["status"], row["kind"]) for row in rows])) if rows else []
     lines = [f"no patterns are stored in {str(root)!r}"] if not rows else []
     for line, row in zip(table, rows, strict=True):
         lines += [line, f"    {row['cause']}"] if row["cause"] else [line]
     show("\n".join(lines), rows, as_json=as_json)
-    if any(row["status"] == "bad" for row in rows):
-        raise typer.Exit(_BAD_FILE)
+    statuses = {row["status"] for row in rows} - {"ok"}
+    if statuses:
+        raise typer.Exit(_BAD_FILE if "bad" in statuses else _FAILED)
 
 
-def _verified(root: Path, store: PatternStore, name: str) -> dict[str, str]:
+def _verified(root: Path, store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:
+    """A row of what `verify` says; one of many that is gone meanwhile is one that cannot be read."""
     try:
         info = store.verify(name)
     except (PatternFileError, UnsafePathError) as error:
         return {"name": name, "status": "bad", "kind": "", "cause": str(error)}
-    except FileNotFoundError as error:
-        raise _missing(root, store, name) from error
+    except OSError as error:
+        if is_asked_for and isinstance(error, FileNotFoundError):
+            raise _missing(root, store, name) from error
+        return {"name": name, "status": "unreadable", "kind": "", "cause": _cause(error)}
     return {"name": name, "status": "ok", "kind": _kind(info), "cause": ""}
+
+
+def _cause(error: OSError) -> str:
+    return f"cannot read {str(error.filename)!r}: {error.strerror or error}"
 
 
 def _require_named(context: typer.Context, root: Path) -> None:
