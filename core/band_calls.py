@@ -98,10 +98,10 @@ def _with_bands(branches: Schedule, calls: tuple[Call, ...], geometry: Geometry)
     if branches.cover == 0:
         groups = (list(group) for _, group in groupby(calls, key=lambda call: call.name))
         covering = next((group for group in groups if _cover(group, geometry)), [])
-    every = (*covering, *branches.calls, *(call for call in calls if call not in covering))
     if not covering:
-        return Schedule(every, branches.cover)
+        return Schedule((*branches.calls, *calls), branches.cover)
     whole = covering[0]
+    every = (*covering, *branches.calls, *(call for call in calls if call.name != whole.name))
     return Schedule(every, len(covering), is_whole=len(every) == whole.segments == 1 and not whole.is_mirrored)
 
 

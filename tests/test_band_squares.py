@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
 from dilated_attention import AttentionConfig, Dilated, Full, Global, Local, Pattern, build_attention
 from dilated_attention.backends.aten import CpuFlash
+from dilated_attention.core import band_squares
 from dilated_attention.core.band_calls import dense_form
 from dilated_attention.core.composed import Composers
 from dilated_attention.core.composer import Composer
@@ -55,6 +58,51 @@ def test_chunks_are_as_long_as_the_window_and_stack() -> None:
     assert (mirrored.query.start, mirrored.query.segment_step) == (16, 16)
     assert (mirrored.key.start, mirrored.key.segment_step) == (1, 16)
     assert [call.name for call in (own, mirrored)] == ["band 1 squares", "band 1 mirrored squares"]
+
+
+def counts(calls: tuple[Call, ...], geometry: Geometry) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """How often the calls count each query and key of the first head."""
+    found = np.zeros((geometry.q_len, geometry.kv_len), dtype=np.int64)
+    for call in calls:
+        rows, cols = np.arange(call.query.count), np.arange(call.key.count)
+        square = np.ones((rows.size, cols.size), dtype=np.int64)
+        square = np.triu(square) if call.is_mirrored else np.tril(square) if call.is_causal else square
+        for segment in range(call.segments):
+            query, key = (rows.start + segment * rows.segment_step for rows in (call.query, call.key))
+            assert min(query, key) >= 0
+            found[query : query + call.query.count, key : key + call.key.count] += square
+    return found
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pattern", WINDOWS[:9], ids=str)
+def test_chunks_of_great_lengths_are_counted_and_are_the_same(
+    pattern: Pattern, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [(150, 150, 0, 0), (149, 151, 2, 0), (90, 150, 30, 0), (150, 60, 0, 40), (150, 100, 10, 30), (7, 7, 0, 0)]
+    for q_len, kv_len, q_offset, kv_offset in lengths:
+        geometry = Geometry(
+            q_len=q_len, kv_len=kv_len, num_heads=1, num_kv_heads=1, is_causal=is_causal,
+            q_offset=q_offset, kv_offset=kv_offset,
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            expected = counts(calls_of(pattern, geometry), geometry)
+            patch.setattr(band_squares, "_MOST_LISTED", 2 * band_squares._AT_AN_END)
+            np.testing.assert_array_equal(counts(calls_of(pattern, geometry), geometry), expected)
+            patch.setattr(band_squares, "MOST_STACKED", 3)
+            np.testing.assert_array_equal(counts(calls_of(pattern, geometry), geometry), expected)
+
+
+def test_no_memory_goes_by_the_length() -> None:
+    attention = build_attention(pattern=Local(64), num_heads=1, head_dim=8, device="cpu")
+    tracemalloc.start()
+    try:
+        attention.prepare(10**10)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 20 << 20
+    assert attention._engine._program(10**10, 10**10, 0, 0, torch.device("cpu")).pairs == 129 * 10**10 - 64 * 65
 
 
 def test_a_step_of_decoding_is_one_rectangle() -> None:
