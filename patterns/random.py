@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..core.layout import BlockGrid, BlockSupport
     from ..core.pattern import IntArray
+
+_MOST_BLOCKS: Final = (1 << 31) - 1  # their numbers are int32
 
 
 def _density(instance: Random, attribute: attrs.Attribute[float | None], value: object) -> None:
@@ -51,7 +53,8 @@ class Random(Pattern):
             as the decimal number that it is written as.
 
     Raises:
-        ConfigError: not exactly one of blocks_per_row and density, or a value out of its range.
+        ConfigError: not exactly one of blocks_per_row and density, or a value out of its range. So does a call with
+            positions beyond 2**31 blocks.
     """
 
     kind: ClassVar[str] = "random"
@@ -91,6 +94,12 @@ class Random(Pattern):
         from ._reservoir import draw_rows
 
         allowed, take = self._allowed(rows, geometry)
+        if rows.size and max(int(allowed.max()), -int(rows.min())) > _MOST_BLOCKS:
+            raise ConfigError(
+                f"Random draws among blocks up to number {_MOST_BLOCKS:,}, got positions beyond "
+                f"{_MOST_BLOCKS * self.block_size:,} in blocks of {self.block_size}; take a larger block_size, or "
+                "smaller offsets"
+            )
         row_ptr = np.zeros(rows.size + 1, dtype=np.int64)
         np.cumsum(take, out=row_ptr[1:])
         cols = np.empty(int(row_ptr[-1]), dtype=np.int32)

@@ -125,6 +125,24 @@ def test_a_causal_row_stays_what_it_is_while_the_sequence_grows() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+def test_blocks_have_numbers_of_32_bits(is_causal: bool) -> None:
+    pattern = Random(2, 16)
+    for offset in (1 << 36, 1 << 40, -(1 << 40)):
+        geometry = Geometry(
+            q_len=32, kv_len=32, num_heads=1, num_kv_heads=1, is_causal=is_causal, q_offset=offset, kv_offset=offset
+        )
+        positions = np.arange(offset, offset + 32)
+        for draw in (
+            lambda geometry=geometry: lower(pattern, geometry),
+            lambda geometry=geometry, at=positions: pattern.multiplicity(at[:, None], at, np.array(0), geometry),
+        ):
+            with pytest.raises(ConfigError, match="positions beyond 34,359,738,352 in blocks of 16; take"):
+                draw()
+    layout = lower(Random(1, 512), attrs.evolve(geometry, q_offset=1 << 36, kv_offset=1 << 36))
+    assert layout.pairs == (32 * 33 // 2 if is_causal else 32 * 32)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_density_is_rounded_up_in_decimals(is_causal: bool) -> None:
     geometry = Geometry.self_attention(30, 2, is_causal=is_causal)
     for density, per_row in ((0.1, lambda n: -(-n // 10)), (0.001, lambda n: 1), (1.0, lambda n: n), (1, lambda n: n)):
