@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # 64 bits; and blocks, of which a mask still finds room.
 MOST_POSITIONS: Final = 1 << 40
 MOST_IN_BLOCK: Final = 1 << 16
+MOST_NESTED: Final = 64  # mappings and lists in each other; Python itself ends at some hundreds
 
 
 def is_int(value: object) -> bool:
@@ -39,6 +42,22 @@ def as_number(value: object) -> float | None:
         return float(str(value))
     plain = float(value) if isinstance(value, float) else plain_int(value)
     return plain if isinstance(plain, int | float) and not isinstance(plain, bool) else None
+
+
+def copied_plainly(value: Any, depth: int = 0) -> Any:
+    """A deep copy for JSON, in which numbers of numpy are plain, and paths text; mappings become dicts."""
+    if depth > MOST_NESTED:
+        raise ConfigError(f"mappings and lists in a config may be nested {MOST_NESTED} deep, these are deeper")
+    if isinstance(value, Mapping):
+        return {key: copied_plainly(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        found = [copied_plainly(each, depth + 1) for each in value]
+        return found if isinstance(value, list) else tuple(found)
+    if (number := as_number(value)) is not None:
+        return number
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if type(value).__module__ == "numpy" else copy.deepcopy(value)
 
 
 def keep_plain(instance: object, attribute: attrs.Attribute[Any], plain: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import attrs
 from .checks import (
     MOST_POSITIONS,
     an_int,
-    as_number,
+    copied_plainly,
     did_you_mean,
     keep_number,
     nearest,
@@ -33,7 +32,6 @@ from .structure import NamesChecked, check_keys, from_mapping, keys_of
 # From the most to the least precise.
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
-MOST_NESTED: Final = 64  # mappings and lists in each other; Python itself ends at some hundreds
 _MOST_HEADS: Final = 1 << 16  # the pattern says of each what it sees
 _MOST_HEAD_DIM: Final = 1 << 20  # beyond what any backend takes, and floats hold what is counted of it
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*(:\d+)?")
@@ -67,20 +65,7 @@ def _torch_name(value: object) -> object:
 
 def _copied(value: object) -> object:
     """Mappings are copied, so that the caller's later changes do not reach a frozen config; numpy's values plainly."""
-    return _plain(value, 0) if isinstance(value, Mapping) else value
-
-
-def _plain(value: Any, depth: int) -> Any:
-    if depth > MOST_NESTED:
-        raise ConfigError(f"mappings and lists in a config may be nested {MOST_NESTED} deep, these are deeper")
-    if isinstance(value, Mapping):
-        return {key: _plain(each, depth + 1) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        found = [_plain(each, depth + 1) for each in value]
-        return found if isinstance(value, list) else tuple(found)
-    if (number := as_number(value)) is not None:
-        return number
-    return value.tolist() if type(value).__module__ == "numpy" else copy.deepcopy(value)
+    return copied_plainly(value) if isinstance(value, Mapping) else value
 
 
 def _boolean(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
@@ -395,10 +380,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"a config file ends in .toml or .json, got {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file {str(path)!r}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the config file {str(path)!r} is not UTF-8 text: {error.reason}") from error
+    except (OSError, ValueError) as error:  # also a name that no file can have
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {cause}") from error
     try:
         parsed = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text, object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:  # tomllib's and json's decode errors, and tables in tables in tables

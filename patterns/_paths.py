@@ -9,11 +9,23 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from ..core.errors import PatternFileError, UnsafePathError
+from ..core.errors import ConfigError, PatternFileError, UnsafePathError
 
 SUFFIX: Final = ".safetensors"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _DEVICES: Final = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
+def checked_root(root: str | os.PathLike[str]) -> str:
+    """A store's folder as text, or `ConfigError` for what no folder is called."""
+    try:
+        text: object = os.fspath(root)
+        is_name = b"\0" not in os.fsencode(root)
+    except (TypeError, UnicodeEncodeError):
+        text, is_name = None, False
+    if not isinstance(text, str) or not is_name:
+        raise ConfigError(f"the root of a store must be the path of a folder, got {root!r} ({type(root).__name__})")
+    return str(text)
 
 
 def checked_name(name: object) -> str:

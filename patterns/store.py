@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -14,7 +15,7 @@ from ..core.files import write
 from ..core.geometry import Geometry
 from ..core.limits import Limits
 from ..core.pattern import Branch, KeySpans, Pattern
-from ._paths import SUFFIX, path_of, read
+from ._paths import SUFFIX, checked_root, path_of, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,10 @@ _COMPOSITE: Final = frozenset({"union", "sum"})
 _MAX_DEPTH: Final = 32
 _MOST: Final = (1 << 40) - 1  # tokens, and heads: numbers of blocks are int32
 _FIELDS: Final = frozenset({"schema", "form", "pattern", "seq_len", "num_heads", "is_causal"})
+
+
+def _folder(root: str | PathLike[str]) -> Path:
+    return Path(checked_root(root))
 
 
 @attrs.frozen
@@ -69,7 +74,7 @@ class PatternStore:
         limit_bytes: largest file that is written or read.
     """
 
-    root: Path = attrs.field(converter=Path)
+    root: Path = attrs.field(converter=_folder)
     limit_bytes: int = attrs.field(default=Limits().layout_bytes, validator=positive_int)
 
     def save(
@@ -91,9 +96,11 @@ class PatternStore:
         Raises:
             FileExistsError: the name is taken and `overwrite` is false.
             ConfigError: a pattern that does not take these heads, is larger than `limit_bytes`, or depends on the
-                number of key-value heads without being stored as parameters.
+                number of key-value heads without being stored as parameters; an `overwrite` that is not a bool.
         """
         path = path_of(self.root, name)
+        if not isinstance(overwrite, bool):
+            raise ConfigError(f"overwrite must be True or False, got {overwrite!r} ({type(overwrite).__name__})")
         if not isinstance(pattern, Pattern):
             raise ConfigError(f"only patterns such as Full() are stored, got {pattern!r} ({type(pattern).__name__})")
         if path.exists() and not overwrite:
@@ -206,7 +213,7 @@ class PatternStore:
 
 
 def save_pattern(
-    root: str | Path,
+    root: str | PathLike[str],
     name: str,
     pattern: Pattern,
     *,
@@ -220,7 +227,7 @@ def save_pattern(
     return store.save(name, pattern, seq_len=seq_len, num_heads=num_heads, is_causal=is_causal, overwrite=overwrite)
 
 
-def load_pattern(root: str | Path, name: str) -> Pattern:
+def load_pattern(root: str | PathLike[str], name: str) -> Pattern:
     """`PatternStore(root).load(name)`."""
     return PatternStore(root).load(name)
 
@@ -283,7 +290,7 @@ class Stored(Pattern):
     kind: ClassVar[str] = "stored"
 
     name: str
-    root: str = attrs.field(converter=str)
+    root: str = attrs.field(converter=checked_root)
     _pattern: Pattern = attrs.field(init=False)  # in the repr too: the file may have been another for another process
 
     @_pattern.default

@@ -7,14 +7,14 @@ from typing import Any, Final, TypeGuard
 
 import attrs
 
-from ..core.checks import did_you_mean
-from ..core.config import MOST_NESTED
+from ..core.checks import MOST_NESTED, did_you_mean
 from ..core.errors import ConfigError, DilatedAttentionError, PluginError
 from ..core.pattern import Pattern, Sum, Union
 from ..core.structure import check_keys, from_mapping
 from .discovery import Registry, default_registry
 from .plugins import PLUGIN_FAULTS, describe, import_target
 
+_PRESETS: Final = ("bigbird", "longformer")  # what people know as patterns, and functions make of ours
 _COMPOSITES: Final[Mapping[str, type[Union] | type[Sum]]] = {"union": Union, "sum": Sum}
 
 
@@ -46,7 +46,8 @@ def _resolved(pattern: Pattern | Mapping[str, Any], registry: Registry, depth: i
         return _composite(kind, parameters, registry, depth)
     if kind not in registry.patterns:
         kinds = (*registry.patterns, *_COMPOSITES)
-        raise ConfigError(f"unknown pattern {kind!r}{did_you_mean(kind, kinds)}; known are {', '.join(sorted(kinds))}")
+        hint = f" ({kind} in dilated_attention.presets makes one)" if kind in _PRESETS else did_you_mean(kind, kinds)
+        raise ConfigError(f"unknown pattern {kind!r}{hint}; known are {', '.join(sorted(kinds))}")
     registered = registry.patterns[kind]
     try:
         cls = import_target(registered.spec.target)

@@ -266,6 +266,12 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, name: str, text: str | No
         assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a\0b.toml", "a\ud800b.json"])
+def test_a_name_that_no_file_can_have_is_one_clear_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        AttentionConfig.from_file(name)
+
+
 def test_a_file_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_bytes(b"\xff\xfe\x00")

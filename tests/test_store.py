@@ -30,6 +30,7 @@ from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.store import PatternStore, Stored, load_pattern, save_pattern
 from dilated_attention.patterns.strided import Strided
 from dilated_attention.registry.build import build_attention
+from dilated_attention.registry.patterns import resolve_pattern
 
 PARAMETRIC = [
     Full(),
@@ -312,6 +313,43 @@ def test_only_patterns_are_stored(store: PatternStore) -> None:
     ):
         store.save("p", mapping, seq_len=60, num_heads=4, is_causal=True)
     assert not store.root.exists()
+
+
+@attrs.frozen
+class Folder:
+    """A path that is no `Path`."""
+
+    name: Any
+
+    def __fspath__(self) -> Any:
+        return self.name
+
+
+def test_a_root_is_any_path(store: PatternStore) -> None:
+    class Text(str):
+        __slots__ = ()
+
+    save(store, "p", Local(3))
+    for root in (str(store.root), Text(store.root), Folder(str(store.root))):
+        assert PatternStore(root).load("p") == load_pattern(root, "p") == Local(3)
+        mapping = {"kind": "stored", "name": "p", "root": root}
+        assert resolve_pattern(mapping).to_dict() == mapping | {"root": str(store.root)}
+        config = AttentionConfig(num_heads=1, head_dim=8, pattern=mapping)
+        assert json.loads(json.dumps(config.to_dict()))["pattern"]["root"] == str(store.root)
+    roots: list[Any] = [b"root", Folder(b"root"), 3, None, "a\0b", "a\ud800b"]
+    for root in roots:
+        for make in (PatternStore, lambda root: resolve_pattern({"kind": "stored", "name": "p", "root": root})):
+            with pytest.raises(ConfigError, match="the root of a store must be the path of a folder, got"):
+                make(root)
+
+
+def test_overwriting_is_asked_for_by_a_bool(store: PatternStore) -> None:
+    save(store, "p", Local(3))
+    values: list[Any] = ["no", 1, None]
+    for overwrite in values:
+        with pytest.raises(ConfigError, match=f"overwrite must be True or False, got {overwrite!r}"):
+            save(store, "p", Local(4), overwrite=overwrite)
+    assert store.load("p") == Local(3)
 
 
 def test_a_stored_pattern_that_the_system_refuses_is_no_fault_of_the_plugin(store: PatternStore) -> None:
