@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def _tuple(value: object) -> tuple[object, ...]:
     """A tuple of the values, so that lists from files compare equal; anything that is no list is an error."""
+    if isinstance(value, set | frozenset):
+        raise ConfigError(f"Dilated takes sequences of integers, a branch a place, got {value!r}, which has no order")
     if isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         example = value if is_int(plain_int(value)) else 1024
         raise ConfigError(f"Dilated takes sequences of integers, got {value!r}; write ({example},) for one branch")

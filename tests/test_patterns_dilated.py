@@ -139,6 +139,11 @@ def test_a_rate_beyond_the_segment_leaves_heads_without_keys() -> None:
         (lambda: Dilated((True,), (1,)), "Dilated.segment_lengths[0] must be an integer, got True (bool)"),
         (lambda: Dilated(4, (1,)), "takes sequences of integers, got 4; write (4,) for one branch"),
         (lambda: Dilated(np.array(4), (1,)), "takes sequences of integers, got array(4); write (1024,) for one branch"),
+        (
+            lambda: Dilated({4, 8}, (1, 2)),
+            "integers, a branch a place, got {8, 4}, which has no order",
+        ),
+        (lambda: Dilated((4,), frozenset({1})), "got frozenset({1}), which has no order"),
         (lambda: Dilated("48", (1, 2)), "takes sequences of integers, got '48'; write (1024,) for one branch"),
         (
             lambda: Dilated((4, 1 << 41), (1, 2)),

@@ -33,6 +33,7 @@ from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.random import Random
 from dilated_attention.registry.build import build_attention
+from dilated_attention.registry.patterns import resolve_pattern
 
 from . import strategies
 
@@ -305,6 +306,10 @@ def test_presets_are_the_algebra() -> None:
     assert bigbird == Local(4) | Global(4) | Random(3, 4, 5)
     with pytest.raises(ConfigError, match="window_blocks must be odd"):
         presets.bigbird(window_blocks=2)
+    with pytest.raises(ConfigError, match="block_size must be at least 1, got 0"):
+        presets.bigbird(block_size=0)
+    with pytest.raises(ConfigError, match=r"unknown pattern 'bigbird' \(bigbird in dilated_attention\.presets makes"):
+        resolve_pattern({"kind": "bigbird"})
     with pytest.raises(ConfigError, match="window_size must be even"):
         presets.longformer(window_size=5)
 

@@ -45,6 +45,7 @@ def bigbird(
     """
     if not require_int("window_blocks", window_blocks, minimum=1) % 2:
         raise ConfigError(f"window_blocks must be odd, its middle is the query's own block; got {window_blocks}")
+    require_int("block_size", block_size, minimum=1)
     require_int("global_blocks", global_blocks, minimum=1)
     require_int("random_blocks", random_blocks, minimum=1)
     window = Local(block_size * (window_blocks // 2))
