@@ -226,7 +226,12 @@ def test_a_terminal_gets_colour_and_whole_lines() -> None:
 
 def test_a_bar_counts_only_what_somebody_counts(monkeypatch: pytest.MonkeyPatch, capsys: CaptureFixture) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes the captured stderr for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
+    with progress_bar("planning") as advance:
+        advance(3, 7)
+    assert capsys.readouterr().err == ""  # and we do not
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress_bar("planning"):
         pass
     assert "planning" in (alone := capsys.readouterr().err)
@@ -236,12 +241,12 @@ def test_a_bar_counts_only_what_somebody_counts(monkeypatch: pytest.MonkeyPatch,
     assert "3/7" in capsys.readouterr().err
 
 
-def test_a_closed_stdout_is_no_traceback() -> None:
-    code = (
-        "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'dilated_attention', 'plugins'])"
-    )
-    done = run(None, "-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("arguments", [["plugins"], ["explain", *LONGNET]])
+def test_a_closed_stdout_is_no_traceback(arguments: list[str]) -> None:
+    for closed in (1, 2):
+        command = [sys.executable, "-m", "dilated_attention", *arguments]
+        done = run(None, "-c", f"import os, sys; os.close({closed}); os.execv(sys.executable, {command!r})")
+        assert (done.returncode, done.stdout == "", done.stderr) == (0, closed == 1, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -106,6 +106,13 @@ def test_training_learns_repeats_itself_and_leaves_no_trace(library: Path) -> No
     assert first.marks[-1].held_out < first.marks[0].held_out - 1
 
 
+def test_no_step_is_marked_twice(library: Path) -> None:
+    for steps in (1, 2, 3):
+        marks = run_training(library, steps).marks
+        assert [mark.step for mark in marks] == sorted({mark.step for mark in marks})
+        assert marks[-1].step == steps
+
+
 def test_a_budget_of_time_ends() -> None:
     assert Budget(steps=None, seconds=10).spent(step=1_000_000, seconds=5) == 0.5
     assert Budget(steps=4).spent(step=1, seconds=1_000_000) == 0.25

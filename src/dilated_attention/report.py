@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import attrs
 
@@ -34,9 +34,17 @@ _COLOURS: Final = {
 _LIBRARIES: Final = ("torch", "numpy", "numba", "attrs", "cattrs", "pluggy", "safetensors", "typer", "rich")
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether people look on as it is written. It is None where the process was started with it closed.
+
+    Rich takes anything for a terminal under FORCE_COLOR, which CI sets.
+    """
+    return stream is not None and stream.isatty()
+
+
 def paint(text: str) -> str:
     """`text` with the words for a status coloured, where stdout is a terminal; its lines are left as they are."""
-    if sys.stdout is None or not sys.stdout.isatty():  # None: started with stdout closed
+    if not is_terminal(sys.stdout):
         return text
     from rich.console import Console
     from rich.text import Text
@@ -58,7 +66,7 @@ def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
 
     console = Console(stderr=True)
     parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"), TimeElapsedColumn())
-    with Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*parts, console=console, transient=True, disable=not is_terminal(sys.stderr)) as bar:
         task = bar.add_task(words, total=None, part="")  # until somebody counts there is nothing to say but the time
         yield lambda done, of: bar.update(task, completed=done, total=of, part=f"{done}/{of}")
 

@@ -21,6 +21,7 @@ from ..core.errors import ConfigError
 from ..core.explain import columns
 from ..core.version import VERSION
 from ..registry.device import describe_device
+from ..report import is_terminal
 from ..writing import save_figure, write_whole
 from .checkout import checkout_root, commit_of
 from .history import PHASES, Machine, Result, Run
@@ -141,7 +142,7 @@ def auto_summary(reports: Sequence[CaseReport]) -> dict[str, Any]:
 
 def print_report(report: CaseReport) -> None:
     """A table on a terminal, stacked where that is narrow; else aligned text that nothing wraps or cuts."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         _print_rich(report)
         return
     lines = [str(report.case), *(f"  {line}" for line in columns(list(table_cells(report)))), f"  {auto_line(report)}"]

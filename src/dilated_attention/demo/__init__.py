@@ -20,6 +20,7 @@ from .. import Dilated
 from ..console import make_folder
 from ..core.checks import require_int
 from ..registry.build import explain as plan_of
+from ..report import is_terminal
 from . import compare, pictures, text
 from .model import ModelConfig
 from .training import Budget, Mark, Training, train
@@ -122,7 +123,6 @@ def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
 
 def train_with_progress(say: Say, corpus: text.Corpus, config: ModelConfig, budget: Budget) -> Training:
     """Train; a bar on a terminal's stderr, the marks as lines."""
-    console = rich.console.Console(stderr=True)
     columns = (
         rich.progress.TextColumn("   training"),
         rich.progress.BarColumn(),
@@ -132,7 +132,11 @@ def train_with_progress(say: Say, corpus: text.Corpus, config: ModelConfig, budg
     )
     # Lines are only routed around the bar where both share a terminal; a redirected stdout stays as it is.
     bar = rich.progress.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+        *columns,
+        console=rich.console.Console(stderr=True),
+        transient=True,
+        disable=not is_terminal(sys.stderr),
+        redirect_stdout=is_terminal(sys.stdout),
     )
 
     def on_mark(mark: Mark) -> None:

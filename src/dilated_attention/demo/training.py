@@ -110,7 +110,8 @@ def train(
             on_step(spent, bits[-1])
             if spent >= (len(marks) / budget.marks) ** 2:  # closer together at the start, where most happens
                 mark()
-        mark()
+        if marks[-1].step < len(bits):
+            mark()
     return Training(
         parameters=sum(p.numel() for p in model.parameters()),
         bytes_read=len(bits) * BATCH * config.seq_len,
