@@ -200,6 +200,7 @@ def test_help_and_version() -> None:
     commands = done.stdout.partition("Commands:")[2]
     assert "..." not in commands
     assert commands.split()[0] == "demo"  # what a newcomer tries first
+    assert "Exit status: 0 done; 1 a check" in done.stdout
     assert command(None, "--version").stdout.strip() == "0.1.0"
 
 

@@ -1,7 +1,7 @@
 """The command `dilated-attention`.
 
-Data goes to stdout, diagnostics to stderr. Exit status: 0 done, 1 a broken plugin or a failed check, 2 usage, 3 no
-backend fits, 4 a bad or unsafe pattern file. torch is imported only by the commands that need a device.
+Data goes to stdout, diagnostics to stderr. `_STATUSES` are the exit statuses. torch is imported only by the commands
+that need a device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer.core
 from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
-from .console import CONTEXT, AsJson, registry, show
+from .console import CONTEXT, FAILED, AsJson, registry, show
 from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
@@ -40,6 +40,11 @@ from .report import (
     progress_bar,
 )
 
+_STATUSES: Final = (
+    "Exit status: 0 done; 1 a check or a measurement failed, a plugin broke, or stdout could not be written; 2 usage: "
+    "options, configurations, places that cannot be read or written; 3 no backend fits; 4 a bad or unsafe pattern "
+    "file, or none where a configuration names one."
+)
 _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     ConfigError: 2,
     NoBackendError: 3,
@@ -65,6 +70,7 @@ app = typer.Typer(
     name="dilated-attention",
     cls=_Commands,
     help="Exact attention for long sequences: what this machine can run, and why.",
+    epilog=_STATUSES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -79,11 +85,11 @@ def main() -> None:
         app(prog_name="dilated-attention")
     except DilatedAttentionError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), 1))
+        sys.exit(next((code for kind, code in _EXIT.items() if isinstance(error, kind)), FAILED))
     except OSError as error:  # a disk that is full, say
         typer.echo(f"error: {error}", err=True)
         _forget_stdout()
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def _forget_stdout() -> None:
@@ -285,7 +291,7 @@ def conformance(
         report = run(backend, settings, progress=advance)
     show(str(report), report.to_dict(), as_json=as_json)
     if not report.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 # In the help commands stand in the order in which they are added: what a newcomer tries first comes first.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import AsJson, ending_in_order, make_folder, registry
+from .console import FAILED, AsJson, ending_in_order, make_folder, registry
 from .core.checks import require_choice
 from .core.errors import ConfigError
 from .core.explain import columns
@@ -230,7 +230,7 @@ def _measure(given: Mapping[str, Any], *, as_json: bool) -> None:
     if files and not as_json:
         typer.echo("written: " + ", ".join(str(path) for path in files))
     if any(report.failures or all(r.peer for r in report.results) for report in reports):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _compare(given: Mapping[str, Any], *, as_json: bool) -> None:
@@ -261,7 +261,7 @@ def _compare(given: Mapping[str, Any], *, as_json: bool) -> None:
     else:
         typer.echo(compare_text(found, settings))
     if failures or not found or any(each.verdict == "slower" or each.has_grown for each in found):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _scale(given: Mapping[str, Any], *, as_json: bool) -> None:

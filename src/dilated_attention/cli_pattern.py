@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import attrs
 import typer
 
-from .console import CONTEXT, AsJson, registry, show
+from .console import CONTEXT, FAILED, AsJson, registry, show
 from .core.checks import did_you_mean
 from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, PatternFileError, UnsafePathError
@@ -36,7 +36,6 @@ pattern_app = typer.Typer(
 Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]
 Name: TypeAlias = Annotated[str, typer.Argument(help="A stored pattern's name.", show_default=False)]
 _ROOT: Final = Path("pattern-store")
-_FAILED: Final = 1
 _BAD_FILE: Final = 4
 _TABLE_BYTES: Final = 512 << 20  # most that a drawing's table of blocks may take
 _REPORT_WIDTH: Final = 36  # characters beside the map, its frame and the gap included
@@ -61,7 +60,7 @@ def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = 
     for cause in causes:
         typer.echo(f"error: {cause}", err=True)
     if causes:
-        raise typer.Exit(_FAILED)
+        raise typer.Exit(FAILED)
 
 
 @pattern_app.command()
@@ -206,7 +205,7 @@ def verify(
     show("\n".join(lines), rows, as_json=as_json)
     statuses = {row["status"] for row in rows} - {"ok"}
     if statuses:
-        raise typer.Exit(_BAD_FILE if "bad" in statuses else _FAILED)
+        raise typer.Exit(_BAD_FILE if "bad" in statuses else FAILED)
 
 
 def _verified(root: Path, store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:

@@ -33,6 +33,7 @@ CONTEXT: Final = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: _SHORTER.get(name, name),
 }
+FAILED: Final = 1  # an exit status; `cli` says what each means
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
