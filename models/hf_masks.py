@@ -1,9 +1,11 @@
-"""The mask function that stands beside our attention in transformers' registry: None or two dimensions, never N × N.
+"""The mask function that stands beside our attention in transformers' registry: two dimensions, never N × N.
 
-transformers describes a mask by a function of (query, key) positions that it composes from known pieces. Causality and
-windows reach the attention by other ways (`is_causal`, `sliding_window`), so all there is to do here is to make sure
-that the function says nothing else, to cut the padding mask to the keys that there are, and to hand on which tokens are
-packed together.
+transformers describes a mask by a function of (query, key) positions that it composes from known pieces. Windows reach
+the attention by another way (`sliding_window`), so all there is to do here is to make sure that the function says
+nothing else, to cut the padding mask to the keys that there are, and to hand on which tokens are packed together and
+whether the mask is causal. Not every layer says the last itself, and some say it wrongly (AIMv2's text tower, Phi-4's
+for images), which eager attention, that goes by its mask, does not show. The mask's dtype says it: what recomputes or
+compiles a layer hands tensors on as they are.
 
 Shapes: B batch, S query length, T key length as the cache has it, F the filled part of it.
 """
@@ -27,6 +29,12 @@ _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 _BOTH = "and_masks.<locals>.and_mask"
 
+_PADDING = {True: torch.uint8, False: torch.int8}  # by whether the mask is causal
+# Not int64, as masks of 0 and 1 often are. int16 may wrap: only neighbours are compared, and these differ even so.
+_DOCUMENTS = {True: torch.int32, False: torch.int16}
+_SAYS = {dtype: causal for kinds in (_PADDING, _DOCUMENTS) for causal, dtype in kinds.items()}
+MASK_DTYPES = (torch.bool, *_SAYS)
+
 
 @torch.compiler.disable(reason="a graph cannot look into transformers' mask functions")  # type: ignore[untyped-decorator, no-untyped-call]
 def padding_mask(
@@ -39,7 +47,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     cache_position: Tensor | None = None,
     **ignored: Any,
-) -> Tensor | None:
+) -> Tensor:
     """What transformers calls to make a mask; arguments as its `AttentionMaskInterface` has them.
 
     Args:
@@ -54,29 +62,28 @@ def padding_mask(
         ignored: what other kinds of masks need (dtype, device, whether they may be left out, ...).
 
     Returns:
-        None where every key is filled and none is padding; otherwise (B, F) bool, False for padding: the attention
-        takes the first F keys. For rows that hold several documents (B, S) int32, the number of each token's document:
-        not every model hands its attention the position_ids that say so.
+        (B, F) uint8 (causal) or int8 (not causal), 0 for padding: the attention takes the first F keys. For rows that
+        hold several documents (B, S) int32 (causal) or int16 (not causal), the number of each token's document: not
+        every model hands its attention the position_ids that say so.
 
     Raises:
         ConfigError: for a mask function that says more.
     """
+    causal = _is_causal(mask_function)
     if mask_function is not None:
         require_known(mask_function)
         documents = _documents(mask_function)
         if documents is not None and attention_mask is None and bool((documents != documents[:, :1]).any()):
-            return documents.expand(batch_size, -1).to(torch.int32)  # not int64, as masks of 0 and 1 often are
+            return documents.expand(batch_size, -1).to(_DOCUMENTS[causal])
     if q_length is None:
         if cache_position is None:
             raise ConfigError("a mask needs q_length or cache_position; this version of transformers gives neither")
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     if isinstance(q_offset, Tensor):
         q_offset = int(q_offset)
-    filled = min(kv_length, q_offset + q_length - kv_offset) if _is_causal(mask_function) else kv_length
+    filled = min(kv_length, q_offset + q_length - kv_offset) if causal else kv_length
     if attention_mask is None:
-        return (
-            None if filled == kv_length else torch.ones(batch_size, filled, dtype=torch.bool, device=_device(ignored))
-        )
+        return _all_tokens(batch_size, filled, causal, _device(ignored))
     if attention_mask.dim() != 2:
         raise ConfigError(f"attention_mask must be (batch, seq_len), got {tuple(attention_mask.shape)}")
     # generate makes the masks of static caches ahead, and the model then hands them in once more: cut already.
@@ -87,7 +94,22 @@ def padding_mask(
             f"attention_mask has {attention_mask.shape[1]} columns, too few for the keys up to position "
             f"{kv_offset + filled}; give it one column for each token seen so far"
         )
-    return None if filled == kv_length and bool(mask.all()) else mask
+    return _all_tokens(batch_size, filled, causal, mask.device) if bool(mask.all()) else mask.to(_PADDING[causal])
+
+
+def _all_tokens(batch: int, length: int, causal: bool, device: torch.device | str) -> Tensor:
+    """A mask without padding, which shows by its strides, so that nobody need read it."""
+    return torch.ones((), dtype=_PADDING[causal], device=device).expand(batch, length)
+
+
+def is_causal_by_mask(mask: Tensor | None) -> bool | None:
+    """Whether the mask function was causal, which the masks that it made say; None where there is none of these."""
+    return None if mask is None else _SAYS.get(mask.dtype)
+
+
+def documents_of(mask: Tensor | None) -> Tensor | None:
+    """The mask, where it is numbers of documents."""
+    return mask if mask is not None and mask.dtype in _DOCUMENTS.values() else None
 
 
 def require_known(function: Callable[..., Any]) -> None:
@@ -126,9 +148,11 @@ def _documents(function: Callable[..., Any]) -> Tensor | None:
 
 
 def _is_causal(function: Callable[..., Any] | None) -> bool:
-    """Whether no key beyond the last query is seen, so that a static cache can be cut there."""
+    """Whether no query sees a later key, so that a static cache can be cut behind the last."""
     if function is not None and _name(function) == _BOTH:
         return all(map(_is_causal, _captured(function)["mask_functions"]))
+    if function is not None and _name(function) == _REMAPPED:
+        return _is_causal(_captured(function)["mask_function"])
     return function is None or _name(function) not in ("bidirectional_mask_function", _WINDOW_OF_BOTH_SIDES)
 
 

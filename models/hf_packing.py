@@ -20,10 +20,14 @@ _READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def padding_of(mask: Tensor) -> Tensor | None:
-    """Where a mask (B, F) bool is False; None where it is True everywhere. Read once a tensor; a graph cannot look."""
+    """Where a mask (B, F) is 0 or False; None where it is nowhere. Read once a tensor; a graph cannot look."""
+    if mask.dtype != torch.bool and mask.numel() > 1:
+        steps = zip(mask.stride(), mask.shape, strict=True)
+        if all(step == 0 or size == 1 for step, size in steps):
+            return None  # one value, as `padding_mask` makes masks without padding
     if torch.compiler.is_compiling():
-        return ~mask
-    return _once(mask, lambda: _padding(~mask.cpu()))
+        return mask == 0
+    return _once(mask, lambda: _padding(mask.cpu() == 0))
 
 
 def _padding(found: Tensor) -> Tensor | None:
@@ -70,7 +74,7 @@ def packed_lengths(arguments: dict[str, Any], documents: Tensor | None, *, batch
 
     Args:
         arguments: what the attention function was given by name.
-        documents: (B, S) int32, the number of each token's document, of `padding_mask`.
+        documents: (B, S), the number of each token's document, of `padding_mask`.
         batch: B.
         is_self: as many queries as keys and no padding, so that positions may start again within a row.
 

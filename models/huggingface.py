@@ -24,7 +24,7 @@ from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
 from ..registry.selection import check_names
 from .built import BuiltAttention
-from .hf_masks import padding_mask
+from .hf_masks import MASK_DTYPES, documents_of, is_causal_by_mask, padding_mask
 from .hf_packing import packed_lengths, padding_of
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ def register_with_transformers(
 
     Raises:
         ConfigError: a pattern or field that is not allowed, a name that transformers would read otherwise or that is
-            taken, a layer that the model has not, a decoder that is causal by its mask alone; transformers missing or
-            too old.
+            taken, a layer that the model has not; transformers missing or too old.
     """
     transformers = _transformers()
     if not isinstance(model, str) and not hasattr(model, "set_attn_implementation"):  # wrappers of models pass it on
@@ -95,7 +94,6 @@ def register_with_transformers(
         name = _checked(model)
     else:
         implementation.check_layers(model.config)
-        _check_causality(model)
         name = implementation.own_name
         while not implementation.may_stand_for(holder(name)):
             name += "_"
@@ -201,10 +199,10 @@ class _Implementation:
             query: (B, H, S, D).
             key: (B, K, T, D), not repeated.
             value: likewise.
-            attention_mask: None, or (B, F) bool or (B, S) int32 of `padding_mask`.
+            attention_mask: None, or what `padding_mask` made, or (B, F) bool, False for padding.
             dropout: of attention weights; transformers gives 0 in evaluation mode.
             scaling: factor on q·k.
-            is_causal: by default the module's.
+            is_causal: by default the module's; a mask of `padding_mask` goes before both, as in eager attention.
             sliding_window: keys that a query sees, its own included; so many on each side where it is not causal.
             s_aux: (H,) scores of a key without value that every query also sees, as gpt-oss has them.
             others: what the model hands on; what asks for something that cannot be honoured is an error.
@@ -213,19 +211,17 @@ class _Implementation:
             (B, S, H, D), and None for the weights, which are never formed.
         """
         self._check(others, attention_mask, query, value)
-        causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+        causal = _causality(module, is_causal, attention_mask)
         window = sliding_window if sliding_window is not None else _window(module, causal)
         built = self._attention(module, query, key, dropout, scaling, causal, window)
-        documents = padding = None
-        if attention_mask is not None and attention_mask.dtype == torch.int32:
-            documents = attention_mask
-        elif attention_mask is not None:
+        documents, padding = documents_of(attention_mask), None
+        if attention_mask is not None and documents is None:
             key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
             padding = padding_of(attention_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         batch, length = q.shape[:2]
         is_self = padding is None and length == k.shape[1] and length > 1
-        if not built.is_full and (_is_cross(module) or (not causal and length != k.shape[1])):
+        if not built.is_full and (_is_cross(module, causal) or (not causal and length != k.shape[1])):
             raise ConfigError(
                 f"{length} queries attend to {k.shape[1]} keys of another sequence: only Full() does that"
             )
@@ -245,8 +241,7 @@ class _Implementation:
                 f"the model hands {', '.join(asked)} to its attention, which no pattern honours; use "
                 f"set_attn_implementation('eager') for it"
             )
-        ours = (torch.bool, torch.int32)
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype in ours):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype in MASK_DTYPES):
             shape = tuple(getattr(mask, "shape", ()))
             raise ConfigError(
                 f"a ready-made mask of shape {shape} cannot be honoured: give attention_mask as (batch, seq_len) and "
@@ -342,27 +337,23 @@ def _resolved(pattern: Pattern | Mapping[str, Any]) -> Pattern:
     return found
 
 
-def _check_causality(model: nn.Module) -> None:
-    """Raise `ConfigError` for a decoder whose attention to itself says nowhere but in a mask that it is causal."""
-    for name, module in model.named_modules():
-        if _decodes_without_causality(module) and name.endswith("self_attn"):
-            raise ConfigError(
-                f"{name} of {type(model).__name__} leaves it to a mask that it is causal, which no pattern honours: "
-                f"its queries would see later keys; keep the model's own attention"
-            )
-
-
-def _is_cross(module: nn.Module) -> bool:
-    """Whether a layer says that its keys are another sequence's, as GPT-2's, BERT's and BART's each do."""
-    return (
-        getattr(module, "is_cross_attention", False)
-        or "CrossAttention" in type(module).__name__
-        or _decodes_without_causality(module)
+def _causality(module: nn.Module, is_causal: bool | None, mask: Tensor | None) -> bool:
+    """Whether no query sees a later key: by the mask, else as the call says, else the module."""
+    says: bool | None
+    for says in (is_causal_by_mask(mask), is_causal, getattr(module, "is_causal", None)):
+        if says is not None:
+            return bool(says)
+    raise ConfigError(
+        f"neither {type(module).__name__} nor its call nor a mask says whether queries see later keys; set the "
+        f"module's is_causal"
     )
 
 
-def _decodes_without_causality(module: nn.Module) -> bool:
-    return getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+def _is_cross(module: nn.Module, causal: bool) -> bool:
+    """Whether a layer says that its keys are another sequence's, as GPT-2's, BERT's and BART's each do."""
+    if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
+        return True
+    return getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True) and not causal
 
 
 def _window(module: nn.Module, causal: bool) -> int | None:
