@@ -221,7 +221,7 @@ class BuiltAttention(nn.Module):
         if sinks is not None and (self.compatibility is not None or (is_cross and key_padding_mask is not None)):
             raise ConfigError("sinks are not taken beside compatibility, nor with a padding mask across two sequences")
         if is_cross and key_padding_mask is not None:
-            return _row_by_row(attention, query, key, value, key_padding_mask)
+            return _over_real_keys(attention, query, key, value, key_padding_mask)
         if sinks is not None:
             documents = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
             out, lse = attention(query, key, value, return_lse=True, **documents)
@@ -272,12 +272,23 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return (out * share.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
 
 
-def _row_by_row(attention: Attention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
-    """Each row's queries over its keys that are not padding. The lengths are read, so a graph breaks here."""
-    rows = []
-    for b, real in enumerate(~padding):
-        rows.append(attention(query[b : b + 1], key[b : b + 1, real], value[b : b + 1, real]))
-    return torch.cat(rows) if rows else torch.empty_like(query)
+def _over_real_keys(attention: Attention, query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+    """Each row's queries over its keys that are not padding; rows of equally many keys at once.
+
+    The mask is read by the host, so a graph breaks here.
+    """
+    real = ~padding.cpu()
+    counts = real.sum(1)
+    parts, rows = [], []
+    for count in sorted(set(counts.tolist())):
+        alike = counts == count
+        places = (real & alike[:, None]).flatten().nonzero().squeeze(1).to(key.device)
+        rows.append(alike.nonzero().squeeze(1))
+        k, v = (torch.unflatten(x.flatten(0, 1)[places], 0, (len(rows[-1]), count)) for x in (key, value))
+        parts.append(attention(query[rows[-1].to(query.device)], k, v))
+    if len(parts) < 2:
+        return parts[0] if parts else torch.empty_like(query)
+    return torch.cat(parts)[torch.cat(rows).argsort().to(query.device)]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -90,6 +90,7 @@ class _Layer(nn.Module):
         self.self_attn = MultiheadAttention(
             config.embed_dim,
             config.num_heads,
+            is_self=True,
             positions=config.positions,
             rotary_base=config.rotary_base,
             xpos_base=config.xpos_base,

@@ -47,6 +47,8 @@ class MultiheadAttention(nn.Module):
         batch_first: tensors are (B, S, E) instead of (S, B, E); False by default, as in torch.
         device: of the parameters.
         dtype: of the parameters.
+        is_self: query, key and value are always one sequence's, as they must be anyway but for `Full`, not causal and
+            without positions. Then a mask speaks of the queries too, and nothing is computed for padding.
         positions: "none", "rotary" (RoFormer) or "xpos", for self-attention.
         rotary_base: the longest period of the angles over 2 pi.
         xpos_base: distance over which xPos decays.
@@ -77,6 +79,7 @@ class MultiheadAttention(nn.Module):
         batch_first: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        is_self: bool = False,
         positions: str = "none",
         rotary_base: float = 10_000.0,
         xpos_base: float = 512.0,
@@ -104,7 +107,7 @@ class MultiheadAttention(nn.Module):
         require_pairs(positions, head_dim)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
-        self.batch_first, self.recompute = batch_first, recompute
+        self.batch_first, self.is_self, self.recompute = batch_first, is_self, recompute
         self.positions, self.rotary_base, self.xpos_base, self.gain = positions, rotary_base, xpos_base, gain
         given = {"num_heads": num_heads, "head_dim": head_dim, "dropout_p": dropout, **fields}
         self.attention = BuiltAttention(given, compatibility=compatibility, device=device, dtype=dtype)
@@ -154,7 +157,7 @@ class MultiheadAttention(nn.Module):
     @property
     def _may_cross(self) -> bool:
         """Whether queries and keys may be of two sequences, whose positions have nothing to do with each other."""
-        return self.attention.is_full and self.positions == "none"
+        return self.attention.is_full and self.positions == "none" and not self.is_self
 
     def reset_parameters(self) -> None:
         """Draw new weights: as torch does, or where `gain` is given as MAGNETO does."""
@@ -203,11 +206,11 @@ class MultiheadAttention(nn.Module):
         Args:
             query: (B, S, E), or (S, B, E) with batch_first=False, or (S, E).
             key: (B, T, kdim), (T, B, kdim) or (T, kdim). Attention between two sequences only `Full` allows, not causal
-                and without positions. They are two where T is not S, or where key and value are one tensor and query
-                is another. Tokens with positions added, as query and key, and without, as value, are one.
+                and without positions. They are two where T is not S.
             value: like key, with vdim.
             key_padding_mask: (B, T), True for padding; or as torch passes it on, floating-point with -inf for padding.
-                Rows of self-attention that are padding give what the output projection makes of zeros.
+                Where two sequences are allowed it speaks of keys alone, as in torch; otherwise of queries too, and rows
+                that are padding give what the output projection makes of zeros.
             need_weights: must be False: the weights are never formed.
             attn_mask: as in torch, only beside is_causal=True, whose mask the caller says that it is. Who attends to
                 whom is the pattern's.
@@ -215,7 +218,7 @@ class MultiheadAttention(nn.Module):
             is_causal: no query sees a later key.
             rotation: positions worked out before, of `make_rotation`; otherwise they are worked out here, counting
                 the tokens of each row that are not padding.
-            norm: of self-attention's tokens, before they are projected.
+            norm: of the tokens, before they are projected; not where two sequences are allowed.
 
         Returns:
             The output, shaped like query, and None.
@@ -231,10 +234,14 @@ class MultiheadAttention(nn.Module):
             )
         _check_tensors(query, key, value)
         padding = as_padding(key_padding_mask)
-        is_single, is_self = query.dim() == 2, query is key and key is value
-        is_memory = key is value and not is_self
-        if norm is not None and not is_self:
-            raise ConfigError("norm is taken for self-attention only; normalise query, key and value before the call")
+        is_single, are_same = query.dim() == 2, query is key and key is value
+        # Hooks, checkpoints and FSDP hand on a copy of each, so identity decides of speed and of this error alone.
+        is_memory = key is value and not are_same and not self.is_self
+        if norm is not None and self._may_cross:
+            raise ConfigError(
+                "norm is taken for self-attention only; make the module with is_self=True, or normalise query, key and "
+                "value before the call"
+            )
         if is_single:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             padding = padding.unsqueeze(0) if padding is not None else None
@@ -247,20 +254,16 @@ class MultiheadAttention(nn.Module):
                 f"query has {query.shape[1]} tokens and key {key.shape[1]}"
                 f"{', and key and value are one tensor and query another' * is_memory}: attention between two "
                 f"sequences is Full() only, not causal and without positions; got {self.attention.pattern!r}, "
-                f"is_causal={is_causal}, positions={self.positions!r}"
+                f"is_causal={is_causal}, positions={self.positions!r}, is_self={self.is_self}"
             )
-        q_BSHD, k_BTKD, v_BTKD = self._heads(query, key, value, is_self=is_self, norm=norm)
+        inputs = (query,) if are_same else (query, key, value)
+        q_BSHD, k_BTKD, v_BTKD = self._heads(*inputs, norm=norm)
         if self.positions != "none":
             rotation = rotation or self.rotation(q_BSHD, padding)
             q_BSHD, k_BTKD = rotate(q_BSHD, k_BTKD, rotation)
-        is_cross = self._may_cross and not is_self and not is_causal
+        is_cross = self._may_cross and not is_causal
         out_BSHD = self.attention(
-            q_BSHD,
-            k_BTKD,
-            v_BTKD,
-            is_causal=is_causal,
-            key_padding_mask=padding,
-            is_cross=is_cross,
+            q_BSHD, k_BTKD, v_BTKD, is_causal=is_causal, key_padding_mask=padding, is_cross=is_cross
         )
         out_BSE = self._project(out_BSHD)
         if is_single:
@@ -282,7 +285,7 @@ class MultiheadAttention(nn.Module):
             raise ConfigError(
                 f"a step of a module with positions={self.positions!r} got rotation={rotation is not None}"
             )
-        q_BSHD, k_BSKD, v_BSKD = self._heads(x_BSE, x_BSE, x_BSE, is_self=True)
+        q_BSHD, k_BSKD, v_BSKD = self._heads(x_BSE)
         if rotation is not None:
             q_BSHD, k_BSKD = rotate(q_BSHD, k_BSKD, rotation)
         return self._project(self.attention.step(q_BSHD, k_BSKD, v_BSKD, cache))
@@ -304,17 +307,18 @@ class MultiheadAttention(nn.Module):
             xpos_base=self.xpos_base,
         )
 
-    def _heads(
-        self, query: Tensor, key: Tensor, value: Tensor, *, is_self: bool, norm: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The projections, as (B, S, H, D), (B, T, K, D), (B, T, K, D)."""
-        sizes = self._sizes
-        if self.in_proj_weight is not None and is_self:
-            project = partial(linear, weight=self.in_proj_weight, bias=self.in_proj_bias)
-            recompute = self.recompute and self.training and norm is not None
-            parts = chained(query, norm, project, recompute=recompute).split_with_sizes(sizes, dim=-1)
+    def _heads(self, *inputs: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections of query, key and value, or of the one tensor that is all three.
+
+        Returns:
+            (B, S, H, D), (B, T, K, D), (B, T, K, D).
+        """
+        sizes, packed = self._sizes, self.in_proj_weight
+        project = partial(chained, recompute=self.recompute and self.training and norm is not None)
+        if packed is not None and len(inputs) == 1:
+            whole = partial(linear, weight=packed, bias=self.in_proj_bias)
+            parts = project(inputs[0], norm, whole).split_with_sizes(sizes, dim=-1)
         else:
-            packed = self.in_proj_weight
             # By name: what prunes or parametrizes a weight takes it out of the parameters, or puts it at their end.
             weights = (
                 packed.split_with_sizes(sizes)
@@ -322,8 +326,8 @@ class MultiheadAttention(nn.Module):
                 else [getattr(self, f"{letter}_proj_weight") for letter in "qkv"]
             )
             biases = self.in_proj_bias.split_with_sizes(sizes) if self.in_proj_bias is not None else (None, None, None)
-            inputs = (query, key, value)
-            parts = tuple(linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+            each = zip(inputs * (3 // len(inputs)), weights, biases, strict=True)
+            parts = tuple(project(x, norm, partial(linear, weight=w, bias=b)) for x, w, b in each)
         q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 

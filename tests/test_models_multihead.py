@@ -280,14 +280,15 @@ def test_other_dtypes_and_autocast() -> None:
     assert "sdpa" in repr(back.attention)
 
 
-def test_compiled_without_graph_breaks() -> None:
+@pytest.mark.parametrize("fields", [{"pattern": DILATED, "positions": "rotary"}, {"is_self": True}], ids=str)
+def test_compiled_without_graph_breaks(fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    ours = MultiheadAttention(E, H, batch_first=True, pattern=DILATED, positions="rotary")
+    ours = MultiheadAttention(E, H, batch_first=True, **fields)
     x = data(B, S, E).requires_grad_()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     mask = padding(S, 9, 17, length=S)
-    for given in (None, mask):
-        expected, actual = ours(x, x, x, given, is_causal=True)[0], compiled(x, x, x, given, is_causal=True)[0]
+    for given, is_causal in ((None, True), (mask, True), (mask, False)):
+        expected, actual = (run(x, x, x, given, is_causal=is_causal)[0] for run in (ours, compiled))
         assert_close([actual, *gradients(actual, x)], [expected, *gradients(expected, x)])
 
 
