@@ -208,16 +208,16 @@ class BuiltAttention(nn.Module):
                 not beside `is_cross` with a mask, nor with `compatibility`.
 
         Returns:
-            (B, S, H, D).
+            (B, S, H, D); under autocast of its dtype, whatever that of the inputs is, as torch's attention is.
         """
         is_causal = is_causal or self.config.is_causal
         self._check_causality(is_causal)
+        built_for = (projected_dtype(query), query.device.type, is_causal, self._drops)
         if torch.compiler.is_compiling():
-            built_for = (query.dtype, query.device.type, is_causal, self._drops)
             _build_while_tracing(self._builds.token, *built_for)
             attention = self._builds.made[built_for]
         else:
-            attention = self._builds.attention_for(query.dtype, query.device.type, is_causal, self._drops)
+            attention = self._builds.attention_for(*built_for)
         if sinks is not None and (self.compatibility is not None or (is_cross and key_padding_mask is not None)):
             raise ConfigError("sinks are not taken beside compatibility, nor with a padding mask across two sequences")
         if is_cross and key_padding_mask is not None:
@@ -246,11 +246,12 @@ class BuiltAttention(nn.Module):
     @outside_graphs
     def step(self, query: Tensor, key: Tensor, value: Tensor, cache: DecodingCache) -> Tensor:
         """The next tokens' output (B, S, H, D), causal; see `Attention.step`."""
-        return self.attention_for(query.dtype, query.device.type, is_causal=True).step(query, key, value, cache)
+        attention = self.attention_for(projected_dtype(query), query.device.type, is_causal=True)
+        return attention.step(query, key, value, cache)
 
 
 def projected_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of what is projected of `x`: under autocast that of autocast, which leaves float64 alone."""
+    """The dtype of what is projected of `x` or attends: under autocast that of autocast, which leaves float64 alone."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -139,6 +139,24 @@ def test_gradient_checkpointing() -> None:
     assert max(error(a, e) for a, e in zip(*grads, strict=True)) < 1e-6
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_autocast_holds_for_the_attention_as_for_sdpa(use_cache: bool) -> None:
+    """Rotary positions, and caches with them, hand on float32 of what was projected in bfloat16."""
+    llama, seen, made = model(), tokens(), []
+    exact = llama(seen).logits
+    name = register_with_transformers(llama, Full())
+    attend = AttentionInterface()[name]
+
+    def spy(*given: Any, **others: Any) -> Any:
+        made.append(attend(*given, **others))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setitem(AttentionInterface._global_mapping, name, spy)
+        assert error(llama(seen, use_cache=use_cache).logits, exact) < 0.1
+    assert [out.dtype for out, _ in made] == [torch.bfloat16] * 2
+
+
 def test_switching_back_and_forth() -> None:
     llama, seen = model(), tokens()
     dense = llama(seen).logits

@@ -273,6 +273,12 @@ def test_other_dtypes_and_autocast() -> None:
     expected, _ = ours(x, x, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(ours(x, x, x)[0], expected) < 0.03
+        # As torch's attention: the heads may be wider, as rotary positions make them, and float64 stays.
+        heads = torch.unflatten(data(3, B, S, E), -1, (H, -1))
+        for given, dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float64,) * 2):
+            q, k, v = heads.to(given)
+            dense = nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+            assert ours.attention(q, k, v).dtype == dense.dtype == dtype
     half = ours.to(torch.bfloat16)
     assert error(half(*[x.bfloat16()] * 3)[0], expected) < 0.03
     back = half.double()
