@@ -220,18 +220,19 @@ class _Implementation:
             padding = padding_of(attention_mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         batch, length = q.shape[:2]
-        is_self = padding is None and length == k.shape[1] and length > 1
-        if not built.is_full and (_is_cross(module, causal) or (not causal and length != k.shape[1])):
+        is_cross = _is_cross(module, causal)
+        is_self = length == k.shape[1] and length > 1 and not is_cross
+        if not built.is_full and (is_cross or (not causal and length != k.shape[1])):
             raise ConfigError(
                 f"{length} queries attend to {k.shape[1]} keys of another sequence: only Full() does that"
             )
-        lengths = packed_lengths(others, documents, batch=batch, is_self=is_self)
+        lengths = packed_lengths(others, documents, padding, batch=batch, is_self=is_self)
         if lengths is not None:
             flat = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
             out = built(*flat, is_causal=causal, cu_seqlens=lengths, sinks=s_aux)
             return out.unflatten(1, (batch, length)).squeeze(0), None
-        is_cross = built.is_full and not causal
-        return built(q, k, v, is_causal=causal, key_padding_mask=padding, is_cross=is_cross, sinks=s_aux), None
+        may_cross = built.is_full and not causal
+        return built(q, k, v, is_causal=causal, key_padding_mask=padding, is_cross=may_cross, sinks=s_aux), None
 
     def _check(self, others: dict[str, Any], mask: object, query: Tensor, value: Tensor) -> None:
         """Raise `ConfigError` for what was asked for and cannot be honoured."""

@@ -151,8 +151,9 @@ def test_autocast_holds_for_the_attention_as_for_sdpa(use_cache: bool) -> None:
         made.append(attend(*given, **others))
         return made[-1]
 
+    names: Any = AttentionInterface
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setitem(AttentionInterface._global_mapping, name, spy)
+        patch.setitem(names._global_mapping, name, spy)
         assert error(llama(seen, use_cache=use_cache).logits, exact) < 0.1
     assert [out.dtype for out, _ in made] == [torch.bfloat16] * 2
 
@@ -169,40 +170,6 @@ def test_switching_back_and_forth() -> None:
     made = model(attn_implementation=register_with_transformers("my_pattern", DILATED))
     assert error(made(seen).logits, sparse) < 1e-5
     assert register_with_transformers("my_pattern", DILATED) == "my_pattern"
-
-
-def test_packed_documents_are_each_alone() -> None:
-    llama = model()
-    register_with_transformers(llama, DILATED)
-    for batch in (1, 2):
-        seen, lengths = tokens(batch), [9, 1, 11]
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        alone = torch.cat([llama(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)
-        assert error(llama(seen, position_ids=positions).logits, alone) < 1e-5
-        assert error(llama(seen).logits, alone) > 1e-3
-    ends = torch.tensor([0, 9, 10, 21], dtype=torch.int32)
-    seen = tokens(1)
-    told = llama(seen, position_ids=positions, cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=11, max_length_k=11)
-    assert (
-        error(told.logits, torch.cat([llama(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)) < 1e-5
-    )
-    with pytest.raises(ConfigError, match="must be equal"):
-        llama(seen, cu_seq_lens_q=ends, cu_seq_lens_k=ends + 1)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "GPTBigCode"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_packed_documents_whether_or_not_the_attention_is_handed_position_ids(kind: str, batch: int) -> None:
-    small = {"n_embd": 32, "n_layer": 2, "n_head": H, "n_positions": 64} if kind == "GPTBigCode" else {}
-    mine, seen, lengths = model(kind, **small), tokens(batch), [9, 1, 11]
-    positions = torch.cat([torch.arange(n) for n in lengths]).expand(batch, -1)
-    dense = mine(seen, position_ids=positions, use_cache=False).logits
-    register_with_transformers(mine, Full())
-    assert error(mine(seen, position_ids=positions, use_cache=False).logits, dense) < 1e-5
-    register_with_transformers(mine, DILATED)
-    alone = torch.cat([mine(part).logits for part in torch.split(seen, lengths, dim=1)], dim=1)
-    assert error(mine(seen, position_ids=positions, use_cache=False).logits, alone) < 1e-5
-    assert error(mine(seen).logits, alone) > 1e-3
 
 
 def test_encoders_and_cross_attention() -> None:
