@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.decoding import DecodingCache
+from ..core.errors import ConfigError
 from .longnet_config import LongNetConfig
 from .multihead import MultiheadAttention
 from .positions import Rotation
@@ -126,9 +127,11 @@ class _Layer(nn.Module):
         x_BSE = x_BSE + added_BSE if self.residual_scale == 1 else x_BSE * self.residual_scale + added_BSE
         return x_BSE if self.norm_first else norm(x_BSE)
 
-    def _self_attention(self, x_BSE: Tensor, padding: Tensor | None, rotation: Rotation | None) -> Tensor:
+    def _self_attention(
+        self, x_BSE: Tensor, padding: Tensor | None, rotation: Rotation | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         norm = self.self_attn_norm if self.norm_first else None
-        added, _ = self.self_attn(x_BSE, x_BSE, x_BSE, padding, rotation=rotation, norm=norm)
+        added, _ = self.self_attn(x_BSE, x_BSE, x_BSE, padding, cu_seqlens=cu_seqlens, rotation=rotation, norm=norm)
         return self._after(x_BSE, added, self.self_attn_norm)
 
     def step(self, x_BSE: Tensor, cache: DecodingCache, rotation: Rotation | None) -> Tensor:
@@ -163,7 +166,12 @@ class LongNetEncoderLayer(_Layer):
         super().__init__(config, depth=depth, is_causal=is_causal, has_memory=False, device=device, dtype=dtype)
 
     def forward(
-        self, x_BSE: Tensor, key_padding_mask: Tensor | None = None, rotation: Rotation | None = None
+        self,
+        x_BSE: Tensor,
+        key_padding_mask: Tensor | None = None,
+        rotation: Rotation | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, S, E) to (B, S, E).
 
@@ -171,8 +179,9 @@ class LongNetEncoderLayer(_Layer):
             x_BSE: the residual stream.
             key_padding_mask: (B, S) bool, True for padding.
             rotation: of `MultiheadAttention.rotation`, where positions were worked out before.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row.
         """
-        return self._feed_forward(self._self_attention(x_BSE, key_padding_mask, rotation))
+        return self._feed_forward(self._self_attention(x_BSE, key_padding_mask, rotation, cu_seqlens))
 
 
 class LongNetDecoderLayer(_Layer):
@@ -204,6 +213,8 @@ class LongNetDecoderLayer(_Layer):
         rotation: Rotation | None = None,
         memory_BME: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, S, E) to (B, S, E).
 
@@ -213,8 +224,11 @@ class LongNetDecoderLayer(_Layer):
             rotation: of `MultiheadAttention.rotation`, where positions were worked out before.
             memory_BME: the encoder's output, exactly where the layer has a memory.
             memory_padding_mask: (B, M) bool, True for padding.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row; not beside a memory.
         """
-        x_BSE = self._self_attention(x_BSE, key_padding_mask, rotation)
+        if cu_seqlens is not None and self.memory_attn is not None:
+            raise ConfigError("cu_seqlens cannot be given beside a memory, which is of one sequence; give padded rows")
+        x_BSE = self._self_attention(x_BSE, key_padding_mask, rotation, cu_seqlens)
         if self.memory_attn is not None and self.memory_attn_norm is not None:
             read = self._before(x_BSE, self.memory_attn_norm)
             added, _ = self.memory_attn(read, memory_BME, memory_BME, memory_padding_mask)

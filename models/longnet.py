@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, M memory length, E embed_dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -16,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.checks import require_int
 from ..core.decoding import DecodingCache
+from ..core.documents import check_documents
 from ..core.errors import ConfigError
 from .built import projected_dtype
 from .layers import LongNetDecoderLayer, LongNetEncoderLayer
 from .longnet_config import LongNetConfig, require_config
-from .multihead import as_padding
+from .multihead import MultiheadAttention, as_padding
 from .positions import Rotation, make_rotation
 from .requirements import require_tokens
 
@@ -71,29 +73,37 @@ class _Stack(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps, **made) if has_norm else None
 
     def _run(
-        self, x_BSE: Tensor, padding: Tensor | None, *memory: Tensor | None, keep: list[Tensor] | None = None
+        self,
+        x_BSE: Tensor,
+        padding: Tensor | None,
+        *memory: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep: list[Tensor] | None = None,
     ) -> Tensor:
         """The residual stream after layers and last norm; `keep` collects it before each layer and after the last."""
         if x_BSE.dim() != 3 or x_BSE.shape[2] != self.config.embed_dim:
             raise ConfigError(f"x must be (batch, seq_len, {self.config.embed_dim}), got {tuple(x_BSE.shape)}")
         padding = as_padding(padding)
-        rotation = self._rotation(x_BSE, padding)
-        padding = _read_once(padding)
+        if cu_seqlens is not None:
+            check_documents(padding, cu_seqlens, x_BSE, x_BSE, None, 0, is_causal=False)
+        rotation = self._rotation(x_BSE, padding, cu_seqlens)
+        padding, cu_seqlens = _read_once(padding), _read_once(cu_seqlens)
         recompute = self.config.activation_checkpointing is True and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             if keep is not None:
                 keep.append(x_BSE)
             arguments = (x_BSE, padding, rotation, *memory)
-            x_BSE = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            run: Callable[..., Tensor] = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x_BSE = run(*arguments, cu_seqlens=cu_seqlens)
         if keep is not None:
             keep.append(x_BSE)
         return self.norm(x_BSE) if self.norm is not None else x_BSE
 
-    def _rotation(self, x_BSE: Tensor, padding: Tensor | None) -> Rotation | None:
+    def _rotation(self, x_BSE: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None) -> Rotation | None:
         if self.config.positions == "none":
             return None
-        find: Callable[[Tensor, Tensor | None], Rotation] = self.layers[0].self_attn.rotation  # type: ignore[assignment, union-attr]
-        return find(x_BSE, padding)
+        attention: MultiheadAttention = self.layers[0].self_attn  # type: ignore[assignment]
+        return attention.rotation(x_BSE, padding, cu_seqlens)
 
 
 class LongNetEncoder(_Stack):
@@ -120,14 +130,24 @@ class LongNetEncoder(_Stack):
         layers = nn.ModuleList(LongNetEncoderLayer(config, depth=i, is_causal=is_causal, **made) for i in depths)
         super().__init__(config, layers, made)
 
-    def forward(self, x_BSE: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, S, E) to (B, S, E); `key_padding_mask` (B, S) bool is True for padding."""
-        return self._run(x_BSE, key_padding_mask)
+    def forward(
+        self, x_BSE: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """(B, S, E) to (B, S, E).
 
-    def hidden_states(self, x_BSE: Tensor, key_padding_mask: Tensor | None = None) -> list[Tensor]:
+        Args:
+            x_BSE: embeddings.
+            key_padding_mask: (B, S) bool, True for padding.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row, instead.
+        """
+        return self._run(x_BSE, key_padding_mask, cu_seqlens=cu_seqlens)
+
+    def hidden_states(
+        self, x_BSE: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> list[Tensor]:
         """The residual stream before the first layer and after each, without the last norm: num_layers + 1 tensors."""
         kept: list[Tensor] = []
-        self._run(x_BSE, key_padding_mask, keep=kept)
+        self._run(x_BSE, key_padding_mask, cu_seqlens=cu_seqlens, keep=kept)
         return kept
 
 
@@ -162,6 +182,8 @@ class LongNetDecoder(_Stack):
         key_padding_mask: Tensor | None = None,
         memory_BME: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, S, E) to (B, S, E).
 
@@ -170,18 +192,20 @@ class LongNetDecoder(_Stack):
             key_padding_mask: (B, S) bool, True for padding.
             memory_BME: an encoder's output; given exactly where the decoder has a memory.
             memory_padding_mask: (B, M) bool, True for padding.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row, instead of masks and memory.
         """
         if (memory_BME is not None) != self.has_memory:
             raise ConfigError(
                 f"this decoder was made with has_memory={self.has_memory} and called "
                 f"{'without a' if memory_BME is None else 'with a'} memory"
             )
-        return self._run(x_BSE, key_padding_mask, memory_BME, _read_once(as_padding(memory_padding_mask)))
+        memory = memory_BME, _read_once(as_padding(memory_padding_mask))
+        return self._run(x_BSE, key_padding_mask, *memory, cu_seqlens=cu_seqlens)
 
 
-def _read_once(padding: Tensor | None) -> Tensor | None:
-    """The mask where the host can read it, as every layer's attention does, but for graphs."""
-    return padding if padding is None or torch.compiler.is_compiling() else padding.cpu()
+def _read_once(given: Tensor | None) -> Tensor | None:
+    """A mask or lengths where the host can read them, as every layer's attention does, but for graphs."""
+    return given if given is None or torch.compiler.is_compiling() else given.cpu()
 
 
 def _require_cache(cache: object, num_layers: int) -> None:
@@ -235,10 +259,19 @@ class LongNetLM(nn.Module):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=config.embed_dim**-0.5)
 
-    def forward(self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, S) int64 to logits (B, S, V); `key_padding_mask` (B, S) bool is True for padding."""
+    def forward(
+        self, tokens_BS: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, S) int64 to logits (B, S, V).
+
+        Args:
+            tokens_BS: the tokens.
+            key_padding_mask: (B, S) bool, True for padding.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row, instead.
+        """
         require_tokens(tokens_BS)
-        return self.logits(self.stack(self.dropout(self.embedding(tokens_BS)), key_padding_mask))
+        x_BSE = self.dropout(self.embedding(tokens_BS))
+        return self.logits(self.stack(x_BSE, key_padding_mask, cu_seqlens=cu_seqlens))
 
     def make_cache(self, batch_size: int, max_seq_len: int, *, max_crop: int = 0) -> LongNetCache:
         """An empty cache for `step`; under autocast make it there, too.

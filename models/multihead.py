@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 from ..core.checks import require_choice, require_int, require_positive
 from ..core.config import check_fields
 from ..core.decoding import DecodingCache
+from ..core.documents import check_documents
 from ..core.errors import ConfigError
 from .built import BuiltAttention, projected_dtype
-from .positions import POSITIONS, Rotation, make_rotation, positions_of, require_pairs, rotate
+from .positions import POSITIONS, Rotation, make_rotation, packed_positions, positions_of, require_pairs, rotate
 from .recomputing import chained
 from .requirements import require
 
@@ -198,6 +199,7 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
+        cu_seqlens: Tensor | None = None,
         rotation: Rotation | None = None,
         norm: nn.Module | None = None,
     ) -> tuple[Tensor, None]:
@@ -216,8 +218,9 @@ class MultiheadAttention(nn.Module):
                 whom is the pattern's.
             average_attn_weights: as in torch, without effect where there are no weights.
             is_causal: no query sees a later key.
+            cu_seqlens: (documents + 1,) cumulative lengths of documents packed in one row, each a sequence by itself.
             rotation: positions worked out before, of `make_rotation`; otherwise they are worked out here, counting
-                the tokens of each row that are not padding.
+                the tokens of each row that are not padding, or of each document.
             norm: of the tokens, before they are projected; not where two sequences are allowed.
 
         Returns:
@@ -249,6 +252,8 @@ class MultiheadAttention(nn.Module):
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         is_causal = is_causal or self.attention.config.is_causal
         self._check_shapes(query, key, value, padding)
+        if cu_seqlens is not None:
+            check_documents(padding, cu_seqlens, query, key, None, 0, is_causal=is_causal)
         if (is_memory or query.shape[1] != key.shape[1]) and (is_causal or not self._may_cross):
             raise ConfigError(
                 f"query has {query.shape[1]} tokens and key {key.shape[1]}"
@@ -259,12 +264,11 @@ class MultiheadAttention(nn.Module):
         inputs = (query,) if are_same else (query, key, value)
         q_BSHD, k_BTKD, v_BTKD = self._heads(*inputs, norm=norm)
         if self.positions != "none":
-            rotation = rotation or self.rotation(q_BSHD, padding)
+            rotation = rotation or self.rotation(q_BSHD, padding, cu_seqlens)
             q_BSHD, k_BTKD = rotate(q_BSHD, k_BTKD, rotation)
         is_cross = self._may_cross and not is_causal
-        out_BSHD = self.attention(
-            q_BSHD, k_BTKD, v_BTKD, is_causal=is_causal, key_padding_mask=padding, is_cross=is_cross
-        )
+        sequences: dict[str, Any] = {"key_padding_mask": padding, "cu_seqlens": cu_seqlens, "is_cross": is_cross}
+        out_BSHD = self.attention(q_BSHD, k_BTKD, v_BTKD, is_causal=is_causal, **sequences)
         out_BSE = self._project(out_BSHD)
         if is_single:
             return out_BSE.squeeze(0), None
@@ -295,9 +299,14 @@ class MultiheadAttention(nn.Module):
         recompute = self.recompute and self.training and self.sub_norm is not None
         return chained(out_BSHD.flatten(2), self.sub_norm, self.out_proj, recompute=recompute)
 
-    def rotation(self, like: Tensor, padding: Tensor | None = None) -> Rotation:
-        """Positions for queries like (B, S, ...), counting from 0 over what is not padding."""
-        places = positions_of(padding) if padding is not None else torch.arange(like.shape[1], device=like.device)
+    def rotation(self, like: Tensor, padding: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Rotation:
+        """Positions for queries like (B, S, ...), counting from 0 over what is not padding, or in each document."""
+        if padding is not None:
+            places = positions_of(padding)
+        elif cu_seqlens is not None:
+            places = packed_positions(cu_seqlens, like.shape[1], like.device)
+        else:
+            places = torch.arange(like.shape[1], device=like.device)
         return make_rotation(
             self.positions,
             places,

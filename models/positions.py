@@ -40,6 +40,12 @@ def positions_of(key_padding_mask: Tensor) -> Tensor:
     return (~key_padding_mask).cumsum(-1).sub(1).clamp(min=0)
 
 
+def packed_positions(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
+    """Each token's place in its document, (S,) int64; `cu_seqlens` (documents + 1,) as `Attention` takes it."""
+    places, starts = torch.arange(length, device=device), cu_seqlens.to(device, torch.int64)
+    return places - starts[torch.searchsorted(starts, places, right=True) - 1]
+
+
 def require_pairs(kind: str, head_dim: int) -> None:
     """Raise `ConfigError` for positions that turn pairs of components, of which an odd head_dim leaves one."""
     if kind != "none" and head_dim % 2:
