@@ -139,7 +139,7 @@ class Attention(nn.Module):
         """
         if unknown:
             refuse_arguments(unknown)
-        check_arguments(query, key, value, q_offset, kv_offset)
+        q_offset, kv_offset = check_arguments(query, key, value, q_offset, kv_offset)
         device_type = self._device_type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -218,7 +218,7 @@ class Attention(nn.Module):
         Raises:
             ConfigError: as the attention, and for an lse of another shape.
         """
-        check_arguments(query, key, lse, q_offset, kv_offset)
+        q_offset, kv_offset = check_arguments(query, key, lse, q_offset, kv_offset)
         if torch.is_autocast_enabled(self._device_type):
             query, key = query.to(self._dtype), key.to(self._dtype)
         if self.config.tensor_layout == "bhsd" and query.dim() == key.dim() == 4:

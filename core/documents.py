@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .capture import is_captured
+from .checks import plain_int
 from .errors import ConfigError
 from .transforms import no_forward_mode
 
@@ -162,8 +163,10 @@ class Packing:
         return (self.queries, self.keys) == (self.batch * self.q_len, self.batch * self.kv_len)
 
 
-def check_arguments(query: object, key: object, value: object, q_offset: object = None, kv_offset: object = 0) -> None:
-    """Raise `ConfigError` for tensors that are none and offsets that are no positions."""
+def check_arguments(
+    query: object, key: object, value: object, q_offset: object = None, kv_offset: object = 0
+) -> tuple[int | None, int]:
+    """The offsets as plain integers; `ConfigError` for tensors that are none and offsets that are no positions."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         found = ", ".join(type(x).__name__ for x in (query, key, value))
         raise ConfigError(f"an attention is called with tensors, got {found}")
@@ -182,12 +185,17 @@ def check_arguments(query: object, key: object, value: object, q_offset: object 
     if forward_ad._current_level >= 0:
         _check_no_tangents(query, key, value)
     if q_offset is None and type(kv_offset) is int and kv_offset == 0:  # what nearly every call has
-        return
-    for name, offset in (("q_offset", 0 if q_offset is None else q_offset), ("kv_offset", kv_offset)):
-        if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
-            raise ConfigError(f"{name} is one position for all batch rows, an integer, got {offset!r}")
-        if not -_FARTHEST < offset < _FARTHEST:
-            raise ConfigError(f"{name} must lie between -2**60 and 2**60, got {offset}")
+        return None, 0
+    return None if q_offset is None else _position("q_offset", q_offset), _position("kv_offset", kv_offset)
+
+
+def _position(name: str, given: object) -> int:
+    offset = plain_int(given)
+    if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt):
+        raise ConfigError(f"{name} is one position for all batch rows, an integer, got {offset!r}")
+    if not -_FARTHEST < offset < _FARTHEST:
+        raise ConfigError(f"{name} must lie between -2**60 and 2**60, got {offset}")
+    return offset  # type: ignore[return-value]
 
 
 def _layouts(*tensors: Tensor) -> str:

@@ -211,7 +211,9 @@ class Engine:
         return Program(layout, schedule(layout.branches, geometry), blocks)
 
     def _check_call(self, q_len: int, kv_len: int, q_offset: int, kv_offset: int) -> None:
-        """Raise `ConfigError` for lengths or offsets that the backend does not declare."""
+        """Raise `ConfigError` for lengths or offsets that the backend does not declare, or that are being traced."""
+        if torch._C._is_tracing():  # there lengths are tensors, which no program can be made for
+            raise ConfigError("torch.jit.trace cannot trace an attention; use torch.compile or torch.export")
         if q_len != kv_len and "unequal_lengths" not in self.call_axes:
             raise ConfigError(
                 f"{q_len} queries against {kv_len} keys: the backend of kernel {self.kernel.name!r} takes equal "

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -317,6 +318,24 @@ def test_what_is_no_tensor_no_position_and_not_to_be_pickled() -> None:
         attention(*tensors, key_padding_mask=mask)
     with pytest.raises(TypeError, match="an attention is not pickled; save config"):
         pickle.dumps(Block(attention))
+
+
+def test_offsets_of_numpy_are_offsets() -> None:
+    attention, (q, k, v) = build(), inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float32)[:3]
+    for offsets in ((3, 1), (40, 0)):
+        numpys: Any = [np.int64(offsets[0]), np.int32(offsets[1])]
+        out, lse = attention(q, k, v, q_offset=numpys[0], kv_offset=numpys[1], return_lse=True)
+        assert torch.equal(out, attention(q, k, v, q_offset=offsets[0], kv_offset=offsets[1]))
+        received = [attention.received(q, k, lse, q_offset=a, kv_offset=b) for a, b in (numpys, offsets)]
+        assert torch.equal(*received)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_the_old_tracer_is_refused() -> None:
+    tensors = tuple(x.detach() for x in inputs(GEOMETRY, batch=1, head_dim=8, dtype=torch.float32)[:3])
+    trace: Any = torch.jit.trace
+    with pytest.raises(ConfigError, match=r"torch.jit.trace cannot trace an attention; use torch.compile"):
+        trace(build(), tensors)
 
 
 def test_a_length_that_cannot_be_planned_takes_no_memory_first() -> None:
