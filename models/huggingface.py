@@ -1,4 +1,4 @@
-"""Patterns for Hugging Face models (transformers 5): one registered name for attention and mask.
+"""Patterns for Hugging Face models (transformers 5.9 or newer): one registered name for attention and mask.
 
 Both must be registered: without a mask function of the same name transformers makes no mask, and causality and padding
 silently disappear.
@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..core.config import AttentionConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _Pattern = Pattern | Mapping[str, Any]
 _Layers = Mapping[int, _Pattern] | Mapping[str, _Pattern] | Mapping[int | str, _Pattern]
 
+_OLDEST: Final = Version("5.9")  # in older ones some models say otherwise who attends to whom, or nothing
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _OLDER = " and its cache forgets what is older"
 _SET_BY_MODEL = ("num_heads", "num_kv_heads", "head_dim", "scale", "dropout_p", "is_causal", "tensor_layout", "pattern")
@@ -120,9 +122,8 @@ def _transformers() -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise ConfigError("transformers is not installed; pip install 'dilated-attention[hf]'") from error
-    major = int(transformers.__version__.partition(".")[0])
-    if major < 5:
-        raise ConfigError(f"transformers must be 5.0 or newer, got {transformers.__version__}; upgrade it")
+    if Version(transformers.__version__) < _OLDEST:
+        raise ConfigError(f"transformers must be {_OLDEST} or newer, got {transformers.__version__}; upgrade it")
     return transformers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import attrs
@@ -79,3 +80,9 @@ def test_models_of_other_layer_types_may_share_a_name() -> None:
             one.set_attn_implementation(name)
             one(seen)
         assert error(mistral(seen).logits, expected) < 1e-5
+
+
+def test_transformers_that_are_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.8.1")  # which replaces itself as it is used
+    with pytest.raises(ConfigError, match=r"transformers must be 5\.9 or newer, got 5\.8\.1; upgrade it"):
+        register_with_transformers("too_old", Full())
