@@ -114,8 +114,15 @@ def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monk
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:overflow encountered in exp2")
-@pytest.mark.parametrize("of_call", [{"bounds": torch.tensor([0, 0, 17, 19, 52])}, {"mask": LATER}, {"mask": EARLIER}],
-                         ids=["packed", "padded before", "padded behind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "of_call",
+    [
+        {"bounds": torch.tensor([0, 0, 17, 19, 52])},
+        pytest.param({"mask": LATER}, marks=pytest.mark.slow),
+        {"mask": EARLIER},
+    ],
+    ids=["packed", "padded before", "padded behind"],
+)
 @pytest.mark.parametrize(
     ("pattern", "tile"),
     [
@@ -141,7 +148,7 @@ def test_blocks_of_documents_in_one_launch(
     [
         (Local((300, 0)), {"bounds": torch.tensor([0, 0, 258, 259, 290]), "tile": 64}),
         (Local((6, 9)) | Global(3), {"bounds": torch.tensor([0, 0, 17, 19, 52]), "tile": 32}),
-        (Dilated((8, 16), (1, 2)) + Local(9), {"mask": EARLIER}),
+        pytest.param(Dilated((8, 16), (1, 2)) + Local(9), {"mask": EARLIER}, marks=pytest.mark.slow),
         (Local(9) + Local((3, 0)), {"mask": LATER, "tile": 32}),
     ],
     ids=["beyond a block", "global", "branches", "weights"],

@@ -77,10 +77,10 @@ class Interpreted:
     ("pattern", "is_causal", "given"),
     [
         (Dilated((8, 16, 40), (1, 2, 4)), False, {"bound_from": 0}),
-        (Dilated((8, 12), (1, 3)) + Full() + Full(), True, {"tile": 32}),
+        pytest.param(Dilated((8, 12), (1, 3)) + Full() + Full(), True, {"tile": 32}, marks=pytest.mark.slow),
         (Random(2, 16, seed=3), True, {}),
         (Local(5) + Local(9), False, {"tile": 64}),
-        (Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}),
+        pytest.param(Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}, marks=pytest.mark.slow),
         (Strided(2) + Strided(2), True, {"tile": 64}),
     ],
     ids=["bounded", "equal branches", "blocks", "weights", "both", "strides"],
@@ -92,7 +92,11 @@ def test_it_drops_exactly(pattern: Pattern, is_causal: bool, given: dict[str, An
 
 @pytest.mark.parametrize(
     ("pattern", "is_causal"),
-    [(Dilated((8, 16), (1, 2)), True), (Random(2, 16, seed=3) + Local((9, 0)), True), (Local(5) + Local(9), False)],
+    [
+        (Dilated((8, 16), (1, 2)), True),
+        pytest.param(Random(2, 16, seed=3) + Local((9, 0)), True, marks=pytest.mark.slow),
+        (Local(5) + Local(9), False),
+    ],
     ids=["branches", "blocks", "bands"],
 )
 def test_documents_of_one_launch_drop_each_for_itself(pattern: Pattern, is_causal: bool) -> None:
@@ -133,7 +137,7 @@ def test_words_of_a_seed_in_memory() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "batch", "times"),
-    [(Full(), 32, 1), (Sum((Full(),) * 64), 1, 64)],
+    [pytest.param(Full(), 32, 1, marks=pytest.mark.slow), (Sum((Full(),) * 64), 1, 64)],
     ids=["heads and batch rows", "occurrences"],
 )
 def test_what_is_rarely_dropped_is_drawn_independently(pattern: Pattern, batch: int, times: int) -> None:

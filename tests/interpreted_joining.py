@@ -109,13 +109,13 @@ def test_segments_beyond_the_sequence() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("offsets_by", ["query_head", "kv_head"])
+@pytest.mark.parametrize("offsets_by", ["query_head", pytest.param("kv_head", marks=pytest.mark.slow)])
 def test_grouped_heads(offsets_by: str, is_causal: bool) -> None:
     pattern = Dilated((8, 16), (1, 2), offsets_by=offsets_by)
     check(pattern, Geometry(q_len=40, kv_len=40, num_heads=8, num_kv_heads=2, is_causal=is_causal))
 
 
-@pytest.mark.parametrize("offsets", ["interleaved", "blocked"])
+@pytest.mark.parametrize("offsets", ["interleaved", pytest.param("blocked", marks=pytest.mark.slow)])
 def test_offsets_of_heads(offsets: str) -> None:
     check(Dilated((8, 16, 32), (1, 2, 4), offsets=offsets), Geometry.self_attention(37, 6, is_causal=True))
     check(Dilated((8, 16), (2, 4), heads="split"), Geometry.self_attention(32, 5, is_causal=True))

@@ -225,7 +225,7 @@ def check_graph(attention: Attention, geometry: Geometry) -> None:
         assert error(a, e) < 5e-3  # a backward adds up in any order
 
 
-def run_interpreted(name: str) -> None:
+def run_interpreted(name: str, *, is_slow: bool = False) -> None:
     """The tests of a file beside this one pass in Triton's interpreter.
 
     In a process of its own: Triton decides when it is imported whether its functions are interpreted.
@@ -236,7 +236,7 @@ def run_interpreted(name: str) -> None:
         pytest.skip("Triton's interpreter before 3.7 reads scalars as NumPy 2.4 no longer allows")
     path = Path(__file__).with_name(name)
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.interpreting"]
-    command = [sys.executable, "-m", "pytest", *options, str(path)]
+    command = [sys.executable, "-m", "pytest", *options, *["-m", "slow"] * is_slow, str(path)]
     found = subprocess.run(
         command, cwd=path.parents[1], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

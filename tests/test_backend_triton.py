@@ -11,18 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_attention import (
-    Dilated,
-    Full,
-    Global,
-    Learned,
-    Local,
-    Pattern,
-    Random,
-    Strided,
-    build_attention,
-    explain,
-)
+from dilated_attention import Dilated, Full, Global, Learned, Local, Pattern, Random, Strided, build_attention, explain
 from dilated_attention.backends.fused import walks
 from dilated_attention.backends.fused.launches import known_tables
 from dilated_attention.backends.fused.walks import MAX_PERIOD, Mode, Tables, make_tables, roomy_span
@@ -260,6 +249,12 @@ def test_a_kernel_that_is_compiled_for_one_length_serves_others() -> None:
 @pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_documents.py", "interpreted_dropout.py"])
 def test_its_kernels_interpreted_on_a_cpu(file: str) -> None:
     run_interpreted(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["interpreted_documents.py", "interpreted_dropout.py"])
+def test_further_cases_interpreted_on_a_cpu(file: str) -> None:
+    run_interpreted(file, is_slow=True)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_a_slow_down_and_a_leak_are_caught(tree: Path, compare_here: Invoke) -> 
     assert git(tree, "worktree", "list").count("\n") == 0
 
 
+@pytest.mark.slow
 def test_equal_code_passes(tree: Path, compare_here: Invoke) -> None:
     plant(tree, "")
     done = compare_here("--threshold", "1.3", "HEAD~0")

@@ -29,7 +29,7 @@ WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(sel
     [
         ("sdpa", ()),
         ("math", ("local|global",)),  # whose blocks are core's, as those of sdpa
-        ("reference", ("local|global",)),  # one way for all patterns
+        pytest.param("reference", ("local|global",), marks=pytest.mark.slow),  # the oracle against itself
     ],
 )
 def test_ours_by_every_check_on_half_of_the_grid(backend: str, no_few: tuple[str, ...]) -> None:

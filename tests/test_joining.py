@@ -150,6 +150,11 @@ def test_its_kernels_interpreted_on_a_cpu() -> None:
     run_interpreted("interpreted_joining.py")
 
 
+@pytest.mark.slow
+def test_further_cases_interpreted_on_a_cpu() -> None:
+    run_interpreted("interpreted_joining.py", is_slow=True)
+
+
 # On the card.
 
 CARD: list[Pattern] = [

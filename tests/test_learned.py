@@ -264,6 +264,7 @@ def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> No
     assert graphs <= 2  # the second length makes them dynamic
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it_for_new_lengths() -> None:
     """Whose index arithmetic it simplifies, where lengths are symbols."""
     torch.compiler.reset()

@@ -52,6 +52,7 @@ def test_steps_are_not_compiled_for_every_position(pattern: Pattern) -> None:
     assert count.frame_count <= 3  # before and after the step; once more where out is a view, whose strides change
 
 
+@pytest.mark.slow
 def test_generation() -> None:
     config = LongNetConfig(
         pattern=Local(8), embed_dim=32, num_layers=2, num_heads=4, ffn_dim=48, vocab_size=23, positions="rotary"
