@@ -51,6 +51,14 @@ def save(invoke: Invoke, name: str, config: str, *flags: str, root: str = "store
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_flags_are_a_pattern_or_replace_what_a_file_says(invoke: Invoke, work: Path) -> None:
+    longnet = ("--segment-lengths", "32,64", "--dilation-rates", "1,2", "--heads", "2", "--seq-len", "64")
+    assert invoke("pattern", "save", "longnet", *longnet, "--root", "store").returncode == 0
+    save(invoke, "wider", "local.toml", "-P", "window_size=16")
+    store = PatternStore("store")
+    assert [store.load(name) for name in ("longnet", "wider")] == [Dilated((32, 64), (1, 2)), Local(16)]
+
+
 def test_what_is_saved_is_listed_loaded_and_verified(invoke: Invoke, work: Path) -> None:
     save(invoke, "near", "local.toml")
     save(invoke, "far", "drawn.toml")
@@ -109,12 +117,13 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
         (["save", "a/b", "--config", "local.toml", "--seq-len", "8"], 4, "a pattern's name is"),
         (["save", "x", "--config", "none.toml", "--seq-len", "8"], 2, "cannot read the config file"),
         (["save", "x", "--config", "local.toml"], 2, "give --seq-len: 'local.toml' has no seq_len"),
-        (["save", "x", "--config", "empty.toml", "--seq-len", "8"], 2, "'empty.toml' has no 'pattern'"),
+        (["save", "x", "--config", "empty.toml", "--seq-len", "8"], 2, "give --pattern: 'empty.toml' has no pattern"),
+        (["save", "x", "--seq-len", "8"], 2, "give --pattern: no --config is given"),
+        (["save", "x", "--pattern", "local", "--seq-len", "8"], 2, "give --heads: no --config is given"),
         (["save", "x", "--config", "headless.toml", "--seq-len", "8"], 2, "give --heads: 'headless.toml' has no"),
         (["save", "x", "--config", "typo.toml", "--seq-len", "8"], 2, "did you mean 'local'"),
         (["save", "x", "--config", "key.toml", "--seq-len", "8"], 2, "did you mean 'is_causal'"),
         (["save", "x", "--config", "local.toml", "--seq-len", "0"], 2, "seq_len must be at least 1"),
-        (["save", "x", "--seq-len", "8"], 2, "Missing option '--config'"),
         (["show", "near", "--head", "4"], 2, "--head must be 0 to 3, got 4"),
         (["show", "near", "--seq-len", "0"], 2, "--seq-len"),
         (["show", "near", "--layers", "0"], 2, "--layers"),

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -30,6 +29,7 @@ from .core.errors import (
     UnsafePathError,
 )
 from .core.version import VERSION
+from .pattern_flags import DilationRates, Kind, Parameters, SegmentLengths, pattern_of
 from .report import (
     backends_data,
     backends_text,
@@ -152,18 +152,10 @@ def explain(
         Path | None,
         typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help="Kind of pattern: full, dilated, local, ...")] = None,
-    segment_lengths: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1024,2048,4096")] = None,
-    dilation_rates: Annotated[str | None, typer.Option(help="Of a dilated pattern: 1,2,4")] = None,
-    pattern_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pattern-option",
-            "-P",
-            metavar="NAME=VALUE",
-            help="Any other parameter of the pattern: window_size=128. Repeatable.",
-        ),
-    ] = None,
+    pattern: Kind = None,
+    segment_lengths: SegmentLengths = None,
+    dilation_rates: DilationRates = None,
+    pattern_option: Parameters = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key-value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Width of a head.")] = None,
@@ -227,9 +219,9 @@ def explain(
     parallel = {} if fields.get("context_parallel") is None else fields["context_parallel"]
     if not isinstance(parallel, dict):
         raise ConfigError(f"context_parallel must be a table such as {{size = 2}}, got {parallel!r}")
-    parameters = _parameters(pattern_option or (), segment_lengths, dilation_rates)
-    if pattern is not None or parameters:
-        fields["pattern"] = _pattern(pattern, parameters, fields.get("pattern"))
+    wanted = pattern_of(pattern, pattern_option, segment_lengths, dilation_rates, of_file=fields.get("pattern"))
+    if wanted is not None:
+        fields["pattern"] = wanted
     if not config and not {"num_heads", "head_dim"} <= fields.keys():
         raise ConfigError("give a config file, or at least --heads and --head-dim")
     shown: list[str] = []
@@ -302,35 +294,3 @@ app.add_typer(pattern_app)
 
 def _given(**fields: object) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _pattern(kind: str | None, parameters: dict[str, Any], of_file: object) -> dict[str, Any]:
-    """The pattern of the flags: a new one where they name a kind, else the file's with other parameters."""
-    if kind is not None:
-        return {"kind": kind, **parameters}
-    if isinstance(of_file, dict):
-        return {**of_file, **parameters}
-    if {"segment_lengths", "dilation_rates"} & parameters.keys():
-        return {"kind": "dilated", **parameters}
-    raise ConfigError(f"--pattern must name the pattern that takes {', '.join(parameters)}")
-
-
-def _parameters(options: Sequence[str], segment_lengths: str | None, dilation_rates: str | None) -> dict[str, Any]:
-    """A pattern's parameters from the flags, each of them given once."""
-    parameters = named_values(options, flag="--pattern-option")
-    for name, text in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
-        if text is None:
-            continue
-        if name in parameters:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"{name} is given as --{flag} and as --pattern-option; give it once")
-        parameters[name] = _integers(name, text)
-    return parameters
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        flag = f"--{name.replace('_', '-')}"
-        raise ConfigError(f"{flag} must be integers with commas between them, got {text!r}") from error

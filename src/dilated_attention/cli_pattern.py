@@ -19,6 +19,7 @@ from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, PatternFileError, UnsafePathError
 from .core.explain import amount, columns, counted, pattern_words
 from .core.geometry import Geometry
+from .pattern_flags import DilationRates, Kind, Parameters, SegmentLengths, pattern_of
 
 if TYPE_CHECKING:
     from .core.pattern import Pattern
@@ -66,7 +67,11 @@ def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = 
 @pattern_app.command()
 def save(
     name: Annotated[str, typer.Argument(help="1 to 120 letters, digits, '.', '_', '-'.", show_default=False)],
-    config: Annotated[Path, typer.Option(help="A TOML or JSON config file with the pattern.")],
+    config: Annotated[Path | None, typer.Option(help="A TOML or JSON config file with the pattern.")] = None,
+    pattern: Kind = None,
+    segment_lengths: SegmentLengths = None,
+    dilation_rates: DilationRates = None,
+    pattern_option: Parameters = None,
     seq_len: Annotated[int | None, typer.Option(help="Length to store for. Default: the file's.")] = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Query heads. Default: the file's.")] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="Default: the file's.")] = None,
@@ -74,23 +79,26 @@ def save(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pattern of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Store the pattern of a config file.
+    """Store a pattern: that of a config file, or of the flags, which replace what the file says.
 
     Full, dilated, local, global, strided and what is made of them keep their parameters and fit every length; drawn
     patterns are stored as blocks, which fit this length, number of heads and causality only.
     """
     from .registry.patterns import resolve_pattern
 
+    fields = {} if config is None else read_mapping(config)
     flags = {"seq_len": seq_len, "num_heads": num_heads, "is_causal": causal}
-    read = _config(config, {key: value for key, value in flags.items() if value is not None})
-    if read.seq_len is None:
-        raise ConfigError(f"give --seq-len: {str(config)!r} has no seq_len")
-    pattern = resolve_pattern(read.pattern, registry())
+    fields |= {key: value for key, value in flags.items() if value is not None}
+    fields["pattern"] = pattern_of(
+        pattern, pattern_option, segment_lengths, dilation_rates, of_file=fields.get("pattern")
+    )
+    read = _config(fields, config)
+    assert read.seq_len is not None
     with _store(root) as store:
         try:
             store.save(
                 name,
-                pattern,
+                resolve_pattern(read.pattern, registry()),
                 seq_len=read.seq_len,
                 num_heads=read.num_heads,
                 is_causal=read.is_causal,
@@ -257,14 +265,13 @@ def _missing(root: Path, store: PatternStore, name: str) -> ConfigError:
     return ConfigError(f"there is no stored pattern {name!r} in {str(root)!r}{did_you_mean(name, store.list())}")
 
 
-def _config(path: Path, flags: dict[str, Any]) -> AttentionConfig:
-    """The config of the file and the flags; what a pattern does not depend on may be left out of the file."""
-    fields = read_mapping(path) | flags
+def _config(fields: dict[str, Any], path: Path | None) -> AttentionConfig:
+    """The config of the flags and the file, if any; what a pattern does not depend on may be left out."""
     check_fields(fields)
-    if "pattern" not in fields:
-        raise ConfigError(f"{str(path)!r} has no 'pattern'")
-    if "num_heads" not in fields:
-        raise ConfigError(f"give --heads: {str(path)!r} has no num_heads")
+    for name, flag in (("pattern", "--pattern"), ("num_heads", "--heads"), ("seq_len", "--seq-len")):
+        if fields.get(name) is None:
+            lack = "no --config is given" if path is None else f"{str(path)!r} has no {name}"
+            raise ConfigError(f"give {flag}: {lack}")
     return AttentionConfig.from_dict({"head_dim": 64} | fields)
 
 
