@@ -101,14 +101,14 @@ EXACTLY: dict[str, set[str]] = {
     "SumsWithoutMaximum": {"large-scores"},
     "SumsFromZero": {"large-scores"},
     "IgnoresOffsets": {"offsets", "empty-rows"},
-    "AlignsAtTheStart": {"unequal-lengths", "offsets", "empty-rows"},
+    "AlignsAtTheStart": {"unequal-lengths", "offsets", "empty-rows", "decoding"},
     "PartForWhole": {"ring", "staged-blocks"},
     "StagedByPosition": {"staged-blocks"},
     "OneStrideForAll": {"strided"},
     "HoldsAThousand": {"long-rows"},
-    "IgnoresDlse": {"through-lse"},
+    "IgnoresDlse": {"through-lse", "scale", "negative-scale"},  # which send gradients through lse too
     "Restless": {"same-bits", "random-state", "one-token", "future"},
-    "KeepsItsBuffer": {"own-results", "one-token", "ring"},
+    "KeepsItsBuffer": {"own-results", "one-token", "ring", "decoding", "released"},  # a buffer has its call's graph
     "KeepsItsInputs": {"released"},
     "Seeds": {"random-state"},
     "DrawsInBackward": {"random-state"},
