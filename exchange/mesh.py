@@ -84,13 +84,17 @@ def check_mesh(mesh: object, size: int | None) -> Place:
     return Place(mesh.get_local_rank() // size, mesh.get_local_rank() % size, size)
 
 
+def _built_over(mesh: DeviceMesh) -> _Built:
+    with _LOCK:
+        return _BUILT.setdefault(mesh.get_group(), _Built())
+
+
 def _next_build(mesh: DeviceMesh, generation: int) -> tuple[int, Store]:
     """The number of a build that all ranks of `mesh` take part in, and a store of its generation."""
-    group: Any = mesh.get_group()
+    built = _built_over(mesh)
     with _LOCK:
-        built = _BUILT.setdefault(group, _Built())
         built.count += 1
-        return built.count, PrefixStore(f"dilated_attention/generation-{generation}", _store_of(group))
+        return built.count, PrefixStore(f"dilated_attention/generation-{generation}", _store_of(mesh.get_group()))
 
 
 @contextmanager
@@ -105,8 +109,7 @@ def refusals_told(mesh: object, *, generation: int = 0) -> Iterator[None]:
         yield  # which finds the same
         return
     usable: Any = mesh
-    with _LOCK:
-        built = _BUILT.setdefault(usable.get_group(), _Built())
+    built = _built_over(usable)
     before = built.count
     try:
         yield
@@ -150,8 +153,8 @@ def ring_of(
     """
     place = check_mesh(mesh, parallel.size)
     key = (parallel, transport, generation)
+    built = _built_over(mesh)
     with _LOCK:
-        built = _BUILT.setdefault(mesh.get_group(), _Built())
         ring = built.rings.get(key)
     if ring is not None and ring.broken is not None:
         ring = None

@@ -316,7 +316,6 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
         if not has_bands:
             raise
         return _counted_in_bands(kinds, config, pattern)
-    pairs, distinct = int(layout.pairs), int(layout.distinct_pairs)
     kept = Layout(pattern, geometry, layout.branches, None) if has_bands else layout
     return LayoutSummary(
         kinds=kinds,
@@ -324,12 +323,16 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
         digest=layout.digest,
         nbytes=kept.nbytes,
         density=layout.density,
-        pairs=pairs,
-        distinct_pairs=distinct,
-        flops=4 * config.head_dim * pairs,
-        distinct_flops=4 * config.head_dim * distinct,
         keyless_queries=layout.keyless_queries,
+        **_work(config, int(layout.pairs), int(layout.distinct_pairs)),
     )
+
+
+def _work(config: AttentionConfig, pairs: int, distinct: int | None) -> dict[str, Any]:
+    """Fields of a `LayoutSummary`."""
+    each = 4 * config.head_dim  # of a pair: two products, of a multiplication and an addition for each column
+    distinct_flops = None if distinct is None else each * distinct
+    return {"pairs": pairs, "distinct_pairs": distinct, "flops": each * pairs, "distinct_flops": distinct_flops}
 
 
 def _counted_in_bands(kinds: tuple[str, ...], config: AttentionConfig, pattern: Pattern) -> LayoutSummary:
@@ -349,10 +352,7 @@ def _counted_in_bands(kinds: tuple[str, ...], config: AttentionConfig, pattern: 
         seq_len=config.seq_len,
         nbytes=Layout(pattern, geometry, dense.branches, None).nbytes,
         density=None if distinct is None else distinct / allowed_pairs(geometry),
-        pairs=pairs,
-        distinct_pairs=distinct,
-        flops=4 * config.head_dim * pairs,
-        distinct_flops=None if distinct is None else 4 * config.head_dim * distinct,
+        **_work(config, pairs, distinct),
     )
 
 

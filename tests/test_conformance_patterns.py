@@ -13,8 +13,8 @@ from dilated_attention import Pattern
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.registry import PatternSpec, hookimpl
 from dilated_attention.registry.conformance import Kit, KitSettings, Outcome
-from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
-from dilated_attention.registry.plugins import Source
+
+from .registries import registry_with
 
 Ints = NDArray[np.int64]
 
@@ -68,9 +68,7 @@ class Plugin:
 
 
 def kit_with(cls: type[Near]) -> Kit:
-    sources = [source for source in installed_sources() if source.distribution == OUR_DISTRIBUTION]
-    source = Source(name="nears", distribution="nears", version="1", load=Plugin)
-    registry = Registry.discover({}, [*sources, source])
+    registry = registry_with("nears", Plugin)
     return Kit("sdpa", KitSettings(device="cpu", quick=True, registry=registry, patterns=[{"kind": cls.kind}]))
 
 

@@ -13,10 +13,10 @@ import torch
 
 from dilated_attention.registry import BackendSpec, Range, hookimpl
 from dilated_attention.registry.conformance import Conformance, Kit, KitSettings, Outcome, run
-from dilated_attention.registry.discovery import OUR_DISTRIBUTION, Registry, installed_sources
-from dilated_attention.registry.plugins import Source
+from dilated_attention.registry.discovery import Registry
 
 from . import meddling_backends, plain_backends, wrong_backends
+from .registries import registry_with
 
 DENSE: dict[str, Any] = {
     "device_types": ("cpu",),
@@ -122,7 +122,7 @@ EXACTLY: dict[str, set[str]] = {
 
 
 def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
-    """Our patterns and one backend, come through the hooks like anyone's."""
+    """Our patterns and one backend."""
     name = target.__name__.lower()
     spec = BackendSpec(name=name, target=f"{target.__module__}:{target.__name__}", capabilities=capabilities)
 
@@ -131,8 +131,7 @@ def registry_of(target: type, capabilities: dict[str, Any]) -> Registry:
         def dilated_attention_backends(self) -> list[BackendSpec]:
             return [spec]
 
-    sources = [source for source in installed_sources() if source.distribution == OUR_DISTRIBUTION]
-    return Registry.discover({}, [*sources, Source(name=name, distribution="wrongs", version="1", load=Plugin)])
+    return registry_with(name, Plugin)
 
 
 def kit_of(target: type, capabilities: dict[str, Any]) -> Kit:

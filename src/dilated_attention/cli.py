@@ -19,7 +19,7 @@ import typer.core
 from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
-from .console import CONTEXT, FAILED, AsJson, registry, show
+from .console import CONTEXT, FAILED, AsJson, given, registry, show
 from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
@@ -198,7 +198,7 @@ def explain(
     from .registry.build import preflight
 
     fields = read_mapping(config) if config else {}
-    fields |= _given(
+    fields |= given(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -290,7 +290,3 @@ def conformance(
 app.command()(bench)
 app.command()(dashboard)
 app.add_typer(pattern_app)
-
-
-def _given(**fields: object) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if value is not None}

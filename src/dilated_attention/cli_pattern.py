@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import attrs
 import typer
 
-from .console import CONTEXT, FAILED, AsJson, registry, show
+from .console import CONTEXT, FAILED, AsJson, given, registry, show
 from .core.checks import did_you_mean
 from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, PatternFileError, UnsafePathError
@@ -87,8 +87,7 @@ def save(
     from .registry.patterns import resolve_pattern
 
     fields = {} if config is None else read_mapping(config)
-    flags = {"seq_len": seq_len, "num_heads": num_heads, "is_causal": causal}
-    fields |= {key: value for key, value in flags.items() if value is not None}
+    fields |= given(seq_len=seq_len, num_heads=num_heads, is_causal=causal)
     fields["pattern"] = pattern_of(
         pattern, pattern_option, segment_lengths, dilation_rates, of_file=fields.get("pattern")
     )

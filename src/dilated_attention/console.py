@@ -37,6 +37,11 @@ FAILED: Final = 1  # an exit status; `cli` says what each means
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+def given(**fields: object) -> dict[str, object]:
+    """Those of flags that were given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def registry() -> Registry:
     """The registry of this process; what is odd about the environment is said on stderr."""
     with warnings.catch_warnings(record=True) as caught:
