@@ -30,8 +30,8 @@ def lower_blocks(
     """Lower a whole pattern to one table of blocks, branch-like or not. Arguments and errors as `lower`."""
     size = pattern.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
     require_int("block_size", size, minimum=1)
-    grid = BlockGrid.of(geometry, size, limit_bytes)
     groups = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
+    grid = BlockGrid.of(geometry, size, limit_bytes, tables=max(groups) + 1)
     masks = _MaskPool(size, limit_bytes)
     kinds = _SharedKinds(pattern.signature_groups(geometry.num_heads, geometry.num_kv_heads))
     tables = [_lower_head(pattern, grid, groups.index(g), geometry, masks, kinds) for g in range(max(groups) + 1)]

@@ -97,6 +97,8 @@ def request_words(config: Mapping[str, Any], device: Mapping[str, Any]) -> str:
 def pattern_words(pattern: Mapping[str, Any]) -> str:
     """The kinds of a pattern in its mapping form: `dilated`, `local | global`, `(local | global) + strided`."""
     kind, members = str(pattern["kind"]), pattern.get("of")
+    if kind == "head_shard" and isinstance(members, Mapping):
+        return f"{pattern_words(members)} (from head {pattern['first_head']} of {pattern['total_heads']})"
     if kind not in ("union", "sum") or not members:
         return kind
     names = [pattern_words(each) for each in members]

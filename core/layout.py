@@ -35,15 +35,17 @@ class BlockGrid:
         key_low: absolute position of each block column's first key, (cols,) int64.
         limit_bytes: most that the blocks of a support over this grid may take, `ENTRY_BYTES` each, or None. Whoever
             lists more raises `ConfigError` through `check_blocks` before allocating them.
+        tables: supports that will be made over it, one for each group of heads.
     """
 
     block_size: int
     query_low: IntArray
     key_low: IntArray
     limit_bytes: int | None = None
+    tables: int = 1
 
     @classmethod
-    def of(cls, geometry: Geometry, block_size: int, limit_bytes: int | None = None) -> BlockGrid:
+    def of(cls, geometry: Geometry, block_size: int, limit_bytes: int | None = None, *, tables: int = 1) -> BlockGrid:
         """The grid over all queries and keys of `geometry`.
 
         Raises:
@@ -58,7 +60,7 @@ class BlockGrid:
                 )
         query = np.arange(0, geometry.q_len, block_size, dtype=np.int64) + geometry.q_offset
         key = np.arange(0, geometry.kv_len, block_size, dtype=np.int64) + geometry.kv_offset
-        return cls(block_size, query, key, limit_bytes)
+        return cls(block_size, query, key, limit_bytes, tables)
 
     def check_blocks(self, count: int) -> None:
         """Raise `ConfigError` when `count` blocks are more than a support may list."""

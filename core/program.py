@@ -12,6 +12,7 @@ from .checks import promises
 from .counting import query_pairs
 from .dynamic_tables import DynamicTables, dynamic_pairs
 from .filled import MOST_ADDED
+from .head_shard import HeadShard
 from .layout import Layout
 from .pattern import LearnedPattern, Pattern, Sum, Union
 
@@ -32,6 +33,8 @@ def keeps_prefixes(pattern: Pattern) -> bool:
     named = pattern.unwrap()
     if isinstance(named, Union | Sum):
         return all(map(keeps_prefixes, named.of))
+    if isinstance(named, HeadShard):
+        return keeps_prefixes(named.of)
     return promises(named, "keeps_prefixes")
 
 

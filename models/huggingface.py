@@ -25,6 +25,7 @@ from ..registry.discovery import default_registry
 from ..registry.patterns import resolve_pattern
 from ..registry.selection import check_names
 from .built import BuiltAttention
+from .hf_heads import heads_of, shard_of
 from .hf_masks import MASK_DTYPES, documents_of, is_causal_by_mask, padding_mask
 from .hf_packing import packed_lengths, padding_of
 
@@ -265,7 +266,8 @@ class _Implementation:
     ) -> BuiltAttention:
         layer = getattr(module, "layer_idx", None)
         kind = _layer_type(module)  # models of other layer types may share the implementation
-        identity = (layer, kind, query.shape[1], key.shape[1], query.shape[3], dropout, scaling, causal, window)
+        heads = heads_of(module, query.shape[1], key.shape[1])
+        identity = (layer, kind, query.shape[1], key.shape[1], query.shape[3], dropout, scaling, causal, window, heads)
         if torch.compiler.is_compiling():
             _make_while_tracing(self, module, *identity)
         elif identity not in self._built:
@@ -274,10 +276,10 @@ class _Implementation:
 
     def make(self, module: nn.Module, *identity: Any) -> bool:
         """Build the attention of a layer and keep it under `identity`."""
-        layer, kind, heads, kv_heads, head_dim, dropout, scaling, causal, window = identity
+        layer, kind, heads, kv_heads, head_dim, dropout, scaling, causal, window, of_whole = identity
         fields = {
             **self.fields,
-            "pattern": self._windowed(self._pattern_of(module, layer, kind), layer, causal, window),
+            "pattern": shard_of(self._windowed(self._pattern_of(module, layer, kind), layer, causal, window), of_whole),
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,

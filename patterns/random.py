@@ -153,7 +153,7 @@ class Random(Pattern):
         if grid.block_size <= self.block_size:
             # Of all heads at once where none of it can lie outside of the keys: each takes seconds at great lengths.
             whole = geometry.kv_offset <= 0 and geometry.kv_offset + geometry.kv_len >= geometry.seq_len
-            tables = geometry.num_heads if whole else 1
+            tables = grid.tables if whole else 1
             grid.check_blocks(tables * int(self._allowed(rows, geometry)[1].sum()))
         row_ptr, drawn = self._draw(np.full_like(rows, head), rows, geometry)
         cols = drawn.astype(np.int64)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 # Stored as parameters; whatever else is drawn, learned or somebody else's is stored as the blocks that it comes to.
 _PARAMETRIC: Final = frozenset({"full", "dilated", "local", "global", "strided"})
-_COMPOSITE: Final = frozenset({"union", "sum"})
+_COMPOSITE: Final = frozenset({"union", "sum", "head_shard"})
 _MAX_DEPTH: Final = 32
 _MOST: Final = (1 << 40) - 1  # tokens, and heads: numbers of blocks are int32
 _FIELDS: Final = frozenset({"schema", "form", "pattern", "seq_len", "num_heads", "is_causal"})
@@ -265,6 +265,8 @@ def _is_parametric(mapping: object, depth: int = 0) -> bool:
     if kind not in _COMPOSITE:
         return isinstance(kind, str) and kind in _PARAMETRIC
     members = mapping.get("of")
+    if kind == "head_shard":
+        members = [members]
     return isinstance(members, list) and all(_is_parametric(member, depth + 1) for member in members)
 
 

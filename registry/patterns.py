@@ -9,6 +9,7 @@ import attrs
 
 from ..core.checks import MOST_NESTED, did_you_mean
 from ..core.errors import ConfigError, DilatedAttentionError, PluginError
+from ..core.head_shard import HeadShard
 from ..core.pattern import Pattern, Sum, Union
 from ..core.structure import check_keys, from_mapping
 from .discovery import Registry, default_registry
@@ -16,6 +17,7 @@ from .plugins import PLUGIN_FAULTS, describe, import_target
 
 _PRESETS: Final = ("bigbird", "longformer")  # what people know as patterns, and functions make of ours
 _COMPOSITES: Final[Mapping[str, type[Union] | type[Sum]]] = {"union": Union, "sum": Sum}
+_ALGEBRA: Final = (*_COMPOSITES, HeadShard.kind)  # core's own, made of other patterns
 
 
 def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry | None = None) -> Pattern:
@@ -33,19 +35,23 @@ def resolve_pattern(pattern: Pattern | Mapping[str, Any], registry: Registry | N
 
 
 def _resolved(pattern: Pattern | Mapping[str, Any], registry: Registry, depth: int) -> Pattern:
-    """`resolve_pattern` inside `depth` unions and sums."""
+    """`resolve_pattern` inside `depth` unions, sums and shards."""
     if isinstance(pattern, Pattern):
         return pattern
     if depth > MOST_NESTED:
-        raise ConfigError(f"unions and sums may be nested {MOST_NESTED} deep, these are deeper")
+        raise ConfigError(f"patterns may be nested {MOST_NESTED} deep, these are deeper")
     if not isinstance(pattern, Mapping) or not isinstance(pattern.get("kind"), str):
         raise ConfigError(f"a pattern is a mapping with 'kind', its name, got {pattern!r}")
     kind: str = pattern["kind"]
     parameters = {name: value for name, value in pattern.items() if name != "kind"}
     if kind in _COMPOSITES:
         return _composite(kind, parameters, registry, depth)
+    if kind == HeadShard.kind:
+        if "of" in parameters:
+            parameters["of"] = _resolved(parameters["of"], registry, depth + 1)
+        return from_mapping(HeadShard, parameters, name=f"pattern {kind!r}")
     if kind not in registry.patterns:
-        kinds = (*registry.patterns, *_COMPOSITES)
+        kinds = (*registry.patterns, *_ALGEBRA)
         hint = f" ({kind} in dilated_attention.presets makes one)" if kind in _PRESETS else did_you_mean(kind, kinds)
         raise ConfigError(f"unknown pattern {kind!r}{hint}; known are {', '.join(sorted(kinds))}")
     registered = registry.patterns[kind]

@@ -24,7 +24,7 @@ API_VERSION: Final = 1
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _TARGET: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_RESERVED: Final = ("auto", "union", "sum")  # what a configuration says of its own accord
+_RESERVED: Final = ("auto", "union", "sum", "head_shard")  # what a configuration says of its own accord
 
 
 @attrs.frozen

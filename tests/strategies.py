@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.head_shard import HeadShard
 from dilated_attention.core.pattern import Full, Pattern, Sum, Union
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
@@ -34,14 +35,26 @@ def generators() -> st.SearchStrategy[Pattern]:
     )  # fmt: skip
 
 
-def patterns() -> st.SearchStrategy[Pattern]:
-    """Generators and their unions and sums, nested."""
+def composed(leaves: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+    """These and their unions and sums, nested."""
 
     def compose(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
         members = st.lists(inner, min_size=1, max_size=3).map(tuple)
         return st.one_of(st.builds(Union, members), st.builds(Sum, members))
 
-    return st.recursive(generators(), compose, max_leaves=4)
+    return st.recursive(leaves, compose, max_leaves=4)
+
+
+def sharded(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+    """Some heads of a model, enough for those of `geometries`, which share keys there whichever share them here."""
+    total = {"total_heads": st.just(12), "total_kv_heads": st.just(1)}
+    return st.builds(HeadShard, inner, first_head=st.integers(0, 6), **total)
+
+
+def patterns() -> st.SearchStrategy[Pattern]:
+    """Generators, their unions and sums, shards of these, and unions and sums of shards."""
+    plain = generators()
+    return st.one_of(composed(plain), composed(st.one_of(plain, sharded(plain))), sharded(composed(plain)))
 
 
 @st.composite

@@ -32,10 +32,7 @@ def _installed() -> bool:
 
 HERE = _installed()
 # What the library and its compiler say of themselves while a kernel is compiled.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 needs_absence = pytest.mark.skipif(HERE, reason="flash-attn-4 is installed")
 
 # A distribution with the interface and the arithmetic of the library, which would copy what is not aligned.

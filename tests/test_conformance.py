@@ -80,7 +80,8 @@ def test_the_grid_is_what_is_declared(tmp_path: Path, monkeypatch: pytest.Monkey
     from dilated_attention.registry.discovery import Registry
 
     narrow = Kit("narrow", KitSettings(registry=Registry.discover({}), quick=True))
-    assert {case.pattern_name for case in narrow.cases} == {"full", "dilated", "repeated", "ragged", "strided", "split"}
+    branches = {"full", "dilated", "repeated", "ragged", "strided", "split", "shard"}
+    assert {case.pattern_name for case in narrow.cases} == branches
     assert {(case.dtype, case.head_dim, case.is_causal) for case in narrow.cases} == {("float32", 40, False)}
     assert {case.num_heads // case.num_kv_heads for case in narrow.cases} == {1}
     assert not any(case.requires_grad for case in narrow.cases)
@@ -126,7 +127,7 @@ def test_the_command_prints_the_table_and_its_status(tmp_path: Path, invoke_at: 
     done = invoke_at(tmp_path, "conformance", "sick", "--quick")
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "sick of sick 1.0 on cpu: 9 cases (quick grid)"
+    assert lines[0] == "sick of sick 1.0 on cpu: 10 cases (quick grid)"
     assert any(line.startswith("builds") and " failed " in line for line in lines)
     assert "RuntimeError: not today" in done.stdout
     assert any(line.startswith("manifest") and " ok " in line for line in lines)

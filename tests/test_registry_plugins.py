@@ -89,7 +89,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "reserved-kind": (
         "from dilated_attention.registry import PatternSpec, hookimpl\n"
         "@hookimpl\ndef dilated_attention_patterns():\n    return [PatternSpec(kind='union', target='a:b')]",
-        ["kind must be", "'auto', 'union', 'sum'; got 'union'"],
+        ["kind must be", "'auto', 'union', 'sum', 'head_shard'; got 'union'"],
     ),
     "thief": (
         "from dilated_attention.registry import BackendSpec, hookimpl\n"

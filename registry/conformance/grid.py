@@ -49,6 +49,13 @@ PATTERNS: Final[Mapping[str, Mapping[str, Any]]] = {
     "random": {"kind": "random", "blocks_per_row": 3, "block_size": 16, "seed": 1},
     "strided": {"kind": "strided", "stride": 3},
     "split": {"kind": "dilated", "segment_lengths": [32, 64], "dilation_rates": [1, 2], "heads": "split"},
+    "shard": {
+        "kind": "head_shard",
+        "of": {"kind": "dilated", "segment_lengths": [32, 64, 128], "dilation_rates": [1, 2, 16]},
+        "first_head": 6,
+        "total_heads": 12,
+        "total_kv_heads": 1,
+    },
 }
 # Left out of the quick grid: the first draw is compiled, which takes seconds.
 SLOW: Final = ("random",)
@@ -88,7 +95,8 @@ def patterns_of(registry: Registry, more: Sequence[Pattern | Mapping[str, Any]])
 
 def _kinds(mapping: Mapping[str, Any]) -> set[str]:
     """The kinds that a mapping needs, those of its members included."""
-    return set().union(*map(_kinds, mapping["of"])) if "of" in mapping else {mapping["kind"]}
+    of = mapping.get("of", ())
+    return set().union(*map(_kinds, [of] if isinstance(of, Mapping) else of)) or {mapping["kind"]}
 
 
 def _name(mapping: Mapping[str, Any]) -> str:

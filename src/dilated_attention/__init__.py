@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RingBroken,
         UnsafePathError,
     )
+    from .core.head_shard import HeadShard
     from .core.limits import Limits
     from .core.model_counters import counters_of
     from .core.pattern import Full, Pattern, Sum, Union
@@ -59,6 +60,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "RingBroken",
         "UnsafePathError",
     ),
+    "core.head_shard": ("HeadShard",),
     "core.limits": ("Limits",),
     "core.model_counters": ("counters_of",),
     "core.pattern": ("Full", "Pattern", "Sum", "Union"),
@@ -89,6 +91,7 @@ __all__ = [
     "DilatedAttentionError",
     "Full",
     "Global",
+    "HeadShard",
     "Learned",
     "Limits",
     "Local",
