@@ -15,6 +15,7 @@ from dilated_attention import (
     Dilated,
     Full,
     Global,
+    HeadShard,
     Limits,
     Local,
     Pattern,
@@ -69,6 +70,7 @@ def off(results: list[Any], fields: dict[str, Any], size: int, *, batch: int, th
 LONGNET = Dilated((16, 32, 64, 256), (1, 2, 4, 8))
 PATTERNS: list[Pattern] = [
     LONGNET, Full(), Strided(5), Local(9) | Global(3), Random(2, 16), Random(2, 8) + Dilated((24, 120), (2, 5)),
+    HeadShard(Dilated((16, 64, 256), (1, 2, 8)) | Random(2, 16), first_head=4, total_heads=12, total_kv_heads=1),
 ]  # fmt: skip
 
 
