@@ -22,8 +22,19 @@ from .philox import PhiloxDraws
 
 _aten = torch.ops.aten
 _Grads = tuple[Tensor, Tensor, Tensor]
+_LONGEST_VECTOR = 16  # numbers in a vector register of any processor
 _STEPS = 256  # in which FlashAttention-2 counts probabilities
 _MOST_DRAWN = 65_535  # batch rows that the memory-efficient kernel launches at once, as it has to where it drops
+
+
+def _with_nans(out: Tensor, lse: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose scores all are NaN, of which aten's kernel makes zeros where the keys do not fill a vector.
+
+    Every row sees the first key, so where that score is NaN the row is.
+    """
+    q, k = (x.to(lse.dtype) for x in (query, key[:, :1]))
+    nothing = (torch.unflatten(q, 2, (key.shape[2], -1)) * k.unsqueeze(3)).sum(-1).flatten(2) * 0  # (B, S, H)
+    return (out + nothing.unsqueeze(-1)).to(out.dtype), lse + nothing.transpose(1, 2)
 
 
 def _bhsd(*tensors: Tensor) -> list[Tensor]:
@@ -47,7 +58,10 @@ class CpuFlash:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(
             *_bhsd(query, key, value), 0.0, piece.is_causal, scale=piece.scale
         )
-        return out.transpose(1, 2), lse
+        out = out.transpose(1, 2)
+        if key.shape[1] < _LONGEST_VECTOR and bool((lse == 0).any()):
+            return _with_nans(out, lse, query, key)
+        return out, lse
 
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece

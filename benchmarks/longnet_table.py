@@ -108,7 +108,9 @@ class Shape:
     def keys_seen(self, pattern: Pattern, length: int) -> float:
         """Distinct keys that a query sees, on average over heads and positions."""
         geometry = Geometry.self_attention(length, self.heads, is_causal=True)
-        return lower(pattern, geometry).distinct_pairs / (length * self.heads)
+        pairs = lower(pattern, geometry).distinct_pairs
+        assert pairs is not None
+        return pairs / (length * self.heads)
 
     def model(self, pattern: Pattern, device: str) -> LongNetLM:
         """A byte model, the same weights for each pattern."""

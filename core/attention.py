@@ -88,8 +88,10 @@ class Attention(nn.Module):
         self._engine.prepare(seq_len, kv_len, kv_len - seq_len, 0, self._device(), drops=drops)
 
     def _device(self) -> torch.device:
-        """Where inputs are expected, with its index."""
+        """Where inputs are expected, with its index; a CPU has none, as its tensors say."""
         device = torch.get_default_device() if self.config.device is None else torch.device(self.config.device)
+        if device.type == "cpu":
+            return torch.device("cpu")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         return device

@@ -28,7 +28,7 @@ def lower_blocks(
     pattern: Pattern, geometry: Geometry, *, block_size: int | None = None, limit_bytes: int | None = None
 ) -> BlockLayout:
     """Lower a whole pattern to one table of blocks, branch-like or not. Arguments and errors as `lower`."""
-    size = pattern.block_size or DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    size = _fitting(pattern.block_size or DEFAULT_BLOCK_SIZE, geometry) if block_size is None else block_size
     require_int("block_size", size, minimum=1)
     groups = pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
     grid = BlockGrid.of(geometry, size, limit_bytes, tables=max(groups) + 1)
@@ -50,6 +50,25 @@ def lower_blocks(
         mask_ids=np.concatenate([table.mask_ids for table in tables]),
         masks=masks.stack(),
     )
+
+
+def sizes_of_shorter(block_size: int) -> tuple[int, ...]:
+    """The blocks that calls shorter than one of `block_size` have in its place, ascending: powers of two from 128.
+
+    Rows and masks are as long as a block, however few tokens there are.
+    """
+    sizes, size = [], DEFAULT_BLOCK_SIZE
+    while size < block_size:
+        sizes.append(size)
+        size *= 2
+    return tuple(sizes)
+
+
+def _fitting(block_size: int, geometry: Geometry) -> int:
+    """The block size of this call; ranks that share a sequence keep that by which they list what each receives."""
+    longest = max(geometry.q_len, geometry.kv_len)
+    shorter = () if geometry.whole_len else sizes_of_shorter(block_size)
+    return next((size for size in shorter if size >= longest), block_size)
 
 
 @attrs.frozen(eq=False)
@@ -81,6 +100,14 @@ class _MaskPool:
                 f"raise Limits.layout_bytes or block_size"
             )
 
+    def check_one(self) -> None:
+        """Raise `ConfigError` where a single mask is larger than all may be, before one is made."""
+        if self.limit_bytes is not None and self.block_size**2 > self.limit_bytes:
+            raise ConfigError(
+                f"a mask of a block of {self.block_size} takes {self.block_size**2:,} bytes, allowed are "
+                f"{self.limit_bytes:,}; raise Limits.layout_bytes, or take smaller blocks"
+            )
+
     def add(self, mask: NDArray[np.uint8]) -> int:
         """The number of the mask with this content, (b, b)."""
         content = mask.tobytes()
@@ -97,6 +124,7 @@ class _MaskPool:
         """
         kind = constant, queries, keys, apart
         if kind not in self._cuts:
+            self.check_one()
             place = np.arange(self.block_size)
             allowed = (place[:, None] < queries) & (place < keys) & (place <= place[:, None] + apart)
             self._cuts[kind] = self.add(allowed * np.uint8(constant))
@@ -268,33 +296,40 @@ def _evaluate(
     weights = np.zeros(query_low.size, dtype=np.int32)
     mask_ids = np.full(query_low.size, -1, dtype=np.int32)
     step = max(1, _PAIRS_AT_ONCE // size**2)
+    masks.check_one()
     for begin in range(0, query_low.size, step):
         chunk = slice(begin, begin + step)
-        counts, rows = block_multiplicity(pattern, query_low[chunk], key_low[chunk], size, head, geometry)
-        largest = counts.max(axis=(1, 2))
-        _check_weight(int(largest.max()))
-        whole = (counts.sum(axis=(1, 2)) == largest * rows * size) & (largest > 0)
+        counts = _multiplicity(pattern, query_low[chunk], key_low[chunk], size, head, geometry)
+        largest, rows = counts.max(axis=(1, 2)), np.minimum(geometry.q_offset + geometry.q_len - query_low[chunk], size)
+        whole = (counts.sum(axis=(1, 2), dtype=np.int64) == largest * rows * size) & (largest > 0)
         weights[chunk] = np.where(whole, largest, 0)
         for i in np.flatnonzero((largest > 0) & ~whole):
-            mask_ids[begin + i] = masks.add(counts[i].astype(np.uint8))
+            mask_ids[begin + i] = masks.add(counts[i])
     return weights, mask_ids
 
 
-def block_multiplicity(
+def _multiplicity(
     pattern: Pattern, query_low: IntArray, key_low: IntArray, size: int, head: int, geometry: Geometry
-) -> tuple[IntArray, IntArray]:
-    """Multiplicities of whole blocks, (n, b, b) int64, 0 beyond the tensors' ends; and queries in each block, (n,)."""
-    offsets = np.arange(size, dtype=np.int64)
-    query = query_low[:, None, None] + offsets[:, None]
-    key = key_low[:, None, None] + offsets
+) -> NDArray[np.uint8]:
+    """Multiplicities of whole blocks, (n, b, b), 0 beyond the tensors' ends; of large ones some rows at a time."""
+    found = np.empty((query_low.size, size, size), dtype=np.uint8)
+    place = np.arange(size, dtype=np.int64)
+    key = key_low[:, None, None] + place
     query_end, key_end = geometry.q_offset + geometry.q_len, geometry.kv_offset + geometry.kv_len
-    counts = np.asarray(
-        pattern.multiplicity(
-            np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
+    step = max(1, _PAIRS_AT_ONCE // (size * query_low.size))
+    for begin in range(0, size, step):
+        rows = slice(begin, min(begin + step, size))
+        query = query_low[:, None, None] + place[rows, None]
+        counts = np.asarray(
+            pattern.multiplicity(
+                np.minimum(query, query_end - 1), np.minimum(key, key_end - 1), np.array(head, dtype=np.int64), geometry
+            )
         )
-    )
-    require_counts(pattern.kind, counts, (query_low.size, size, size), pattern.max_multiplicity)
-    allowed = (query < query_end) & (key < key_end)
-    if geometry.is_causal:
-        allowed &= key <= query
-    return counts * allowed, np.minimum(query_end - query_low, size)
+        require_counts(pattern.kind, counts, (query_low.size, rows.stop - begin, size), pattern.max_multiplicity)
+        allowed = (query < query_end) & (key < key_end)
+        if geometry.is_causal:
+            allowed &= key <= query
+        counts = counts * allowed
+        _check_weight(int(counts.max(initial=0)))
+        found[:, rows] = counts
+    return found

@@ -1,20 +1,14 @@
-"""Exact numbers of pairs of a layout, from its structure: nothing here grows with q_len * kv_len.
-
-The distinct pairs of overlapping branches follow by inclusion and exclusion. Pairs common to several branches lie in
-cells (the common refinement of the branches' segments) and have, in each cell, one residue modulo the strides' least
-common multiple, so a set of branches is described like a single one: cells, a stride and a residue per cell.
-"""
+"""Exact numbers of pairs of a layout, from its structure: nothing here grows with q_len * kv_len."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import gcd
 from typing import TYPE_CHECKING
 
-import attrs
 import numpy as np
 
 from .blocking import group_rows
+from .cells import Cells, Steps, cells_of, union_size
 from .checks import MOST_POSITIONS
 from .geometry import Geometry
 from .layout import BlockLayout, Layout
@@ -34,74 +28,6 @@ def allowed_pairs(geometry: Geometry) -> int:
     return branch_pairs(Branch(None, 1, (0,) * geometry.num_heads), geometry)
 
 
-@attrs.frozen(eq=False)
-class _Cells:
-    """Pairs of positions of one cell low:high that are both congruent to `residue` modulo `stride`; arrays (cells,)."""
-
-    low: IntArray
-    high: IntArray
-    stride: int
-    residue: IntArray
-
-    def pairs(self, geometry: Geometry) -> int:
-        """How many such pairs the geometry allows."""
-        keys = geometry.kv_offset, geometry.kv_offset + geometry.kv_len
-        queries = geometry.q_offset, geometry.q_offset + geometry.q_len
-        return int(self.each(*queries, *keys, is_causal=geometry.is_causal).sum())
-
-    def queries(self, geometry: Geometry) -> int:
-        """How many queries are at such positions."""
-        return int(self._places(geometry.q_offset, geometry.q_offset + geometry.q_len)[1].sum())
-
-    def each(
-        self,
-        q_low: int | IntArray,
-        q_high: int | IntArray,
-        k_low: int | IntArray,
-        k_high: int | IntArray,
-        *,
-        is_causal: bool,
-    ) -> IntArray:
-        """How many of each cell have their query in q_low:q_high and their key in k_low:k_high; bounds also by cell."""
-        q_first, q_count = self._places(q_low, q_high)
-        k_first, k_count = self._places(k_low, k_high)
-        if not is_causal:
-            return q_count * k_count
-        # Query i of a cell sees key j where q_first + i >= k_first + j: min(max(lead + i, 0), k_count) keys.
-        lead = q_first - k_first + 1
-        return _ramp(lead + q_count, k_count) - _ramp(lead, k_count)
-
-    def _places(self, low: int | IntArray, high: int | IntArray) -> tuple[IntArray, IntArray]:
-        """The first place (position = residue + stride * place) from `low` on in each cell; how many before `high`."""
-        low, high = np.maximum(self.low, low), np.minimum(self.high, high)
-        first = -((self.residue - low) // self.stride)
-        end = -((self.residue - high) // self.stride)
-        return first, np.maximum(end - first, 0)
-
-
-def _ramp(upper: IntArray, cap: IntArray) -> IntArray:
-    """The sum of min(max(x, 0), cap) over all integers x < upper."""
-    rising = np.clip(upper, 0, cap + 1)
-    result: IntArray = rising * (rising - 1) // 2 + np.maximum(upper - cap - 1, 0) * cap
-    return result
-
-
-def _cells(branch: Branch, offset: int, geometry: Geometry) -> _Cells:
-    """The positions of `branch` at `offset`: a cell for every segment that holds a query and a key."""
-    w, r = branch.segment_length, branch.stride
-    starts = {"query": geometry.q_offset, "key": geometry.kv_offset}
-    ends = {"query": geometry.q_offset + geometry.q_len, "key": geometry.kv_offset + geometry.kv_len}
-    if not geometry.q_len or not geometry.kv_len or (w is not None and offset >= w):
-        none = np.zeros(0, dtype=np.int64)
-        return _Cells(none, none, r, none)
-    if w is None:
-        low, high = np.array([min(starts.values())]), np.array([max(ends.values())])
-        return _Cells(low, high, r, np.array([offset % r]))
-    first, last = geometry.segments(w)
-    low = np.arange(first, last + 1, dtype=np.int64) * w
-    return _Cells(low, low + w, r, (low + offset) % r)
-
-
 def _by_offset(branches: Sequence[Branch], num_heads: int) -> dict[tuple[int | None, ...], int]:
     """Heads with the same offsets in all branches are alike: how many there are of each kind."""
     kinds: dict[tuple[int | None, ...], int] = {}
@@ -115,7 +41,7 @@ def branch_pairs(branch: Branch, geometry: Geometry) -> int:
     """Counted pairs of one branch over all heads, its weight included."""
     kinds = _by_offset((branch,), geometry.num_heads)
     return branch.weight * sum(
-        heads * _cells(branch, offset, geometry).pairs(geometry)
+        heads * cells_of(branch, offset, geometry).pairs(geometry)
         for (offset,), heads in kinds.items()
         if offset is not None
     )
@@ -132,7 +58,7 @@ def packing_pairs(branches: Sequence[Branch], packing: Packing, *, is_causal: bo
         document, low = np.repeat(np.arange(len(counts)), counts), ranges(first, counts) * width
         kinds = [offset for offset in branch.offsets if offset is not None and offset < width]
         offsets, heads = np.unique(np.array(kinds, dtype=np.int64), return_counts=True)
-        cells = _Cells(low, low + width, branch.stride, (low + offsets[:, None]) % branch.stride)
+        cells = Cells(low, low + width, branch.stride, (low + offsets[:, None]) % branch.stride)
         end = kv_len[document]
         pairs = cells.each(end - q_len[document], end, 0, end, is_causal=is_causal)
         total += branch.weight * int(heads @ pairs.sum(axis=1))
@@ -155,7 +81,7 @@ def shard_pairs(branch: Branch, offset: int, length: int, size: int, *, is_causa
     def within(segment: IntArray, low: IntArray, high: IntArray) -> IntArray:
         """Pairs with a query in low:high, which lies in that segment."""
         start = segment * width
-        cells = _Cells(start, np.minimum(start + width, seq_len), branch.stride, (start + offset) % branch.stride)
+        cells = Cells(start, np.minimum(start + width, seq_len), branch.stride, (start + offset) % branch.stride)
         return cells.each(low, high, 0, seq_len, is_causal=is_causal)
 
     first, last = begin // width, (end - 1) // width
@@ -170,87 +96,37 @@ def shard_pairs(branch: Branch, offset: int, length: int, size: int, *, is_causa
     return total
 
 
-def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geometry: Geometry) -> int:
-    """Pairs over all heads that a branch or a block counts at least once."""
+def distinct_pairs(branches: Sequence[Branch], blocks: BlockLayout | None, geometry: Geometry) -> int | None:
+    """Pairs over all heads that a branch or a block counts at least once; None where counting them would take long."""
     total = _over_heads(branches, geometry, lambda cells: cells.pairs(geometry))
-    return total if blocks is None else total + _pairs_beyond(blocks, branches)
+    if total is None or blocks is None:
+        return total
+    return total + _pairs_beyond(blocks, branches)
 
 
-def keyless_queries(branches: Sequence[Branch], geometry: Geometry) -> int:
+def keyless_queries(branches: Sequence[Branch], geometry: Geometry) -> int | None:
     """Queries over all heads that no branch shows a key; queries and keys are at the same positions.
 
-    So whoever is kept by a branch sees itself.
+    So whoever is kept by a branch sees itself. None where counting them would take long.
     """
     kept = _over_heads(branches, geometry, lambda cells: cells.queries(geometry))
-    return geometry.q_len * geometry.num_heads - kept
+    return None if kept is None else geometry.q_len * geometry.num_heads - kept
 
 
-def _over_heads(branches: Sequence[Branch], geometry: Geometry, size: Callable[[_Cells], int]) -> int:
+def _over_heads(branches: Sequence[Branch], geometry: Geometry, size: Callable[[Cells], int]) -> int | None:
     """The size of what any of the branches has of a head, over all heads."""
-    total = 0
+    total, steps = 0, Steps()
     for offsets, heads in _by_offset(branches, geometry.num_heads).items():
-        sets = [_cells(b, o, geometry) for b, o in zip(branches, offsets, strict=True) if o is not None]
-        total += heads * _union_size(sets, size)
+        families: dict[tuple[int | None, int], dict[int, Cells]] = {}
+        for branch, offset in zip(branches, offsets, strict=True):
+            if offset is not None:
+                family = families.setdefault((branch.segment_length, branch.stride), {})
+                family[offset] = cells_of(branch, offset, geometry)
+        own = union_size([list(family.values()) for family in families.values()], size, steps)
+        if own is None:
+            return None
+        total += heads * own
     return total
-
-
-def _union_size(sets: list[_Cells], size: Callable[[_Cells], int]) -> int:
-    """Inclusion and exclusion over the sets, depth first, without the subtrees that cancel.
-
-    Where the common pairs of a choice lie inside a set that is still to be decided, choices with and without that set
-    cancel, so nested branches cost their square instead of two to their number.
-    """
-    sets = sorted(sets, key=lambda cells: cells.stride)
-    total = 0
-    # The farther set is joined first, so that those between, which often hold the common pairs, are still undecided.
-    stack = [(cells, sets[:index:-1], 1) for index, cells in enumerate(sets)]
-    while stack:
-        common, undecided, sign = stack.pop()
-        if any(_within(common, other) for other in undecided):
-            continue
-        total += sign * size(common)
-        for index, other in enumerate(undecided):
-            both = _intersection(common, other)
-            if both.low.size:
-                stack.append((both, undecided[index + 1 :], -sign))
-    return total
-
-
-def _matching(cells: _Cells, other: _Cells) -> NDArray[np.int64]:
-    """The cell of `other` that holds each cell's low position; -1 where none does."""
-    index = np.searchsorted(other.low, cells.low, side="right") - 1
-    if not other.low.size:
-        return np.full(cells.low.shape, -1, dtype=np.int64)
-    return np.where((index >= 0) & (cells.low < other.high[index]), index, -1)
-
-
-def _within(cells: _Cells, other: _Cells) -> bool:
-    """True where every pair of `cells` is one of `other`."""
-    if cells.stride % other.stride:
-        return False
-    index = _matching(cells, other)
-    if (index < 0).any():
-        return False
-    same = (cells.residue - other.residue[index]) % other.stride == 0
-    return bool((same & (cells.high <= other.high[index])).all())
-
-
-def _intersection(a: _Cells, b: _Cells) -> _Cells:
-    """The pairs that both have, cells in ascending order."""
-    low = np.union1d(a.low, b.low)
-    probe = _Cells(low, low, 1, low)
-    in_a, in_b = _matching(probe, a), _matching(probe, b)
-    common = gcd(a.stride, b.stride)
-    lcm = a.stride // common * b.stride
-    kept = (in_a >= 0) & (in_b >= 0)
-    low, in_a, in_b = low[kept], in_a[kept], in_b[kept]
-    residue_a, residue_b = a.residue[in_a], b.residue[in_b]
-    kept = (residue_a - residue_b) % common == 0
-    low, in_a, in_b, residue_a, residue_b = (x[kept] for x in (low, in_a, in_b, residue_a, residue_b))
-    # Chinese remainder: residue_a + a.stride * t is congruent to residue_b modulo b.stride.
-    inverse = pow(a.stride // common, -1, b.stride // common) if b.stride != common else 0
-    t = (residue_b - residue_a) // common * inverse % (b.stride // common)
-    return _Cells(low, np.minimum(a.high[in_a], b.high[in_b]), lcm, (residue_a + a.stride * t) % lcm)
 
 
 def block_pairs(blocks: BlockLayout, *, distinct: bool) -> int:

@@ -19,7 +19,7 @@ from .documents import Packing, Stack, read_documents, stacked
 from .errors import ConfigError
 from .filled import Filled
 from .merging import accumulator_dtype
-from .ops import attend_backward_fake, attend_fake, engine_of, without_autocast
+from .ops import attend_backward_fake, attend_fake, engine_of, unviewed, without_autocast
 from .transforms import Operators, is_active, is_watched, needs_operator, no_second_derivative, transformed
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _forward(
     """Return out (B, S, H, D) and lse (B, H, S), contiguous; counters count `calls` more."""
     if isinstance(stacks, Packing):
         return engine.forward(query, key, value, 0, 0, seed, None, calls=calls, packing=stacks)
+    if not stacks:  # all of it is padding
+        engine.forwards.add(calls, 0, 0)
     batch, length, heads, _ = query.shape
     out = query.new_zeros(query.shape)
     dtype = accumulator_dtype(query.dtype)
@@ -109,6 +111,8 @@ def _backward(
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
     if isinstance(stacks, Packing):
         return engine.backward(dout, dlse, query, key, value, out, lse, 0, 0, seed, None, calls=calls, packing=stacks)
+    if not stacks:
+        engine.backwards.add(calls, 0, 0)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (query, key, value))
     for i, (stack, own_seed) in enumerate(zip(stacks, _seeds(seed, len(stacks)), strict=True)):
         taken = (
@@ -207,6 +211,7 @@ class _AttendDocuments(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         engine, stacks, seed, tables, recompute, key_padding_mask, cu_seqlens = rest
         out, lse = _forward(engine, query, key, value, stacks, seed, tables)
+        out = unviewed(out)
         ctx.set_materialize_grads(False)
         results = (None, None) if recompute else (out, lse)
         ctx.save_for_backward(query, key, value, seed, key_padding_mask, cu_seqlens, *results)

@@ -186,15 +186,18 @@ class Layout:
         return blocks + sum(branch_pairs(branch, self.geometry) for branch in self.branches)
 
     @cached_property
-    def distinct_pairs(self) -> int:
-        """(query, key) pairs over all query heads that count at least once."""
+    def distinct_pairs(self) -> int | None:
+        """(query, key) pairs over all query heads that count at least once; None where counting them takes long."""
         from .counting import distinct_pairs
 
         return distinct_pairs(self.branches, self.blocks, self.geometry)
 
     @cached_property
     def keyless_queries(self) -> int | None:
-        """Queries over all query heads that see no key; None with blocks, or where keys are at other positions."""
+        """Queries over all query heads that see no key.
+
+        None with blocks, where keys are at other positions, or where counting takes long.
+        """
         from .counting import keyless_queries
 
         geometry = self.geometry
@@ -202,9 +205,11 @@ class Layout:
         return keyless_queries(self.branches, geometry) if same and self.blocks is None else None
 
     @property
-    def density(self) -> float:
+    def density(self) -> float | None:
         """Distinct pairs as a fraction of those that causality allows; 0 where it allows none."""
         from .counting import allowed_pairs
 
         allowed = allowed_pairs(self.geometry)
+        if self.distinct_pairs is None:
+            return None
         return self.distinct_pairs / allowed if allowed else 0.0

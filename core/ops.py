@@ -150,6 +150,14 @@ torch.library.register_autograd("dilated_attention::attend", _backward, setup_co
 torch.library.register_autograd("dilated_attention::attend_backward", no_second_derivative, lib=_LIBRARY)
 
 
+def unviewed(out: Tensor) -> Tensor:
+    """The same memory as no view: one that is among several results of a function cannot be changed in place.
+
+    Before it is kept for the backward, which notices changes of the tensor that it keeps alone.
+    """
+    return out.data if out._is_view() else out
+
+
 class _Attend(torch.autograd.Function):
     """`attend` without the dispatcher, whose autograd would cost eager calls more than a small attention does.
 
@@ -161,6 +169,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         engine, q_offset, kv_offset, seed, tables, recompute = rest
         out, lse = engine.forward(query, key, value, q_offset, kv_offset, seed, tables)
+        out = unviewed(out)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, seed, tables, *((None, None) if recompute else (out, lse)))
         ctx.rest = (engine.key, q_offset, kv_offset)

@@ -40,13 +40,18 @@ class Branch:
 
     Query p and key q of head h are a pair when both lie in the same segment (p // segment_length) and the place of
     each in it, (p mod segment_length), is congruent to offsets[h] modulo `stride`. `segment_length=None` is one
-    segment over all positions. `offsets[h] = None` leaves head h out. A pair counts `weight` times.
+    segment over all positions. `offsets[h] = None` leaves head h out, others are kept as residues. A pair counts
+    `weight` times.
     """
 
     segment_length: int | None
     stride: int
     offsets: tuple[int | None, ...]
     weight: int = attrs.field(default=1, validator=positive_int)
+
+    def __attrs_post_init__(self) -> None:
+        residues = tuple(offset if offset is None else offset % self.stride for offset in self.offsets)
+        object.__setattr__(self, "offsets", residues)
 
 
 @attrs.frozen(eq=False)

@@ -159,17 +159,25 @@ def segment_and_place(position: IntArray, segment_length: int | None) -> tuple[I
 def branch_counts(branches: Sequence[Branch], query: IntArray, key: IntArray, head: int) -> IntArray:
     """How often `branches` count each (query, key) pair of broadcastable positions, before causality; int64."""
     total = np.zeros(np.broadcast_shapes(query.shape, key.shape), dtype=np.int64)
+    for (w, r), weights in _weights(branches, head).items():
+        (q_segment, q_place), (k_segment, k_place) = (segment_and_place(position, w) for position in (query, key))
+        residue = q_place % r
+        offsets = np.array(sorted(weights), dtype=np.int64)
+        found = np.minimum(np.searchsorted(offsets, residue), offsets.size - 1)
+        weight = np.where(offsets[found] == residue, np.array([weights[o] for o in offsets.tolist()])[found], 0)
+        total += weight * ((q_segment == k_segment) & (residue == k_place % r))
+    return total
+
+
+def _weights(branches: Sequence[Branch], head: int) -> dict[tuple[int | None, int], dict[int, int]]:
+    """The weights of a head's branches by offset, for each segment length and stride."""
+    found: dict[tuple[int | None, int], dict[int, int]] = {}
     for branch in branches:
         offset = branch.offsets[head]
-        if offset is None:
-            continue
-        (q_segment, q_place), (k_segment, k_place) = (
-            segment_and_place(position, branch.segment_length) for position in (query, key)
-        )
-        q_kept = (q_place - offset) % branch.stride == 0
-        k_kept = (k_place - offset) % branch.stride == 0
-        total += branch.weight * ((q_segment == k_segment) & q_kept & k_kept)
-    return total
+        if offset is not None:
+            weights = found.setdefault((branch.segment_length, branch.stride), {})
+            weights[offset] = weights.get(offset, 0) + branch.weight
+    return found
 
 
 def branch_reachable(branches: Sequence[Branch] | None, key: IntArray, position: int, head: int) -> NDArray[np.bool_]:
@@ -247,15 +255,13 @@ def branch_signature_groups(branches: Sequence[Branch], num_heads: int) -> tuple
 def branch_signature(
     branches: Sequence[Branch], query_low: IntArray, key_low: IntArray, block_size: int, head: int
 ) -> IntArray:
-    """`Pattern.block_signature` of a sum of branches, (blocks, 3 * branches of `head`).
+    """`Pattern.block_signature` of a sum of branches, (blocks, 3 * distinct segment lengths and strides of `head`).
 
     A block side that lies in one segment is described by its residue, one that straddles a boundary by its place.
     """
     columns: list[IntArray] = []
-    for branch in branches:
-        if branch.offsets[head] is None:
-            continue
-        w, r = branch.segment_length, branch.stride
+    alike = {(b.segment_length, b.stride): b for b in branches if b.offsets[head] is not None}
+    for (w, r), branch in alike.items():
         codes, segments = [], []
         for low in (query_low, key_low):
             segment, place = segment_and_place(low, w)

@@ -129,7 +129,8 @@ def _mapped(
     size = info.batch_size
     folded = [_fold(x, dim, size) for x, dim in zip(args[:end], in_dims[1 : end + 1], strict=True)]
     results = function.apply(operators, *folded, *args[end:])
-    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in results), (0,) * len(results)
+    batch = args[0].shape[0] if in_dims[1] is None else args[0].movedim(in_dims[1], 0).shape[1]  # there may be no calls
+    return tuple(x.unflatten(0, (size, batch)) for x in results), (0,) * len(results)
 
 
 class _Forward(torch.autograd.Function):

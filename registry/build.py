@@ -324,7 +324,7 @@ def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict |
         nbytes=kept.nbytes,
         density=layout.density,
         keyless_queries=layout.keyless_queries,
-        **_work(config, int(layout.pairs), int(layout.distinct_pairs)),
+        **_work(config, layout.pairs, layout.distinct_pairs),
     )
 
 

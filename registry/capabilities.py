@@ -25,6 +25,7 @@ _COMPOSED_TRAITS: Final = frozenset({"block_sizes", "weights", "per_head", "cont
 def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> Request:
     """The request of `config` with its pattern resolved and its device described."""
     # It brings numpy, which listing backends does without.
+    from ..core.blocking import sizes_of_shorter
     from ..core.lowering import block_traits, layout_kinds, table_block_size
 
     needs: dict[str, Any] = {
@@ -34,7 +35,8 @@ def make_request(config: AttentionConfig, pattern: Pattern, device: Device) -> R
         "layouts": tuple(sorted(layout_kinds(pattern, config.one_token))),
     }
     if "block" in needs["layouts"]:
-        needs["block_sizes"] = table_block_size(pattern, config.one_token)
+        size = table_block_size(pattern, config.one_token)
+        needs["block_sizes"] = (*shorter, size) if (shorter := sizes_of_shorter(size)) else size
     needs |= dict.fromkeys(sorted(block_traits(pattern, config.one_token)), True)
     if isinstance(pattern.unwrap(), LearnedPattern):
         needs["dynamic_tables"] = True
@@ -175,7 +177,8 @@ def _need_words(axis: str, needed: object, request: Request) -> str:
     if axis == "causal":
         return "is_causal=True"
     if axis == "block_sizes":
-        return f"blocks of {needed} tokens ({request.pattern.kind} pattern)"
+        sizes = " and ".join(map(str, needed if isinstance(needed, tuple) else (needed,)))
+        return f"blocks of {sizes} tokens ({request.pattern.kind} pattern)"
     if axis == "weights":
         return f"blocks that count more than once ({request.pattern.kind} pattern)"
     if axis == "per_head":

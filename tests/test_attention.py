@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from dilated_attention import Attention, ConfigError, Dilated, Full, Local, build_attention
+from dilated_attention import Attention, ConfigError, Dilated, Full, Local, Pattern, build_attention
 from dilated_attention.core.geometry import Geometry
 
 from .support import error, inputs, oracle, ours
@@ -365,6 +365,26 @@ def test_a_gradient_that_was_built_away_is_an_error() -> None:
         attention(*tensors)
     with torch.no_grad():
         attention(*tensors)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("pattern", [Full(), LONGNET, Local(5)], ids=str)
+def test_out_may_be_changed_in_place_unless_it_is_kept(pattern: Pattern, backend: str) -> None:
+    """As for PyTorch's own functions: what the backward needs is an error there, and never a wrong gradient."""
+    x = torch.randn(1, 90, 4, 8, requires_grad=True)
+    lean, keeping = (build(pattern=pattern, backend=backend, activation_checkpointing=c) for c in (True, False))
+    (expected,) = torch.autograd.grad(keeping(x, x, x).sum() * 2, x)
+    (found,) = torch.autograd.grad(lean(x, x, x).mul_(2).sum(), x)
+    assert error(found, expected.double()) < 1e-5
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(keeping(x, x, x).mul_(2).sum(), x)
+
+
+def test_a_cpu_is_the_same_with_an_index() -> None:
+    attention = build(device="cpu:0")
+    attention.prepare(9)
+    attention(*torch.zeros(3, 1, 9, 4, 8))
+    assert (attention.counters().layouts.misses, attention.counters().layouts.hits) == (1, 1)
 
 
 def test_a_call_changes_no_global_state_and_needs_no_optional_library() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import attrs
 import pytest
@@ -221,6 +222,30 @@ def heads_first(x: Tensor) -> Tensor:
 def test_the_memory_order_of_a_kernels_results_does_not_matter(lengths: tuple[int, int], is_causal: bool) -> None:
     geometry = Geometry.self_attention(64, 2, is_causal=is_causal)
     check_emulated(HeadsFirst(), geometry, Dilated(lengths, (1, 1)), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_nan_is_never_lost(dtype: torch.dtype, is_causal: bool) -> None:
+    """aten's kernel for CPUs makes zeros of rows that are NaN all over, if their keys do not fill a vector."""
+    query = torch.randn(2, 9, 4, 8, dtype=dtype)
+    key, value = torch.randn(2, 2, 9, 2, 8, dtype=dtype).unbind()
+    query[0, 2, 1, 3] = key[1, 0] = key[0, 4, 0] = torch.nan
+    for pattern in (Dilated((2,), (1,)), Dilated((5, 16), (1, 3)), Full(), Local(2)):
+        fields: dict[str, Any] = {"pattern": pattern, "num_kv_heads": 2, "is_causal": is_causal}
+        found, exact = (
+            build_attention(like=query, backend=backend, **fields)(query, key, value, return_lse=True)
+            for backend in ("sdpa", "reference")
+        )
+        for a, e in zip(found, exact, strict=True):
+            assert torch.equal(a.isnan(), e.isnan())
+            assert torch.isnan(e).any()
+    query, key, value = (torch.zeros_like(x) for x in (query, key, value))  # whose rows of one key have an lse of 0
+    out, lse = build_attention(like=query, num_kv_heads=2, pattern=Dilated((1,), (1,)))(
+        query, key, value, return_lse=True
+    )
+    assert not out.any()
+    assert not lse.any()
 
 
 def test_a_weighted_repetition_is_the_branch_counted_twice() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilated_attention import explain
 from dilated_attention.core.counting import allowed_pairs
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
@@ -70,6 +71,33 @@ def test_many_nested_branches_do_not_cost_two_to_their_number(is_causal: bool) -
     begin = time.perf_counter()
     check(Dilated(lengths, rates) + Full() + Strided(16), geometry)
     assert time.perf_counter() - begin < 10
+
+
+def test_branches_of_one_stride_are_known_to_be_disjoint() -> None:
+    geometry = Geometry.self_attention(4096, 2, is_causal=True)
+    begin = time.perf_counter()
+    layout = lower(Strided(500), geometry)
+    of_class = [-(-(4096 - offset) // 500) for offset in range(500)]
+    pairs = 2 * sum(n * (n + 1) // 2 for n in of_class)
+    assert (layout.pairs, layout.distinct_pairs, layout.keyless_queries) == (pairs, pairs, 0)
+    check(Strided(70) + Dilated((8,), (2,)), Geometry.self_attention(150, 2, is_causal=True))
+    check(Strided(70) | Local(3), Geometry.self_attention(300, 2))
+    assert time.perf_counter() - begin < 10
+
+
+def test_what_would_take_long_to_count_is_not_told() -> None:
+    """Two to the number of branches that do not nest, or pairs of them."""
+    begin = time.perf_counter()
+    for pattern in (Dilated(tuple(range(10, 70, 3)), (2,) * 20), Strided(300) + Strided(301)):
+        layout = lower(pattern, Geometry.self_attention(4096, 2))
+        assert (layout.distinct_pairs, layout.density, layout.keyless_queries) == (None, None, None)
+        assert layout.pairs > 0
+        plan = explain(pattern=pattern, num_heads=2, head_dim=8, seq_len=4096)
+        (line,) = [line for line in plan.explain().splitlines() if line.startswith("  layout")]
+        assert "FLOP forward, " in line
+        assert "distinct" not in line
+        assert "%" not in line
+    assert time.perf_counter() - begin < 30
 
 
 def test_more_segments_than_memory_holds_are_an_error() -> None:

@@ -14,12 +14,13 @@ from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.layout import Layout
-from dilated_attention.core.lowering import layout_kinds, lower
+from dilated_attention.core.lowering import layout_kinds, lower, split
 from dilated_attention.core.pattern import Branch, Full, KeySpans, Pattern, Sum, Union
 from dilated_attention.core.reference import multiplicity
 from dilated_attention.patterns.dilated import Dilated
 from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
+from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.strided import Strided
 
 from . import strategies
@@ -184,6 +185,36 @@ def test_constant_blocks_that_count_too_often_are_refused(length: int, is_causal
 def test_block_size_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="block_size must be at least 1, got 0"):
         lower(Local(3), Geometry.self_attention(40), block_size=0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("pattern", [Random(2, 3000), Random(2, 1 << 16) | Local(3), Random(2, 300) + Full()], ids=str)
+def test_blocks_longer_than_a_call_cost_what_its_tokens_do(pattern: Pattern, is_causal: bool) -> None:
+    for length, size in ((100, 128), (200, 256), (299, 512)):
+        geometry = Geometry.self_attention(length, 2, is_causal=is_causal)
+        layout = lower(pattern, geometry)
+        assert layout.blocks is not None
+        assert layout.blocks.block_size == min(size, pattern.block_size or size)
+        np.testing.assert_array_equal(dense_blocks(layout.blocks), multiplicity_of_blocks(pattern, geometry))
+    part = attrs.evolve(Geometry.self_attention(100, 2, is_causal=is_causal), whole_len=1000)
+    assert lower_blocks(Random(2, 300), part).block_size == 300
+
+
+def multiplicity_of_blocks(pattern: Pattern, geometry: Geometry) -> Dense:
+    """Of what is lowered to blocks: all but branches."""
+    branches, _ = split(pattern, geometry)
+    counts = multiplicity(pattern, geometry)
+    return counts - sum(multiplicity(Full(), geometry) for _ in branches)
+
+
+def test_a_mask_that_is_larger_than_all_may_be_is_never_made() -> None:
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"a mask of a block of 65536 takes 4,294,967,296 bytes, allowed are 268,435"):
+        lower(Random(2, 1 << 16) | Local(3), Geometry.self_attention(40_000), limit_bytes=1 << 28)
+    with pytest.raises(ConfigError, match="a mask of a block of 65536 takes"):
+        lower(Random(2, 1 << 16), Geometry.self_attention(40_000, is_causal=True), limit_bytes=1 << 28)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
 
 
 LONGNET = Dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))

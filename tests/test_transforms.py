@@ -67,6 +67,8 @@ def test_mapped_calls_are_those_of_a_loop(pattern: Pattern) -> None:
     mapped = vmap(attention, in_dims=(0, 0, None))(query, key, value[0])
     expected = torch.stack([attention(query[i], key[i], value[0]) for i in range(3)])
     torch.testing.assert_close(mapped, expected, rtol=1e-12, atol=1e-14)
+    none = vmap(attention, in_dims=(0, 0, None))(query[:0], key[:0], value[0])
+    assert none.shape == (0, *query.shape[1:])
     last = vmap(attention, in_dims=4, out_dims=1)(*(x.movedim(0, 4) for x in (query, key, value)))
     torch.testing.assert_close(last[:, 2], attention(query[2], key[2], value[2]), rtol=1e-12, atol=1e-14)
 
