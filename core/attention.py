@@ -63,7 +63,7 @@ class Attention(nn.Module):
         register_flops()
         # Not made in extra_repr: torch.func.vmap asks a module for its repr, and torch.compile cannot trace attrs' own.
         self._words = (
-            f"backend={plan.backend!r}, kernel={self._engine.kernel.name!r}, pattern={config.pattern!r}, "
+            f"backend={plan.backend!r}, kernel={plan.kernel!r}, pattern={config.pattern!r}, "
             f"num_heads={config.num_heads}, head_dim={config.head_dim}, is_causal={config.is_causal}, "
             f"dtype={config.dtype}" + (f", dropout_p={config.dropout_p:g}" if config.dropout_p else "")
         )

@@ -58,6 +58,7 @@ class Engine:
         has_dlse: the kernel can bring the gradient through lse home (dense kernels: by 8 more columns of head_dim).
         call_axes: those of `CALL_AXES` that the backend declares; calls that need another one are refused.
         backend: its name, for counters and traces.
+        kernel_name: what the plan says computes it, likewise; the kernel's own name where none is given.
         plan: digest of the plan, likewise.
     """
 
@@ -71,10 +72,12 @@ class Engine:
         has_dlse: bool,
         call_axes: frozenset[str],
         backend: str = "",
+        kernel_name: str = "",
         plan: str = "",
     ) -> None:
         self.config = config
         self.backend = backend
+        self.kernel_name = kernel_name or kernel.name
         self.plan = plan
         self.pattern = pattern
         named = pattern.unwrap()
@@ -115,7 +118,7 @@ class Engine:
         return AttentionCounters(
             plan=self.plan,
             backend=self.backend,
-            kernel=self.kernel.name,
+            kernel=self.kernel_name,
             forward=self.forwards.total(4 * head_dim),
             backward=self.backwards.total(10 * head_dim),
             layouts=self.programs.counters,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from .plan import MATRIX_PRODUCTS
+
 if TYPE_CHECKING:
     from .plan import AttentionPlan, BackendRow, NearMiss
 
 _BLOCKS: Final = {"block", "dynamic"}  # kinds of layouts
-_MATRIX_PRODUCTS: Final = "core's matrix products"
 
 
 def explain_plan(plan: AttentionPlan) -> str:
@@ -113,9 +114,7 @@ def _headline(plan: AttentionPlan) -> str:
         return "no backend fits that could be judged here"
     if plan.backend is None:
         return "no backend fits" if asked == "auto" else f"backend {asked!r} does not fit, and was asked for by name"
-    runs_core_alone = plan.exchange is None and _has_blocks_by_core(plan) and _BLOCKS.issuperset(plan.layout.kinds)
-    computes = _MATRIX_PRODUCTS if runs_core_alone else plan.kernel
-    kernel = f" ({computes})" if computes else ""
+    kernel = f" ({plan.kernel})" if plan.kernel else ""
     how = "chosen" if asked == "auto" else "asked for by name"
     if plan.premises:
         how = f"would be {'chosen' if asked == 'auto' else 'used'} on {plan.device['arch']}"
@@ -138,7 +137,7 @@ def _slow_words(plan: AttentionPlan) -> Iterator[str]:
         return
     words = chosen.slow
     if not words and _has_blocks_by_core(plan) and plan.device["type"] != "cpu":  # there nothing is faster
-        words = f"{chosen.name} leaves blocks to {_MATRIX_PRODUCTS}"
+        words = f"{chosen.name} leaves blocks to {MATRIX_PRODUCTS}"
     if words:
         near = [(row.name, row.near_miss) for row in plan.rows if row.near_miss is not None and row.near_miss.verified]
         near.sort(key=lambda found: _intrusion(found[1]))
@@ -168,14 +167,16 @@ def _layout_words(plan: AttentionPlan) -> Iterator[str]:
     names = {"branch": "strided branches", "block": "blocks", "band": "windows and rectangles"}
     if plan.config["dropout_p"]:
         names["band"] += " (while weights are dropped blocks, where its kernel has no windows)"
-    kinds = " and ".join(names.get(kind, kind) for kind in layout.kinds)
+    is_full = plan.config["pattern"]["kind"] == "full"
+    kinds = "one dense call" if is_full else " and ".join(names.get(kind, kind) for kind in layout.kinds)
     if layout.flops is None or layout.nbytes is None:
         when = "by each rank for its own rows" if plan.exchange is not None else "when the length is known (seq_len)"
         yield f"{kinds}; lowered {when}"
         return
     overlaps = layout.distinct_flops and layout.distinct_flops != layout.flops
     saved = f", {amount(layout.distinct_flops or 0, 'FLOP')} in distinct pairs" if overlaps else ""
-    density = "" if layout.density is None else f", {layout.density:.2%} of all pairs"
+    of_what = "the causal" if plan.config["is_causal"] else "all"
+    density = "" if layout.density is None else f", {layout.density:.2%} of {of_what} pairs"
     digest = "" if layout.digest is None else f", digest {layout.digest[:12]}"
     work = f"{amount(layout.flops, 'FLOP')} forward{saved}"
     yield f"{kinds}{density}, {work}, {amount(layout.nbytes, 'B')} of tables{digest}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import attrs
 
@@ -43,6 +43,9 @@ class NearMiss:
         return f"{sure} {' and '.join(steps)}{doubt}"
 
 
+MATRIX_PRODUCTS: Final = "PyTorch's matrix products"  # by which core computes blocks where a kernel does not
+
+
 @attrs.frozen(kw_only=True)
 class BackendRow:
     """What became of one backend.
@@ -61,7 +64,7 @@ class BackendRow:
             about it: a slow import of its plugin, or that it would be chosen, or would take another kernel, if seq_len
             were given.
         slow: what makes it slow, in words, if it is for what no other takes (`BackendSpec.slow`).
-        blocks_by_core: core's matrix products compute blocks for it, whatever its kernel.
+        blocks_by_core: `MATRIX_PRODUCTS` compute blocks for it, whatever its kernel.
     """
 
     name: str

@@ -217,7 +217,8 @@ def _engine(
 ) -> Engine:
     old, parallel = attention._engine, config.context_parallel
     axes = old.local_axes if isinstance(old, RingEngine) else old.call_axes
-    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes, "backend": old.backend, "plan": plan.digest}
+    names = {"backend": old.backend, "kernel_name": old.kernel_name, "plan": plan.digest}
+    traits: dict[str, Any] = {"has_dlse": old.has_dlse, "call_axes": axes, **names}
     if plan.exchange is None or mesh is None or parallel is None:
         takes_layout = isinstance(old.kernel, RingKernel)
         return Engine(config, old.pattern, old.kernel, takes_layout=takes_layout, **traits)

@@ -15,7 +15,7 @@ from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING, ForOneLength, takes_dlse, takes_dropout
 from ..core.pattern import LearnedPattern, Pattern
-from ..core.plan import AttentionPlan, ExchangeSummary, LayoutSummary
+from ..core.plan import MATRIX_PRODUCTS, AttentionPlan, BackendRow, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
 from .capabilities import make_request
 from .device import describe_card, describe_device, premises_of
@@ -96,6 +96,7 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
         "has_dlse": has_dlse,
         "call_axes": frozenset(axis for axis in CALL_AXES if capabilities.get(axis, False)),
         "backend": plan.backend,
+        "kernel_name": plan.kernel,
         "plan": plan.digest,
     }
     if config.ring_size > 1:
@@ -257,15 +258,17 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
 
     chosen = selection.chosen
     compiles = str(chosen.registered.spec.capabilities.get("compile", "none")) if chosen else "none"
+    exchange = _exchange_summary(config, request, selection.companion)
+    rows = selection.rows if exchange is not None else tuple(_as_run(row, request) for row in selection.rows)
     return AttentionPlan(
         config=config.to_dict(),
         device=attrs.asdict(request.device),
         backend=chosen.registered.spec.name if chosen else None,
-        kernel=chosen.kernel if chosen else "",
-        rows=selection.rows,
+        kernel=next((row.kernel for row in rows if row.status == "chosen"), ""),
+        rows=rows,
         layout=_layout_summary(config, request, chosen),
         compile_class="none" if config.ring_size > 1 else compiles,
-        exchange=_exchange_summary(config, request, selection.companion),
+        exchange=exchange,
         versions={
             "python": platform.python_version(),
             "torch": str(torch.__version__),
@@ -273,6 +276,19 @@ def _plan(config: AttentionConfig, request: Request, selection: Selection) -> At
         },
         premises=premises_of(request.device),
     )
+
+
+def _as_run(row: BackendRow, request: Request) -> BackendRow:
+    """The row with what computes in the place of its kernel, where the pattern has nothing for that: blocks alone."""
+    if not row.kernel or not row.blocks_by_core:
+        return row
+    if not isinstance(request.pattern.unwrap(), LearnedPattern):
+        from ..core.band_calls import branches_and_bands
+
+        branches, bands = branches_and_bands(request.pattern, request.config.one_token)
+        if branches or bands is not None:
+            return row
+    return attrs.evolve(row, kernel=MATRIX_PRODUCTS)
 
 
 def _exchange_summary(config: AttentionConfig, request: Request, companion: Verdict | None) -> ExchangeSummary | None:

@@ -312,7 +312,9 @@ def test_blocks_that_no_kernel_computes_are_slow() -> None:
     assert explain(**asked, dropout_p=0.1, arch="sm_90").backend == "triton"
     plan = explain(**asked, dropout_p=0.1, arch="sm_80")
     assert plan.backend == "sdpa"
-    said = "  slow    sdpa leaves blocks to core's matrix products, as nothing faster takes this; flex would be usable"
+    said = (
+        "  slow    sdpa leaves blocks to PyTorch's matrix products, as nothing faster takes this; flex would be usable"
+    )
     assert any(line.startswith(f"{said} with dropout_p=0.0") for line in plan.explain().splitlines())
     for fields in ({"device": "cpu"}, {"arch": "sm_90", "pattern": Local(8)}):
         assert "  slow  " not in explain(**(asked | {"dropout_p": 0.1} | fields)).explain()

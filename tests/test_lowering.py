@@ -204,7 +204,8 @@ def multiplicity_of_blocks(pattern: Pattern, geometry: Geometry) -> Dense:
     """Of what is lowered to blocks: all but branches."""
     branches, _ = split(pattern, geometry)
     counts = multiplicity(pattern, geometry)
-    return counts - sum(multiplicity(Full(), geometry) for _ in branches)
+    found: Dense = (counts - len(branches) * multiplicity(Full(), geometry)).numpy()
+    return found
 
 
 def test_a_mask_that_is_larger_than_all_may_be_is_never_made() -> None:

@@ -164,7 +164,7 @@ def test_a_table_that_nothing_needs_may_be_larger_than_allowed(
     wanted = (ample.layout.distinct_pairs, ample.layout.density) if is_told else (None, None)
     assert (plan.layout.distinct_pairs, plan.layout.density) == wanted
     assert (plan.layout.digest, plan.layout.nbytes) == (None, ample.layout.nbytes)
-    assert (" of all pairs" in plan.explain()) is is_told
+    assert (f" of {'the causal' if is_causal else 'all'} pairs" in plan.explain()) is is_told
     attention = build_attention(**fields, limits=Limits(layout_bytes=1000))
     assert attention(*[torch.zeros(1, 4096, 2, 8)] * 3).shape == (1, 4096, 2, 8)
     with pytest.raises(ConfigError, match=r"raise Limits\.layout_bytes"):
@@ -184,9 +184,9 @@ def test_a_plan_says_what_runs_while_weights_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("pattern", "kernel"),
     [
-        (Random(2, 16), "core's matrix products"),
-        (Learned(16, 2), "core's matrix products"),
-        (Random(2, 16) | Local(3), "core's matrix products"),
+        (Random(2, 16), "PyTorch's matrix products"),
+        (Learned(16, 2), "PyTorch's matrix products"),
+        (Random(2, 16) | Local(3), "PyTorch's matrix products"),
         (Dilated((64,), (1,)) + Random(2, 16), "aten flash for CPU"),
         (Local(3), "aten flash for CPU"),
     ],
@@ -197,4 +197,6 @@ def test_a_plan_names_what_computes_blocks_alone(pattern: Pattern, kernel: str) 
     plan = explain(**fields, backend="sdpa")
     assert plan.explain().startswith(f"sdpa ({kernel}) asked for by name")
     attention = build_attention(**fields, backend="sdpa")
-    assert attention.plan.kernel == attention._engine.kernel.name == "aten flash for CPU"
+    (row,) = [row for row in plan.rows if row.name == "sdpa"]
+    assert attention.plan.kernel == attention.counters().kernel == row.kernel == kernel
+    assert f"kernel={kernel!r}" in repr(attention)
