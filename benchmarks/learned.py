@@ -79,7 +79,7 @@ def contenders() -> dict[str, Pattern]:
     """All sparse ones count as many pairs as `Learned`, `Local` the most that are not more."""
     return {
         "dense": Full(),
-        "learned": Learned(BLOCK, KEPT),
+        "learned": Learned(KEPT, BLOCK),
         "local": Local((_window(pairs_of(Random(KEPT, BLOCK))), 0)),
         "random": Random(KEPT, BLOCK),
     }

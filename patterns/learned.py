@@ -51,9 +51,9 @@ class Learned(LearnedPattern):
     that the diagonal cuts.
 
     Attributes:
-        block_size: queries and keys in a block.
         blocks_per_row: key blocks a row of queries keeps, those on the diagonal included; all that it may see where
             those are fewer.
+        block_size: queries and keys in a block.
         density: instead of blocks_per_row, the fraction of the blocks it may see, rounded up; read as the decimal
             number that it is written as, to nine places.
 
@@ -63,10 +63,10 @@ class Learned(LearnedPattern):
 
     kind: ClassVar[str] = "learned"
 
-    block_size: int = attrs.field(default=64, validator=an_int(1, MOST_IN_BLOCK))
     blocks_per_row: int | None = attrs.field(
         default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS))
     )
+    block_size: int = attrs.field(default=64, validator=an_int(1, MOST_IN_BLOCK))
     density: float | None = attrs.field(default=None, kw_only=True, validator=_density)
     # As numerator and denominator, made here because torch.compile traces through `take` and knows no fractions.
     _ratio: tuple[int, int] = attrs.field(init=False, repr=False, eq=False, default=(1, 1))

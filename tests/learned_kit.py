@@ -38,8 +38,8 @@ def build(pattern: Pattern, geometry: Geometry, *, seed: int = 0, **fields: Any)
 
 def learned() -> st.SearchStrategy[Learned]:
     return st.one_of(
-        st.builds(Learned, st.integers(1, 20), st.integers(1, 5)),
-        st.builds(Learned, st.integers(1, 20), density=st.sampled_from((0.01, 0.3, 1.0))),
+        st.builds(Learned, st.integers(1, 5), st.integers(1, 20)),
+        st.builds(Learned, block_size=st.integers(1, 20), density=st.sampled_from((0.01, 0.3, 1.0))),
     )
 
 

@@ -335,7 +335,7 @@ def test_numbers_of_numpy_are_taken_and_kept_as_plain_ones() -> None:
         (lambda: Strided(NP.int64(3)), Strided(3)),
         (lambda: Random(NP.int64(3), NP.int64(16), NP.uint64(7)), Random(3, 16, 7)),
         (lambda: Random(density=NP.float64(0.5)), Random(density=0.5)),
-        (lambda: Learned(NP.int64(16), NP.int64(2)), Learned(16, 2)),
+        (lambda: Learned(NP.int64(2), NP.int64(16)), Learned(2, 16)),
         (lambda: Learned(density=NP.float64(0.5)), Learned(density=0.5)),
         (lambda: bigbird(block_size=NP.int64(8), window_blocks=NP.int64(3)), bigbird(block_size=8, window_blocks=3)),
         (lambda: longformer(window_size=NP.int64(8)), longformer(window_size=8)),

@@ -146,7 +146,7 @@ def test_a_picture_of_many_tokens_is_exact_too() -> None:
 
 def test_what_cannot_be_simulated_or_drawn_says_why() -> None:
     with pytest.raises(ConfigError, match="chooses its blocks at every call, so there is no picture of it"):
-        picture("x", Learned(16, 2), length=64, num_heads=2, is_causal=True)
+        picture("x", Learned(2, 16), length=64, num_heads=2, is_causal=True)
     fields = {
         "num_heads": 2,
         "head_dim": 16,

@@ -9,7 +9,7 @@ import torch
 
 from dilated_attention import Dilated, Full, Learned, Local, Pattern, Random, build_attention, reference
 
-PATTERNS = [Full(), Dilated((8, 16), (1, 2)) | Local(3), Random(block_size=8, blocks_per_row=2), Learned(8, 2)]
+PATTERNS = [Full(), Dilated((8, 16), (1, 2)) | Local(3), Random(block_size=8, blocks_per_row=2), Learned(2, 8)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)

@@ -79,7 +79,7 @@ def test_no_kernel_meets_nothing(kernel: WholeKernel | PieceKernel, pattern: Pat
 
 
 def test_learned_patterns_too() -> None:
-    attention = build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8, is_causal=True)
+    attention = build_attention(pattern=Learned(2, 16), num_heads=2, head_dim=8, is_causal=True)
     for batch, length in ((0, 40), (2, 0), (1, 40)):
         query = torch.randn(batch, length, 2, 8, requires_grad=True)
         out, lse = attention(query, query, query, return_lse=True)

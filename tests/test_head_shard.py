@@ -147,7 +147,7 @@ def test_a_cache_keeps_what_its_heads_reach(pattern: Pattern) -> None:
         ({"first_head": 8, "total_heads": 8}, ["first_head must be below total_heads", "8", "from 0"]),
         ({"first_head": -1, "total_heads": 8}, ["first_head"]),
         ({"first_head": 0, "total_heads": 8, "total_kv_heads": 3}, ["multiple of total_kv_heads", "8 and 3"]),
-        ({"of": Learned(8, 2), "first_head": 0, "total_heads": 8}, ["learned", "as it is"]),
+        ({"of": Learned(2, 8), "first_head": 0, "total_heads": 8}, ["learned", "as it is"]),
         ({"of": 3, "first_head": 0, "total_heads": 8}, ["of a pattern", "3"]),
         ({"first": 0, "total_heads": 8}, ["'first'", "first_head"]),
     ],

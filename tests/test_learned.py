@@ -50,7 +50,7 @@ def test_attention_is_exact_on_whatever_the_gate_chose(pattern: Learned, geometr
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("pattern", [Learned(16, 3), Learned(16, density=0.2)], ids=str)
+@pytest.mark.parametrize("pattern", [Learned(3, 16), Learned(block_size=16, density=0.2)], ids=str)
 def test_the_frozen_choice_is_the_same_attention_for_each_batch_row(pattern: Learned, is_causal: bool) -> None:
     geometry = Geometry(q_len=237, kv_len=237, num_heads=4, num_kv_heads=2, is_causal=is_causal)
     attention = build(pattern, geometry)
@@ -70,7 +70,7 @@ def test_the_frozen_choice_is_the_same_attention_for_each_batch_row(pattern: Lea
 def test_half_precision_and_float64() -> None:
     geometry = Geometry.self_attention(100, 2, is_causal=True)
     for dtype, bound in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-        attention = build(Learned(16, 3), geometry, dtype=dtype)
+        attention = build(Learned(3, 16), geometry, dtype=dtype)
         tensors = inputs(geometry, batch=1, head_dim=8, dtype=dtype)
         frozen = attention.gate.freeze(*tensors[:2])
         for a, e in zip(
@@ -90,7 +90,7 @@ def test_half_precision_and_float64() -> None:
 )
 def test_later_tokens_move_neither_the_choice_nor_the_result(geometry: Geometry) -> None:
     """Bit for bit, whatever the later tokens become."""
-    attention = build(Learned(16, 3), geometry)
+    attention = build(Learned(3, 16), geometry)
     offsets = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
     query, key, value = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=torch.float32))
     tables = attention.gate(query, key, **offsets)
@@ -113,7 +113,7 @@ def test_later_tokens_move_neither_the_choice_nor_the_result(geometry: Geometry)
 
 def test_a_piece_that_begins_at_a_block_is_treated_as_in_the_whole() -> None:
     geometry = Geometry.self_attention(128, 2, is_causal=True)
-    attention = build(Learned(16, 3), geometry)
+    attention = build(Learned(3, 16), geometry)
     query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
     whole = attention(query, key, value)
     piece = attention(query[:, 96:], key, value)
@@ -125,8 +125,8 @@ def test_each_row_keeps_what_the_pattern_says(is_causal: bool) -> None:
     length, size = 150, 16
     query, key, _ = inputs(Geometry.self_attention(length, 2), batch=3, head_dim=8, dtype=torch.float32)
     counts: list[tuple[Pattern, Callable[[int], int]]] = [
-        (Learned(size, 3), lambda allowed: min(3, allowed)),
-        (Learned(size, density=0.3), lambda allowed: -(-3 * allowed // 10)),
+        (Learned(3, size), lambda allowed: min(3, allowed)),
+        (Learned(block_size=size, density=0.3), lambda allowed: -(-3 * allowed // 10)),
     ]
     for pattern, expected in counts:
         attention = build(pattern, Geometry.self_attention(length, 2, is_causal=is_causal))
@@ -144,7 +144,7 @@ def test_each_row_keeps_what_the_pattern_says(is_causal: bool) -> None:
 
 def test_heads_and_batch_rows_choose_for_themselves() -> None:
     geometry = Geometry(q_len=256, kv_len=256, num_heads=4, num_kv_heads=2, is_causal=False)
-    tables = build(Learned(16, 4), geometry).gate(*inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)[:2])
+    tables = build(Learned(4, 16), geometry).gate(*inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)[:2])
     chosen = {tuple(sorted(row)) for row in tables[:, :, 3].flatten(0, 1).tolist()}
     assert len(chosen) == 8
 
@@ -152,7 +152,7 @@ def test_heads_and_batch_rows_choose_for_themselves() -> None:
 def test_bhsd_is_the_same_gate() -> None:
     geometry = Geometry.self_attention(90, 2, is_causal=True)
     query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
-    plain, swapped = build(Learned(16, 2), geometry), build(Learned(16, 2), geometry, tensor_layout="bhsd")
+    plain, swapped = build(Learned(2, 16), geometry), build(Learned(2, 16), geometry, tensor_layout="bhsd")
     turned = [x.transpose(1, 2) for x in (query, key, value)]
     assert torch.equal(swapped(*turned).transpose(1, 2), plain(query, key, value))
     for method in ("distillation_loss", "kept_mass", "freeze"):
@@ -162,7 +162,7 @@ def test_bhsd_is_the_same_gate() -> None:
 
 def test_freezing_several_rows_keeps_what_is_likely_in_all() -> None:
     geometry = Geometry.self_attention(160, 2, is_causal=True)
-    attention = build(Learned(16, 3), geometry)
+    attention = build(Learned(3, 16), geometry)
     query, key, _ = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
     alone = attention.gate.freeze(query, key)
     assert attention.gate.freeze(query.expand(3, -1, -1, -1), key.expand(3, -1, -1, -1)) == alone
@@ -171,11 +171,11 @@ def test_freezing_several_rows_keeps_what_is_likely_in_all() -> None:
 
 def test_a_frozen_pattern_is_stored_and_loaded(tmp_path: Path) -> None:
     geometry = Geometry.self_attention(90, 2, is_causal=True)
-    attention = build(Learned(16, 2), geometry)
+    attention = build(Learned(2, 16), geometry)
     tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
     frozen, store = attention.gate.freeze(*tensors[:2]), PatternStore(tmp_path)
     with pytest.raises(ConfigError, match=r"attention\.gate\.freeze\(query, key\)"):
-        store.save("live", Learned(16, 2), seq_len=90, num_heads=2, is_causal=True)
+        store.save("live", Learned(2, 16), seq_len=90, num_heads=2, is_causal=True)
     store.save("kept", frozen, seq_len=90, num_heads=2, is_causal=True)
     info = store.verify("kept")
     assert info.form == "blocks"
@@ -206,7 +206,7 @@ def test_two_patterns_stored_under_one_name_in_turn_are_told_apart(tmp_path: Pat
 
 def test_state_dict_copies_and_configurations() -> None:
     geometry = Geometry.self_attention(90, 2, is_causal=True)
-    first, second = build(Learned(16, 2), geometry, seed=1), build(Learned(16, 2), geometry, seed=2)
+    first, second = build(Learned(2, 16), geometry, seed=1), build(Learned(2, 16), geometry, seed=2)
     query, key, value = (x.detach() for x in inputs(geometry, batch=1, head_dim=8, dtype=torch.float32))
     assert not torch.equal(first(query, key, value), second(query, key, value))
     assert first.state_dict().keys() == {"gate.query_mix", "gate.query_bias", "gate.key_mix", "gate.nearness"}
@@ -217,14 +217,14 @@ def test_state_dict_copies_and_configurations() -> None:
     assert first.gate.query_mix is not twin.gate.query_mix
     assert AttentionConfig.from_dict(first.config.to_dict()).to_dict() == first.config.to_dict()
     again = build_attention(first.plan.config)
-    assert again.config.pattern == Learned(16, 2)
+    assert again.config.pattern == Learned(2, 16)
 
 
 def test_activation_checkpointing_changes_nothing() -> None:
     geometry = Geometry.self_attention(90, 2, is_causal=True)
     tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)
     results = [
-        ours(build(Learned(16, 2), geometry, activation_checkpointing=on), tensors, geometry, through_lse=True)
+        ours(build(Learned(2, 16), geometry, activation_checkpointing=on), tensors, geometry, through_lse=True)
         for on in (False, True)
     ]
     for a, b in zip(*results, strict=True):
@@ -233,7 +233,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 
 def test_autocast_chooses_and_computes_in_the_built_dtype() -> None:
     geometry = Geometry.self_attention(90, 2, is_causal=True)
-    attention = build(Learned(16, 2), geometry)
+    attention = build(Learned(2, 16), geometry)
     tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
     expected, loss = attention(*tensors), attention.gate.distillation_loss(*tensors[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -241,7 +241,7 @@ def test_autocast_chooses_and_computes_in_the_built_dtype() -> None:
         assert torch.equal(attention.gate.distillation_loss(*tensors[:2]), loss)
 
 
-@pytest.mark.parametrize("pattern", [Learned(16, 3), Learned(16, density=0.3)], ids=str)
+@pytest.mark.parametrize("pattern", [Learned(3, 16), Learned(block_size=16, density=0.3)], ids=str)
 def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> None:
     torch.compiler.reset()
     attention = build(pattern, Geometry.self_attention(1, 4, is_causal=True))
@@ -268,7 +268,7 @@ def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> No
 def test_inductor_compiles_it_for_new_lengths() -> None:
     """Whose index arithmetic it simplifies, where lengths are symbols."""
     torch.compiler.reset()
-    attention = build(Learned(16, 2), Geometry.self_attention(1, 4, is_causal=True))
+    attention = build(Learned(2, 16), Geometry.self_attention(1, 4, is_causal=True))
     compiled = torch.compile(attention)
     for length in (100, 37):
         tensors = inputs(Geometry.self_attention(length, 4), batch=2, head_dim=8, dtype=torch.float32, seed=length)
@@ -278,7 +278,7 @@ def test_inductor_compiles_it_for_new_lengths() -> None:
 
 def test_a_gate_of_another_dtype_scores_in_its_own() -> None:
     geometry = Geometry.self_attention(50, 2, is_causal=True)
-    attention = build(Learned(16, 2), geometry)
+    attention = build(Learned(2, 16), geometry)
     tensors = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
     expected, loss = attention(*tensors), attention.gate.distillation_loss(*tensors[:2])
     attention.double()
@@ -288,7 +288,7 @@ def test_a_gate_of_another_dtype_scores_in_its_own() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_backends_that_know_no_dynamic_tables_are_refused(backend: str) -> None:
-    plan = explain(pattern=Learned(16, 2), num_heads=2, head_dim=8, backend=backend)
+    plan = explain(pattern=Learned(2, 16), num_heads=2, head_dim=8, backend=backend)
     refused = {row.name: row for row in plan.rows}["reference"]
     assert refused.status == "refused"
     assert [refusal.code for refusal in refused.refusals] == ["dynamic_tables"]
@@ -296,7 +296,7 @@ def test_backends_that_know_no_dynamic_tables_are_refused(backend: str) -> None:
     if backend == "reference":
         assert plan.backend is None
         with pytest.raises(NoBackendError, match="dynamic_tables: needs blocks chosen at every call"):
-            build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8, backend=backend)
+            build_attention(pattern=Learned(2, 16), num_heads=2, head_dim=8, backend=backend)
     else:
         assert plan.backend == "sdpa"
 
@@ -304,16 +304,16 @@ def test_backends_that_know_no_dynamic_tables_are_refused(backend: str) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Learned(16), "either blocks_per_row or density"),
-        (lambda: Learned(16, 2, density=0.5), "either blocks_per_row or density"),
-        (lambda: Learned(0, 2), "block_size must be at least 1"),
-        (lambda: Learned(16, 0), "blocks_per_row must be at least 1"),
-        (lambda: Learned(16, density=0.0), "density must be a number from"),
-        (lambda: Learned(16, density=True), "density must be a number from"),
-        (lambda: Learned(16, 2) | Local(3), "cannot be part of a union"),
-        (lambda: Local(3) + Learned(16, 2), "cannot be part of a sum"),
+        (lambda: Learned(block_size=16), "either blocks_per_row or density"),
+        (lambda: Learned(2, 16, density=0.5), "either blocks_per_row or density"),
+        (lambda: Learned(2, 0), "block_size must be at least 1"),
+        (lambda: Learned(0, 16), "blocks_per_row must be at least 1"),
+        (lambda: Learned(block_size=16, density=0.0), "density must be a number from"),
+        (lambda: Learned(block_size=16, density=True), "density must be a number from"),
+        (lambda: Learned(2, 16) | Local(3), "cannot be part of a union"),
+        (lambda: Local(3) + Learned(2, 16), "cannot be part of a sum"),
         (
-            lambda: build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8, dropout_p=0.1, backend="flex"),
+            lambda: build_attention(pattern=Learned(2, 16), num_heads=2, head_dim=8, dropout_p=0.1, backend="flex"),
             "dropout_p=0.1",
         ),
     ],
@@ -324,7 +324,7 @@ def test_what_cannot_be_honoured_is_said(make: Any, said: str) -> None:
 
 
 def test_wrong_inputs_of_the_gate_are_told() -> None:
-    attention = build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8)
+    attention = build_attention(pattern=Learned(2, 16), num_heads=2, head_dim=8)
     x = torch.zeros(1, 40, 2, 8)
     with pytest.raises(ConfigError, match=r"key must have 2 heads of 8"):
         attention.gate.distillation_loss(x, x[..., :4])
@@ -338,7 +338,7 @@ def test_wrong_inputs_of_the_gate_are_told() -> None:
 
 def test_from_a_mapping_and_lengths_zero_and_one() -> None:
     attention = build_attention(pattern={"kind": "learned", "block_size": 4, "density": 0.5}, num_heads=2, head_dim=8)
-    assert attention.config.pattern == Learned(4, density=0.5)
+    assert attention.config.pattern == Learned(block_size=4, density=0.5)
     for batch, q_len, kv_len in ((2, 0, 5), (2, 5, 0), (0, 7, 7), (1, 1, 1), (2, 0, 0)):
         geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=2, num_kv_heads=2, is_causal=False)
         tensors = inputs(geometry, batch=batch, head_dim=8, dtype=torch.float32)

@@ -36,8 +36,8 @@ BEYOND_THE_KEYS = Geometry(q_len=9, kv_len=21, num_heads=4, num_kv_heads=2, is_c
 
 
 @given(learned(), strategies.geometries())
-@example(Learned(8, 1), CUT_TWICE)
-@example(Learned(8, 1), BEYOND_THE_KEYS)
+@example(Learned(1, 8), CUT_TWICE)
+@example(Learned(1, 8), BEYOND_THE_KEYS)
 @settings(max_examples=100, deadline=None)
 def test_a_row_keeps_what_the_diagonal_cuts_and_the_best_before_it(pattern: Learned, geometry: Geometry) -> None:
     if not geometry.q_len or not geometry.kv_len:
@@ -58,7 +58,7 @@ def test_a_row_keeps_what_the_diagonal_cuts_and_the_best_before_it(pattern: Lear
 def test_a_key_that_is_no_number_stays_in_its_block() -> None:
     """The block's score is none either, and the last to be chosen."""
     geometry = Geometry.self_attention(64, 4, is_causal=True)
-    attention = build(Learned(8, 1), geometry)
+    attention = build(Learned(1, 8), geometry)
     query, key, value = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=torch.float32))
     expected = attention(query, key, value)
     key[:, 11] = math.nan

@@ -34,7 +34,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 def language_model() -> LongNetLM:
     torch.manual_seed(0)
-    return LongNetLM(LongNetConfig(embed_dim=32, num_layers=2, num_heads=4, vocab_size=64, pattern=Learned(8, 2)))
+    return LongNetLM(LongNetConfig(embed_dim=32, num_layers=2, num_heads=4, vocab_size=64, pattern=Learned(2, 8)))
 
 
 def gates(model: nn.Module) -> list[Gate]:

@@ -24,7 +24,7 @@ GRADED = ["query_mix", "query_bias", "key_mix", "nearness"]
 
 def attention(*, is_causal: bool, **fields: Any) -> Attention:
     geometry = Geometry(q_len=1, kv_len=1, num_heads=4, num_kv_heads=2, is_causal=is_causal)
-    return build(Learned(SIZE, 3), geometry, **{"dtype": "float64"} | fields)
+    return build(Learned(3, SIZE), geometry, **{"dtype": "float64"} | fields)
 
 
 def tensors(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def test_documents_of_one_length_are_frozen_as_rows_of_that_length() -> None:
 
 
 def test_what_the_attention_refuses_the_gate_refuses() -> None:
-    made = build_attention(pattern=Learned(SIZE, 2), num_heads=4, num_kv_heads=2, head_dim=8, dtype="float64")
+    made = build_attention(pattern=Learned(2, SIZE), num_heads=4, num_kv_heads=2, head_dim=8, dtype="float64")
     query, key = tensors(2, 40)
     hole = torch.zeros(2, 40, dtype=torch.bool)
     hole[1, 3] = True

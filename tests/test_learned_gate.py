@@ -26,7 +26,7 @@ from .support import inputs
 def test_the_gate_begins_as_queries_times_pooled_keys() -> None:
     """Mean keys where these are small, the bound of Quest where they are large."""
     geometry = Geometry.self_attention(64, 2, is_causal=False)
-    attention = build_attention(pattern=Learned(16, 2), num_heads=2, head_dim=8)
+    attention = build_attention(pattern=Learned(2, 16), num_heads=2, head_dim=8)
     query, key, _ = inputs(geometry, batch=1, head_dim=8, dtype=torch.float32)
     mean_query = torch.unflatten(query, 1, (4, 16)).mean(dim=2)
     blocks = torch.unflatten(key, 1, (4, 16))
@@ -38,7 +38,7 @@ def test_the_gate_begins_as_queries_times_pooled_keys() -> None:
 
 
 def test_a_short_last_block_is_pooled_like_a_whole_one() -> None:
-    attention = build_attention(pattern=Learned(16, 2), num_heads=1, head_dim=8)
+    attention = build_attention(pattern=Learned(2, 16), num_heads=1, head_dim=8)
     gate: Any = attention.gate
     key = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 37, 1, 8)
     scores = gate._scores(key, key, 0)
@@ -72,7 +72,7 @@ def dense_weights(query: Tensor, key: Tensor, geometry: Geometry, size: int) -> 
 def test_loss_and_kept_mass_are_those_of_the_dense_weights(geometry: Geometry, workspace_bytes: int) -> None:
     """However small the tiles, the streamed sums are those of the N x N matrix."""
     size, limits = 8, Limits(workspace_bytes=workspace_bytes)
-    attention = build(Learned(size, 3), geometry, dtype="float64", limits=limits)
+    attention = build(Learned(3, size), geometry, dtype="float64", limits=limits)
     query, key, _ = (x.detach() for x in inputs(geometry, batch=2, head_dim=8, dtype=torch.float64))
     offsets: dict[str, Any] = {"q_offset": geometry.q_offset, "kv_offset": geometry.kv_offset}
     weights = dense_weights(query, key, geometry, size)
@@ -81,7 +81,7 @@ def test_loss_and_kept_mass_are_those_of_the_dense_weights(geometry: Geometry, w
     gate: Any = attention.gate
     scores = gate._scores(query, key, shift)
     of = TableRows.of(
-        Learned(size, 3), geometry.q_len, geometry.kv_len, shift, is_causal=geometry.is_causal, device=query.device
+        Learned(3, size), geometry.q_len, geometry.kv_len, shift, is_causal=geometry.is_causal, device=query.device
     )
     losses = []
     for row, before in enumerate(of.before.tolist()):
@@ -115,7 +115,7 @@ def test_the_loss_needs_no_square_matrix() -> None:
 
     length = 4096
     attention = build_attention(
-        pattern=Learned(64, 4), num_heads=1, head_dim=8, is_causal=True, limits=Limits(workspace_bytes=1 << 20)
+        pattern=Learned(4, 64), num_heads=1, head_dim=8, is_causal=True, limits=Limits(workspace_bytes=1 << 20)
     )
     query, key = torch.randn(2, 1, length, 1, 8, generator=torch.Generator().manual_seed(0))
     with Largest() as seen:  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ def test_every_gate_parameter_gets_a_gradient(is_causal: bool, kv_heads: int) ->
     """At its first step, in every head and direction; attention itself gives it none."""
     geometry = Geometry(q_len=200, kv_len=200, num_heads=4, num_kv_heads=kv_heads, is_causal=is_causal)
     attention = build_attention(
-        pattern=Learned(16, 3), num_heads=4, num_kv_heads=kv_heads, head_dim=8, is_causal=is_causal
+        pattern=Learned(3, 16), num_heads=4, num_kv_heads=kv_heads, head_dim=8, is_causal=is_causal
     )
     tensors = inputs(geometry, batch=2, head_dim=8, dtype=torch.float32)
     attention(*tensors).sum().backward()
@@ -162,7 +162,7 @@ def test_distillation_teaches_the_gate_where_attention_goes(is_causal: bool) -> 
         key[:, 1::16, :, 0] -= found
         return query, key
 
-    attention = build_attention(pattern=Learned(16, 5), num_heads=2, head_dim=8, is_causal=is_causal)
+    attention = build_attention(pattern=Learned(5, 16), num_heads=2, head_dim=8, is_causal=is_causal)
     test = draw()
     before = float(attention.gate.kept_mass(*test).mean())
     optimizer = torch.optim.Adam(attention.parameters(), lr=3e-2)
@@ -177,7 +177,7 @@ def test_distillation_teaches_the_gate_where_attention_goes(is_causal: bool) -> 
 
 
 def test_a_row_without_a_choice_costs_nothing() -> None:
-    attention = build_attention(pattern=Learned(16, 3), num_heads=2, head_dim=8, is_causal=True)
+    attention = build_attention(pattern=Learned(3, 16), num_heads=2, head_dim=8, is_causal=True)
     query, key = torch.randn(2, 1, 32, 2, 8, generator=torch.Generator().manual_seed(0))
     loss = attention.gate.distillation_loss(query, key)  # the second row may choose one block of one
     assert float(loss.detach()) == 0

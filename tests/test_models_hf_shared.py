@@ -18,7 +18,7 @@ from .support import error
 
 
 def test_frozen_patterns_of_one_generator_are_told_apart() -> None:
-    gate = build_attention(pattern=Learned(4, 2), num_heads=H, num_kv_heads=2, head_dim=8, is_causal=True).gate
+    gate = build_attention(pattern=Learned(2, 4), num_heads=H, num_kv_heads=2, head_dim=8, is_causal=True).gate
     frozen = [gate.freeze(data(1, S, H, 8, seed=i), data(1, S, 2, 8, seed=i)) for i in (1, 2)]
     llama, seen, names = model(), tokens(), []
     expected = [llama(seen, attention_mask=log_multiplicity(pattern, S)).logits for pattern in frozen]

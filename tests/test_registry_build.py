@@ -185,7 +185,7 @@ def test_a_plan_says_what_runs_while_weights_are_dropped() -> None:
     ("pattern", "kernel"),
     [
         (Random(2, 16), "PyTorch's matrix products"),
-        (Learned(16, 2), "PyTorch's matrix products"),
+        (Learned(2, 16), "PyTorch's matrix products"),
         (Random(2, 16) | Local(3), "PyTorch's matrix products"),
         (Dilated((64,), (1,)) + Random(2, 16), "aten flash for CPU"),
         (Local(3), "aten flash for CPU"),

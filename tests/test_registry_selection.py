@@ -120,7 +120,7 @@ def test_block_sizes_narrow_only_the_kernels_for_layouts_that_name_them() -> Non
         "block_sizes: needs blocks of 24 tokens (random pattern), has 64, 128; "
         "take a pattern of such blocks, or another backend"
     )
-    asking = asked(declared, pattern=Learned(2, 24), backend="toy")
+    asking = asked(declared, pattern=Learned(24, 2), backend="toy")
     assert codes(asking, "toy") == {"block_sizes", "dynamic_tables"}
     for any_size in (whole, CAPABILITIES | {"block_sizes": (64,)}):  # core computes the blocks of dense kernels
         assert not codes(asked(with_spec(capabilities=any_size), pattern=Random(2, 24)), "toy")
