@@ -8,20 +8,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import attrs
 
-from .checks import (
-    MOST_POSITIONS,
-    an_int,
-    copied_plainly,
-    did_you_mean,
-    keep_number,
-    nearest,
-    one_of,
-    positive_int,
-)
+from .checks import MOST_POSITIONS, an_int, copied_plainly, did_you_mean, keep_number, nearest, one_of, positive_int
 from .context_parallel import ContextParallel
 from .errors import ConfigError
 from .geometry import Geometry
@@ -29,8 +20,12 @@ from .limits import Limits
 from .pattern import Full, Pattern
 from .structure import NamesChecked, check_keys, from_mapping, keys_of
 
+if TYPE_CHECKING:
+    import torch
+
 # From the most to the least precise.
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_TORCHS_OTHER_NAMES: Final = {"double": "float64", "float": "float32", "half": "float16"}
 
 _MOST_HEADS: Final = 1 << 16  # the pattern says of each what it sees
 _MOST_HEAD_DIM: Final = 1 << 20  # beyond what any backend takes, and floats hold what is counted of it
@@ -57,10 +52,16 @@ _MASKS: Final = ("attn_mask", "attention_mask", "attn_bias", "mask", "bias", "bl
 _OF_CALLS: Final = ("return_lse", "q_offset", "kv_offset", "key_padding_mask", "cu_seqlens")  # besides three tensors
 
 
-def _torch_name(value: object) -> object:
+def _torch_name(value: str | torch.dtype | torch.device | None) -> object:
     """`torch.float32` -> "float32", `torch.device("cuda", 0)` -> "cuda:0"; None and anything else as they are."""
     is_torch = type(value).__module__.partition(".")[0] == "torch" or isinstance(value, str)
     return str(value).removeprefix("torch.") if is_torch else value
+
+
+def _dtype_name(value: str | torch.dtype) -> object:
+    """Also torch's other names of a dtype: `"half"` as `torch.half`."""
+    name = _torch_name(value)
+    return _TORCHS_OTHER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def _copied(value: object) -> object:
@@ -183,7 +184,7 @@ class AttentionConfig(NamesChecked):
     is_causal: bool = attrs.field(default=False, validator=_boolean)
     scale: float | None = attrs.field(default=None, validator=_scale)
     dropout_p: float = attrs.field(default=0.0, validator=_probability)
-    dtype: str = attrs.field(default="float32", converter=_torch_name, validator=one_of(*DTYPES))
+    dtype: str = attrs.field(default="float32", converter=_dtype_name, validator=one_of(*DTYPES))
     device: str | None = attrs.field(default=None, converter=_torch_name, validator=_device)
     tensor_layout: str = attrs.field(default="bshd", validator=one_of("bshd", "bhsd"))
     seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(an_int(1, MOST_POSITIONS)))

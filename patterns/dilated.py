@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..core.pattern import IntArray
 
 
-def _tuple(value: object) -> tuple[object, ...]:
+def _tuple(value: Iterable[int]) -> tuple[object, ...]:
     """A tuple of the values, so that lists from files compare equal; anything that is no list is an error."""
     if isinstance(value, set | frozenset):
         raise ConfigError(f"Dilated takes sequences of integers, a branch a place, got {value!r}, which has no order")

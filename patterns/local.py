@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..core.pattern import IntArray
 
 
-def _both_sides(value: object) -> tuple[object, ...]:
+def _both_sides(value: int | Sequence[int]) -> tuple[object, ...]:
     """An integer stands for both sides; two integers are (left, right)."""
     is_one = isinstance(value, str) or not (isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1)
     given: Any = (value, value) if is_one else value

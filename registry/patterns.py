@@ -41,7 +41,9 @@ def _resolved(pattern: Pattern | Mapping[str, Any], registry: Registry, depth: i
     if depth > MOST_NESTED:
         raise ConfigError(f"patterns may be nested {MOST_NESTED} deep, these are deeper")
     if not isinstance(pattern, Mapping) or not isinstance(pattern.get("kind"), str):
-        raise ConfigError(f"a pattern is a mapping with 'kind', its name, got {pattern!r}")
+        raise ConfigError(
+            f"a pattern is a value such as Dilated(...), or a mapping with 'kind', its name; got {pattern!r}"
+        )
     kind: str = pattern["kind"]
     parameters = {name: value for name, value in pattern.items() if name != "kind"}
     if kind in _COMPOSITES:

@@ -373,3 +373,9 @@ def test_models_calls_and_caches_take_numbers_of_numpy() -> None:
     assert attention.counters().layouts.misses == 1
     cache = attention.make_cache(NP.int64(2), NP.int64(6))
     assert (type(cache.batch_size), type(cache.max_seq_len)) == (int, int)
+
+
+@pytest.mark.parametrize(("given", "name"), [("half", "float16"), ("float", "float32"), ("torch.double", "float64")])
+def test_dtypes_have_torchs_other_names(given: str, name: str) -> None:
+    assert AttentionConfig(num_heads=1, head_dim=8, dtype=given).dtype == name
+    assert str(getattr(torch, given.removeprefix("torch."))) == f"torch.{name}"

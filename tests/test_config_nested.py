@@ -28,7 +28,7 @@ def nested(times: int) -> dict[str, Any]:
 
 def test_unions_in_each_other_end() -> None:
     for times in (65, 300, 900):
-        with pytest.raises(ConfigError, match="unions and sums may be nested 64 deep"):
+        with pytest.raises(ConfigError, match="patterns may be nested 64 deep"):
             resolve_pattern(nested(times))
     for fields in ({"pattern": nested(300)}, {"backend_options": {"sdpa": {"a": nested(900)}}}):
         with pytest.raises(ConfigError, match="may be nested 64 deep"):

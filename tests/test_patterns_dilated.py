@@ -135,16 +135,16 @@ def test_a_rate_beyond_the_segment_leaves_heads_without_keys() -> None:
         (lambda: Dilated((4, 8), (1,)), "got 2 segment_lengths (4, 8) and 1 dilation_rates (1,)"),
         (lambda: Dilated((4, 0), (1, 2)), "Dilated.segment_lengths[1] must be at least 1, got 0"),
         (lambda: Dilated((4,), (-2,)), "Dilated.dilation_rates[0] must be at least 1, got -2"),
-        (lambda: Dilated((4.0,), (1,)), "Dilated.segment_lengths[0] must be an integer, got 4.0 (float)"),
+        (lambda: Dilated((4.0,), (1,)), "Dilated.segment_lengths[0] must be an integer, got 4.0 (float)"),  # type: ignore[arg-type]
         (lambda: Dilated((True,), (1,)), "Dilated.segment_lengths[0] must be an integer, got True (bool)"),
-        (lambda: Dilated(4, (1,)), "takes sequences of integers, got 4; write (4,) for one branch"),
+        (lambda: Dilated(4, (1,)), "takes sequences of integers, got 4; write (4,) for one branch"),  # type: ignore[arg-type]
         (lambda: Dilated(np.array(4), (1,)), "takes sequences of integers, got array(4); write (1024,) for one branch"),
         (
             lambda: Dilated({4, 8}, (1, 2)),
             "integers, a branch a place, got {8, 4}, which has no order",
         ),
         (lambda: Dilated((4,), frozenset({1})), "got frozenset({1}), which has no order"),
-        (lambda: Dilated("48", (1, 2)), "takes sequences of integers, got '48'; write (1024,) for one branch"),
+        (lambda: Dilated("48", (1, 2)), "takes sequences of integers, got '48'; write (1024,) for one branch"),  # type: ignore[arg-type]
         (
             lambda: Dilated((4, 1 << 41), (1, 2)),
             "Dilated.segment_lengths[1] must be at most 1,099,511,627,776, got 2,199,",

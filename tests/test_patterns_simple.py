@@ -135,8 +135,8 @@ def test_the_largest_numbers_are_what_a_sequence_makes_of_them(is_causal: bool) 
         (lambda: Global(10**30), "Global.tokens must be at most 1,099,511,627,776"),
         (lambda: Strided(1 << 17), "Strided.stride must be at most 65,536, got 131,072"),
         (lambda: Local((1, 2, 3)), "must be an integer or (left, right), got (1, 2, 3)"),
-        (lambda: Local(2.5), "Local.window_size (left) must be an integer, got 2.5 (float)"),
-        (lambda: Local("3"), "must be an integer, got '3' (str)"),
+        (lambda: Local(2.5), "Local.window_size (left) must be an integer, got 2.5 (float)"),  # type: ignore[arg-type]
+        (lambda: Local("3"), "must be an integer, got '3' (str)"),  # type: ignore[arg-type]
         (lambda: Local.from_sliding_window(0), "sliding_window must be at least 1, got 0"),
         (lambda: Global(0), "Global.tokens must be at least 1, got 0"),
         (lambda: Global(True), "Global.tokens must be an integer, got True (bool)"),

@@ -57,7 +57,7 @@ def test_the_request_is_a_value_that_files_hold() -> None:
         ({"size": 2, "timeout_s": 0}, "timeout_s must be a positive number, got 0"),
         ({"size": 2, "timeout_s": 604_801}, r"timeout_s must be at most 604,800 seconds \(a week\), got 604801"),
         ({"size": 2, "transport": "gloo"}, r"gloo_cpu, ring_nccl; got 'gloo' \(did you mean 'gloo_cpu'\?\)"),
-        (4, "ContextParallel must be a mapping of names to values, got 4"),
+        (4, r"context_parallel must be None, a ContextParallel\(size=...\) or, in a file, a table; got 4"),
     ],
 )
 def test_wrong_requests_are_refused(value: object, words: str) -> None:
