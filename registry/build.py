@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import attrs
 
@@ -14,13 +13,13 @@ from ..core.bands import bands_of
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING, ForOneLength, takes_dlse, takes_dropout
-from ..core.pattern import LearnedPattern, Pattern
-from ..core.plan import MATRIX_PRODUCTS, AttentionPlan, BackendRow, ExchangeSummary, LayoutSummary
-from ..core.version import VERSION
+from ..core.pattern import Pattern
+from ..core.plan import AttentionPlan
 from .capabilities import make_request
-from .device import describe_card, describe_device, premises_of
+from .device import describe_card, describe_device
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
+from .planning import plan_of
 from .plugins import PLUGIN_FAULTS, describe
 from .selection import Selection, Verdict, judge, select, takes_dense
 from .specs import Device, Request
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.attention import Attention
+    from ..core.config_fields import ConfigFields
     from ..core.engine import Engine
     from ..core.kernel import DenseKernel, LayoutKernel
     from ..exchange.preflight import Preflight
@@ -41,9 +41,13 @@ def build_attention(
     *,
     like: Tensor | None = None,
     mesh: object = None,
-    **fields: Any,
+    **fields: Unpack[ConfigFields],
 ) -> Attention:
     """Choose a backend and build the attention. Nothing is chosen later: forward is one bound call.
+
+        attention = build_attention(pattern=Local((255, 0)), num_heads=8, head_dim=64, is_causal=True)
+        out = attention(query, key, value)  # each (batch, seq_len, num_heads, head_dim)
+        print(attention.plan.explain())
 
     Args:
         config: the configuration, or a mapping of it.
@@ -63,9 +67,8 @@ def build_attention(
         RingBroken: when not all ranks of the mesh build, or can be connected, in time.
     """
     with nullcontext() if mesh is None else _refusals_told(mesh):
-        if like is not None:
-            fields = _fields_of(like, config, fields) | fields
-        return build_from(_config(config, fields), default_registry(), mesh=mesh)
+        given: Mapping[str, object] = fields if like is None else {**_fields_of(like, config, fields), **fields}
+        return build_from(_config(config, given), default_registry(), mesh=mesh)
 
 
 def _refusals_told(mesh: object) -> AbstractContextManager[None]:
@@ -82,7 +85,7 @@ def build_from(config: AttentionConfig, registry: Registry, *, mesh: object = No
 
     _check_parallel(config, mesh)
     config, request, selection = _select(config, describe_device(config.device), registry)
-    plan = _plan(config, request, selection)
+    plan = plan_of(config, request, selection)
     if selection.chosen is None:
         raise NoBackendError(plan.explain())
     capabilities = selection.chosen.registered.spec.capabilities
@@ -159,7 +162,7 @@ def explain(
     like: Tensor | None = None,
     arch: str | None = None,
     registry: Registry | None = None,
-    **fields: Any,
+    **fields: Unpack[ConfigFields],
 ) -> AttentionPlan:
     """The plan that `build_attention` would freeze, without building a kernel or allocating a tensor.
 
@@ -177,17 +180,18 @@ def explain(
     Raises:
         ConfigError: for an input that no backend could honour, and an arch that is none.
     """
+    given: Mapping[str, object] = fields
     if like is not None:
         said = _fields_of(like, config, fields)
         if arch is not None:
             del said["device"]
-        fields = said | fields
-    config = _config(config, fields)
+        given = {**said, **fields}
+    config = _config(config, given)
     if arch is None:
         device = describe_device(config.device)
     else:
         device, config = describe_card(arch, config.device), attrs.evolve(config, device="cuda")
-    return _plan(*_select(config, device, registry or default_registry()))
+    return plan_of(*_select(config, device, registry or default_registry()))
 
 
 def preflight(
@@ -197,7 +201,7 @@ def preflight(
     ranks: int,
     batch: int = 1,
     registry: Registry | None = None,
-    **fields: Any,
+    **fields: Unpack[ConfigFields],
 ) -> Preflight:
     """What sharing a sequence between `ranks` ranks will cost each of them; nothing is built and none is needed.
 
@@ -213,11 +217,11 @@ def preflight(
     """
     from ..exchange.preflight import preflight as simulate
 
-    resolved = _config(config, fields | {"context_parallel": None})
+    resolved = _config(config, {**fields, "context_parallel": None})
     return simulate(resolved, resolve_pattern(resolved.pattern, registry or default_registry()), ranks, batch=batch)
 
 
-def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str, Any]) -> AttentionConfig:
+def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: Mapping[str, object]) -> AttentionConfig:
     if config is None:
         return AttentionConfig.from_dict(fields)
     if isinstance(config, Mapping):
@@ -230,10 +234,11 @@ def _config(config: AttentionConfig | Mapping[str, Any] | None, fields: dict[str
             f"config must be an AttentionConfig or a mapping, got {config!r} ({type(config).__name__}){hint}"
         )
     check_fields(fields)
-    return attrs.evolve(config, **fields) if fields else config
+    known: dict[str, Any] = dict(fields)
+    return attrs.evolve(config, **known) if known else config
 
 
-def _fields_of(like: Tensor, config: object, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(like: Tensor, config: object, fields: Mapping[str, object]) -> dict[str, Any]:
     """What a tensor says about a configuration."""
     if config is not None:
         raise ConfigError("give either a config or like=: both say num_heads, head_dim, dtype and device")
@@ -251,125 +256,6 @@ def _select(config: AttentionConfig, device: Device, registry: Registry) -> tupl
     config = attrs.evolve(config, pattern=pattern)  # validates the pattern against the heads
     request = make_request(config, pattern, device)
     return config, request, select(request, registry)
-
-
-def _plan(config: AttentionConfig, request: Request, selection: Selection) -> AttentionPlan:
-    import torch
-
-    chosen = selection.chosen
-    compiles = str(chosen.registered.spec.capabilities.get("compile", "none")) if chosen else "none"
-    exchange = _exchange_summary(config, request, selection.companion)
-    rows = selection.rows if exchange is not None else tuple(_as_run(row, request) for row in selection.rows)
-    return AttentionPlan(
-        config=config.to_dict(),
-        device=attrs.asdict(request.device),
-        backend=chosen.registered.spec.name if chosen else None,
-        kernel=next((row.kernel for row in rows if row.status == "chosen"), ""),
-        rows=rows,
-        layout=_layout_summary(config, request, chosen),
-        compile_class="none" if config.ring_size > 1 else compiles,
-        exchange=exchange,
-        versions={
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "dilated_attention": VERSION,
-        },
-        premises=premises_of(request.device),
-    )
-
-
-def _as_run(row: BackendRow, request: Request) -> BackendRow:
-    """The row with what computes in the place of its kernel, where the pattern has nothing for that: blocks alone."""
-    if not row.kernel or not row.blocks_by_core:
-        return row
-    if not isinstance(request.pattern.unwrap(), LearnedPattern):
-        from ..core.band_calls import branches_and_bands
-
-        branches, bands = branches_and_bands(request.pattern, request.config.one_token)
-        if branches or bands is not None:
-            return row
-    return attrs.evolve(row, kernel=MATRIX_PRODUCTS)
-
-
-def _exchange_summary(config: AttentionConfig, request: Request, companion: Verdict | None) -> ExchangeSummary | None:
-    if config.context_parallel is None or config.ring_size == 1:
-        return None
-    if isinstance(request.pattern.unwrap(), LearnedPattern):
-        raise ConfigError(
-            f"a {request.pattern.kind} pattern chooses its blocks from the whole sequence, which no rank of a "
-            "context_parallel ring has; use what attention.gate.freeze(query, key) returns"
-        )
-    device_type = request.device.torch_name.partition(":")[0]
-    return ExchangeSummary(
-        transport=config.context_parallel.transport_for(device_type),
-        size=config.ring_size,
-        timeout_s=float(config.context_parallel.timeout_s),
-        companion=companion.registered.spec.name if companion else None,
-        companion_kernel=companion.kernel if companion else "",
-    )
-
-
-def _layout_summary(config: AttentionConfig, request: Request, chosen: Verdict | None) -> LayoutSummary:
-    """Of what the chosen backend computes: dense kernels take bands as they are, but on ranks of a ring."""
-    pattern, kinds = request.pattern, request.needs["layouts"]
-    if isinstance(pattern.unwrap(), LearnedPattern):
-        return LayoutSummary(kinds=("dynamic",))
-    from ..core.band_calls import branches_and_bands
-    from ..core.layout import Layout
-    from ..core.lowering import lower
-
-    has_bands = False
-    if chosen is not None and takes_dense(chosen.registered.spec) and config.ring_size == 1:
-        has_bands = bool(branches_and_bands(pattern, config.one_token)[1])
-    if has_bands:
-        kinds = tuple("band" if kind == "block" else kind for kind in kinds)
-    if config.seq_len is None:
-        return LayoutSummary(kinds=kinds)
-    geometry = config.geometry(config.seq_len)
-    try:
-        layout = lower(pattern, geometry, limit_bytes=config.limits.layout_bytes)
-    except ConfigError:
-        if not has_bands:
-            raise
-        return _counted_in_bands(kinds, config, pattern)
-    kept = Layout(pattern, geometry, layout.branches, None) if has_bands else layout
-    return LayoutSummary(
-        kinds=kinds,
-        seq_len=config.seq_len,
-        digest=layout.digest,
-        nbytes=kept.nbytes,
-        density=layout.density,
-        keyless_queries=layout.keyless_queries,
-        **_work(config, layout.pairs, layout.distinct_pairs),
-    )
-
-
-def _work(config: AttentionConfig, pairs: int, distinct: int | None) -> dict[str, Any]:
-    """Fields of a `LayoutSummary`."""
-    each = 4 * config.head_dim  # of a pair: two products, of a multiplication and an addition for each column
-    distinct_flops = None if distinct is None else each * distinct
-    return {"pairs": pairs, "distinct_pairs": distinct, "flops": each * pairs, "distinct_flops": distinct_flops}
-
-
-def _counted_in_bands(kinds: tuple[str, ...], config: AttentionConfig, pattern: Pattern) -> LayoutSummary:
-    """Without what only a table tells, which is larger than allowed and which no dense kernel needs."""
-    from ..core.band_calls import dense_form
-    from ..core.counting import allowed_pairs
-    from ..core.layout import Layout
-
-    assert config.seq_len is not None
-    geometry = config.geometry(config.seq_len)
-    dense = dense_form(pattern, geometry, windows=True) or dense_form(pattern, geometry, windows=False)
-    assert dense is not None
-    pairs = dense.schedule.pairs
-    distinct = pairs if pattern.max_multiplicity == 1 else None
-    return LayoutSummary(
-        kinds=kinds,
-        seq_len=config.seq_len,
-        nbytes=Layout(pattern, geometry, dense.branches, None).nbytes,
-        density=None if distinct is None else distinct / allowed_pairs(geometry),
-        **_work(config, pairs, distinct),
-    )
 
 
 def _has_dlse(chosen: Verdict, request: Request) -> bool:

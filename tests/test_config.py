@@ -21,6 +21,7 @@ import torch
 
 from dilated_attention import build_attention, resolve_pattern
 from dilated_attention.core.config import AttentionConfig
+from dilated_attention.core.config_fields import ConfigFields
 from dilated_attention.core.context_parallel import ContextParallel
 from dilated_attention.core.errors import ConfigError
 from dilated_attention.core.geometry import Geometry
@@ -379,3 +380,8 @@ def test_models_calls_and_caches_take_numbers_of_numpy() -> None:
 def test_dtypes_have_torchs_other_names(given: str, name: str) -> None:
     assert AttentionConfig(num_heads=1, head_dim=8, dtype=given).dtype == name
     assert str(getattr(torch, given.removeprefix("torch."))) == f"torch.{name}"
+
+
+def test_fields_as_keywords_are_those_of_the_class() -> None:
+    """`build_attention(**fields)` is typed by `ConfigFields`, which names them once more."""
+    assert list(ConfigFields.__annotations__) == [field.name for field in attrs.fields(AttentionConfig)]

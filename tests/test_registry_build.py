@@ -122,7 +122,7 @@ def test_fields_replace_those_of_a_config() -> None:
     assert explain(base, is_causal=True).config["is_causal"]
     assert explain(base.to_dict(), head_dim=32).config["head_dim"] == 32
     with pytest.raises(ConfigError, match="did you mean 'is_causal'"):
-        explain(base, causal=True)
+        explain(base, causal=True)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="must be an AttentionConfig or a mapping"):
         explain(8)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"got 'a\.toml' \(str\); AttentionConfig\.from_file reads a file"):
