@@ -380,13 +380,6 @@ def test_out_may_be_changed_in_place_unless_it_is_kept(pattern: Pattern, backend
         torch.autograd.grad(keeping(x, x, x).mul_(2).sum(), x)
 
 
-def test_a_cpu_is_the_same_with_an_index() -> None:
-    attention = build(device="cpu:0")
-    attention.prepare(9)
-    attention(*torch.zeros(3, 1, 9, 4, 8))
-    assert (attention.counters().layouts.misses, attention.counters().layouts.hits) == (1, 1)
-
-
 def test_a_call_changes_no_global_state_and_needs_no_optional_library() -> None:
     state = "torch.get_rng_state().sum(), torch.get_float32_matmul_precision(), dict(os.environ)"
     code = (

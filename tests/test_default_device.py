@@ -43,3 +43,10 @@ def test_the_oracle_too() -> None:
         found = reference.attention(query, key, value, **call)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_a_cpu_is_the_same_with_an_index() -> None:
+    attention = build_attention(pattern=Random(2, 4), num_heads=4, head_dim=8, device="cpu:0")
+    attention.prepare(9)
+    attention(*torch.zeros(3, 1, 9, 4, 8))
+    assert (attention.counters().layouts.misses, attention.counters().layouts.hits) == (1, 1)
