@@ -24,6 +24,9 @@ from dilated_attention.core.layout import BlockLayout
 from dilated_attention.core.lowering import lower
 from dilated_attention.core.pattern import Branch
 
+from .kernel_kit import build, check, on_card
+from .support import error
+
 CPU = torch.device("cpu")
 
 
@@ -185,3 +188,20 @@ def test_a_packing_that_covers_its_tensors() -> None:
     documents = [Document(0, at, 5, at, 5) for at in (0, 5, 10)]
     for count, length in itertools.product((2, 3), (10, 15)):
         assert Packing(tuple(documents[:count]), 1, length, length).covers is (5 * count == length)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [Random(2, 2048), Random(2, 256) | Local(30)], ids=str)
+def test_blocks_longer_than_a_call(pattern: Pattern) -> None:
+    """They are cut to a power of two, for a sequence alone and for documents."""
+    for length in (100, 200, 517):
+        geometry = Geometry.self_attention(length, 4, is_causal=True)
+        attention = build("triton", pattern, geometry, "bfloat16", 64)
+        check(attention, geometry)
+        query, key, value = (x.detach() for x in on_card(geometry, "bfloat16", 64)[:3])
+        packed = [torch.cat([x[:1], x[:1, : length // 2]], 1) for x in (query, key, value)]
+        ends = torch.tensor([0, length, length + length // 2], device="cuda")
+        out = attention(*packed, cu_seqlens=ends)
+        for begin, end in itertools.pairwise(ends.tolist()):
+            alone = attention(*(x[:, begin:end] for x in packed))
+            assert error(out[:, begin:end], alone.double()) < 5e-3
