@@ -106,9 +106,9 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["load", "neer"], 2, "no stored pattern 'neer' in 'store' (did you mean 'near'?)"),
-        (["verify", "neer"], 2, "no stored pattern 'neer'"),
-        (["show", "neer"], 2, "no stored pattern 'neer'"),
+        (["load", "neer"], 4, "no stored pattern 'neer' in 'store' (did you mean 'near'?)"),
+        (["verify", "neer"], 4, "no stored pattern 'neer'"),
+        (["show", "neer"], 4, "no stored pattern 'neer'"),
         (["load", "../near"], 4, "a pattern's name is 1 to 120"),
         (["show", "con"], 4, "the name of a device"),
         (["load", "out"], 4, "outside the store"),
@@ -128,7 +128,9 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
         (["show", "near", "--seq-len", "0"], 2, "--seq-len"),
         (["show", "near", "--layers", "0"], 2, "--layers"),
         (["show", "near", "--layers", "100000000"], 2, "--layers"),
-        (["show", "far", "--seq-len", "300"], 2, "was drawn for seq_len=200"),
+        (["show", "far", "--seq-len", "300"], 4, "was drawn for seq_len=200"),
+        (["show", "all", "--seq-len", "100000000"], 2, "allowed are 536,870,912; show fewer tokens"),
+        (["save", "x", "--config", "tight.toml"], 2, "allowed are 40; set a larger limits = {layout_bytes ="),
         (["show", "near", "--plot", "a.pdf"], 2, "--plot writes a file ending in .png or .svg, got 'a.pdf'"),
         (["show", "near", "--plot", "nowhere/a.png"], 2, "--plot must be a file in a folder that exists"),
         (["verfy"], 2, "No such command 'verfy'"),
@@ -147,6 +149,8 @@ def test_wrong_input_is_one_message_and_a_status(
     Path("empty.toml").write_text("num_heads = 2\n")
     Path("headless.toml").write_text('pattern = {kind = "full"}\n')
     Path("typo.toml").write_text('num_heads = 2\npattern = {kind = "locl", window_size = 1}\n')
+    Path("tight.toml").write_text(f"seq_len = 200\nlimits = {{layout_bytes = 40}}\n{DRAWN}")
+    save(invoke, "all", "local.toml", "--pattern", "full")
     Path("key.toml").write_text(f"is_casual = true\n{LOCAL}")
     before = sorted(str(path) for path in work.rglob("*"))
     options = [] if arguments[0] == "verfy" else ["--root", "store"]
@@ -194,7 +198,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(
     assert [row["status"] for row in rows] == ["ok", "unreadable", "ok", "unreadable"]
     assert "b.safetensors': Permission denied" in rows[1]["cause"]
     assert invoke("pattern", "verify", "b", "--root", "store").returncode == 1
-    assert invoke("pattern", "verify", "gone", "--root", "store").returncode == 2
+    assert invoke("pattern", "verify", "gone", "--root", "store").returncode == 4
     Path("store/a.safetensors").write_bytes(b"PK")
     assert invoke("pattern", "verify", "--root", "store").returncode == 4
 

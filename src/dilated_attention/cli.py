@@ -41,9 +41,9 @@ from .report import (
 )
 
 _STATUSES: Final = (
-    "Exit status: 0 done; 1 a check or a measurement failed, a plugin broke, or stdout could not be written; 2 usage: "
-    "options, configurations, places that cannot be read or written; 3 no backend fits; 4 a bad or unsafe pattern "
-    "file, or none where a configuration names one."
+    "Exit status: 0 done; 1 a check or a measurement failed, `pattern list` or `pattern verify` could not read a file, "
+    "a plugin broke, or stdout could not be written; 2 usage: options, configurations, other places that cannot be "
+    "read or written; 3 no backend fits; 4 a pattern file that is bad, unsafe or missing, or does not fit."
 )
 _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     ConfigError: 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,8 @@ import attrs
 import typer
 
 from .console import CONTEXT, FAILED, AsJson, given, registry, show
-from .core.checks import did_you_mean
 from .core.config import AttentionConfig, check_fields, read_mapping
-from .core.errors import ConfigError, PatternFileError, UnsafePathError
+from .core.errors import ConfigError, DilatedAttentionError, PatternFileError, PatternNotFoundError, UnsafePathError
 from .core.explain import amount, columns, counted, pattern_words
 from .core.geometry import Geometry
 from .pattern_flags import DilationRates, Kind, Parameters, SegmentLengths, pattern_of
@@ -93,7 +93,7 @@ def save(
     )
     read = _config(fields, config)
     assert read.seq_len is not None
-    with _store(root) as store:
+    with _store(root, limit_bytes=read.limits.layout_bytes) as store:
         try:
             store.save(
                 name,
@@ -105,6 +105,8 @@ def save(
             )
         except FileExistsError as error:
             raise ConfigError(f"{name!r} exists already in {str(root)!r}; --overwrite replaces it") from error
+        except ConfigError as error:
+            raise _with_remedy(error, "set a larger limits = {layout_bytes = ...} in the file of --config") from error
         info = store.verify(name)
     show(_info_text(info), attrs.asdict(info), as_json=as_json)
 
@@ -148,7 +150,8 @@ def show_pattern(
         quality, text, data = _report(pattern, info, geometry, head, layers)
         picture = None if plot is None else _picture(pattern, geometry, head)
     except (ConfigError, PatternFileError) as error:  # of a sound file: it is the length that does not fit
-        raise ConfigError(f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}") from error
+        said = f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}"
+        raise _with_remedy(type(error)(said), "show fewer tokens") from error
     if plot is not None and picture is not None:
         _plot(picture, quality, info, head, plot)
     show(text, data, as_json=as_json)
@@ -200,11 +203,11 @@ def verify(
     root: Root = _ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Check stored patterns, bit by bit. Exit status 4 when one is bad, else 1 when one cannot be read."""
+    """Check stored patterns, bit by bit. Exit status 4 when one is bad or missing, else 1 when one cannot be read."""
     _require_named(context, root)
     with _store(root) as store:
         names = store.list() if name is None else (name,)
-        rows = [_verified(root, store, each, is_asked_for=name is not None) for each in names]
+        rows = [_verified(store, each, is_asked_for=name is not None) for each in names]
     table = list(columns([(row["name"], row["status"], row["kind"]) for row in rows])) if rows else []
     lines = [f"no patterns are stored in {str(root)!r}"] if not rows else []
     for line, row in zip(table, rows, strict=True):
@@ -215,15 +218,17 @@ def verify(
         raise typer.Exit(_BAD_FILE if "bad" in statuses else FAILED)
 
 
-def _verified(root: Path, store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:
+def _verified(store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:
     """A row of what `verify` says; one of many that is gone meanwhile is one that cannot be read."""
     try:
         info = store.verify(name)
+    except PatternNotFoundError as error:
+        if is_asked_for:
+            raise
+        return {"name": name, "status": "unreadable", "kind": "", "cause": str(error)}
     except (PatternFileError, UnsafePathError) as error:
         return {"name": name, "status": "bad", "kind": "", "cause": str(error)}
     except OSError as error:
-        if is_asked_for and isinstance(error, FileNotFoundError):
-            raise _missing(root, store, name) from error
         return {"name": name, "status": "unreadable", "kind": "", "cause": _cause(error)}
     return {"name": name, "status": "ok", "kind": _kind(info), "cause": ""}
 
@@ -240,28 +245,28 @@ def _require_named(context: typer.Context, root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _store(root: Path) -> Iterator[PatternStore]:
+def _store(root: Path, **fields: int) -> Iterator[PatternStore]:
     """The store at `root`; what the system refuses there is one message."""
     from .patterns.store import PatternStore
 
     try:
         if root.exists() and not root.is_dir():
             raise ConfigError(f"--root must be a folder, but {str(root)!r} is none; choose another")
-        yield PatternStore(root)
+        yield PatternStore(root, **fields)
+    except DilatedAttentionError:  # a missing pattern is an OSError too
+        raise
     except OSError as error:
         raise ConfigError(f"cannot use the store {str(root)!r}: {error.strerror or error}") from error
 
 
 def _loaded(root: Path, name: str) -> tuple[Pattern, StoredInfo]:
     with _store(root) as store:
-        try:
-            return store.load(name), store.verify(name)
-        except FileNotFoundError as error:
-            raise _missing(root, store, name) from error
+        return store.load(name), store.verify(name)
 
 
-def _missing(root: Path, store: PatternStore, name: str) -> ConfigError:
-    return ConfigError(f"there is no stored pattern {name!r} in {str(root)!r}{did_you_mean(name, store.list())}")
+def _with_remedy(error: DilatedAttentionError, remedy: str) -> DilatedAttentionError:
+    """The error with a remedy that the command has, in the place of a limit that is a value of Python."""
+    return type(error)(re.sub(r"; raise (Limits\.layout|limit)_bytes.*", f"; {remedy}", str(error)))
 
 
 def _config(fields: dict[str, Any], path: Path | None) -> AttentionConfig:
