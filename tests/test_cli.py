@@ -83,6 +83,13 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
     ("arguments", "status", "said"),
     [
         (["explain"], 2, "error: give a config file, or at least --heads and --head-dim"),
+        (["explain", ""], 2, "Invalid value for 'config': must be the name of a file or folder, got ''"),
+        (
+            ["pattern", "show", "near", "--plot", ""],
+            2,
+            "Invalid value for '--plot': must be the name of a file or folder,",
+        ),
+        (["explain", *LONGNET, "--backend", "SDPA"], 2, "unknown backend 'SDPA' (did you mean 'sdpa'?)"),
         (["explain", "no.toml"], 2, "error: cannot read the config file 'no.toml'"),
         (["explain", "--heads", "8"], 2, "at least --heads and --head-dim"),
         (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads': "),

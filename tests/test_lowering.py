@@ -203,8 +203,8 @@ def test_blocks_longer_than_a_call_cost_what_its_tokens_do(pattern: Pattern, is_
 def multiplicity_of_blocks(pattern: Pattern, geometry: Geometry) -> Dense:
     """Of what is lowered to blocks: all but branches."""
     branches, _ = split(pattern, geometry)
-    counts: Dense = multiplicity(pattern, geometry).numpy()
-    return counts - len(branches) * multiplicity(Full(), geometry).numpy()
+    counts: Dense = (multiplicity(pattern, geometry) - len(branches) * multiplicity(Full(), geometry)).numpy()
+    return counts
 
 
 def test_a_mask_that_is_larger_than_all_may_be_is_never_made() -> None:

@@ -19,7 +19,7 @@ import typer.core
 from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
-from .console import CONTEXT, FAILED, AsJson, given, registry, show
+from .console import CONTEXT, FAILED, AsJson, as_path, given, registry, show
 from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
@@ -112,7 +112,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(parser=as_path, metavar="PATH", help="Folder for the pictures.")] = Path(
+        "demo-output"
+    ),
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -155,7 +157,11 @@ def doctor(as_json: AsJson = False) -> None:
 def explain(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
+        typer.Argument(
+            parser=as_path,
+            help="A TOML or JSON config file; flags replace what it says.",
+            show_default=False,
+        ),
     ] = None,
     pattern: Kind = None,
     segment_lengths: SegmentLengths = None,

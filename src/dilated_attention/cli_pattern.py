@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import attrs
 import typer
 
-from .console import CONTEXT, FAILED, AsJson, given, registry, show
+from .console import CONTEXT, FAILED, AsJson, as_path, given, registry, show
 from .core.config import AttentionConfig, check_fields, read_mapping
 from .core.errors import ConfigError, DilatedAttentionError, PatternFileError, PatternNotFoundError, UnsafePathError
 from .core.explain import amount, columns, counted, pattern_words
@@ -34,7 +34,7 @@ pattern_app = typer.Typer(
     context_settings=CONTEXT,
 )
 
-Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]
+Root: TypeAlias = Annotated[Path, typer.Option(parser=as_path, metavar="PATH", help="Folder of the stored patterns.")]
 Name: TypeAlias = Annotated[str, typer.Argument(help="A stored pattern's name.", show_default=False)]
 _ROOT: Final = Path("pattern-store")
 _BAD_FILE: Final = 4
@@ -67,7 +67,9 @@ def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = 
 @pattern_app.command()
 def save(
     name: Annotated[str, typer.Argument(help="1 to 120 letters, digits, '.', '_', '-'.", show_default=False)],
-    config: Annotated[Path | None, typer.Option(help="A TOML or JSON config file with the pattern.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH", help="A TOML or JSON config file with the pattern.")
+    ] = None,
     pattern: Kind = None,
     segment_lengths: SegmentLengths = None,
     dilation_rates: DilationRates = None,
@@ -129,7 +131,9 @@ def show_pattern(
     layers: Annotated[
         int, typer.Option(min=1, max=_MOST_LAYERS, help="Layers to follow the receptive field through.")
     ] = 4,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: a .png or .svg file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH", help="Also draw it: a .png or .svg file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a map of a stored pattern, and say how good it is.
