@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -26,11 +27,11 @@ from dilated_attention.patterns.local import Local
 from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.store import PatternStore
 from dilated_attention.patterns.strided import Strided
-from dilated_attention.quality import measure
+from dilated_attention.quality import Quality, measure
 
 from .conftest import Invoke
 from .disk import room_for
-from .distributions import as_json, command
+from .distributions import ROOT, as_json, command
 
 LOCAL = 'num_heads = 4\nis_causal = true\npattern = {kind = "local", window_size = 8}\n'
 DRAWN = 'num_heads = 2\npattern = {kind = "random", blocks_per_row = 2, block_size = 16, seed = 3}\n'
@@ -246,9 +247,13 @@ def test_show_draws_a_map_with_the_report_beside_it(invoke: Invoke, work: Path) 
         assert line[2 * row] in UNICODE[1:]
         assert line[2 * row + 2 :].strip() == ""
     quality = measure(Local(8), Geometry.self_attention(1000, 4, is_causal=True))
-    assert f"density     {quality.density:.3%}" in lines[3]
-    assert "empty rows  0" in done.stdout
-    assert any(line.split()[-4:] == ["fan-out", "1", "9.0", "9"] for line in lines)
+    assert f"density               {quality.density:.3%}" in lines[3]
+    assert "queries without keys  0" in done.stdout
+    seen = next(i for i, line in enumerate(lines) if line.endswith("keys that a query sees"))
+    assert lines[seen - 1].split()[-3:] == ["least", "mean", "most"]
+    assert lines[seen + 1].split()[-3:] == ["1", "9.0", "9"]
+    assert "blocks (of 128 tokens) reached" in done.stdout
+    assert f"busiest block row  {quality.load_imbalance:.2f} x mean" in done.stdout
     data = shown(invoke, "near", "--seq-len", "1000")
     assert data["quality"]["density"] == quality.density
     assert data["map"][0][-1] is None
@@ -329,6 +334,18 @@ def test_a_picture_takes_the_place_of_another_whole_or_not_at_all(invoke: Invoke
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --plot: cannot write 'a.png': File too large\n"
     assert (Path("a.png").read_bytes(), sorted(work.iterdir())) == (b"before", before)
+
+
+def test_every_figure_is_explained_on_the_page(invoke: Invoke, work: Path) -> None:
+    table = (ROOT / "docs/patterns.md").read_text(encoding="utf-8").partition("| figure | in JSON |")[2]
+    told = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table.partition("\n\n")[0].splitlines()[2:]
+    }
+    assert {f"`{field.name}`" for field in attrs.fields(Quality)} == {name for _, name in told}
+    save(invoke, "near", "local.toml")
+    lines = invoke("pattern", "show", "near", "--root", "store").stdout.splitlines()
+    shown = " ".join(line[46:] for line in lines).replace("(of 128 tokens) ", "")
+    assert all(name in shown for label, _ in told for name in label.split(", ")[:1]), shown
 
 
 def test_layers_are_listed_until_all_is_reached(invoke: Invoke, work: Path) -> None:

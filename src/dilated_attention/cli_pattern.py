@@ -179,7 +179,7 @@ def _report(
     cells = even_cells(pattern, geometry, head, rows=rows, cols=cols, limit_bytes=_TABLE_BYTES)
     ink = UNICODE if _can_print(UNICODE + "│─┌┐└┘") else ASCII
     map_lines = draw(cells, length=geometry.q_len, ink=ink)
-    beside = ["", *quality_lines(quality), "", *legend(ink, is_causal=geometry.is_causal)]
+    beside = ["", *quality_lines(quality, size), "", *legend(ink, is_causal=geometry.is_causal)]
     alike = pattern.head_groups(info.num_heads, info.num_heads)
     same = [h for h, group in enumerate(alike) if group == alike[head]]
     text = "\n".join([_title(info), *_head_words(head, same, info.num_heads), *_side_by_side(map_lines, beside)])
