@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dilated_attention import AttentionPlan
+from dilated_attention.backends.cards import OLDEST, PROVEN
 from dilated_attention.report import progress_bar
 
 from .conftest import Invoke
@@ -190,6 +191,12 @@ def test_doctor_survives_a_torch_that_cannot_be_imported(tmp_path: Path) -> None
     done = run(None, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
     assert "cannot be used: OSError: libcudart.so.99" in done.stdout
+
+
+def test_backends_says_on_which_cards_ours_run(invoke: Invoke) -> None:
+    triton = next(part for part in invoke("backends").stdout.split("\n\n") if part.startswith("triton"))
+    assert "unproven_card: without it on Hopper (sm_90) alone; true: on any card from sm_80 on" in triton
+    assert (PROVEN, OLDEST) == ("sm_90", (8, 0))
 
 
 @pytest.mark.parametrize("arguments", [["backends"], ["plugins"], ["doctor"], ["explain", *LONGNET]])
