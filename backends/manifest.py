@@ -125,7 +125,10 @@ TRITON = BackendSpec(
         "cuda_graph": True,
     },
     requires=("triton>=3.4",),
-    options={"unproven_card": "true where the conformance kit has passed on a card that is no Hopper"},
+    options={
+        "unproven_card": "without it on Hopper (sm_90) alone; true: on any card from sm_80 on, where the conformance "
+        "kit has passed there"
+    },
 )
 
 FLEX = BackendSpec(

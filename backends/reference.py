@@ -112,6 +112,7 @@ class ReferenceKernel:
             whole_len=geometry.whole_len,
             dropout_p=piece.dropout_p,
             generator=generator,
+            limit_bytes=self.max_mask_bytes,
         )
 
     def _check_mask(self, geometry: Geometry) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dilated_attention.demo.pictures import smooth
 
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -57,9 +59,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for row in (row for row in report["rows"] if row["trained_at"] == length):
             style: dict[str, Any] = {"color": _COLOURS[row["name"]], "linewidth": 1.6}
             steps, bits = zip(*row["curve"], strict=True)
-            smoothed = smooth(bits, max(1, len(bits) // 12))
+            places, smoothed = smooth(bits, max(1, len(bits) // 12))
             seen += [float(value) for value in smoothed]
-            drawn[row["name"]] = above.plot([step * step_tokens / 1e6 for step in steps], smoothed, **style)[0]
+            read = np.interp(places, range(len(steps)), steps) * step_tokens / 1e6
+            drawn[row["name"]] = above.plot(read, smoothed, **style)[0]
             firsts, by_position = zip(*row["bits_by_position"], strict=True)
             below.step([*firsts, lengths[-1]], [*by_position, by_position[-1]], where="post", **style)
         if length < lengths[-1]:

@@ -163,6 +163,7 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate nearest to `word`, if one is near."""
-    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)  # at 0.5 "rope" is near "none"
-    return near[0] if near else None
+    """The candidate nearest to `word`, if one is near, whether in capitals or not."""
+    spelt = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), list(spelt), n=1, cutoff=0.6)  # at 0.5 "rope" is near "none"
+    return spelt[near[0]] if near else None

@@ -19,6 +19,10 @@ class PatternFileError(DilatedAttentionError, ValueError):
     """A stored pattern that is damaged, foreign, too large, or does not fit the sequence it is used with."""
 
 
+class PatternNotFoundError(PatternFileError, FileNotFoundError):
+    """No stored pattern has that name."""
+
+
 class UnsafePathError(DilatedAttentionError, ValueError):
     """A pattern name or path that would leave the store's root."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Final
 
 import attrs
 import numpy as np
@@ -19,20 +20,27 @@ from .errors import ConfigError
 from .geometry import Geometry
 from .pattern import Full, Pattern
 
+MOST_MASK_BYTES: Final = 16 << 30  # 8 heads over 16,384 tokens; several tensors of this size follow
+
 
 def mask_bytes(geometry: Geometry) -> int:
     """Bytes of the dense multiplicity (num_heads, q_len, kv_len) in float64."""
     return 8 * geometry.num_heads * geometry.q_len * geometry.kv_len
 
 
-def multiplicity(pattern: Pattern, geometry: Geometry) -> Tensor:
-    """How often each query counts each key, causality included: (H, S, T) int64, on the CPU."""
+def multiplicity(pattern: Pattern, geometry: Geometry, *, limit_bytes: int = MOST_MASK_BYTES) -> Tensor:
+    """How often each query counts each key, causality included: (H, S, T) int64, on the CPU.
+
+    Raises:
+        ConfigError: what is no pattern, one that does not take these heads, or more than `limit_bytes`.
+    """
     if not isinstance(pattern, Pattern):
         raise ConfigError(
             f"pattern must be a pattern such as Full(), got {pattern!r} ({type(pattern).__name__}); of a mapping with "
             "'kind' dilated_attention.resolve_pattern(mapping) makes one"
         )
     pattern.validate(geometry.num_heads, geometry.num_kv_heads)
+    _check_mask(geometry, limit_bytes)
     query = np.arange(geometry.q_len, dtype=np.int64)[None, :, None] + geometry.q_offset
     key = np.arange(geometry.kv_len, dtype=np.int64)[None, None, :] + geometry.kv_offset
     head = np.arange(geometry.num_heads, dtype=np.int64)[:, None, None]
@@ -60,6 +68,7 @@ def attention(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     tensor_layout: str = "bshd",
+    limit_bytes: int = MOST_MASK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the multiset of keys that `pattern` names, differentiable by autograd through both results.
 
@@ -81,12 +90,15 @@ def attention(
             positions from 0, its queries the last S of all T places.
         cu_seqlens: (documents + 1,), cumulative lengths of sequences packed in a row, each with positions from 0.
         tensor_layout: "bhsd" for (B, H, S, D), (B, K, T, D), (B, K, T, E), and out likewise.
+        limit_bytes: most that the mask may take, 8 a head, query and key (with padding or packed documents, of every
+            row of the batch); the computation holds several tensors as large.
 
     Returns:
         out (B, S, H, E) and lse (B, H, S), both float64; rows without keys give 0 and -inf, and no gradient.
 
     Raises:
-        ConfigError: shapes that do not fit together, or a pattern that does not take these heads.
+        ConfigError: shapes that do not fit together, a pattern that does not take these heads, or a mask beyond
+            `limit_bytes`.
     """
     require_choice("tensor_layout", tensor_layout, ("bshd", "bhsd"))
     swap = tensor_layout == "bhsd"
@@ -95,14 +107,15 @@ def attention(
     geometry = attrs.evolve(_geometry(query, key, value, is_causal, q_offset, kv_offset), whole_len=whole_len)
     chosen = Full() if pattern is None else pattern
     if key_padding_mask is None and cu_seqlens is None:
-        counts = multiplicity(chosen, geometry)[None]
+        counts = multiplicity(chosen, geometry, limit_bytes=limit_bytes)[None]
     elif q_offset is not None or kv_offset or whole_len:
         raise ConfigError(
             "sequences of their own have positions from 0 and no whole_len, "
             f"got offsets {q_offset} and {kv_offset}, whole_len {whole_len}"
         )
     else:
-        counts = _document_counts(chosen, geometry, query.shape[0], key_padding_mask, cu_seqlens)
+        _check_mask(geometry, limit_bytes, rows=query.shape[0])
+        counts = _document_counts(chosen, geometry, query.shape[0], key_padding_mask, cu_seqlens, limit_bytes)
     counts = counts.to(query.device, torch.float64)
     q_bhsd, k_bhtd, v_bhte = (x.to(torch.float64).transpose(1, 2) for x in (query, key, value))
     k_bhtd, v_bhte = (x.repeat_interleave(geometry.group_size, dim=1) for x in (k_bhtd, v_bhte))
@@ -124,8 +137,24 @@ def attention(
     return out_bhse if swap else out_bhse.transpose(1, 2), lse
 
 
+def _check_mask(geometry: Geometry, limit_bytes: int, rows: int = 1) -> None:
+    """Raise `ConfigError` before a mask is allocated that is too large, for `rows` rows of a batch."""
+    needed = rows * mask_bytes(geometry)
+    if needed > limit_bytes:
+        raise ConfigError(
+            f"the oracle's dense mask of {geometry.num_heads} heads, {geometry.q_len:,} queries and "
+            f"{geometry.kv_len:,} keys takes {needed:,} bytes, allowed are {limit_bytes:,} (limit_bytes); shorten the "
+            "sequence, or take fewer heads at once"
+        )
+
+
 def _document_counts(
-    pattern: Pattern, geometry: Geometry, batch: int, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
+    pattern: Pattern,
+    geometry: Geometry,
+    batch: int,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    limit_bytes: int,
 ) -> Tensor:
     """How often each query counts each key of its own sequence: (B, H, S, T) int64, 0 for everything else."""
     counts = torch.zeros(batch, geometry.num_heads, geometry.q_len, geometry.kv_len, dtype=torch.int64, device="cpu")
@@ -141,7 +170,9 @@ def _document_counts(
         queries = keys - (geometry.kv_len - geometry.q_len)
         queries = queries[queries >= 0]
         own = attrs.evolve(geometry, q_len=len(queries), kv_len=len(keys), q_offset=len(keys) - len(queries))
-        counts[row][:, queries[:, None], keys] = multiplicity(pattern, attrs.evolve(own, kv_offset=0))
+        counts[row][:, queries[:, None], keys] = multiplicity(
+            pattern, attrs.evolve(own, kv_offset=0), limit_bytes=limit_bytes
+        )
     return counts
 
 

@@ -216,10 +216,10 @@ def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | Non
         size: ranks that share a sequence, where they are not all of the mesh (`ContextParallel.size`).
 
     Raises:
-        ConfigError: a length that cannot be cut, naming the nearest ones, a dimension that `x` has not, or a mesh that
-            does not fit.
+        ConfigError: no tensor, a length that cannot be cut, naming the nearest ones, a dimension that `x` has not, or a
+            mesh that does not fit.
     """
-    place, dim = check_mesh(mesh, size), _dimension(x, dim)
+    place, dim = check_mesh(mesh, size), _dimension(_tensor(x), dim)
     length = shard_length(x.shape[dim], place.size)
     return x.narrow(dim, place.rank * length, length).contiguous()
 
@@ -237,7 +237,7 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | N
         ConfigError: `x` requires a gradient, which would be lost, ranks have shards of different shapes or dtypes, a
             dimension that `x` has not, or a mesh that does not fit.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if _tensor(x).requires_grad and torch.is_grad_enabled():
         raise ConfigError(
             "unshard_sequence gathers values, not gradients: compute the loss on the shards, or pass x.detach()"
         )
@@ -245,6 +245,14 @@ def unshard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1, *, size: int | N
     _check_alike(x, mesh)
     parts = _gathered(x, mesh)
     return torch.cat(parts[place.ring * place.size :][: place.size], dim)
+
+
+def _tensor(x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise ConfigError(
+            f"what ranks share must be a tensor, got {x!r} ({type(x).__name__}); torch.as_tensor makes one"
+        )
+    return x
 
 
 def _dimension(x: Tensor, dim: int) -> int:

@@ -136,16 +136,27 @@ class Preflight:
         return own | {"loads": self.totals.to_dicts(), "imbalance": self.imbalance, "saving": self.saving}
 
     def __str__(self) -> str:
-        saving = "" if self.saving is None else f", {self.saving:.4g} times fewer than"
-        head = (
+        if self.saving is None:
+            would = (
+                f"; a full ring would bring {self.full_ring_bytes:,} bytes to a rank" if self.full_ring_bytes else ""
+            )
+            travels = f"nothing travels{would}"
+        else:
+            travels = (
+                f"a forward pass brings at most {int(self.totals.forward_received.max()):,} bytes to a rank, "
+                f"{self.saving:.4g} times fewer than a full ring's {self.full_ring_bytes:,}"
+            )
+        shown = self._shown()
+        few = f"{len(shown)} of {self.ranks:,} ranks: the first, the last, and those with the most in a column"
+        lines = [
             f"{counted(self.seq_len, 'token')} over {counted(self.ranks, 'rank')}, batch {self.batch}, {self.mode}; "
-            f"the busiest rank computes {self.imbalance:.3f} times the mean\n"
-            f"  a forward pass brings at most {int(self.totals.forward_received.max()):,} bytes to a rank"
-            f"{saving or '; all is local;'} a full ring's {self.full_ring_bytes:,}\n"
-            "  peak memory is of the tensors that the attention holds, without the workspace of its kernels\n"
-        )
+            f"the busiest rank computes {self.imbalance:.3f} times the mean",
+            f"  {travels}",
+            "  peak memory is of the tensors that the attention holds, without the workspace of its kernels",
+            *([f"  {few}"] if len(shown) < self.ranks else []),
+        ]
         header = ("rank", "fwd received", "fwd sent", "bwd received", "bwd sent", "fwd FLOP", "peak memory")
-        return head + "\n".join(columns([header, *(_cells(load) for load in self._shown())]))
+        return "\n".join([*lines, *columns([header, *(_cells(load) for load in shown)])])
 
     def _shown(self) -> list[RankLoad]:
         """All ranks, or of many the first, the last, and those with the most of something."""

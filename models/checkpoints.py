@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,9 +65,17 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"cannot read the checkpoint {str(path)!r} as tensors alone ({type(error).__name__}: {error}); if it holds "
-        f"other objects, save its state_dict as safetensors in an environment that you trust"
+        f"cannot read the checkpoint {str(path)!r} as tensors alone ({type(error).__name__}{_cause(str(error))}); if "
+        f"it holds other objects, save its state_dict as safetensors in an environment that you trust"
     )
+
+
+def _cause(said: str) -> str:
+    """What `torch.load` found, without its advice to run what is in the file, which nothing here does."""
+    if "weights_only" in said:
+        found = re.search(r"WeightsUnpickler error:\s*(.+?)\.?(?: Please |\n|$)", said)
+        said = found[1] if found else ""
+    return said and f": {said}"
 
 
 class Tensors:

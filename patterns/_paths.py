@@ -65,7 +65,10 @@ def read(path: Path, limit_bytes: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise PatternFileError(f"{str(path)!r} is no regular file")
         if status.st_size > limit_bytes:
-            raise PatternFileError(f"{str(path)!r} has {status.st_size:,} bytes, allowed are {limit_bytes:,}")
+            raise PatternFileError(
+                f"{str(path)!r} has {status.st_size:,} bytes, allowed are {limit_bytes:,}; "
+                f"PatternStore(root, limit_bytes=...) reads more"
+            )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             content = file.read(limit_bytes + 1)
     finally:

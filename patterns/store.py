@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import attrs
 
-from ..core.checks import is_int, positive_int, require_int
-from ..core.errors import ConfigError, PatternFileError, PluginError, UnsafePathError
+from ..core.checks import did_you_mean, is_int, positive_int, require_int
+from ..core.errors import ConfigError, PatternFileError, PatternNotFoundError, PluginError, UnsafePathError
 from ..core.files import write
 from ..core.geometry import Geometry
 from ..core.limits import Limits
@@ -110,7 +110,9 @@ class PatternStore:
         pattern.validate(num_heads, num_heads)
         content = self._encoded(pattern, geometry)
         if len(content) > self.limit_bytes:
-            raise ConfigError(f"{name!r} needs {len(content):,} bytes, allowed are {self.limit_bytes:,}")
+            raise ConfigError(
+                f"{name!r} needs {len(content):,} bytes, allowed are {self.limit_bytes:,}; raise limit_bytes"
+            )
         self.root.mkdir(parents=True, exist_ok=True)
         write(path, content, overwrite=overwrite)
         return path
@@ -120,7 +122,7 @@ class PatternStore:
 
         Raises:
             PatternFileError: for a file that is not, bit by bit, what `save` writes.
-            FileNotFoundError: no pattern has that name.
+            PatternNotFoundError: no pattern has that name.
         """
         return self._read(name)[0]
 
@@ -142,8 +144,16 @@ class PatternStore:
         return tuple(sorted(names))
 
     def delete(self, name: str) -> None:
-        """Remove a stored pattern; `FileNotFoundError` where there is none."""
-        path_of(self.root, name).unlink()
+        """Remove a stored pattern; `PatternNotFoundError` where there is none."""
+        path = path_of(self.root, name)
+        try:
+            path.unlink()
+        except FileNotFoundError as error:
+            raise self._missing(name) from error
+
+    def _missing(self, name: str) -> PatternNotFoundError:
+        near = did_you_mean(name, self.list())
+        return PatternNotFoundError(f"there is no stored pattern {name!r} in {str(self.root)!r}{near}")
 
     def _encoded(self, pattern: Pattern, geometry: Geometry) -> bytes:
         from ._format import encode
@@ -178,7 +188,10 @@ class PatternStore:
         from ._format import decode
 
         path = path_of(self.root, name)
-        content = read(path, self.limit_bytes)
+        try:
+            content = read(path, self.limit_bytes)
+        except FileNotFoundError as error:
+            raise self._missing(name) from error
         document, arrays = decode(content, repr(str(path)))
         fields = _FIELDS | ({"block_size"} if document.get("form") == "blocks" else set())
         if not is_int(document.get("schema")) or document["schema"] != SCHEMA:
@@ -299,8 +312,8 @@ class Stored(Pattern):
     def _load(self) -> Pattern:
         try:
             return PatternStore(self.root).load(self.name)
-        except FileNotFoundError as error:
-            raise PatternFileError(f"there is no stored pattern {self.name!r} in {self.root!r}") from error
+        except PatternNotFoundError:
+            raise
         except OSError as error:
             raise PatternFileError(
                 f"cannot read the stored pattern {self.name!r} in {self.root!r}: {error.strerror or error}"

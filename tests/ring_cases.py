@@ -207,6 +207,8 @@ def refusals() -> dict[str, Any]:
     pair = DeviceMesh("cpu", [0, 1])
     attempts: dict[str, Any] = {
         "dim": lambda: shard_sequence(x, mesh, 3),
+        "list": lambda: shard_sequence([1], mesh),  # type: ignore[arg-type]  # what callers must not do
+        "array": lambda: unshard_sequence(x.numpy(), mesh),  # type: ignore[arg-type]
         "minus": lambda: unshard_sequence(part, mesh, -4),
         "uneven": lambda: unshard_sequence(part[:, : 3 - rank // 3], mesh),
         "dtypes": lambda: unshard_sequence(part.double() if rank == 1 else part, mesh),

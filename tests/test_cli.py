@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dilated_attention import AttentionPlan
+from dilated_attention.backends.cards import OLDEST, PROVEN
 from dilated_attention.report import progress_bar
 
 from .conftest import Invoke
@@ -83,6 +84,13 @@ def test_flags_replace_what_the_file_says(invoke: Invoke, tmp_path: Path) -> Non
     ("arguments", "status", "said"),
     [
         (["explain"], 2, "error: give a config file, or at least --heads and --head-dim"),
+        (["explain", ""], 2, "Invalid value for 'config': must be the name of a file or folder, got ''"),
+        (
+            ["pattern", "show", "near", "--plot", ""],
+            2,
+            "Invalid value for '--plot': must be the name of a file or folder,",
+        ),
+        (["explain", *LONGNET, "--backend", "SDPA"], 2, "unknown backend 'SDPA' (did you mean 'sdpa'?)"),
         (["explain", "no.toml"], 2, "error: cannot read the config file 'no.toml'"),
         (["explain", "--heads", "8"], 2, "at least --heads and --head-dim"),
         (["explain", "--heads", "x", "--head-dim", "8"], 2, "Invalid value for '--heads': "),
@@ -183,6 +191,12 @@ def test_doctor_survives_a_torch_that_cannot_be_imported(tmp_path: Path) -> None
     done = run(None, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
     assert "cannot be used: OSError: libcudart.so.99" in done.stdout
+
+
+def test_backends_says_on_which_cards_ours_run(invoke: Invoke) -> None:
+    triton = next(part for part in invoke("backends").stdout.split("\n\n") if part.startswith("triton"))
+    assert "unproven_card: without it on Hopper (sm_90) alone; true: on any card from sm_80 on" in triton
+    assert (PROVEN, OLDEST) == ("sm_90", (8, 0))
 
 
 @pytest.mark.parametrize("arguments", [["backends"], ["plugins"], ["doctor"], ["explain", *LONGNET]])

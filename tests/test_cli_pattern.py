@@ -10,27 +10,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import attrs
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dilated_attention.core.geometry import Geometry
-from dilated_attention.core.pattern import Full, Pattern
-from dilated_attention.core.reference import multiplicity
-from dilated_attention.pattern_map import UNICODE, draw, even_cells
+from dilated_attention.pattern_map import UNICODE
 from dilated_attention.pattern_plot import _bars
 from dilated_attention.patterns.dilated import Dilated
-from dilated_attention.patterns.global_tokens import Global
 from dilated_attention.patterns.local import Local
-from dilated_attention.patterns.random import Random
 from dilated_attention.patterns.store import PatternStore
-from dilated_attention.patterns.strided import Strided
-from dilated_attention.quality import measure
+from dilated_attention.quality import Quality, measure
 
 from .conftest import Invoke
 from .disk import room_for
-from .distributions import as_json, command
+from .distributions import ROOT, as_json, command
 
 LOCAL = 'num_heads = 4\nis_causal = true\npattern = {kind = "local", window_size = 8}\n'
 DRAWN = 'num_heads = 2\npattern = {kind = "random", blocks_per_row = 2, block_size = 16, seed = 3}\n'
@@ -106,9 +101,9 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["load", "neer"], 2, "no stored pattern 'neer' in 'store' (did you mean 'near'?)"),
-        (["verify", "neer"], 2, "no stored pattern 'neer'"),
-        (["show", "neer"], 2, "no stored pattern 'neer'"),
+        (["load", "neer"], 4, "no stored pattern 'neer' in 'store' (did you mean 'near'?)"),
+        (["verify", "neer"], 4, "no stored pattern 'neer'"),
+        (["show", "neer"], 4, "no stored pattern 'neer'"),
         (["load", "../near"], 4, "a pattern's name is 1 to 120"),
         (["show", "con"], 4, "the name of a device"),
         (["load", "out"], 4, "outside the store"),
@@ -128,7 +123,9 @@ def test_a_taken_name_is_kept_unless_told_otherwise(invoke: Invoke, work: Path) 
         (["show", "near", "--seq-len", "0"], 2, "--seq-len"),
         (["show", "near", "--layers", "0"], 2, "--layers"),
         (["show", "near", "--layers", "100000000"], 2, "--layers"),
-        (["show", "far", "--seq-len", "300"], 2, "was drawn for seq_len=200"),
+        (["show", "far", "--seq-len", "300"], 4, "was drawn for seq_len=200"),
+        (["show", "all", "--seq-len", "100000000"], 2, "allowed are 536,870,912; show fewer tokens"),
+        (["save", "x", "--config", "tight.toml"], 2, "allowed are 40; set a larger limits = {layout_bytes ="),
         (["show", "near", "--plot", "a.pdf"], 2, "--plot writes a file ending in .png or .svg, got 'a.pdf'"),
         (["show", "near", "--plot", "nowhere/a.png"], 2, "--plot must be a file in a folder that exists"),
         (["verfy"], 2, "No such command 'verfy'"),
@@ -147,6 +144,8 @@ def test_wrong_input_is_one_message_and_a_status(
     Path("empty.toml").write_text("num_heads = 2\n")
     Path("headless.toml").write_text('pattern = {kind = "full"}\n')
     Path("typo.toml").write_text('num_heads = 2\npattern = {kind = "locl", window_size = 1}\n')
+    Path("tight.toml").write_text(f"seq_len = 200\nlimits = {{layout_bytes = 40}}\n{DRAWN}")
+    save(invoke, "all", "local.toml", "--pattern", "full")
     Path("key.toml").write_text(f"is_casual = true\n{LOCAL}")
     before = sorted(str(path) for path in work.rglob("*"))
     options = [] if arguments[0] == "verfy" else ["--root", "store"]
@@ -194,7 +193,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(
     assert [row["status"] for row in rows] == ["ok", "unreadable", "ok", "unreadable"]
     assert "b.safetensors': Permission denied" in rows[1]["cause"]
     assert invoke("pattern", "verify", "b", "--root", "store").returncode == 1
-    assert invoke("pattern", "verify", "gone", "--root", "store").returncode == 2
+    assert invoke("pattern", "verify", "gone", "--root", "store").returncode == 4
     Path("store/a.safetensors").write_bytes(b"PK")
     assert invoke("pattern", "verify", "--root", "store").returncode == 4
 
@@ -242,9 +241,13 @@ def test_show_draws_a_map_with_the_report_beside_it(invoke: Invoke, work: Path) 
         assert line[2 * row] in UNICODE[1:]
         assert line[2 * row + 2 :].strip() == ""
     quality = measure(Local(8), Geometry.self_attention(1000, 4, is_causal=True))
-    assert f"density     {quality.density:.3%}" in lines[3]
-    assert "empty rows  0" in done.stdout
-    assert any(line.split()[-4:] == ["fan-out", "1", "9.0", "9"] for line in lines)
+    assert f"density               {quality.density:.3%}" in lines[3]
+    assert "queries without keys  0" in done.stdout
+    seen = next(i for i, line in enumerate(lines) if line.endswith("keys that a query sees"))
+    assert lines[seen - 1].split()[-3:] == ["least", "mean", "most"]
+    assert lines[seen + 1].split()[-3:] == ["1", "9.0", "9"]
+    assert "blocks (of 128 tokens) reached" in done.stdout
+    assert f"busiest block row  {quality.load_imbalance:.2f} x mean" in done.stdout
     data = shown(invoke, "near", "--seq-len", "1000")
     assert data["quality"]["density"] == quality.density
     assert data["map"][0][-1] is None
@@ -327,6 +330,18 @@ def test_a_picture_takes_the_place_of_another_whole_or_not_at_all(invoke: Invoke
     assert (Path("a.png").read_bytes(), sorted(work.iterdir())) == (b"before", before)
 
 
+def test_every_figure_is_explained_on_the_page(invoke: Invoke, work: Path) -> None:
+    table = (ROOT / "docs/patterns.md").read_text(encoding="utf-8").partition("| figure | in JSON |")[2]
+    told = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table.partition("\n\n")[0].splitlines()[2:]
+    }
+    assert {f"`{field.name}`" for field in attrs.fields(Quality)} == {name for _, name in told}
+    save(invoke, "near", "local.toml")
+    lines = invoke("pattern", "show", "near", "--root", "store").stdout.splitlines()
+    shown = " ".join(line[46:] for line in lines).replace("(of 128 tokens) ", "")
+    assert all(name in shown for label, _ in told for name in label.split(", ")[:1]), shown
+
+
 def test_layers_are_listed_until_all_is_reached(invoke: Invoke, work: Path) -> None:
     save(invoke, "near", "local.toml")
     few, many = (
@@ -348,41 +363,6 @@ def test_plot_without_matplotlib_names_the_install_line(
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --plot needs matplotlib: pip install 'dilated-attention[plot]'\n"
     assert not Path("a.png").exists()
-
-
-PATTERNS = [Full(), Local(5), Local((0, 30)), Global(7), Strided(3), Dilated((64, 100), (2, 3)), Random(2, 16)]
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("length", [600, 1024])
-@pytest.mark.parametrize("pattern", [*PATTERNS, Local(20) | Global(3)], ids=lambda p: repr(p)[:30])
-def test_cells_that_follow_blocks_hold_the_oracles_pairs(pattern: Pattern, length: int, is_causal: bool) -> None:
-    geometry = Geometry.self_attention(length, 2, is_causal=is_causal)
-    counted = multiplicity(pattern, geometry)[1].numpy() > 0
-    shares = even_cells(pattern, geometry, 1, rows=8, cols=8, limit_bytes=1 << 30).shares()
-    size = min(pattern.block_size or 128, length // 8)
-    low = np.arange(0, length, size)
-    cell = (low + np.minimum(length - low, size) // 2) * 8 // length
-    edge = np.append(low[np.searchsorted(cell, np.arange(8))], length)
-    for i in range(8):
-        for j in range(8):
-            inside = counted[edge[i] : edge[i + 1], edge[j] : edge[j + 1]]
-            q, k = np.ogrid[edge[i] : edge[i + 1], edge[j] : edge[j + 1]]
-            possible = int((k <= q).sum()) if is_causal else inside.size
-            if possible:
-                assert shares[i, j] == inside.sum() / possible
-            else:
-                assert np.isnan(shares[i, j])
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_small_maps_are_exact(is_causal: bool) -> None:
-    geometry = Geometry.self_attention(6, 1, is_causal=is_causal)
-    found = even_cells(Local(1), geometry, 0, rows=22, cols=22, limit_bytes=1 << 20)
-    np.testing.assert_array_equal(found.seen > 0, multiplicity(Local(1), geometry)[0].numpy() > 0)
-    lines = draw(found, length=6, ink=UNICODE)
-    assert lines[2] == ("│██          │" if is_causal else "│████········│")
-    assert lines[3] == ("│████        │" if is_causal else "│██████······│")
 
 
 def test_json_has_no_nan(invoke: Invoke, work: Path) -> None:

@@ -12,8 +12,9 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from dilated_attention import ConfigError, Dilated, DilatedAttentionError
+from dilated_attention import ConfigError, Dilated, DilatedAttentionError, Pattern
 from dilated_attention import demo as demo_package
 from dilated_attention.bench.cases import CASES, BenchCase
 from dilated_attention.bench.peers import Peer, dense_sdpa
@@ -22,6 +23,10 @@ from dilated_attention.demo import compare, pictures, text
 from dilated_attention.demo.model import ByteModel, ModelConfig, rotary_table, rotate
 from dilated_attention.demo.training import Budget, Mark, Training, learning_rate, train
 
+TRAINED = Training(
+    parameters=1, bytes_read=300, seconds=1.0, bits=(8.0, 6.0, 5.0),
+    marks=(Mark(0, 0.0, 8.0, 8.0), Mark(3, 1.0, 5.0, 5.5)),
+)  # fmt: skip
 SMALL = ModelConfig(layers=1, num_heads=4, head_dim=8, seq_len=64, segment_lengths=(16, 64), dilation_rates=(1, 4))
 
 
@@ -176,17 +181,53 @@ def test_counts_are_those_of_the_pattern() -> None:
     assert seen[4].tolist() == [0, 0, 0, 0, 1, -1, -1, -1]
 
 
-def test_the_mean_starts_short() -> None:
-    assert pictures.smooth([4.0, 2.0, 6.0, 6.0], 2).tolist() == [4.0, 3.0, 4.0, 6.0]
+def test_means_stand_in_the_middle_of_what_they_are_of() -> None:
+    places, means = pictures.smooth([4.0, 2.0, 6.0, 6.0], 2)
+    assert (places.tolist(), means.tolist()) == ([0.5, 1.5, 2.5], [3.0, 4.0, 6.0])
+    places, means = pictures.smooth([4.0, 2.0], 1)
+    assert (places.tolist(), means.tolist()) == ([0.0, 1.0], [4.0, 2.0])
+
+
+@pytest.mark.parametrize(("steps", "label"), [(9, "training batches"), (300, "training batches, mean of 20")])
+def test_the_mean_of_few_steps_does_not_level_them_out(
+    steps: int, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, option: drawn.append(figure))
+    bits = tuple(8 - 4 * step / steps for step in range(steps))
+    training = Training(parameters=1, bytes_read=1, seconds=1.0, bits=bits, marks=(Mark(0, 0.0, 8.0, 8.0),))
+    pictures.draw_loss(training, 2.0, tmp_path / "loss.png")
+    lines = {str(line.get_label()): line for line in drawn[0].axes[0].lines}
+    x, y = (np.asarray(data, dtype=float) for data in lines[label].get_data())
+    np.testing.assert_allclose(y, 8 - 4 * x / steps)  # a straight line stays where it is
+
+
+def test_the_picture_is_of_the_models_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, object] = {}
+
+    def keep(pattern: Pattern, title: str, path: Path, **sizes: int) -> None:
+        drawn.update(pattern=pattern, title=title, **sizes)
+
+    monkeypatch.setattr(pictures, "draw_pattern", keep)
+    demo_package.draw(lambda line: None, tmp_path, ModelConfig(), TRAINED, 2.0)
+    title = "Who attends to whom in the model: segments 256, 512, 1024, dilation rates 1, 2, 4"
+    assert drawn == {
+        "pattern": Dilated((16, 32, 64), (1, 2, 4)), "seq_len": 64, "num_heads": 4,
+        "title": f"{title} (drawn with 1/16 of the lengths)",
+    }  # fmt: skip
+
+
+def test_the_processor_is_named_as_explain_names_it() -> None:
+    lines: list[str] = []
+    demo_package.explain(lines.append)
+    assert f"on cpu ({demo_package.machine()['processor']})" in lines[0]
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     from matplotlib import image
 
-    marks = (Mark(0, 0.0, 8.0, 8.0), Mark(3, 1.0, 5.0, 5.5))
-    training = Training(parameters=1, bytes_read=300, seconds=1.0, bits=(8.0, 6.0, 5.0), marks=marks)
     lines: list[str] = []
-    files = demo_package.draw(lines.append, tmp_path, training, 2.0)
+    files = demo_package.draw(lines.append, tmp_path, ModelConfig(), TRAINED, 2.0)
     assert files == [tmp_path / "loss.png", tmp_path / "pattern.png"]
     assert lines == []
     for path in files:
@@ -198,8 +239,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 def test_without_matplotlib_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     lines: list[str] = []
-    training = Training(parameters=1, bytes_read=1, seconds=1.0, bits=(8.0,), marks=(Mark(0, 0.0, 8.0, 8.0),))
-    assert demo_package.draw(lines.append, tmp_path, training, 2.0) == []
+    assert demo_package.draw(lines.append, tmp_path, ModelConfig(), TRAINED, 2.0) == []
     assert "pip install 'dilated-attention[plot]'" in lines[0]
 
 

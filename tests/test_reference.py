@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dilated_attention import build_attention, resolve_pattern
+from dilated_attention.backends import reference as reference_backend
 from dilated_attention.backends.reference import ReferenceBackend, ReferenceKernel
 from dilated_attention.core.config import AttentionConfig
 from dilated_attention.core.errors import ConfigError
@@ -225,6 +226,35 @@ def test_a_mapping_is_no_pattern_yet() -> None:
     assert torch.equal(multiplicity(resolve_pattern(mapping), geometry), multiplicity(Local(2), geometry))
 
 
+@pytest.mark.parametrize(
+    ("rows", "length", "sequences"),
+    [
+        (1, 100_000, {}),
+        (2, 40_000, {"key_padding_mask": torch.zeros(2, 40_000, dtype=torch.bool)}),
+        (1, 100_000, {"cu_seqlens": torch.tensor([0, 5, 100_000])}),
+    ],
+)
+def test_masks_beyond_the_limit_are_refused_before_they_are_made(
+    rows: int, length: int, sequences: dict[str, Any]
+) -> None:
+    """At 100,000 tokens numpy would say that it has no memory, or the system would end the process."""
+    x = torch.zeros(rows, length, 1, 1)
+    counted = rf"of 1 heads, {length:,} queries and {length:,} keys takes {8 * rows * length**2:,} bytes"
+    told = rf"{counted}, allowed are 17,179,869,184 \(limit_bytes\); shorten the sequence, or take fewer heads"
+    with pytest.raises(ConfigError, match=told):
+        attention(x, x, x, **sequences)
+    if not sequences:
+        with pytest.raises(ConfigError, match=told):
+            multiplicity(Full(), Geometry.self_attention(length, 1))
+
+
+def test_the_limit_of_a_mask_may_be_another() -> None:
+    x = torch.ones(1, 4, 2, 1)
+    assert attention(x, x, x, limit_bytes=8 * 2 * 4 * 4)[0].shape == x.shape
+    with pytest.raises(ConfigError, match="takes 256 bytes, allowed are 255"):
+        attention(x, x, x, limit_bytes=255)
+
+
 def test_the_backend_refuses_masks_beyond_its_limit() -> None:
     backend = ReferenceBackend()
     assert not list(backend.refusals(request(None, 1)))
@@ -239,6 +269,19 @@ def test_the_backend_refuses_masks_beyond_its_limit() -> None:
     piece = LayoutPiece(layout=lower(Full(), geometry), scale=1.0)
     with pytest.raises(ConfigError, match="needs 8,192 bytes for the dense mask of 16 queries and 16 keys, allowed"):
         kernel.forward(*inputs(geometry), piece)
+
+
+def test_the_backends_own_limit_holds_in_the_place_of_the_oracles(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def oracle(query: Tensor, key: Tensor, value: Tensor, **fields: Any) -> tuple[Tensor, Tensor]:
+        told.update(fields)
+        return attention(query, key, value, **fields)
+
+    monkeypatch.setattr(reference_backend, "attention", oracle)
+    geometry = Geometry.self_attention(16, 4)
+    ReferenceKernel(1 << 40).forward(*inputs(geometry), LayoutPiece(layout=lower(Full(), geometry), scale=1.0))
+    assert told["limit_bytes"] == 1 << 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -196,6 +196,8 @@ def test_ranks_shard_unshard_count_positions_and_refuse(ranks: Ranks) -> None:
         assert said["last"]
         assert said["dim"] == "dim must be one of the 3 dimensions of a tensor of shape (1, 12, 2), got 3"
         assert "(1, 3, 2), got -4" in said["minus"]
+        assert said["list"] == "what ranks share must be a tensor, got [1] (list); torch.as_tensor makes one"
+        assert said["array"].startswith("what ranks share must be a tensor, got array([[[ 0.,")
         uneven = "got (1, 2, 2) torch.float32 on rank 3; (1, 3, 2) torch.float32 on rank 0, 1, 2"
         assert said["uneven"] == f"shards must be of one shape and dtype on all ranks, {uneven}"
         assert "(1, 3, 2) torch.float32 on rank 0, 2, 3; (1, 3, 2) torch.float64 on rank 1" in said["dtypes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from dilated_attention import (
     AttentionConfig,
     ConfigError,
+    ContextParallel,
     Dilated,
     Full,
     Global,
@@ -20,6 +22,7 @@ from dilated_attention import (
     Local,
     Pattern,
     Random,
+    explain,
     preflight,
     presets,
 )  # fmt: skip
@@ -27,6 +30,7 @@ from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.lowering import lower
 
 from .conftest import Invoke
+from .distributions import as_json
 from .ring_cases import exact, watched
 from .ring_ranks import Ranks
 
@@ -194,6 +198,52 @@ def test_explain_shows_ranks(invoke: Invoke) -> None:
     ]
     text = invoke(*arguments.split(), "--ranks", "64").stdout
     assert "gloo_cpu over 64 ranks" in text
-    assert "; lowered by each rank for its own rows\n" in text
+    assert "attention over 4,096 tokens: 4 heads" in text
+    assert "MFLOP forward" in text
+    assert "planned without the length" not in text
     assert "4,096 tokens over 64 ranks, batch 1, selective" in text
-    assert len([line for line in text.splitlines() if line[:2].strip().isdigit()]) < 10  # the telling ones of 64
+    rows = [line for line in text.splitlines() if line[:2].strip().isdigit()]
+    assert f"  {len(rows)} of 64 ranks: the first, the last, and those with the most in a column\n" in text
+    assert 2 <= len(rows) < 10
+    assert "the first, the last" not in invoke(*arguments.split(), "--ranks", "4").stdout
+
+
+def test_explain_names_the_kernel_that_a_ring_of_that_length_gets(invoke: Invoke) -> None:
+    """cuDNN is chosen where every piece is long enough, which takes a length to say."""
+    flags = "--heads 8 --head-dim 64 --dtype bfloat16 --arch h100 --backend sdpa --seq-len 1048576 --ranks 64 --json"
+    plan = as_json(invoke("explain", *flags.split()))
+    asked: dict[str, Any] = {"num_heads": 8, "head_dim": 64, "dtype": "bfloat16", "backend": "sdpa", "seq_len": 1 << 20}
+    expected = explain(**asked, arch="h100", context_parallel=ContextParallel(size=64))
+    assert (plan["kernel"], plan["config"]["seq_len"]) == (expected.kernel, 1 << 20)
+    assert plan["kernel"] != explain(**asked | {"seq_len": None}, arch="h100").kernel
+    assert plan["layout"]["flops"] == expected.layout.flops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "told"),
+    [
+        (
+            ("--seq-len", str(1 << 32)),
+            "",
+            "which may take minutes beyond 67,108,864 tokens; with it another kernel may",
+        ),
+        (("--seq-len", "65536"), "limits = {layout_bytes = 20_000}", "which a build refuses: the block layout needs"),
+    ],
+)
+def test_a_length_that_is_not_planned_for_is_said(
+    invoke: Invoke, tmp_path: Path, arguments: tuple[str, ...], file: str, told: str
+) -> None:
+    pattern = 'pattern = {kind = "random", blocks_per_row = 4}' if file else ""
+    (tmp_path / "config.toml").write_text(f"num_heads = 2\nhead_dim = 8\n{pattern}\n{file}\n")
+    command = ("explain", str(tmp_path / "config.toml"), "--ranks", "64", *arguments)
+    text = invoke(*command).stdout
+    assert f"planned without the length, {told}" in text
+    assert "; lowered by each rank for its own rows\n" in text
+    assert as_json(invoke(*command, "--json"))["planned_without_length"].startswith(told)
+
+
+def test_a_ring_in_which_nothing_travels_says_so() -> None:
+    fields: dict[str, Any] = {"num_heads": 2, "head_dim": 8, "pattern": Dilated((16,), (1,)), "seq_len": 64}
+    assert "\n  nothing travels; a full ring would bring 6,144 bytes to a rank\n" in str(preflight(**fields, ranks=4))
+    assert "\n  nothing travels\n" in str(preflight(**fields, ranks=1))
+    assert "times fewer than a full ring's 6,144\n" in str(preflight(**fields | {"pattern": Local(1)}, ranks=4))

@@ -9,7 +9,7 @@ import pytest
 
 from dilated_attention.bench.overlap import common, hidden_in_trace, merged
 from dilated_attention.bench.ring_settings import RingSettings
-from dilated_attention.bench.scaling import SIMULATED, simulated, summarised
+from dilated_attention.bench.scaling import SIMULATED, simulated, summarised, text_of
 from dilated_attention.errors import ConfigError
 
 from .bench_kit import ring_figures, ring_refused
@@ -111,6 +111,22 @@ def check_figures(entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         assert row["peak_bytes"] > 0
         assert set(row["milliseconds"]) >= {"ring", "alone"}
         assert row["efficiency_in_a_row"] > 0
+
+
+def test_the_text_explains_its_columns_and_has_no_empty_line_of_errors() -> None:
+    figures: dict[str, Any] = {
+        "tokens": 512, "backends": {"ring": "sdpa"}, "seconds": {"ring": 0.1}, "seconds_in_a_row": {"ring": 0.1},
+        "rounds": 1, "peak_bytes": 1 << 20,
+    }  # fmt: skip
+    alone = {"size": 1, "errors": {}, "ranks": [{"weak": [figures] * 2, "strong": [figures] * 2}]}
+    report: dict[str, Any] = {"sizes": [alone], "summary": list(summarised([alone])), "simulated": [], "longest": None}
+    lines = text_of(report).splitlines()
+    assert "errors against the float64 oracle  not measured: a rank alone exchanges nothing" in lines
+    legend = [line for line in lines if line.startswith(("efficiency  ", "as planned  "))]
+    assert len(legend) == 2
+    assert all(f"{name}: " in " ".join(legend) for name in ("in a row", "to auto", "hidden", "planned"))
+    measured = {**report, "sizes": [{**alone, "size": 2, "errors": {"longnet": 1e-6}}]}
+    assert "errors against the float64 oracle  2 ranks, longnet: 1.0e-06" in text_of(measured).splitlines()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,17 @@ def test_names_are_taken_once(store: PatternStore) -> None:
     assert store.list() == ("B.b-2", "a")
     store.delete("a")
     assert store.list() == ("B.b-2",)
-    for missing in (store.delete, store.load, store.verify):
-        with pytest.raises(FileNotFoundError):
-            missing("a")
-    with pytest.raises(PatternFileError, match="no stored pattern 'a'"):
-        Stored("a", str(store.root))
+    missing = (
+        store.delete,
+        store.load,
+        store.verify,
+        partial(load_pattern, store.root),
+        lambda n: Stored(n, store.root),
+    )
+    for call in missing:
+        for kind in (FileNotFoundError, PatternFileError):
+            with pytest.raises(kind, match=r"there is no stored pattern 'B.b-3' in .* \(did you mean 'B.b-2'\?\)"):
+                call("B.b-3")
     assert PatternStore(store.root / "nowhere").list() == ()
 
 

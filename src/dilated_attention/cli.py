@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 import typer.core
@@ -19,7 +19,7 @@ import typer.core
 from .cli_bench import bench
 from .cli_dashboard import dashboard
 from .cli_pattern import pattern_app
-from .console import CONTEXT, FAILED, AsJson, given, registry, show
+from .console import CONTEXT, FAILED, AsJson, as_path, given, registry, show
 from .core.config import named_values, read_mapping
 from .core.errors import (
     ConfigError,
@@ -40,11 +40,16 @@ from .report import (
     progress_bar,
 )
 
+if TYPE_CHECKING:
+    from .core.plan import AttentionPlan
+    from .registry.discovery import Registry
+
 _STATUSES: Final = (
-    "Exit status: 0 done; 1 a check or a measurement failed, a plugin broke, or stdout could not be written; 2 usage: "
-    "options, configurations, places that cannot be read or written; 3 no backend fits; 4 a bad or unsafe pattern "
-    "file, or none where a configuration names one."
+    "Exit status: 0 done; 1 a check or a measurement failed, `pattern list` or `pattern verify` could not read a file, "
+    "a plugin broke, or stdout could not be written; 2 usage: options, configurations, other places that cannot be "
+    "read or written; 3 no backend fits; 4 a pattern file that is bad, unsafe or missing, or does not fit."
 )
+_MOST_PLANNED: Final = 1 << 26  # tokens; at 1 << 32 LongNet's plan takes minutes, and its ranks' costs a second
 _EXIT: Final[dict[type[DilatedAttentionError], int]] = {
     ConfigError: 2,
     NoBackendError: 3,
@@ -107,7 +112,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(parser=as_path, metavar="PATH", help="Folder for the pictures.")] = Path(
+        "demo-output"
+    ),
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: as many as fit into a minute.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +157,11 @@ def doctor(as_json: AsJson = False) -> None:
 def explain(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A TOML or JSON config file; flags replace what it says.", show_default=False),
+        typer.Argument(
+            parser=as_path,
+            help="A TOML or JSON config file; flags replace what it says.",
+            show_default=False,
+        ),
     ] = None,
     pattern: Kind = None,
     segment_lengths: SegmentLengths = None,
@@ -230,13 +241,31 @@ def explain(
         costs = preflight(fields, ranks=ranks, batch=1 if batch is None else batch, registry=registry())
         shown, data = ["", str(costs)], {"preflight": costs.to_dict()} if as_json else {}
         fields["context_parallel"] = parallel | {"size": ranks}
-        fields["seq_len"] = None  # the simulation has just said more of it than the plan would, and sooner
     found = registry()
     with progress_bar("planning"):  # a minute, where a table of blocks comes near Limits.layout_bytes
-        plan = explain_plan(fields, arch=arch, registry=found)
+        if ranks is None:
+            plan = explain_plan(fields, arch=arch, registry=found)
+        else:
+            plan, why = _plan_of_ranks(fields, arch, found)
+            if why:
+                shown, data = ["", f"planned without the length, {why}", *shown], data | {"planned_without_length": why}
     show("\n".join([plan.explain(), *shown]), json.loads(plan.to_json()) | data, as_json=as_json)
     if plan.backend is None:
         raise typer.Exit(_EXIT[NoBackendError])
+
+
+def _plan_of_ranks(fields: dict[str, Any], arch: str | None, found: Registry) -> tuple[AttentionPlan, str]:
+    """The plan of a ring, and why it is without the length, if it is: ranks share sequences beyond what one plans."""
+    from .registry.build import explain as explain_plan
+
+    if fields["seq_len"] <= _MOST_PLANNED:
+        try:
+            return explain_plan(fields, arch=arch, registry=found), ""
+        except ConfigError as error:
+            why = f"which a build refuses: {error}"
+    else:
+        why = f"which may take minutes beyond {_MOST_PLANNED:,} tokens; with it another kernel may be chosen"
+    return explain_plan(fields | {"seq_len": None}, arch=arch, registry=found), why
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import attrs
 import typer
 
-from .console import FAILED, AsJson, ending_in_order, make_folder, registry
+from .console import FAILED, AsJson, as_path, ending_in_order, make_folder, registry
 from .core.checks import require_choice
 from .core.errors import ConfigError
 from .core.explain import columns
@@ -49,13 +49,18 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed calls of each. Default: 7.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda where there is one.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results.csv, results.jsonl and results.png.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Append the run to this file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH", help="Folder for results.csv, results.jsonl and results.png."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH", help="Append the run to this file.")
+    ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(metavar="MODULE:ATTR", help="Also what this callable makes. Repeatable.")
     ] = None,
     load_library: Annotated[
-        list[Path] | None, typer.Option(metavar="PATH", help="Load this library first. Repeatable.")
+        list[Path] | None, typer.Option(parser=as_path, metavar="PATH", help="Load this library first. Repeatable.")
     ] = None,
     case_seconds: Annotated[
         float | None, typer.Option(help="Seconds for a case; fewer rounds (at least 3) then. Default: 10.", min=0)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import AsJson, registry, show
+from .console import AsJson, as_path, registry, show
 from .core.config import read_mapping
 from .core.errors import ConfigError
 from .core.explain import amount
@@ -15,16 +15,29 @@ from .dashboard import check_can_render, make_page
 
 
 def dashboard(
-    history: Annotated[Path | None, typer.Option(help="Runs that `bench --save` appended.", show_default=False)] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH", help="Runs that `bench --save` appended.", show_default=False),
+    ] = None,
     counters: Annotated[
         Path | None,
-        typer.Option(help="A run's counters: attention.counters().to_dict() as JSON.", show_default=False),
+        typer.Option(
+            parser=as_path,
+            metavar="PATH",
+            help="A run's counters: attention.counters().to_dict() as JSON.",
+            show_default=False,
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A TOML or JSON config file. Default: LongNet, 131,072 tokens.", show_default=False),
+        typer.Option(
+            parser=as_path,
+            metavar="PATH",
+            help="A TOML or JSON config file. Default: LongNet, 131,072 tokens.",
+            show_default=False,
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("dashboard.html"),
+    out: Annotated[Path, typer.Option(parser=as_path, metavar="PATH", help="The page.")] = Path("dashboard.html"),
     machine: Annotated[
         bool, typer.Option("--machine/--no-machine", help="Also the plan, the ring's costs and pictures of patterns.")
     ] = True,

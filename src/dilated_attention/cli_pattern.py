@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import attrs
 import typer
 
-from .console import CONTEXT, FAILED, AsJson, given, registry, show
-from .core.checks import did_you_mean
+from .console import CONTEXT, FAILED, AsJson, as_path, given, registry, show
 from .core.config import AttentionConfig, check_fields, read_mapping
-from .core.errors import ConfigError, PatternFileError, UnsafePathError
+from .core.errors import ConfigError, DilatedAttentionError, PatternFileError, PatternNotFoundError, UnsafePathError
 from .core.explain import amount, columns, counted, pattern_words
 from .core.geometry import Geometry
 from .pattern_flags import DilationRates, Kind, Parameters, SegmentLengths, pattern_of
@@ -34,7 +34,7 @@ pattern_app = typer.Typer(
     context_settings=CONTEXT,
 )
 
-Root: TypeAlias = Annotated[Path, typer.Option(help="Folder of the stored patterns.")]
+Root: TypeAlias = Annotated[Path, typer.Option(parser=as_path, metavar="PATH", help="Folder of the stored patterns.")]
 Name: TypeAlias = Annotated[str, typer.Argument(help="A stored pattern's name.", show_default=False)]
 _ROOT: Final = Path("pattern-store")
 _BAD_FILE: Final = 4
@@ -67,7 +67,9 @@ def list_patterns(context: typer.Context, root: Root = _ROOT, as_json: AsJson = 
 @pattern_app.command()
 def save(
     name: Annotated[str, typer.Argument(help="1 to 120 letters, digits, '.', '_', '-'.", show_default=False)],
-    config: Annotated[Path | None, typer.Option(help="A TOML or JSON config file with the pattern.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH", help="A TOML or JSON config file with the pattern.")
+    ] = None,
     pattern: Kind = None,
     segment_lengths: SegmentLengths = None,
     dilation_rates: DilationRates = None,
@@ -93,7 +95,7 @@ def save(
     )
     read = _config(fields, config)
     assert read.seq_len is not None
-    with _store(root) as store:
+    with _store(root, limit_bytes=read.limits.layout_bytes) as store:
         try:
             store.save(
                 name,
@@ -105,6 +107,8 @@ def save(
             )
         except FileExistsError as error:
             raise ConfigError(f"{name!r} exists already in {str(root)!r}; --overwrite replaces it") from error
+        except ConfigError as error:
+            raise _with_remedy(error, "set a larger limits = {layout_bytes = ...} in the file of --config") from error
         info = store.verify(name)
     show(_info_text(info), attrs.asdict(info), as_json=as_json)
 
@@ -127,7 +131,9 @@ def show_pattern(
     layers: Annotated[
         int, typer.Option(min=1, max=_MOST_LAYERS, help="Layers to follow the receptive field through.")
     ] = 4,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: a .png or .svg file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH", help="Also draw it: a .png or .svg file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a map of a stored pattern, and say how good it is.
@@ -148,7 +154,8 @@ def show_pattern(
         quality, text, data = _report(pattern, info, geometry, head, layers)
         picture = None if plot is None else _picture(pattern, geometry, head)
     except (ConfigError, PatternFileError) as error:  # of a sound file: it is the length that does not fit
-        raise ConfigError(f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}") from error
+        said = f"{name!r} cannot be shown at {info.seq_len:,} tokens (--seq-len): {error}"
+        raise _with_remedy(type(error)(said), "show fewer tokens") from error
     if plot is not None and picture is not None:
         _plot(picture, quality, info, head, plot)
     show(text, data, as_json=as_json)
@@ -172,7 +179,7 @@ def _report(
     cells = even_cells(pattern, geometry, head, rows=rows, cols=cols, limit_bytes=_TABLE_BYTES)
     ink = UNICODE if _can_print(UNICODE + "│─┌┐└┘") else ASCII
     map_lines = draw(cells, length=geometry.q_len, ink=ink)
-    beside = ["", *quality_lines(quality), "", *legend(ink, is_causal=geometry.is_causal)]
+    beside = ["", *quality_lines(quality, size), "", *legend(ink, is_causal=geometry.is_causal)]
     alike = pattern.head_groups(info.num_heads, info.num_heads)
     same = [h for h, group in enumerate(alike) if group == alike[head]]
     text = "\n".join([_title(info), *_head_words(head, same, info.num_heads), *_side_by_side(map_lines, beside)])
@@ -200,11 +207,11 @@ def verify(
     root: Root = _ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Check stored patterns, bit by bit. Exit status 4 when one is bad, else 1 when one cannot be read."""
+    """Check stored patterns, bit by bit. Exit status 4 when one is bad or missing, else 1 when one cannot be read."""
     _require_named(context, root)
     with _store(root) as store:
         names = store.list() if name is None else (name,)
-        rows = [_verified(root, store, each, is_asked_for=name is not None) for each in names]
+        rows = [_verified(store, each, is_asked_for=name is not None) for each in names]
     table = list(columns([(row["name"], row["status"], row["kind"]) for row in rows])) if rows else []
     lines = [f"no patterns are stored in {str(root)!r}"] if not rows else []
     for line, row in zip(table, rows, strict=True):
@@ -215,15 +222,17 @@ def verify(
         raise typer.Exit(_BAD_FILE if "bad" in statuses else FAILED)
 
 
-def _verified(root: Path, store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:
+def _verified(store: PatternStore, name: str, *, is_asked_for: bool) -> dict[str, str]:
     """A row of what `verify` says; one of many that is gone meanwhile is one that cannot be read."""
     try:
         info = store.verify(name)
+    except PatternNotFoundError as error:
+        if is_asked_for:
+            raise
+        return {"name": name, "status": "unreadable", "kind": "", "cause": str(error)}
     except (PatternFileError, UnsafePathError) as error:
         return {"name": name, "status": "bad", "kind": "", "cause": str(error)}
     except OSError as error:
-        if is_asked_for and isinstance(error, FileNotFoundError):
-            raise _missing(root, store, name) from error
         return {"name": name, "status": "unreadable", "kind": "", "cause": _cause(error)}
     return {"name": name, "status": "ok", "kind": _kind(info), "cause": ""}
 
@@ -240,28 +249,28 @@ def _require_named(context: typer.Context, root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _store(root: Path) -> Iterator[PatternStore]:
+def _store(root: Path, **fields: int) -> Iterator[PatternStore]:
     """The store at `root`; what the system refuses there is one message."""
     from .patterns.store import PatternStore
 
     try:
         if root.exists() and not root.is_dir():
             raise ConfigError(f"--root must be a folder, but {str(root)!r} is none; choose another")
-        yield PatternStore(root)
+        yield PatternStore(root, **fields)
+    except DilatedAttentionError:  # a missing pattern is an OSError too
+        raise
     except OSError as error:
         raise ConfigError(f"cannot use the store {str(root)!r}: {error.strerror or error}") from error
 
 
 def _loaded(root: Path, name: str) -> tuple[Pattern, StoredInfo]:
     with _store(root) as store:
-        try:
-            return store.load(name), store.verify(name)
-        except FileNotFoundError as error:
-            raise _missing(root, store, name) from error
+        return store.load(name), store.verify(name)
 
 
-def _missing(root: Path, store: PatternStore, name: str) -> ConfigError:
-    return ConfigError(f"there is no stored pattern {name!r} in {str(root)!r}{did_you_mean(name, store.list())}")
+def _with_remedy(error: DilatedAttentionError, remedy: str) -> DilatedAttentionError:
+    """The error with a remedy that the command has, in the place of a limit that is a value of Python."""
+    return type(error)(re.sub(r"; raise (Limits\.layout|limit)_bytes.*", f"; {remedy}", str(error)))
 
 
 def _config(fields: dict[str, Any], path: Path | None) -> AttentionConfig:

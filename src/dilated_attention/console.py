@@ -37,6 +37,13 @@ FAILED: Final = 1  # an exit status; `cli` says what each means
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+def as_path(text: str | Path) -> Path:
+    """The parser of options and arguments that are paths: pathlib takes an empty text for the current folder."""
+    if not str(text):
+        raise typer.BadParameter("must be the name of a file or folder, got ''")
+    return Path(text)
+
+
 def given(**fields: object) -> dict[str, object]:
     """Those of flags that were given."""
     return {name: value for name, value in fields.items() if value is not None}

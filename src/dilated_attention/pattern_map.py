@@ -66,32 +66,37 @@ def legend(ink: str, *, is_causal: bool) -> list[str]:
     return [*lines, "   in the future"] if is_causal else lines
 
 
-def quality_lines(quality: Quality) -> list[str]:
-    """The quality report as aligned lines of at most 32 characters."""
+def quality_lines(quality: Quality, block_size: int) -> list[str]:
+    """The quality report as aligned lines of at most 32 characters; docs/patterns.md explains them."""
     followed = quality.receptive_field[: quality.layers_to_full]  # behind that all lines would be alike
     field = [
         (counted(layer, "layer") if layer in (1, len(followed)) else f"{layer}", f"{part:.1%}")
         for layer, part in enumerate(followed, 1)
     ]
-    reached = "not yet" if quality.layers_to_full is None else counted(quality.layers_to_full, "layer")
+    if quality.layers_to_full is None:
+        reached = f"not all after {counted(len(followed), 'layer')}"
+    else:
+        reached = f"all after {counted(quality.layers_to_full, 'layer')}"
     return [
-        *columns([("density", f"{quality.density:.3%}"), ("empty rows", f"{quality.empty_rows:,}")]),
+        *columns([("density", f"{quality.density:.3%}"), ("queries without keys", f"{quality.empty_rows:,}")]),
         "",
         "          least     mean   most",
-        _spread_line("fan-out", quality.fan_out),
-        _spread_line("fan-in", quality.fan_in),
+        "keys that a query sees",
+        _spread_line(quality.fan_out),
+        "queries that see a key",
+        _spread_line(quality.fan_in),
         "",
-        "blocks reached, by layers",
+        f"blocks (of {counted(block_size, 'token')}) reached",
         *(f"  {name:<10}{part:>8}" for name, part in field),
-        f"  all       {reached:>8}",
+        f"  {reached}",
         "",
-        f"dearest tile {quality.load_imbalance:.2f} x the mean",
-        f"idle tiles   {quality.idle_tiles:.1%}",
+        f"busiest block row  {quality.load_imbalance:.2f} x mean",
+        f"idle block rows    {quality.idle_tiles:.1%}",
     ]
 
 
-def _spread_line(name: str, spread: Spread) -> str:
-    return f"{name:<8}{_short(spread.least):>7}{_short(spread.mean):>9}{_short(spread.most):>7}"
+def _spread_line(spread: Spread) -> str:
+    return f"{_short(spread.least):>15}{_short(spread.mean):>9}{_short(spread.most):>7}"
 
 
 def _short(number: float) -> str:

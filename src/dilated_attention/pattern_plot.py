@@ -34,7 +34,7 @@ def check_can_plot(path: Path) -> None:
 
 
 def plot(cells: Cells, quality: Quality, title: str, path: Path, *, length: int, head: int) -> None:
-    """Write the figure: the map of one head at the left, fan-in, fan-out and receptive field of all at the right."""
+    """Write the figure: the map of one head at the left; of all heads, at the right, counts and what layers reach."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -70,8 +70,8 @@ def plot(cells: Cells, quality: Quality, title: str, path: Path, *, length: int,
     _bars(upper, quality)
     _field(lower, quality)
     figure.suptitle(
-        f"{title}\ndensity {quality.density:.3%}, {quality.empty_rows:,} empty rows, "
-        f"dearest tile {quality.load_imbalance:.2f} × the mean", fontsize=11,
+        f"{title}\ndensity {quality.density:.3%}, {quality.empty_rows:,} queries without keys, "
+        f"busiest block row {quality.load_imbalance:.2f} × the mean", fontsize=11,
     )  # fmt: skip
     save_figure(figure, path, option="--plot")
 
@@ -84,8 +84,8 @@ def _bars(axis: Axes, quality: Quality) -> None:
     first, last = min(used), max(used)
     place = range(first, last + 1)
     for name, spread, shift, colour in (
-        ("keys a query sees (fan-out)", quality.fan_out, -0.2, _BLUE),
-        ("queries that see a key (fan-in)", quality.fan_in, 0.2, _ORANGE),
+        ("keys that a query sees", quality.fan_out, -0.2, _BLUE),
+        ("queries that see a key", quality.fan_in, 0.2, _ORANGE),
     ):
         axis.bar([i + shift for i in place], [_part(spread, i) * 100 for i in place], 0.4, color=colour, label=name)
     turn, side = (35, "right") if len(place) > 4 else (0, "center")
@@ -97,6 +97,7 @@ def _bars(axis: Axes, quality: Quality) -> None:
     axis.set_ylim(10.0 ** (math.ceil(math.log10(least * 100)) - 1), 150)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("how many", fontsize=9)
     axis.set_ylabel("% of positions", fontsize=9)
     _tidy(axis)
     axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1)

@@ -27,6 +27,13 @@ _LONGEST_S: Final = 240
 _GREY: Final = "#6B6B6B"
 # Okabe and Ito's palette; marks and dashes say the same without colour.
 _LINES: Final = {"longnet": ("#0072B2", "o", "-"), "local-global": ("#D55E00", "s", "--")}
+# Of the columns that their names do not explain.
+_LEGEND: Final = (
+    "efficiency  time alone (weak) or the smallest size's, shared out (strong), over the ring's; in a row: of steps "
+    "that follow each other, as in training; to auto: to what a rank alone would run",
+    "as planned  the bytes are the pre-flight's to the byte; hidden: share of the exchange behind computing; planned: "
+    "peak memory by the pre-flight",
+)
 
 
 def run_scaling(settings: RingSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -192,18 +199,18 @@ def text_of(report: dict[str, Any]) -> str:
         "", "ranks", "tokens", "f+b ms", "alone", "alone, auto", "full ring", "efficiency", "in a row", "to auto",
         "received", "as planned", "hidden", "peak MiB", "planned",
     )  # fmt: skip
-    lines = list(columns([header, *(_cells(row) for row in report["summary"])]))
+    lines = [*columns([header, *(_cells(row) for row in report["summary"])]), "", *_LEGEND]
     backends = {
         f"{row['pattern']}: {name} {text}" for row in report["summary"] for name, text in row["backends"].items()
     }
     lines += ["", "backends  " + "; ".join(sorted(backends))]
-    lines += [
-        "errors against the float64 oracle  "
-        + "; ".join(
-            f"{entry['size']} ranks, {name}: {error:.1e}" for entry in report["sizes"]
-            for name, error in entry["errors"].items()
-        )
-    ]  # fmt: skip
+    errors = [
+        f"{entry['size']} ranks, {name}: {error:.1e}"
+        for entry in report["sizes"]
+        for name, error in entry["errors"].items()
+    ]
+    told = "; ".join(errors) or "not measured: a rank alone exchanges nothing"
+    lines.append(f"errors against the float64 oracle  {told}")
     lines += ["", "simulated by the pre-flight, bytes of the busiest rank, a forward pass"]
     head = ("", "ranks", "tokens", "received", "a full ring", "times fewer", "imbalance", "peak MiB")
     lines += columns([head, *(_simulated_cells(row) for row in report["simulated"])])

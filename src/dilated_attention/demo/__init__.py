@@ -20,6 +20,7 @@ from .. import Dilated
 from ..console import make_folder
 from ..core.checks import require_int
 from ..registry.build import explain as plan_of
+from ..registry.device import describe_device
 from ..report import is_terminal
 from . import compare, pictures, text
 from .model import ModelConfig
@@ -31,6 +32,7 @@ Say = Callable[[str], None]
 SECONDS = 105.0
 LONGEST_TRAINING = 65.0
 SHORTEST_TRAINING = 20.0
+SMALLER = 16  # a picture of the pattern has this part of its lengths, so that single keys are seen
 
 
 def run(output: Path, *, steps: int | None = None, json_output: bool = False) -> dict[str, object]:
@@ -75,7 +77,7 @@ def machine() -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": platform.machine(),
+        "processor": describe_device("cpu").name or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -118,7 +120,7 @@ def learn(say: Say, output: Path, budget: Budget) -> tuple[object, list[Path]]:
         f"   (8 when guessing; xz -9 needs {xz_bits:.2f} with all of them before it)\n"
     )
     result = attrs.asdict(training) | {"xz_bits_per_byte": xz_bits, "corpus": str(corpus.root), "files": corpus.files}
-    return result, draw(say, output, training, xz_bits)
+    return result, draw(say, output, config, training, xz_bits)
 
 
 def train_with_progress(say: Say, corpus: text.Corpus, config: ModelConfig, budget: Budget) -> Training:
@@ -156,16 +158,21 @@ def train_with_progress(say: Say, corpus: text.Corpus, config: ModelConfig, budg
         )
 
 
-def draw(say: Say, output: Path, training: Training, xz_bits: float) -> list[Path]:
-    """Draw the loss curve and a pattern small enough to see, or say what is missing for it."""
+def draw(say: Say, output: Path, config: ModelConfig, training: Training, xz_bits: float) -> list[Path]:
+    """Draw the loss curve and the model's pattern, or say what is missing for it."""
     if not pictures.can_draw():
         say("   No pictures: matplotlib is missing. python -m pip install 'dilated-attention[plot]'\n")
         return []
     loss, pattern = (output / name for name in pictures.FILES)
     pictures.draw_loss(training, xz_bits, loss)
-    small = Dilated(segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4))
-    title = "Who attends to whom: segments 16, 32, 64 with dilation rates 1, 2, 4, causal"
-    pictures.draw_pattern(small, title, pattern, seq_len=64, num_heads=8)
+    lengths = tuple(length // SMALLER for length in config.segment_lengths)
+    segments, rates = (", ".join(map(str, numbers)) for numbers in (config.segment_lengths, config.dilation_rates))
+    title = (
+        f"Who attends to whom in the model: segments {segments}, dilation rates {rates} "
+        f"(drawn with 1/{SMALLER} of the lengths)"
+    )
+    small = Dilated(segment_lengths=lengths, dilation_rates=config.dilation_rates)
+    pictures.draw_pattern(small, title, pattern, seq_len=config.seq_len // SMALLER, num_heads=config.num_heads)
     return [loss, pattern]
 
 

@@ -64,7 +64,7 @@ def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_
     for head, group in enumerate(pattern.head_groups(num_heads, num_heads)):
         groups.setdefault(group, []).append(head)
     shades = Shades.up_to(pattern.max_multiplicity)
-    figure = Figure(figsize=(3.1 * len(groups) + 0.4, 4.1), dpi=160, layout="constrained")
+    figure = Figure(figsize=(3.1 * len(groups) + 0.4, 4.5), dpi=160, layout="constrained")
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axis, heads in zip(axes, groups.values(), strict=True):
         axis.imshow(counts(pattern, seq_len, num_heads, heads[0]), **shades.of_image)
@@ -81,13 +81,11 @@ def draw_pattern(pattern: Pattern, title: str, path: Path, *, seq_len: int, num_
     save_figure(figure, path, option="--output")
 
 
-def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
-    """Mean of the last `window` values, of fewer at the start."""
+def smooth(values: Sequence[float], window: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The means of all `window` values in a row, and the middles of where they stand: means of the past would lag."""
     sums = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    result: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
-    return result
+    means = (sums[window:] - sums[:-window]) / window
+    return np.arange(means.size) + (window - 1) / 2, means
 
 
 def draw_loss(training: Training, xz_bits: float, path: Path) -> None:
@@ -98,7 +96,9 @@ def draw_loss(training: Training, xz_bits: float, path: Path) -> None:
     axis = figure.subplots()
     steps = np.arange(len(training.bits))
     axis.plot(steps, training.bits, color=BLUE, alpha=0.25, linewidth=0.7)
-    axis.plot(steps, smooth(training.bits, 20), color=BLUE, linewidth=1.8, label="training batches, mean of 20")
+    window = max(1, min(20, len(training.bits) // 10))  # a wide one would level out what few steps have
+    label = "training batches" + (f", mean of {window}" if window > 1 else "")
+    axis.plot(*smooth(training.bits, window), color=BLUE, linewidth=1.8, label=label)
     axis.plot(
         [mark.step for mark in training.marks],
         [mark.held_out for mark in training.marks],
