@@ -259,12 +259,8 @@ def _plan_of_ranks(fields: dict[str, Any], arch: str | None, found: Registry) ->
     from .registry.build import explain as explain_plan
 
     if fields["seq_len"] <= _MOST_PLANNED:
-        try:
-            return explain_plan(fields, arch=arch, registry=found), ""
-        except ConfigError as error:
-            why = f"which a build refuses: {error}"
-    else:
-        why = f"which may take minutes beyond {_MOST_PLANNED:,} tokens; with it another kernel may be chosen"
+        return explain_plan(fields, arch=arch, registry=found), ""
+    why = f"which may take minutes beyond {_MOST_PLANNED:,} tokens; with it another kernel may be chosen"
     return explain_plan(fields | {"seq_len": None}, arch=arch, registry=found), why
 
 
