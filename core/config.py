@@ -132,12 +132,12 @@ def _pattern(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
         raise ConfigError(f"a pattern mapping needs 'kind', the pattern's name, got {dict(value)!r}")
 
 
-def _limits(_: object, attribute: attrs.Attribute[Limits], value: object) -> None:
+def _limits(_: object, attribute: attrs.Attribute[Limits] | None, value: object) -> None:
     if not isinstance(value, Limits):
         raise ConfigError(f"limits must be a Limits value or, in a file, a table; got {value!r}")
 
 
-def _context_parallel(_: object, attribute: attrs.Attribute[ContextParallel | None], value: object) -> None:
+def _context_parallel(_: object, attribute: attrs.Attribute[ContextParallel | None] | None, value: object) -> None:
     if value is not None and not isinstance(value, ContextParallel):
         raise ConfigError(
             f"context_parallel must be None, a ContextParallel(size=...) or, in a file, a table; got {value!r}"
@@ -274,6 +274,9 @@ class AttentionConfig(NamesChecked):
         """
         if isinstance(mapping, Mapping):
             check_fields(mapping)
+            for name, check in (("limits", _limits), ("context_parallel", _context_parallel)):
+                if name in mapping and not isinstance(mapping[name], Mapping):
+                    check(None, None, mapping[name])  # which names the field, where `from_mapping` knows the class
         return from_mapping(cls, mapping, name="the attention config")
 
     @classmethod

@@ -119,8 +119,7 @@ def _as_it_is(value: Any, _: object) -> Any:
 
 
 def _nested(value: object, cls: type[Any]) -> Any:
-    """A class inside another: what is no mapping is left to the validators, which know the field."""
-    return from_mapping(cls, value, name=cls.__name__) if isinstance(value, Mapping) else value
+    return value if isinstance(value, cls) else from_mapping(cls, value, name=cls.__name__)
 
 
 def _is_left_to_validators(kind: Any) -> bool:

@@ -95,7 +95,7 @@ def test_a_further_pattern_is_tested_too() -> None:
     assert lengths == {LENGTH, LONGER}
     with pytest.raises(ConfigError, match="unknown pattern 'lokal'"):
         Kit("sdpa", KitSettings(patterns=[{"kind": "lokal"}]))
-    with pytest.raises(ConfigError, match="a pattern is a mapping with 'kind', its name, got 'local'"):
+    with pytest.raises(ConfigError, match="or a mapping with 'kind', its name; got 'local'"):
         Kit("sdpa", KitSettings(patterns=["local"]))  # type: ignore[list-item]
 
 

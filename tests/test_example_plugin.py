@@ -69,7 +69,9 @@ def test_the_installed_example_is_found_and_used(site: Path, invoke_at: Invoke) 
     assert row["import_seconds"] < 0.25
     flags = ("--heads", "4", "--head-dim", "24", "--pattern", "log_sparse", "-P", "base=3")
     plan = as_json(invoke_at(site, "explain", *flags, "--backend", "toy", "--json"))
-    assert (plan["backend"], plan["kernel"]) == ("toy", "toy")
+    assert (plan["backend"], plan["kernel"]) == ("toy", "PyTorch's matrix products")  # what it brings is blocks
+    dense = as_json(invoke_at(site, "explain", *flags[:4], "--backend", "toy", "--json"))
+    assert dense["kernel"] == "toy"
     assert plan["config"]["pattern"] == {"kind": "log_sparse", "base": 3}
     refused = invoke_at(site, "explain", *flags, "--backend", "toy", "--dtype", "bfloat16")
     assert refused.returncode == 3

@@ -178,14 +178,16 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
     of_rows = ("attend_blocks", "block_gradients_of_queries")
     asked_for = [tile for tile in tiles for _ in range(4 if tile["kernel"] in of_rows else 3)]
     assert len(lines) == 130
+    wrong = []
     for line, asked in zip(lines, asked_for, strict=True):
         _name, _head_dim, spilled, shared, overlap = line.split()
-        assert overlap == "overlaps", line
         # What merges rows of 256 columns with those that are there, as rings do, keeps both for once.
         merges = asked["width"] > 192 and asked["kernel"] in of_rows
-        assert int(spilled) <= (1280 if merges else 640), line
         programs = 2 if asked["begin"] == 80 and not asked["adds"] else 1  # a multiprocessor keeps 1 KiB for each
-        assert int(shared) <= 228 * 1024 // programs - 1024, line
+        fits = int(spilled) <= (1280 if merges else 640) and int(shared) <= 228 * 1024 // programs - 1024
+        if overlap != "overlaps" or not fits:
+            wrong.append(line)
+    assert wrong == []
 
 
 def draw(dtype: torch.dtype, *shape: int, shift: int = 0) -> torch.Tensor:

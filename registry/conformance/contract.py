@@ -17,6 +17,7 @@ from ...core.config import DTYPES as ALL_DTYPES
 from ...core.config import AttentionConfig
 from ...core.errors import NoBackendError, PluginError
 from ...core.kernel import DensePiece
+from ...core.plan import MATRIX_PRODUCTS
 from ..build import build_from
 from ..capabilities import covers, make_request
 from ..device import describe_device, device_type_of_torch, local_device_types
@@ -64,7 +65,7 @@ def manifest(kit: Kit) -> Iterator[Finding]:
 def builds(subject: Subject) -> Iterator[Finding]:
     """What is declared and not refused is built, and the kernel is the one that was pinned."""
     pinned, built = subject.attention.plan.kernel, subject.attention._engine.kernel.name
-    problem = "" if pinned == built else f"pin() names {pinned!r}, and build() makes {built!r}"
+    problem = "" if pinned in (built, MATRIX_PRODUCTS) else f"pin() names {pinned!r}, and build() makes {built!r}"
     yield Finding(what="kernel", problem=problem)
 
 
