@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from .checks import MOST_POSITIONS
 from .geometry import Geometry
 from .layout import BlockLayout, Layout
 from .pattern import Branch
-from .supports import branch_counts, branch_signature, ranges
+from .supports import BranchCounts, branch_signature, ranges
+
+_PAIRS_AT_ONCE: Final = 1 << 18  # evaluated in one step: some megabytes of temporaries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -246,10 +248,14 @@ def _beyond(
     own = np.stack([mask_ids.astype(np.int64), queries], axis=-1)
     first, inverse = group_rows(np.concatenate([signature, own], axis=-1))
     often, total = np.bincount(inverse, minlength=first.size), 0
-    place = np.arange(size, dtype=np.int64)
-    for entry, times in zip(first, often, strict=True):
-        inside = place[:, None] < queries[entry]
-        counted = inside & (blocks.masks[mask_ids[entry]] != 0) if mask_ids[entry] >= 0 else inside
-        taken = branch_counts(branches, query_low[entry] + place[:, None], key_low[entry] + place, head) > 0
-        total += int(times) * int((np.broadcast_to(counted, taken.shape) & ~taken).sum())
+    place, counts = np.arange(size, dtype=np.int64), BranchCounts.of(branches, head)
+    step = max(1, _PAIRS_AT_ONCE // size**2)
+    for begin in range(0, first.size, step):
+        some = first[begin : begin + step]
+        partial = np.flatnonzero(mask_ids[some] >= 0)
+        beyond = np.broadcast_to(place[:, None] < queries[some][:, None, None], (some.size, size, size)).copy()
+        beyond[partial] &= blocks.masks[mask_ids[some[partial]]] != 0
+        query, key = query_low[some][:, None, None] + place[:, None], key_low[some][:, None, None] + place
+        beyond &= counts(query, key) == 0
+        total += int(often[begin : begin + step] @ beyond.sum(axis=(1, 2)))
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
 import numpy as np
 
 from .geometry import Geometry, joined_groups
@@ -156,28 +157,42 @@ def segment_and_place(position: IntArray, segment_length: int | None) -> tuple[I
     return segment, place
 
 
-def branch_counts(branches: Sequence[Branch], query: IntArray, key: IntArray, head: int) -> IntArray:
-    """How often `branches` count each (query, key) pair of broadcastable positions, before causality; int64."""
-    total = np.zeros(np.broadcast_shapes(query.shape, key.shape), dtype=np.int64)
-    for (w, r), weights in _weights(branches, head).items():
-        (q_segment, q_place), (k_segment, k_place) = (segment_and_place(position, w) for position in (query, key))
-        residue = q_place % r
-        offsets = np.array(sorted(weights), dtype=np.int64)
-        found = np.minimum(np.searchsorted(offsets, residue), offsets.size - 1)
-        weight = np.where(offsets[found] == residue, np.array([weights[o] for o in offsets.tolist()])[found], 0)
-        total += weight * ((q_segment == k_segment) & (residue == k_place % r))
-    return total
+@attrs.frozen(eq=False)
+class BranchCounts:
+    """How often the branches of one head count pairs of positions.
 
+    Attributes:
+        weights: for each segment length and stride the offsets in use, ascending, and their weights, both (n,) int64.
+    """
 
-def _weights(branches: Sequence[Branch], head: int) -> dict[tuple[int | None, int], dict[int, int]]:
-    """The weights of a head's branches by offset, for each segment length and stride."""
-    found: dict[tuple[int | None, int], dict[int, int]] = {}
-    for branch in branches:
-        offset = branch.offsets[head]
-        if offset is not None:
-            weights = found.setdefault((branch.segment_length, branch.stride), {})
-            weights[offset] = weights.get(offset, 0) + branch.weight
-    return found
+    weights: dict[tuple[int | None, int], tuple[IntArray, IntArray]]
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch], head: int) -> BranchCounts:
+        """Those of `head`."""
+        found: dict[tuple[int | None, int], dict[int, int]] = {}
+        for branch in branches:
+            offset = branch.offsets[head]
+            if offset is not None:
+                weights = found.setdefault((branch.segment_length, branch.stride), {})
+                weights[offset] = weights.get(offset, 0) + branch.weight
+        return cls(
+            {
+                kind: (np.array(sorted(weights), dtype=np.int64), np.array([weights[o] for o in sorted(weights)]))
+                for kind, weights in found.items()
+            }
+        )
+
+    def __call__(self, query: IntArray, key: IntArray) -> IntArray:
+        """For each (query, key) pair of broadcastable positions, before causality; int64."""
+        total = np.zeros(np.broadcast_shapes(query.shape, key.shape), dtype=np.int64)
+        for (w, r), (offsets, weights) in self.weights.items():
+            (q_segment, q_place), (k_segment, k_place) = (segment_and_place(position, w) for position in (query, key))
+            residue = q_place % r
+            found = np.minimum(np.searchsorted(offsets, residue), offsets.size - 1)
+            weight = np.where(offsets[found] == residue, weights[found], 0)
+            total += weight * ((q_segment == k_segment) & (residue == k_place % r))
+        return total
 
 
 def branch_reachable(branches: Sequence[Branch] | None, key: IntArray, position: int, head: int) -> NDArray[np.bool_]:

@@ -184,7 +184,8 @@ def test_they_compile_for_hopper_and_keep_their_overlap(release: str, tmp_path: 
         # What merges rows of 256 columns with those that are there, as rings do, keeps both for once.
         merges = asked["width"] > 192 and asked["kernel"] in of_rows
         programs = 2 if asked["begin"] == 80 and not asked["adds"] else 1  # a multiprocessor keeps 1 KiB for each
-        fits = int(spilled) <= (1280 if merges else 640) and int(shared) <= 228 * 1024 // programs - 1024
+        most = 1280 if merges else 704 if release == "3.9" else 640  # whose ptxas is told to spill, see the log
+        fits = int(spilled) <= most and int(shared) <= 228 * 1024 // programs - 1024
         if overlap != "overlaps" or not fits:
             wrong.append(line)
     assert wrong == []
