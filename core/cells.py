@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from .pattern import IntArray
 
-_MOST_STEPS: Final = 1 << 13  # some tens of microseconds each
+_STEP: Final = 1 << 10  # cells that take as long as what is done whatever their number is
+_MOST_CELLS: Final = 1 << 24  # some tens of nanoseconds each
 
 
 @attrs.frozen(eq=False)
@@ -95,13 +96,13 @@ def cells_of(branch: Branch, offset: int, geometry: Geometry) -> Cells:
 
 @attrs.define
 class Steps:
-    """Comparisons of two sets that may still be made: two to the number of sets that do not nest."""
+    """Cells that may still be compared: there may be two comparisons to the number of sets that do not nest."""
 
-    left: int = _MOST_STEPS
+    left: int = _MOST_CELLS
 
-    def take(self, count: int) -> bool:
-        """Whether so many more may be made."""
-        self.left -= count
+    def take(self, *sets: Cells) -> bool:
+        """Whether these may be compared."""
+        self.left -= _STEP + sum(each.low.size for each in sets)
         return self.left >= 0
 
 
@@ -118,13 +119,14 @@ def union_size(families: list[list[Cells]], size: Callable[[Cells], int], steps:
     stack = [(cells, families[:index:-1], 1) for index, family in enumerate(families) for cells in family]
     while stack:
         common, undecided, sign = stack.pop()
-        if not steps.take(2 * sum(map(len, undecided))):
-            return None
-        if any(_within(common, other) for family in undecided for other in family):
+        others = [other for family in undecided for other in family]
+        if any(steps.take(common) and _within(common, other) for other in others):
             continue
         total += sign * size(common)
         for index, family in enumerate(undecided):
             for other in family:
+                if not steps.take(common, other):
+                    return None
                 both = _intersection(common, other)
                 if both.low.size:
                     stack.append((both, undecided[index + 1 :], -sign))
