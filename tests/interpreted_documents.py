@@ -99,7 +99,7 @@ EARLIER = LATER.flip(1)
         (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 0, 17, 19, 52])}),
         (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0}),
         (Dilated((7, 12), (2, 3)), {"mask": EARLIER}),
-        (Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}),
+        pytest.param(Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}, marks=pytest.mark.slow),
         (Dilated((8, 16), (1, 2)), {"mask": LATER, "q_len": 12}),
         (Full(), {"mask": EARLIER, "q_len": 27, "bound_from": 0}),
         (Dilated((8, 16), (1, 2)), {"mask": LATER, "bound_from": 0}),
@@ -146,7 +146,9 @@ def test_blocks_of_documents_in_one_launch(
 @pytest.mark.parametrize(
     ("pattern", "of_call"),
     [
-        (Local((300, 0)), {"bounds": torch.tensor([0, 0, 258, 259, 290]), "tile": 64}),
+        pytest.param(
+            Local((300, 0)), {"bounds": torch.tensor([0, 0, 258, 259, 290]), "tile": 64}, marks=pytest.mark.slow
+        ),
         (Local((6, 9)) | Global(3), {"bounds": torch.tensor([0, 0, 17, 19, 52]), "tile": 32}),
         pytest.param(Dilated((8, 16), (1, 2)) + Local(9), {"mask": EARLIER}, marks=pytest.mark.slow),
         (Local(9) + Local((3, 0)), {"mask": LATER, "tile": 32}),

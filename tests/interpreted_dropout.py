@@ -79,7 +79,7 @@ class Interpreted:
         (Dilated((8, 16, 40), (1, 2, 4)), False, {"bound_from": 0}),
         pytest.param(Dilated((8, 12), (1, 3)) + Full() + Full(), True, {"tile": 32}, marks=pytest.mark.slow),
         (Random(2, 16, seed=3), True, {}),
-        (Local(5) + Local(9), False, {"tile": 64}),
+        pytest.param(Local(5) + Local(9), False, {"tile": 64}, marks=pytest.mark.slow),
         pytest.param(Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}, marks=pytest.mark.slow),
         (Strided(2) + Strided(2), True, {"tile": 64}),
     ],

@@ -86,18 +86,17 @@ def test_branches_of_one_stride_are_known_to_be_disjoint() -> None:
 
 
 def test_what_would_take_long_to_count_is_not_told() -> None:
-    """Two to the number of branches that do not nest, or pairs of them."""
+    """Two to the number of branches that do not nest."""
+    pattern = Dilated(tuple(range(10, 70, 3)), (2,) * 20)
     begin = time.perf_counter()
-    for pattern in (Dilated(tuple(range(10, 70, 3)), (2,) * 20), Strided(300) + Strided(301)):
-        layout = lower(pattern, Geometry.self_attention(4096, 2))
-        assert (layout.distinct_pairs, layout.density, layout.keyless_queries) == (None, None, None)
-        assert layout.pairs > 0
-        plan = explain(pattern=pattern, num_heads=2, head_dim=8, seq_len=4096)
-        (line,) = [line for line in plan.explain().splitlines() if line.startswith("  layout")]
-        assert "FLOP forward, " in line
-        assert "distinct" not in line
-        assert "%" not in line
-    assert time.perf_counter() - begin < 30
+    plan = explain(pattern=pattern, num_heads=2, head_dim=8, seq_len=4096)
+    assert time.perf_counter() - begin < 15
+    assert (plan.layout.distinct_pairs, plan.layout.density, plan.layout.keyless_queries) == (None, None, None)
+    assert plan.layout.pairs == lower(pattern, Geometry.self_attention(4096, 2)).pairs
+    (line,) = [line for line in plan.explain().splitlines() if line.startswith("  layout")]
+    assert "FLOP forward, " in line
+    assert "distinct" not in line
+    assert "%" not in line
 
 
 def test_more_segments_than_memory_holds_are_an_error() -> None:
