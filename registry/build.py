@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import attrs
 
-from ..core.bands import bands_of
 from ..core.config import AttentionConfig, check_fields
 from ..core.errors import ConfigError, NoBackendError, PluginError
 from ..core.kernel import CALL_AXES, WIDENING, ForOneLength, takes_dlse, takes_dropout
@@ -19,7 +18,7 @@ from .capabilities import make_request
 from .device import describe_card, describe_device
 from .discovery import Registry, default_registry
 from .patterns import resolve_pattern
-from .planning import plan_of
+from .planning import is_blocks_alone, plan_of
 from .plugins import PLUGIN_FAULTS, describe
 from .selection import Selection, Verdict, judge, select, takes_dense
 from .specs import Device, Request
@@ -266,7 +265,7 @@ def _has_dlse(chosen: Verdict, request: Request) -> bool:
     """
     if not takes_dense(chosen.registered.spec):
         return bool(chosen.registered.spec.capabilities.get("dlse", False))
-    if request.needs["layouts"] == ("block",) and bands_of(request.pattern) is None:
+    if is_blocks_alone(request):
         return True
     wider = attrs.evolve(request.config, head_dim=request.config.head_dim + WIDENING)
     verdict = judge(chosen.registered, make_request(wider, request.pattern, request.device))

@@ -7,10 +7,11 @@ from typing import Any
 
 import attrs
 
+from ..core.bands import bands_of
 from ..core.config import AttentionConfig
 from ..core.errors import ConfigError
 from ..core.pattern import LearnedPattern, Pattern
-from ..core.plan import MATRIX_PRODUCTS, AttentionPlan, BackendRow, ExchangeSummary, LayoutSummary
+from ..core.plan import MATRIX_PRODUCTS, AttentionPlan, ExchangeSummary, LayoutSummary
 from ..core.version import VERSION
 from .device import premises_of
 from .selection import Selection, Verdict, takes_dense
@@ -24,7 +25,11 @@ def plan_of(config: AttentionConfig, request: Request, selection: Selection) -> 
     chosen = selection.chosen
     compiles = str(chosen.registered.spec.capabilities.get("compile", "none")) if chosen else "none"
     exchange = _exchange_summary(config, request, selection.companion)
-    rows = selection.rows if exchange is not None else tuple(_as_run(row, request) for row in selection.rows)
+    rows = selection.rows
+    if exchange is None and is_blocks_alone(request):
+        rows = tuple(
+            attrs.evolve(row, kernel=MATRIX_PRODUCTS) if row.kernel and row.blocks_by_core else row for row in rows
+        )
     return AttentionPlan(
         config=config.to_dict(),
         device=attrs.asdict(request.device),
@@ -43,17 +48,9 @@ def plan_of(config: AttentionConfig, request: Request, selection: Selection) -> 
     )
 
 
-def _as_run(row: BackendRow, request: Request) -> BackendRow:
-    """The row with what computes in the place of its kernel, where the pattern has nothing for that: blocks alone."""
-    if not row.kernel or not row.blocks_by_core:
-        return row
-    if not isinstance(request.pattern.unwrap(), LearnedPattern):
-        from ..core.band_calls import branches_and_bands
-
-        branches, bands = branches_and_bands(request.pattern, request.config.one_token)
-        if branches or bands is not None:
-            return row
-    return attrs.evolve(row, kernel=MATRIX_PRODUCTS)
+def is_blocks_alone(request: Request) -> bool:
+    """Whether the pattern has nothing for a kernel of dense pieces: neither branches nor bands."""
+    return request.needs["layouts"] == ("block",) and bands_of(request.pattern) is None
 
 
 def _exchange_summary(config: AttentionConfig, request: Request, companion: Verdict | None) -> ExchangeSummary | None:
