@@ -99,6 +99,8 @@ def bands_of(pattern: Pattern) -> tuple[Band, ...] | None:
         return None
     if isinstance(named, Sum):
         return tuple(band for bands in known for band in bands)
+    if len(set(known)) == 1:
+        return known[0]  # the union of one is that one, however often it counts a pair
     return _united(known) if named.max_multiplicity == 1 else None
 
 

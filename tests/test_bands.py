@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import windows
-from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided, build_attention
+from dilated_attention import Dilated, Full, Global, Local, Pattern, Random, Strided, build_attention, explain
 from dilated_attention.backends.aten import CpuFlash, CudaCudnnForOneLength, CudaFlash
 from dilated_attention.backends.joining import joining
 from dilated_attention.core import reference
@@ -280,3 +280,12 @@ def test_pytorchs_own_kernel_takes_windows_on_the_card(pattern: Pattern, head_di
         )
         attention = build("sdpa", pattern, geometry, dtype, head_dim)
         check(attention, geometry, [1e-2] * 5, through_lse=attention._engine.has_dlse)
+
+
+def test_a_union_of_one_sum_is_that_sum() -> None:
+    """As it is lowered: plans ask here whether a pattern is blocks alone."""
+    twice = Local(3) + Local(3)
+    for union in (Union((twice,)), Union((twice, twice))):
+        assert bands_of(union) == bands_of(twice)
+        plan = explain(pattern=union, num_heads=2, head_dim=8, backend="sdpa", device="cpu")
+        assert (plan.kernel, plan.layout.kinds) == ("aten flash for CPU", ("band",))
