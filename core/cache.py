@@ -26,8 +26,8 @@ V = TypeVar("V", bound=Sized)
 class ByteLRU(Generic[K, V]):
     """Maps keys to values and drops the least recently used ones before their bytes exceed a limit.
 
-    A value larger than the limit is returned but never kept. Two threads that miss the same key at once share one
-    computation; others go on undisturbed.
+    The newest value stays, however large: whoever works at one length would otherwise make it again at every call. Two
+    threads that miss the same key at once share one computation; others go on undisturbed.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -41,7 +41,7 @@ class ByteLRU(Generic[K, V]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values kept now; at no moment above `limit_bytes`."""
+        """Bytes of the values kept now; above `limit_bytes` only where a single value is."""
         with self._lock:
             return self._bytes
 
@@ -51,7 +51,7 @@ class ByteLRU(Generic[K, V]):
 
     @property
     def counters(self) -> CacheCounters:
-        """What was found, made and dropped by now. A value that is not kept, or failed to be made, is a miss too."""
+        """What was found, made and dropped by now. A value that failed to be made is a miss too."""
         with self._lock:
             return CacheCounters(
                 hits=self._hits,
@@ -106,13 +106,11 @@ class ByteLRU(Generic[K, V]):
 
     def _put(self, key: K, value: V) -> None:
         size = value.nbytes
-        if size > self.limit_bytes:
-            return
         with self._lock:
             old = self._values.pop(key, None)
             if old is not None:
                 self._bytes -= old.nbytes
-            while self._bytes + size > self.limit_bytes:
+            while self._values and self._bytes + size > self.limit_bytes:
                 _, dropped = self._values.popitem(last=False)
                 self._bytes -= dropped.nbytes
                 self._evictions += 1

@@ -35,7 +35,7 @@ class PassCounters:
 
 @attrs.frozen(kw_only=True)
 class CacheCounters:
-    """The cache of lowered layouts, bounded by `Limits.pattern_cache_bytes`.
+    """The cache of lowered layouts, bounded by `Limits.pattern_cache_bytes` beside the newest of them.
 
     Attributes:
         hits: passes that found their length lowered.

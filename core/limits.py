@@ -25,7 +25,8 @@ class Limits(NamesChecked):
     """Upper bounds that an `AttentionConfig` carries; every value is a positive integer number of bytes.
 
     Attributes:
-        pattern_cache_bytes: lowered layouts kept per attention for lengths already seen (least recently used go first).
+        pattern_cache_bytes: lowered layouts kept per attention for lengths already seen (least recently used go first);
+            the newest is kept even if it alone is larger.
         layout_bytes: one lowered layout; a pattern that needs more at a given length is refused before it is built.
         workspace_bytes: temporary tensors of the batched block computation, per step; copies of rows that are read
             backwards, for windows by kernels that have none.

@@ -32,10 +32,14 @@ def test_least_recently_used_goes_first_and_bytes_add_up() -> None:
     assert cache.get(1) == Value(1, 30)
 
 
-def test_a_value_above_the_limit_is_returned_and_not_kept() -> None:
+def test_a_value_above_the_limit_stays_alone_until_the_next_is_made() -> None:
     cache: ByteLRU[int, Value] = ByteLRU(100)
-    assert cache.get_or_make(1, lambda: Value(1, 101)) == Value(1, 101)
-    assert (len(cache), cache.nbytes) == (0, 0)
+    cache.get_or_make(0, lambda: Value(0, 10))
+    for _ in range(2):
+        assert cache.get_or_make(1, lambda: Value(1, 101)) == Value(1, 101)
+    assert (len(cache), cache.nbytes, cache.counters.misses, cache.counters.hits) == (1, 101, 2, 1)
+    cache.get_or_make(2, lambda: Value(2, 10))
+    assert (cache.get(1), cache.get(2), cache.nbytes) == (None, Value(2, 10), 10)
 
 
 def test_a_failing_make_leaves_nothing_behind() -> None:

@@ -149,6 +149,18 @@ def test_the_cache_is_counted() -> None:
     assert attention.counters().layouts.hits == 2
 
 
+def test_a_layout_beyond_the_limit_is_lowered_once_all_the_same() -> None:
+    attention = build(Random(2, 16), limits=Limits(pattern_cache_bytes=1))
+    for _ in range(3):
+        query, key, value = (x.requires_grad_() for x in ones(1, 160))
+        attention(query, key, value).sum().backward()
+    layouts = attention.counters().layouts
+    assert (layouts.misses, layouts.evictions, layouts.entries) == (1, 0, 1)
+    attention(*ones(1, 100))
+    layouts = attention.counters().layouts
+    assert (layouts.misses, layouts.evictions, layouts.entries) == (2, 1, 1)
+
+
 def test_what_does_not_run_is_not_counted() -> None:
     attention = build(Random(2, 16), limits=Limits(layout_bytes=10))
     with pytest.raises(ConfigError, match="layout_bytes"):
