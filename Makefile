@@ -1,5 +1,8 @@
 # Every target sets up .venv by itself; it is built again only when pyproject.toml or constraints.txt change.
-# Tests start many processes, which would compile our modules each where bytecode is not to be written.
+# pip would compile all of the modules that it installs, most of which nothing imports: half a minute. Python compiles
+# what it imports, once, if it may write bytecode.
+
+export PYTHONDONTWRITEBYTECODE :=
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +23,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m dilated_attention demo --output demo-output
 
 test: lint
-	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -39,5 +42,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dilated-attention needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
 	@[ -x $(BIN)/python ] || { echo 'Creating $(VENV)'; $(PYTHON) -m venv --clear $(VENV); }
 	@echo 'Installing into $(VENV) (once; PyTorch is the large part)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -97,7 +97,11 @@ EARLIER = LATER.flip(1)
     ("pattern", "of_call"),
     [
         (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 0, 17, 19, 52])}),
-        (Dilated((8, 32), (1, 2)), {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0}),
+        pytest.param(
+            Dilated((8, 32), (1, 2)),
+            {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0},
+            marks=pytest.mark.slow,
+        ),
         (Dilated((7, 12), (2, 3)), {"mask": EARLIER}),
         pytest.param(Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}, marks=pytest.mark.slow),
         (Dilated((8, 16), (1, 2)), {"mask": LATER, "q_len": 12}),
@@ -119,7 +123,7 @@ def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monk
     [
         {"bounds": torch.tensor([0, 0, 17, 19, 52])},
         pytest.param({"mask": LATER}, marks=pytest.mark.slow),
-        {"mask": EARLIER},
+        pytest.param({"mask": EARLIER}, marks=pytest.mark.slow),
     ],
     ids=["packed", "padded before", "padded behind"],
 )
@@ -149,7 +153,9 @@ def test_blocks_of_documents_in_one_launch(
         pytest.param(
             Local((300, 0)), {"bounds": torch.tensor([0, 0, 258, 259, 290]), "tile": 64}, marks=pytest.mark.slow
         ),
-        (Local((6, 9)) | Global(3), {"bounds": torch.tensor([0, 0, 17, 19, 52]), "tile": 32}),
+        pytest.param(
+            Local((6, 9)) | Global(3), {"bounds": torch.tensor([0, 0, 17, 19, 52]), "tile": 32}, marks=pytest.mark.slow
+        ),
         pytest.param(Dilated((8, 16), (1, 2)) + Local(9), {"mask": EARLIER}, marks=pytest.mark.slow),
         (Local(9) + Local((3, 0)), {"mask": LATER, "tile": 32}),
     ],
@@ -171,12 +177,15 @@ def test_other_blocks_are_computed_one_length_after_another(monkeypatch: pytest.
     assert launched == 2 * ["forward"] + 2 * ["queries", "keys"]
 
 
+@pytest.mark.slow
 def test_blocks_that_everyone_sees() -> None:
     """Whose rows begin first."""
     check_documents(Random(1, 16) | Global(16), bounds=torch.tensor([0, 200, 215]))
 
 
-@pytest.mark.parametrize("pattern", [Local((20, 0)), Random(2, 16), Dilated((8, 16), (1, 2))], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(Local((20, 0)), marks=pytest.mark.slow), Random(2, 16), Dilated((8, 16), (1, 2))], ids=str
+)
 def test_queries_that_stand_elsewhere_than_their_keys(pattern: Pattern) -> None:
     """Documents as long as their queries are many, behind the first keys: not one table for both."""
     check_documents(pattern, mask=torch.arange(16) < torch.tensor([[8], [6]]), q_len=12)

@@ -216,7 +216,7 @@ def test_more_classes_than_rows_of_a_tile() -> None:
     check_interpreted(Dilated((20, 60), (1, 18)), Geometry.self_attention(38, 1, is_causal=True), bound_from=0)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_rows_of_a_rare_branch_are_looked_at_by_themselves(is_causal: bool) -> None:
     pattern, geometry = Dilated((8, 16, 80), (1, 2, 16)), Geometry.self_attention(75, 1, is_causal=is_causal)
     for transposed in (False, True):

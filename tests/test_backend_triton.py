@@ -252,7 +252,7 @@ def test_its_kernels_interpreted_on_a_cpu(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["interpreted_documents.py", "interpreted_dropout.py"])
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_documents.py", "interpreted_dropout.py"])
 def test_further_cases_interpreted_on_a_cpu(file: str) -> None:
     run_interpreted(file, is_slow=True)
 
