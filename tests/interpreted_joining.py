@@ -156,7 +156,7 @@ def test_widths(head_dim: int) -> None:
     check(Dilated((8, 16), (1, 2)), Geometry.self_attention(20, 2, is_causal=True), head_dim)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(dilated(), geometries(max_len=30), st.integers(1, 2))
 def test_what_is_drawn(pattern: Pattern, geometry: Geometry, batch: int) -> None:
     """Against the composition that merges in turns."""
@@ -173,7 +173,7 @@ def test_more_positions_than_a_tile_has() -> None:
 
 
 @pytest.mark.parametrize("is_strided", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_rounded_once(dtype: torch.dtype, is_strided: bool) -> None:
     """No worse than of pieces that are merged one after another in float32.
 

@@ -141,7 +141,7 @@ def test_leading_tiles_of_all_heads_come_first(leading: int) -> None:
     assert [tuple(place) for place in places.tolist()] == expected
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_runs_tell_of_each_part_what_it_meets(parts: int) -> None:
     """As tiles of its rows alone would, were they listed by themselves."""
     layout = lower(Dilated((8, 24), (1, 2)), Geometry.self_attention(70, 2, is_causal=True))
@@ -286,7 +286,9 @@ def test_blocks_with_masks_beside_branches() -> None:
     [
         Geometry(q_len=53, kv_len=53, num_heads=2, num_kv_heads=1, is_causal=True),
         Geometry(q_len=64, kv_len=48, num_heads=1, num_kv_heads=1, is_causal=False),
-        Geometry(q_len=37, kv_len=60, num_heads=2, num_kv_heads=2, is_causal=False),
+        pytest.param(
+            Geometry(q_len=37, kv_len=60, num_heads=2, num_kv_heads=2, is_causal=False), marks=pytest.mark.slow
+        ),
         Geometry(q_len=40, kv_len=119, num_heads=1, num_kv_heads=1, is_causal=True, q_offset=75, kv_offset=4),
         Geometry(q_len=48, kv_len=32, num_heads=1, num_kv_heads=1, is_causal=True),  # rows without keys
     ],
@@ -319,7 +321,7 @@ def test_blocks_that_a_gate_names(geometry: Geometry) -> None:
 @pytest.mark.parametrize(
     ("pattern", "is_causal", "rows_a_copy", "num_heads"),
     [
-        (Dilated((8, 34), (1, 2)), True, 32, 2),
+        pytest.param(Dilated((8, 34), (1, 2)), True, 32, 2, marks=pytest.mark.slow),
         (Random(blocks_per_row=2, block_size=16, seed=3), False, 1, 2),
         (Dilated((8, 34), (1, 2)) + Random(blocks_per_row=1, block_size=16, seed=3), True, 32, 1),
     ],

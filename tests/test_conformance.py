@@ -28,7 +28,7 @@ WRONG = "class Toy:\n    def refusals(self, request): return []\n    def pin(sel
     ("backend", "no_few"),
     [
         ("sdpa", ()),
-        ("math", ("local|global",)),  # whose blocks are core's, as those of sdpa
+        pytest.param("math", ("local|global",), marks=pytest.mark.slow),  # whose blocks are core's, as those of sdpa
         pytest.param("reference", ("local|global",), marks=pytest.mark.slow),  # the oracle against itself
     ],
 )

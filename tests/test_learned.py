@@ -241,7 +241,9 @@ def test_autocast_chooses_and_computes_in_the_built_dtype() -> None:
         assert torch.equal(attention.gate.distillation_loss(*tensors[:2]), loss)
 
 
-@pytest.mark.parametrize("pattern", [Learned(3, 16), Learned(block_size=16, density=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Learned(3, 16), pytest.param(Learned(block_size=16, density=0.3), marks=pytest.mark.slow)], ids=str
+)
 def test_compiles_whole_and_only_for_new_kinds_of_shapes(pattern: Learned) -> None:
     torch.compiler.reset()
     attention = build(pattern, Geometry.self_attention(1, 4, is_causal=True))

@@ -48,7 +48,7 @@ def test_a_learned_pattern_has_one_gate_for_every_dtype() -> None:
         assert [made.gate is module.attention.gate for made in built] == [True] * 3
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_a_gate_learns_changes_what_is_attended_to_in_every_dtype(compiles: bool) -> None:
     ours, x = MultiheadAttention(E, H, batch_first=True, pattern=LEARNED, is_causal=True), data(1, S, E)
     call = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiles else ours

@@ -1,0 +1,4 @@
+from typing import Any
+
+class Aimv2TextConfig:
+    def __init__(self, **fields: Any) -> None: ...

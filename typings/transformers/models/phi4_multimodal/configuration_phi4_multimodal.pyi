@@ -1,0 +1,4 @@
+from typing import Any
+
+class Phi4MultimodalVisionConfig:
+    def __init__(self, **fields: Any) -> None: ...
