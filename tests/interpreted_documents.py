@@ -102,7 +102,7 @@ EARLIER = LATER.flip(1)
             {"bounds": torch.tensor([0, 17, 19, 52]), "is_causal": False, "bound_from": 0},
             marks=pytest.mark.slow,
         ),
-        (Dilated((7, 12), (2, 3)), {"mask": EARLIER}),
+        pytest.param(Dilated((7, 12), (2, 3)), {"mask": EARLIER}, marks=pytest.mark.slow),
         pytest.param(Dilated((8, 16, 80), (1, 2, 16)), {"mask": LATER, "is_causal": False}, marks=pytest.mark.slow),
         (Dilated((8, 16), (1, 2)), {"mask": LATER, "q_len": 12}),
         (Full(), {"mask": EARLIER, "q_len": 27, "bound_from": 0}),
@@ -133,7 +133,7 @@ def test_documents_in_one_launch(pattern: Pattern, of_call: dict[str, Any], monk
         (Random(2, 16, seed=3), 16),
         (Local((20, 0)) | Global(3), 32),
         (Dilated((8, 16), (1, 2)) + Random(1, 16), 16),
-        (Random(1, 16) + Local(9), 16),
+        pytest.param(Random(1, 16) + Local(9), 16, marks=pytest.mark.slow),
     ],
     ids=["random", "masks", "branches", "weights"],
 )

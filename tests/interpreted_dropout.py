@@ -81,7 +81,7 @@ class Interpreted:
         (Random(2, 16, seed=3), True, {}),
         pytest.param(Local(5) + Local(9), False, {"tile": 64}, marks=pytest.mark.slow),
         pytest.param(Dilated((8, 16), (1, 2)) + Global(2), False, {"tile": 64}, marks=pytest.mark.slow),
-        (Strided(2) + Strided(2), True, {"tile": 64}),
+        pytest.param(Strided(2) + Strided(2), True, {"tile": 64}, marks=pytest.mark.slow),
     ],
     ids=["bounded", "equal branches", "blocks", "weights", "both", "strides"],
 )

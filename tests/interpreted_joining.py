@@ -92,8 +92,15 @@ def check(
         assert error(a, e) < 1e-5, (name, error(a, e))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("length", "batch"), [(64, 2), (51, 1)])
+@pytest.mark.parametrize(
+    ("length", "batch", "is_causal"),
+    [
+        (64, 2, True),
+        (51, 1, False),
+        pytest.param(64, 2, False, marks=pytest.mark.slow),
+        pytest.param(51, 1, True, marks=pytest.mark.slow),
+    ],
+)
 def test_longnet_of_whole_and_ragged_lengths(length: int, batch: int, is_causal: bool) -> None:
     check(LONGNET, Geometry.self_attention(length, 4, is_causal=is_causal), batch=batch)
 
@@ -108,7 +115,7 @@ def test_segments_beyond_the_sequence() -> None:
     check(Dilated((8, 100, 1000), (1, 2, 5)), Geometry.self_attention(37, 5, is_causal=True))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("offsets_by", ["query_head", pytest.param("kv_head", marks=pytest.mark.slow)])
 def test_grouped_heads(offsets_by: str, is_causal: bool) -> None:
     pattern = Dilated((8, 16), (1, 2), offsets_by=offsets_by)

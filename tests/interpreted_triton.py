@@ -205,7 +205,7 @@ def test_longnet(monkeypatch: pytest.MonkeyPatch) -> None:
     check_interpreted(Dilated((5, 8, 16), (1, 2, 2)), Geometry.self_attention(19, 1))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_rates_that_do_not_divide_and_grouped_heads(is_causal: bool) -> None:
     geometry = Geometry(q_len=14, kv_len=14, num_heads=2, num_kv_heads=1, is_causal=is_causal)
     check_interpreted(Dilated((7, 12), (2, 3)), geometry, head_dim=24)
@@ -237,7 +237,7 @@ def test_offsets_lengths_and_rows_without_keys() -> None:
 
 
 @pytest.mark.parametrize("pattern", [Full(), Random(blocks_per_row=2, block_size=16, seed=3)], ids=repr)
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_negative_scale(pattern: Pattern, is_causal: bool) -> None:
     """Where a mask hides pairs too; of blocks, the causal ones at the diagonal have one."""
     check_interpreted(pattern, Geometry.self_attention(21, 1, is_causal=is_causal), scale=-0.7)
