@@ -226,10 +226,11 @@ def _cache_bytes(case: Case) -> Row:
     pattern = Random(2, 64)
     before = checked(case, pattern, backend="sdpa")
     chosen = checked(case, pattern, backend="sdpa", limits=Limits(pattern_cache_bytes=1))
-    lengths = [case.inputs(case.seq_len // 4 - extra) for extra in (0, 64)]
+    lengths = case.seq_len // 4, case.seq_len // 4 - 64
 
     def in_turns(attention: Attention) -> Call:
-        return lambda: [attention(*inputs[:3]) for inputs in lengths]
+        calls = [_forward(attention, case.inputs(length)) for length in lengths]
+        return lambda: [call() for call in calls]
 
     ways = in_turns(before), in_turns(chosen)
     for way in ways:

@@ -163,7 +163,7 @@ def test_widths(head_dim: int) -> None:
     check(Dilated((8, 16), (1, 2)), Geometry.self_attention(20, 2, is_causal=True), head_dim)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(dilated(), geometries(max_len=30), st.integers(1, 2))
 def test_what_is_drawn(pattern: Pattern, geometry: Geometry, batch: int) -> None:
     """Against the composition that merges in turns."""

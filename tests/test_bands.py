@@ -122,7 +122,7 @@ def composed(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
     return st.one_of(st.builds(Union, members), st.builds(Sum, members))
 
 
-@settings(max_examples=300)
+@settings(max_examples=600)
 @given(st.recursive(banded, composed, max_leaves=4), geometries())
 def test_calls_at_any_positions_hold_the_pairs_or_there_are_none(pattern: Pattern, geometry: Geometry) -> None:
     found = dense_schedule(pattern, geometry)

@@ -256,7 +256,15 @@ def test_a_bar_counts_only_what_somebody_counts(monkeypatch: pytest.MonkeyPatch,
     assert "3/7" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "closed"), [(["plugins"], 1), (["plugins"], 2), (["explain", *LONGNET], 1)])
+@pytest.mark.parametrize(
+    ("arguments", "closed"),
+    [
+        (["plugins"], 1),
+        (["plugins"], 2),
+        (["explain", *LONGNET], 1),
+        pytest.param(["explain", *LONGNET], 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_closed_stdout_is_no_traceback(arguments: list[str], closed: int) -> None:
     command = [sys.executable, "-m", "dilated_attention", *arguments]
     done = run(None, "-c", f"import os, sys; os.close({closed}); os.execv(sys.executable, {command!r})")
@@ -264,7 +272,9 @@ def test_a_closed_stdout_is_no_traceback(arguments: list[str], closed: int) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("arguments", [["plugins"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["plugins"], pytest.param(["bench", "--list"], marks=pytest.mark.slow), ["--version"]]
+)
 def test_a_full_disk_is_one_message(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

@@ -60,7 +60,7 @@ def shards(pattern: Pattern, kv_heads: int, ranks: int) -> list[HeadShard]:
     ]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", pytest.param("math", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["sdpa", *(pytest.param(b, marks=pytest.mark.slow) for b in ("math", "reference"))])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_rank_computes_its_heads_of_the_whole_model(pattern: Pattern, backend: str) -> None:
     """Four ranks and two key-value heads: each of these is on two ranks, which hold a copy of it."""
