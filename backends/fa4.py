@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from ..core.refusal import Refusal
+from . import fa4_dense
 from .fa4_library import Library
 from .fa4_tables import FlashAttention4Table, checked, takes
 from .joining import joining
@@ -68,7 +69,7 @@ class FlashAttention4:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: DensePiece) -> tuple[Tensor, Tensor]:
         """See `DenseKernel`."""
-        return self.library.forward(query, key, value, piece.scale, _said(piece))
+        return fa4_dense.forward(query, key, value, piece)
 
     def backward(
         self, dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, piece: DensePiece

@@ -71,8 +71,7 @@ def aligned(*tensors: Tensor) -> Iterator[Tensor]:
     Only a caller's own unusual views are ever copied: what core makes of aligned tensors is aligned.
     """
     for x in tensors:
-        size = x.element_size()
-        if x.data_ptr() % ALIGNMENT_BYTES or any(stride * size % ALIGNMENT_BYTES for stride in x.stride()[:-1]):
-            yield x.clone(memory_format=torch.contiguous_format)
-        else:
-            yield x
+        size, places = x.element_size(), x.data_ptr()
+        for step in x.stride()[:-1]:
+            places |= step * size  # has a low bit where any of them has
+        yield x.clone(memory_format=torch.contiguous_format) if places % ALIGNMENT_BYTES else x

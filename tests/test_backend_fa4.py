@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from dilated_attention.backends.fa4 import Fa4Backend
 from dilated_attention.backends.fa4_tables import FlashAttention4Table
 from dilated_attention.core.block_product import BlockProduct
 from dilated_attention.core.geometry import Geometry
+from dilated_attention.core.kernel import DensePiece
 from dilated_attention.registry.discovery import default_registry
 from dilated_attention.registry.specs import Device
 
@@ -39,7 +41,16 @@ needs_absence = pytest.mark.skipif(HERE, reason="flash-attn-4 is installed")
 STAND_IN = {
     "flash_attn/cute/__init__.py": "",
     "cutlass/__init__.py": "from torch import bool as Boolean",
-    "cutlass/cute.py": "def jit(function): return function",
+    "cutlass/cute/__init__.py": """
+from . import runtime
+
+def jit(function): return function
+
+def compile(kernel, *arguments, options):
+    assert options == "--enable-tvm-ffi"
+    return kernel.compiled(*arguments)
+""",
+    "cutlass/cute/runtime.py": "def make_fake_stream(*, use_tvm_ffi_env_stream): return use_tvm_ffi_env_stream",
     "flash_attn/cute/utils.py": "def scalar_to_ssa(a, dtype): return a.to(dtype)",
     "flash_attn/cute/block_sparsity.py": """
 from typing import Any, NamedTuple
@@ -52,14 +63,61 @@ class BlockSparseTensorsTorch(NamedTuple):
     block_size: tuple[int, int]
 """,
     "flash_attn/cute/interface.py": """
+from typing import Any, NamedTuple
+
+import torch
+
 from tests import dense_math
 
-def _flash_attn_fwd(q, k, v, *, softmax_scale, return_lse, causal=False, window_size_left=None, window_size_right=None,
-                    block_sparse_tensors=None, mask_mod=None, aux_tensors=None):
+torch2cute_dtype_map = {dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+class AuxData(NamedTuple):
+    tensors: Any
+    scalars: Any
+
+class Tile(NamedTuple):
+    m_block_size: int = 192
+    n_block_size: int = 128
+    mma_pv_is_rs: bool = True
+    intra_wg_overlap: bool = True
+
+def _tile_size_fwd_sm90(head_dim, head_dim_v, is_causal, is_local):
+    assert head_dim == head_dim_v and not (is_causal and is_local)
+    return Tile()
+
+def to_cute_tensor(t, assumed_align, leading_dim=-1):
+    assert t.data_ptr() % assumed_align == 0 and t.stride(leading_dim) == 1
+    return t.dtype, [stride == 0 for stride in t.stride()]
+
+class FlashAttentionForwardSm90:
+    def __init__(self, dtype, head_dim, head_dim_v, qhead_per_kvhead, *, is_causal, is_local, pack_gqa, tile_m, tile_n,
+                 num_stages, num_threads, intra_wg_overlap, mma_pv_is_rs, paged_kv_non_tma):
+        assert head_dim == head_dim_v and pack_gqa == (qhead_per_kvhead > 1)
+        self.head_dim, self.group, self.is_causal, self.is_local = head_dim, qhead_per_kvhead, is_causal, is_local
+
+    def compiled(self, q, k, v, out, lse, scale, *others):
+        *rest, stream = others
+        assert stream
+
+        def run(*arguments):
+            given, more = arguments[:5], arguments[6:]
+            assert [type(x) for x in more] == [type(x) for x in rest]
+            assert not any(x.requires_grad for x in given)
+            for x, compiled in zip(given, (q, k, v, out, lse), strict=True):
+                assert to_cute_tensor(x, 16 if x.dim() == 4 else 4) == compiled
+            assert given[0].shape[2] == given[1].shape[2] * self.group and given[0].shape[3] == self.head_dim
+            window = more[5:7]
+            assert (window != (None, None)) == self.is_local
+            found = dense_math.forward(*given[:3], arguments[5], self.is_causal, window)
+            for into, result in zip(given[3:], found, strict=True):
+                into.copy_(result)
+
+        return run
+
+def _flash_attn_fwd(q, k, v, *, softmax_scale, return_lse, block_sparse_tensors, mask_mod=None, aux_tensors=None):
     assert return_lse and dense_math.is_aligned(q, k, v)
-    window = window_size_left, window_size_right
     seen = dense_math.seen_of_lists(block_sparse_tensors, mask_mod, aux_tensors, q, k, of_keys=False)
-    return *dense_math.forward(q, k, v, softmax_scale, causal, window, seen), None, None, None
+    return *dense_math.forward(q, k, v, softmax_scale, False, seen=seen), None, None, None
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, dlse, causal=False, window_size_left=None,
                     window_size_right=None, block_sparse_tensors=None, mask_mod=None, aux_tensors=None):
@@ -152,6 +210,41 @@ def test_every_pattern_is_computed_emulated(stand_in: Path, pattern: Pattern, is
     for heads, kv_heads, head_dim, length in ((4, 4, 8, 150), (4, 2, 24, 67)):
         geometry = Geometry(q_len=length, kv_len=length, num_heads=heads, num_kv_heads=kv_heads, is_causal=is_causal)
         check_emulated(kernel, geometry, pattern, head_dim)
+
+
+def check_repeated(length: int, dtype: torch.dtype, device: str, piece: DensePiece) -> None:
+    """Of a query that is the same in all batch rows, and a key in all heads, results are those of their copies."""
+    query, key, value = (torch.randn(2, length, 4, 64, dtype=dtype, device=device) for _ in range(3))
+    query, key = query[:1].expand_as(query), key[:, :, :1].expand_as(key)
+    kernel = Fa4Backend().build(request())
+    results = kernel.forward(query, key, value, piece)
+    for computed, expected in zip(
+        results, kernel.forward(query.contiguous(), key.contiguous(), value, piece), strict=True
+    ):
+        torch.testing.assert_close(computed, expected, rtol=0, atol=0)
+
+
+@needs_absence
+def test_a_kernel_is_compiled_once_for_all_lengths_and_scales(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cute = importlib.import_module("cutlass.cute")
+    compiled: list[object] = []
+    compile_one = cute.compile
+
+    def counting(kernel: object, *arguments: object, options: str) -> object:
+        compiled.append(kernel)
+        return compile_one(kernel, *arguments, options=options)
+
+    monkeypatch.setattr(cute, "compile", counting)
+    kernel = Fa4Backend().build(request())
+    for is_causal, length, scale, expected in ((True, 5, 0.5, 1), (True, 9, 0.1, 1), (False, 9, 0.1, 2)):
+        x = torch.randn(2, length, 3, 104, dtype=torch.float64)  # heads that no other test has
+        kernel.forward(x, x, x, DensePiece(is_causal=is_causal, scale=scale))
+        assert len(compiled) == expected
+
+
+@needs_absence
+def test_inputs_that_are_repeated_are_read_where_they_lie_emulated(stand_in: Path) -> None:
+    check_repeated(20, torch.float64, "cpu", DensePiece(is_causal=True, scale=0.2))
 
 
 @needs_absence
@@ -249,6 +342,14 @@ def test_what_its_tables_cannot_say_is_core_s() -> None:
             check(attention, geometry)
         program = attention._engine._program(517, 517, 0, 0, torch.device("cuda", 0))
         assert isinstance(program.blocks, BlockProduct)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("window", [None, (70, 30)])
+def test_inputs_that_are_repeated_are_read_where_they_lie(window: tuple[int, int] | None) -> None:
+    piece = DensePiece(is_causal=window is None, scale=0.2, window=window)
+    check_repeated(389, torch.bfloat16, "cuda", piece)
 
 
 @pytest.mark.gpu

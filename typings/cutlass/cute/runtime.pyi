@@ -1,0 +1,3 @@
+"""What kernels are compiled for."""
+
+def make_fake_stream(*, use_tvm_ffi_env_stream: bool = ...) -> object: ...
