@@ -1,4 +1,4 @@
-"""The `flex` backend: PyTorch's FlexAttention over our tables of blocks, compiled for each length.
+"""The `flex` backend: PyTorch's FlexAttention over our tables of blocks.
 
 Any pattern is lowered wholly to blocks, strided branches too, whose blocks are all masked: right, and slow. The
 backward computes the forward again, because FlexAttention's own is reached through autograd alone.
@@ -7,20 +7,18 @@ backward computes the forward again, because FlexAttention's own is reached thro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import FunctionType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from ..core.blocking import lower_blocks
-from ..core.errors import ConfigError
 from ..core.geometry import Geometry
 from ..core.refusal import Refusal
 from .cards import age_refusals, compiled_for
-from .flex_tables import FlexTables, ScoreMod, table_bytes
+from .flex_compiled import CompiledAttend
+from .flex_tables import BLOCK_SIZE, REMEDY, FlexTables, table_bytes
 from .libraries import compiler_refusals
 from .recording import not_recording, of_part, recording
 
@@ -29,14 +27,15 @@ if TYPE_CHECKING:
     from ..core.layout import Layout
     from ..registry.specs import Request
 
-BLOCK_SIZE: Final = 128
-_REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
-# The modifiers' loads would be kept for several stages too, for which shared memory is too small; and few queries would
-# get another kernel, which has no tiles for every type.
-_OPTIONS: Final[FlexKernelOptions] = {"num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True}
-# query, key, value (B, heads, len, D), score_mod, block_mask, scale -> out (B, H, S, D), lse (B, H, S);
-# differentiable
-Attend = Callable[[Tensor, Tensor, Tensor, ScoreMod | None, BlockMask, float], tuple[Tensor, Tensor]]
+# query, key, value (B, heads, len, D), scale -> out (B, H, S, D), lse (B, H, S); differentiable
+Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+class MakesAttend(Protocol):
+    """Makes what computes a layout."""
+
+    def __call__(self, tables: FlexTables, *, any_length: bool) -> Attend:
+        """See `CompiledAttend`."""
 
 
 class FlexBackend:
@@ -50,57 +49,25 @@ class FlexBackend:
         if config.seq_len is None:
             return
         geometry = Geometry.self_attention(config.seq_len, config.num_heads)
-        needed = table_bytes(geometry, BLOCK_SIZE, _tables_of(request))
+        needed = table_bytes(geometry, _tables_of(request))
         if needed > config.limits.layout_bytes:
             required = f"{needed:,} bytes for tables of {config.seq_len:,} tokens"
-            yield Refusal("layout_bytes", required, f"{config.limits.layout_bytes:,} bytes", _REMEDY)
+            yield Refusal("layout_bytes", required, f"{config.limits.layout_bytes:,} bytes", REMEDY)
 
     def pin(self, request: Request) -> str:
         """FlexAttention is part of PyTorch."""
         return f"FlexAttention (torch {torch.__version__})"
 
     def build(self, request: Request) -> FlexKernel:
-        """The kernel for `request`; it compiles at its first call of each length."""
-        return FlexKernel(self.pin(request), request.config.limits.layout_bytes, compiled)
+        """The kernel for `request`; it compiles at its first call of its own length, and of all others."""
+        config = request.config
+        own = None if config.seq_len is None else config.seq_len // config.ring_size
+        return FlexKernel(self.pin(request), config.limits.layout_bytes, own)
 
 
 def _tables_of(request: Request) -> int:
     config = request.config
     return len(set(request.pattern.head_groups(config.num_heads, config.kv_heads)))
-
-
-def attend(
-    query_BHSD: Tensor,
-    key_BKTD: Tensor,
-    value_BKTD: Tensor,
-    score_mod: ScoreMod | None,
-    block_mask: BlockMask,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """What is compiled; never called as it is, since without a compiler it would form all scores."""
-    out, aux = flex_attention(
-        query_BHSD,
-        key_BKTD,
-        value_BKTD,
-        score_mod=score_mod,
-        block_mask=block_mask,
-        scale=scale,
-        kernel_options=_OPTIONS,
-        enable_gqa=query_BHSD.shape[1] != key_BKTD.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
-    assert aux.lse is not None
-    return out, aux.lse
-
-
-def compiled(name: str) -> Attend:
-    """A compiled `attend` that counts its recompilations for itself, and fails rather than run without a compiler.
-
-    The compiler keeps what it compiled, and how often, with the code of a function: a copy has its own.
-    """
-    own = FunctionType(attend.__code__.replace(co_name=f"attend_{name}"), attend.__globals__)
-    run: Attend = torch.compile(own, fullgraph=True)
-    return run
 
 
 class FlexKernel:
@@ -109,12 +76,16 @@ class FlexKernel:
     Args:
         name: the pinned sub-kernel, as the plan shows it.
         limit_bytes: most bytes of a layout's tables.
-        make: makes what computes a layout, from a name of its own.
+        own_length: of queries and keys that calls will mostly have, for which it is compiled by itself.
+        make: makes what computes a layout.
     """
 
-    def __init__(self, name: str, limit_bytes: int, make: Callable[[str], Attend]) -> None:
+    def __init__(
+        self, name: str, limit_bytes: int, own_length: int | None = None, make: MakesAttend = CompiledAttend
+    ) -> None:
         self.name = name
         self.limit_bytes = limit_bytes
+        self.own_length = own_length
         self.make = make
         self._made: WeakKeyDictionary[Layout, dict[torch.device, tuple[FlexTables, Attend]]] = WeakKeyDictionary()
 
@@ -131,15 +102,10 @@ class FlexKernel:
         known = self._made.setdefault(layout, {})
         if device not in known:
             geometry = layout.geometry
-            groups = layout.pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)
-            needed = table_bytes(geometry, BLOCK_SIZE, len(set(groups)))
-            if needed > self.limit_bytes:
-                raise ConfigError(
-                    f"FlexAttention's tables for {geometry.q_len:,} queries and {geometry.kv_len:,} keys need "
-                    f"{needed:,} bytes, allowed are {self.limit_bytes:,}; {_REMEDY}"
-                )
             blocks = lower_blocks(layout.pattern, geometry, block_size=BLOCK_SIZE, limit_bytes=self.limit_bytes)
-            known[device] = FlexTables.of(blocks, device), self.make(layout.digest[:16])
+            tables = FlexTables.of(blocks, device, self.limit_bytes)
+            is_own = geometry.q_len == geometry.kv_len == self.own_length
+            known[device] = tables, self.make(tables, any_length=not is_own)
         return known[device]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
@@ -176,10 +142,13 @@ class FlexKernel:
         return dq, dk, dv
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
-        tables, run = self.tables(piece.layout, query.device)
-        return run(query, key, value, tables.score_mod, tables.block_mask, piece.scale)
+        _, attend = self.tables(piece.layout, query.device)
+        return attend(query, key, value, piece.scale)
 
 
 def _compact(x: Tensor) -> Tensor:
-    """(B, heads, len, D) as FlexAttention takes it, over compact memory, so that other strides compile nothing anew."""
-    return x.contiguous().transpose(1, 2)
+    """(B, heads, len, D) as FlexAttention takes it, over compact memory, so that other strides compile nothing anew.
+
+    Those of dimensions of size 1 too, which are any in what is contiguous.
+    """
+    return x.reshape(-1).view(x.shape).transpose(1, 2)

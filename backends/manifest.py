@@ -134,7 +134,7 @@ TRITON = BackendSpec(
 FLEX = BackendSpec(
     name="flex",
     target="dilated_attention.backends.flex:FlexBackend",
-    priority=-50,  # it compiles for every length, and masks strided branches; for blocks see `ranking`
+    priority=-50,  # it masks strided branches; for blocks see `ranking`
     capabilities=_WHOLE
     | {
         # Not cpu: PyTorch's FlexAttention gives no lse there.

@@ -148,15 +148,12 @@ def _of_fa4(asked: _Asked) -> int:
 
 
 def _of_flex(asked: _Asked) -> int:
-    """Before the dense kernels for blocks alone, not too small ones, of a known length.
-
-    It compiles for seconds at every new length; its rings have not run over several cards.
-    """
-    request, config = asked.request, asked.config
+    """Before the dense kernels for blocks alone, not too small ones. Its rings have not run over several cards."""
+    request = asked.request
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
-    if asked.bands or asked.is_ring or config.seq_len is None or not (has_blocks_alone and asked.is_half):
+    if asked.bands or asked.is_ring or not (has_blocks_alone and asked.is_half):
         return FLEX.priority
-    size = table_block_size(request.pattern, config.one_token)
+    size = table_block_size(request.pattern, asked.config.one_token)
     return TRITON.priority - 1 if size >= _FINEST_OF_FLEX else FLEX.priority
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
-from dilated_attention.backends.flex import BLOCK_SIZE, Attend, FlexKernel, compiled
-from dilated_attention.backends.flex_tables import FlexTables, ScoreMod, table_bytes
+from dilated_attention.backends import flex_compiled
+from dilated_attention.backends.flex import Attend, FlexKernel
+from dilated_attention.backends.flex_tables import BLOCK_SIZE, FlexTables, modifiers, table_bytes
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -30,22 +32,13 @@ CASES = [*PATTERNS, WEIGHTED, Random(blocks_per_row=1, block_size=24) + Local(wi
 CPU = torch.device("cpu")
 
 
-def listed(counts: Tensor | None, indices: Tensor | None, columns: int) -> Tensor:
+def listed(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """The lists as a matrix of how often each block is listed, (1, H, rows, columns)."""
-    assert counts is not None
-    assert indices is not None
     used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
     return torch.zeros((*indices.shape[:-1], columns), dtype=torch.long).scatter_add(-1, indices.long(), used.long())
 
 
-def dense_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: ScoreMod | None,
-    mask: BlockMask,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def dense_attend(query: Tensor, key: Tensor, value: Tensor, tables: FlexTables, scale: float) -> tuple[Tensor, Tensor]:
     """What FlexAttention documents, over all pairs: only listed blocks, masks in those of the first list."""
     q_len, kv_len, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     place = (
@@ -55,13 +48,13 @@ def dense_attend(
         torch.arange(kv_len)[None, None, None, :],
     )
     columns = -(-kv_len // BLOCK_SIZE)
-    lists = (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
     masked, full = (
         listed(*pair, columns).repeat_interleave(BLOCK_SIZE, 2).repeat_interleave(BLOCK_SIZE, 3)[:, :, :q_len, :kv_len]
-        for pair in lists
+        for pair in (tables.lists[:2], tables.lists[2:4])
     )
     assert int((masked + full).max()) <= 1
-    inside = mask.mask_mod(*place)
+    mask_mod, score_mod = modifiers(tables)
+    inside = mask_mod(*place)
     seen = (masked > 0) & inside | (full > 0)
     assert torch.equal(seen, inside.expand_as(seen))  # FlexAttention without a compiler knows no lists
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
@@ -75,10 +68,10 @@ def dense_attend(
 
 
 def kernel(limit_bytes: int = 1 << 30) -> FlexKernel:
-    def make(_: str) -> Attend:
-        return dense_attend
+    def make(tables: FlexTables, *, any_length: bool) -> Attend:
+        return lambda query, key, value, scale: dense_attend(query, key, value, tables, scale)
 
-    return FlexKernel("dense", limit_bytes, make)
+    return FlexKernel("dense", limit_bytes, make=make)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -109,26 +102,36 @@ def test_a_rank_of_a_ring_computes_its_own_keys(pattern: Pattern, is_causal: boo
         assert found < 1e-5
 
 
-def test_it_is_compiled_once_for_forward_and_once_for_backward_wherever_it_is_called_from() -> None:
-    """In an operator autograd's keys are left behind, in a compiled model's operator some of them: no new guards."""
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What is compiled meanwhile; each runs as it was traced."""
     made: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         made.append(graph)
         return graph
 
-    def dense(
-        query: Tensor, key: Tensor, value: Tensor, score_mod: ScoreMod | None, mask: BlockMask, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    torch.compiler.reset()
+    monkeypatch.setattr(flex_compiled, "_COMPILED", {})
+    return made
+
+
+def test_it_is_compiled_once_for_forward_and_once_for_backward_wherever_it_is_called_from(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an operator autograd's keys are left behind, in a compiled model's operator some of them: no new guards."""
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, tables: FlexTables, scale: float) -> tuple[Tensor, Tensor]:
         scores = query @ key.transpose(-1, -2) * scale
         return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
-    flex = FlexKernel("counted", 1 << 30, lambda _: torch.compile(dense, fullgraph=True, backend=count))
+    monkeypatch.setattr(flex_compiled, "attend", dense)  # FlexAttention has no gradients on a CPU
+    flex = FlexKernel("counted", 1 << 30)
     geometry = Geometry(q_len=130, kv_len=130, num_heads=2, num_kv_heads=2, is_causal=False)
     piece = LayoutPiece(layout=lower(Full(), geometry), scale=0.1)
     query, key, value, dout = (torch.randn(1, 130, 2, 8) for _ in range(4))
     keys = torch._C.DispatchKey
-    torch.compiler.reset()
     for autograd, views in ((False, False), (True, True), (True, False)):
         with (
             torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, autograd),
@@ -140,21 +143,62 @@ def test_it_is_compiled_once_for_forward_and_once_for_backward_wherever_it_is_ca
                     dq, _, _ = flex.backward(dout, query, key, value, out, lse, piece)
                     assert not out.requires_grad
                     assert dq.shape == query.shape
-    assert len(made) == 2
+    assert len(graphs) == 2
+
+
+def forward_is_right(flex: FlexKernel, pattern: Pattern, geometry: Geometry, batch: int = 1) -> None:
+    tensors = inputs(geometry, batch=batch, head_dim=16, dtype=torch.float32)
+    piece = LayoutPiece(layout=lower(pattern, geometry), scale=0.25)
+    query, key, value = (x.detach() for x in tensors)
+    expected = oracle(pattern, tensors, geometry, through_lse=False)[:2]
+    for computed, right in zip(flex.forward(query, key, value, piece), expected, strict=True):
+        assert error(computed, right) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", [Local(200) | Random(2, 128, seed=3), WEIGHTED], ids=str)
+def test_it_is_compiled_once_for_all_lengths(pattern: Pattern, graphs: list[torch.fx.GraphModule]) -> None:
+    flex = FlexKernel("counted", 1 << 30)
+    for q_len, kv_len in ((700, 700), (1000, 1000), (517, 517), (300, 900), (1024, 1024)):
+        geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=2, num_kv_heads=1, is_causal=True)
+        forward_is_right(flex, pattern, geometry)
+    assert len(graphs) == 1
+    for kv_len in (300, 301, 1000):  # tokens one by one: a length of 1 is always compiled
+        forward_is_right(flex, pattern, Geometry(q_len=1, kv_len=kv_len, num_heads=2, num_kv_heads=1, is_causal=True))
+    assert len(graphs) == 2
+    for batch in (2, 3):
+        forward_is_right(flex, pattern, Geometry.self_attention(450, 2, is_causal=True), batch)
+        forward_is_right(flex, pattern, Geometry.self_attention(800, 2, is_causal=True), batch)
+    assert len(graphs) == 3
+
+
+def test_its_own_length_is_compiled_by_itself_and_once_for_all_layers(graphs: list[torch.fx.GraphModule]) -> None:
+    for seed in (1, 2):
+        flex = FlexKernel("counted", 1 << 30, 640)
+        for length, compiled in ((640, 1), (700, 2), (800, 2), (640, 2)):
+            forward_is_right(flex, Random(2, 128, seed=seed), Geometry.self_attention(length, 2, is_causal=True))
+            assert len(graphs) == (compiled if seed == 1 else 2)
+
+
+def test_strides_compile_nothing_anew(graphs: list[torch.fx.GraphModule]) -> None:
+    geometry = Geometry.self_attention(130, 2)
+    piece = LayoutPiece(layout=lower(Full(), geometry), scale=0.1)
+    flex = FlexKernel("counted", 1 << 30)
+    wide = torch.randn(4, 130, 3, 2, 16)
+    for rows in (slice(1), slice(3, 4)):
+        for x in (wide[rows, :, 0], wide[rows, :, 0].contiguous(), wide[:1, :, 0].expand(1, -1, -1, -1)):
+            flex.forward(x, x, x, piece)
+    assert len(graphs) == 1
 
 
 def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
-    return FlexTables.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE), CPU)
+    return FlexTables.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE), CPU, 1 << 30)
 
 
 @pytest.mark.parametrize("pattern", CASES, ids=str)
 def test_the_lists_of_keys_are_those_of_queries_turned(pattern: Pattern) -> None:
     geometry = Geometry(q_len=700, kv_len=900, num_heads=4, num_kv_heads=4, is_causal=True)
-    mask = tables(pattern, geometry).block_mask
-    for by_rows, by_columns in (
-        ((mask.kv_num_blocks, mask.kv_indices), (mask.q_num_blocks, mask.q_indices)),
-        ((mask.full_kv_num_blocks, mask.full_kv_indices), (mask.full_q_num_blocks, mask.full_q_indices)),
-    ):
+    lists = tables(pattern, geometry).lists
+    for by_rows, by_columns in ((lists[:2], lists[4:6]), (lists[2:4], lists[6:])):
         rows, columns = listed(*by_rows, 8), listed(*by_columns, 6)
         assert rows.shape[2:] == (6, 8)
         assert torch.equal(rows, columns.transpose(2, 3))
@@ -163,18 +207,17 @@ def test_the_lists_of_keys_are_those_of_queries_turned(pattern: Pattern) -> None
 def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> None:
     geometry = Geometry.self_attention(1024, 2)
     local = tables(Local(window_size=128), geometry)
-    assert int(local.block_mask.kv_num_blocks.sum()) == 2 * 7  # the diagonal's neighbours; one table for both heads
-    full = local.block_mask.full_kv_num_blocks
-    assert full is not None
-    assert int(full.sum()) == 8
-    assert local.score_mod is None
+    assert int(local.lists[0].sum()) == 2 * 7  # the diagonal's neighbours; one table for both heads
+    assert int(local.lists[2].sum()) == 8
+    assert not local.score_weights
+    assert modifiers(local)[1] is None
     weighted = tables(WEIGHTED, geometry)
-    assert weighted.score_mod is not None
+    assert weighted.score_weights
     layout = lower_blocks(WEIGHTED, geometry, block_size=BLOCK_SIZE)
-    assert int(weighted.block_mask.kv_num_blocks.sum()) == int(np.sum(layout.weights == 2)) == 8
+    assert int(weighted.lists[0].sum()) == int(np.sum(layout.weights == 2)) == 8
     held = 4 * 8 * 8 * (4 + 1)
-    assert table_bytes(geometry, BLOCK_SIZE, 1) == held
-    assert table_bytes(geometry, BLOCK_SIZE, 2) == 4 * 8 * 8 * (4 * 2 + 2)
+    assert table_bytes(geometry, 1) == held
+    assert table_bytes(geometry, 2) == 4 * 8 * 8 * (4 * 2 + 2)
 
 
 # Some ten seconds to compile each; without lse, which PyTorch does not give on a CPU, and without gradients likewise.
@@ -189,7 +232,9 @@ def test_pytorchs_compiled_kernel_reads_the_tables(pattern: Pattern, is_causal: 
     run: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     with torch.no_grad():
         swapped = [x.detach().transpose(1, 2) for x in tensors]
-        out = run(*swapped, score_mod=found.score_mod, block_mask=found.block_mask, enable_gqa=True)
+        mask_mod, score_mod = modifiers(found)
+        mask = BlockMask((389, 389), *found.lists, BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=mask_mod)
+        out = run(*swapped, score_mod=score_mod, block_mask=mask, enable_gqa=True)
     expected = oracle(pattern, tensors, geometry, through_lse=False)[0]
     assert error(out.transpose(1, 2), expected) < 1e-5
 
@@ -223,9 +268,13 @@ def test_bad_requests_say_so() -> None:
     with pytest.raises(ConfigError, match="it takes nothing"):
         verdict("flex", backend_options={"flex": {"x": 1}})
     layout = lower(Full(), Geometry.self_attention(1024, 2))
-    with pytest.raises(ConfigError, match=r"1,024 keys need 1,280 bytes, allowed are 1,279; raise Limits.layout_bytes"):
-        kernel(1279).tables(layout, CPU)
-    assert kernel(1 << 20).tables(layout, CPU)
+    needed = 4 * (64 + 2 * 8 * (1 + 8) + 2 * 8 * (1 + 2))  # the blocks, lists of all that are whole, and empty lists
+    with pytest.raises(
+        ConfigError, match=f"1,024 keys need {needed:,} bytes, allowed are {needed - 1:,}; raise Limits"
+    ):
+        kernel(needed - 1).tables(layout, CPU)
+    tables, _ = kernel(needed).tables(layout, CPU)
+    assert tables.nbytes == needed + tables.heads.nbytes + tables.masks.nbytes
 
 
 def test_it_is_chosen_after_all_others_but_what_is_for_the_rest() -> None:
@@ -263,7 +312,7 @@ def test_head_dims_on_the_card(head_dim: int) -> None:
 @pytest.mark.gpu
 @gpu
 def test_many_lengths_and_offsets_on_the_card() -> None:
-    for q_len in (1, 77, *range(100, 1100, 100)):  # more than the compiler would compile one function for
+    for q_len in (1, 77, *range(100, 1100, 100)):
         geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
         check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
 
@@ -274,8 +323,8 @@ def test_many_lengths_and_offsets_on_the_card() -> None:
 @pytest.mark.parametrize("pattern", [Local(window_size=70), Random(blocks_per_row=2, block_size=32, seed=7)], ids=str)
 def test_a_rank_computes_its_own_keys_on_the_card(pattern: Pattern, is_causal: bool) -> None:
     shards = Shards(200, 3, 4, 2, is_causal=is_causal)
-    compiler = FlexKernel("flex", 1 << 30, compiled)
+    flex = FlexKernel("flex", 1 << 30)
     found = worst(
-        pattern, shards, batch=2, through_lse=True, kernel=compiler, dtype=torch.float32, head_dim=64, device="cuda"
+        pattern, shards, batch=2, through_lse=True, kernel=flex, dtype=torch.float32, head_dim=64, device="cuda"
     )
     assert found < 1e-5

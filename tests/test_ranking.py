@@ -85,10 +85,8 @@ def ranked(**asked: Any) -> list[str]:
     ],
 )
 def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
-    order = ranked(**fields)
-    assert order == (
-        ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
-    )
+    order = [name for name in ranked(**fields) if name != "flex"]
+    assert order == (["triton", "fa3", "sdpa", "reference"] if is_first else ["fa3", "sdpa", "triton", "reference"])
 
 
 @pytest.mark.parametrize("release", ["3.5.1", "3.10.0", ""], indirect=True)
@@ -247,7 +245,7 @@ def test_a_window_without_gradients(head_dim: int) -> None:
     ("fields", "is_before"),
     [
         ({"pattern": BLOCKS, "seq_len": 4096}, True),
-        ({"pattern": BLOCKS}, False),  # a compilation for every length
+        ({"pattern": BLOCKS}, True),  # compiled once for all lengths
         ({"pattern": BLOCKS, "seq_len": 4096, "dtype": "float32"}, False),
         ({"pattern": BLOCKS, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
         ({"pattern": WINDOW, "seq_len": 4096}, False),  # the dense kernels have windows
@@ -258,7 +256,7 @@ def test_a_window_without_gradients(head_dim: int) -> None:
         ({"pattern": LONGNET | BLOCKS, "seq_len": 4096}, False),  # it would visit all that a stride touches
     ],
 )
-def test_flex_follows_for_blocks_of_a_known_length(fields: dict[str, Any], is_before: bool) -> None:
+def test_flex_follows_for_blocks(fields: dict[str, Any], is_before: bool) -> None:
     order = ranked(**fields)
     assert (order.index("flex") < order.index("fa3")) is is_before
     assert order.index("triton") < order.index("flex")
