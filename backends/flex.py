@@ -7,26 +7,29 @@ backward computes the forward again, because FlexAttention's own is reached thro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..core.blocking import lower_blocks
-from ..core.geometry import Geometry
+from ..core.errors import ConfigError
 from ..core.refusal import Refusal
 from .cards import age_refusals, compiled_for
 from .flex_compiled import CompiledAttend
-from .flex_tables import BLOCK_SIZE, REMEDY, FlexTables, table_bytes
+from .flex_tables import BLOCK_SIZE, FlexTables, ListedBlocks, bounds_of_bytes
 from .libraries import compiler_refusals
 from .recording import not_recording, of_part, recording
 
 if TYPE_CHECKING:
+    from ..core.geometry import Geometry
     from ..core.kernel import LayoutPiece
     from ..core.layout import Layout
+    from ..core.pattern import Pattern
     from ..registry.specs import Request
 
+_REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
 # query, key, value (B, heads, len, D), scale -> out (B, H, S, D), lse (B, H, S); differentiable
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -48,11 +51,11 @@ class FlexBackend:
         config = request.config
         if config.seq_len is None:
             return
-        geometry = Geometry.self_attention(config.seq_len, config.num_heads)
-        needed = table_bytes(geometry, _tables_of(request))
-        if needed > config.limits.layout_bytes:
+        limit = config.limits.layout_bytes
+        needed = _needed_bytes(request.pattern, config.geometry(config.seq_len), limit)
+        if needed > limit:
             required = f"{needed:,} bytes for tables of {config.seq_len:,} tokens"
-            yield Refusal("layout_bytes", required, f"{config.limits.layout_bytes:,} bytes", REMEDY)
+            yield Refusal("layout_bytes", required, f"{limit:,} bytes", _REMEDY)
 
     def pin(self, request: Request) -> str:
         """FlexAttention is part of PyTorch."""
@@ -65,9 +68,20 @@ class FlexBackend:
         return FlexKernel(self.pin(request), config.limits.layout_bytes, own)
 
 
-def _tables_of(request: Request) -> int:
-    config = request.config
-    return len(set(request.pattern.head_groups(config.num_heads, config.kv_heads)))
+def _needed_bytes(pattern: Pattern, geometry: Geometry, limit_bytes: int) -> int:
+    """What the tables take, as far as that decides: lowered for it is only what may fit or not."""
+    least, most = bounds_of_bytes(geometry, _distinct_heads(pattern, geometry))
+    if most <= limit_bytes or least > limit_bytes:
+        return least
+    try:
+        blocks = lower_blocks(pattern, geometry, block_size=BLOCK_SIZE, limit_bytes=limit_bytes)
+    except ConfigError:  # the blocks are more already
+        return most
+    return ListedBlocks.of(blocks).nbytes
+
+
+def _distinct_heads(pattern: Pattern, geometry: Geometry) -> int:
+    return len(set(pattern.head_groups(geometry.num_heads, geometry.num_kv_heads)))
 
 
 class FlexKernel:
@@ -102,11 +116,21 @@ class FlexKernel:
         known = self._made.setdefault(layout, {})
         if device not in known:
             geometry = layout.geometry
+            self._check_bytes(geometry, bounds_of_bytes(geometry, _distinct_heads(layout.pattern, geometry))[0])
             blocks = lower_blocks(layout.pattern, geometry, block_size=BLOCK_SIZE, limit_bytes=self.limit_bytes)
-            tables = FlexTables.of(blocks, device, self.limit_bytes)
+            listed = ListedBlocks.of(blocks)
+            self._check_bytes(geometry, listed.nbytes)
+            tables = FlexTables.of(listed, device)
             is_own = geometry.q_len == geometry.kv_len == self.own_length
             known[device] = tables, self.make(tables, any_length=not is_own)
         return known[device]
+
+    def _check_bytes(self, geometry: Geometry, needed: int) -> None:
+        if needed > self.limit_bytes:
+            raise ConfigError(
+                f"FlexAttention's tables for {geometry.q_len:,} queries and {geometry.kv_len:,} keys need {needed:,} "
+                f"bytes, allowed are {self.limit_bytes:,}; {_REMEDY}"
+            )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, piece: LayoutPiece) -> tuple[Tensor, Tensor]:
         """As `LayoutKernel.forward`."""

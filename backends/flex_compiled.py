@@ -1,6 +1,7 @@
 """FlexAttention compiled: once for the length that an attention is built for, and once for all other lengths.
 
-What is compiled for all lengths is slower: it cannot leave out the tests for a sequence's end.
+"Once" is once for each kind of inputs, see `_COMPILED`. What is compiled for all lengths is slower: it cannot leave out
+the tests for a sequence's end.
 
 Shapes: B batch, H query heads, K key-value heads, S queries, T keys, D head_dim.
 """
@@ -21,9 +22,12 @@ from .flex_tables import BLOCK_SIZE, FlexTables, modifiers
 # The modifiers' loads would be kept for several stages too, for which shared memory is too small; and few queries would
 # get another kernel, which has no tiles for every type.
 _OPTIONS: Final[FlexKernelOptions] = {"num_stages": 1, "FORCE_USE_FLEX_ATTENTION": True}
-_NUMBERS: Final = count()
+_SERIAL: Final = count()
 _Run = Callable[[Tensor, Tensor, Tensor, FlexTables, float], tuple[Tensor, Tensor]]
-_COMPILED: Final[dict[tuple[object, ...], _Run]] = {}  # by what of the inputs is compiled
+# By what of the inputs is compiled: dtype, device, numbers of heads, head_dim, scale, whether there are gradients, more
+# batch rows than one, more tokens than one block, tables that differ by head. Kept for the process, as the compiler
+# keeps its own: an attention that is built again, and each layer alike, compile nothing.
+_COMPILED: Final[dict[tuple[object, ...], _Run]] = {}
 
 
 def attend(
@@ -62,37 +66,39 @@ class CompiledAttend:
         self.tables = tables
         self._axes = (0, 2) if any_length else (0,)
         counts, indices = tables.lists[::2], tables.lists[1::2]
-        self._of_tables = [(tables.masks, (0,)), (tables.heads, ()), (tables.numbers, (1, 2) if any_length else ())]
-        self._of_tables += [(x, (2,) if any_length else ()) for x in counts]
-        self._of_tables += [(x, (2, 3) if any_length else (3,)) for x in indices]
-        self._kind = tables.score_weights, *(_compiled_sizes(x, axes) for x, axes in self._of_tables)
+        moving = [(tables.masks, (0,)), (tables.heads, ()), (tables.numbers, (1, 2) if any_length else ())]
+        moving += [(x, (2,) if any_length else ()) for x in counts]
+        moving += [(x, (2, 3) if any_length else (3,)) for x in indices]
+        self._kind = tables.is_weighted, *(_compiled_sizes(x, axes) for x, axes in moving)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See `attend`; query, key and value have the strides of (B, len, heads, D)."""
         inputs = query, key, value
-        own = query.dtype, query.device, query.requires_grad, scale
-        kind = self._kind, own, *(_compiled_sizes(x, self._axes) for x in inputs)
-        run = _COMPILED.get(kind)
-        if run is not None:
-            return run(*inputs, self.tables, scale)
-        run = _compile()
-        for x, axes in (*self._of_tables, *((x, self._axes) for x in inputs)):
-            torch._dynamo.mark_dynamic(x, [axis for axis in axes if x.shape[axis] > 1])
+        sizes = [_compiled_sizes(x, self._axes) for x in inputs]
+        own = query.dtype, query.device, query.requires_grad, scale, torch.get_float32_matmul_precision()
+        kind = self._kind, own, *sizes
+        run = _COMPILED.get(kind) or _compile()
         results = run(*inputs, self.tables, scale)
         _COMPILED[kind] = run
         return results
 
 
 def _compiled_sizes(x: Tensor, axes: tuple[int, ...]) -> tuple[int | None, ...]:
-    """The sizes of a tensor that are compiled: all but those of `axes`, and there 1, which is always special."""
-    return tuple(None if axis in axes and size > 1 else size for axis, size in enumerate(x.shape))
+    """The sizes that are compiled: all but those of `axes`, of which the compiler is told; there too 1 is special."""
+    sizes: list[int | None] = [*x.shape]
+    for axis in axes:
+        if x.shape[axis] > 1:
+            torch._dynamo.mark_dynamic(x, axis)
+            sizes[axis] = None
+    return tuple(sizes)
 
 
 def _compile() -> _Run:
     """`attend`, to be compiled at its first call; it fails rather than run without a compiler.
 
-    The compiler keeps what it compiled, and how often, with the code of a function: a copy has its own.
+    The compiler keeps what it compiled, and how often, with the code of a function, and the sizes that it has seen by
+    the name of the code: a copy of another name has its own.
     """
-    own = FunctionType(attend.__code__.replace(co_name=f"attend_{next(_NUMBERS)}"), attend.__globals__)
+    own = FunctionType(attend.__code__.replace(co_name=f"attend_{next(_SERIAL)}"), attend.__globals__)
     run: _Run = torch.compile(own, fullgraph=True)
     return run

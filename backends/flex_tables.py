@@ -10,15 +10,17 @@ Shapes: H heads, T tables, R block rows, C block columns, E listed blocks, M mas
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.counting import entry_rows, entry_tables
-from ..core.errors import ConfigError
 from ..core.layout import BlockLayout
 from .block_lists import block_lists
 
@@ -30,18 +32,93 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 BLOCK_SIZE: Final = 128
-REMEDY: Final = "raise Limits.layout_bytes, shorten the sequence or use another backend"
-_LISTS: Final = 4  # blocks with and without a mask, of queries and of keys
 _NUMBER_BYTES: Final = 4
+_NARROWEST: Final = 2  # of lists: 1 would be something else to a compiler
 _FULL: Final = -1  # in the place of a mask's number
 _ABSENT: Final = -2  # likewise
 
 
-def table_bytes(geometry: Geometry, tables: int) -> int:
-    """Most bytes of the lists and of the masks' numbers, for as many different tables."""
+def bounds_of_bytes(geometry: Geometry, tables: int) -> tuple[int, int]:
+    """The least and the most that the lists and the masks' numbers take, of as many different tables."""
     rows, cols = -(-geometry.q_len // BLOCK_SIZE), -(-geometry.kv_len // BLOCK_SIZE)
     listed = geometry.num_heads if tables > 1 else 1
-    return _NUMBER_BYTES * rows * cols * (_LISTS * listed + tables)
+    widest = 2 * (rows * (1 + max(cols, _NARROWEST)) + cols * (1 + max(rows, _NARROWEST)))
+    return _NUMBER_BYTES * tables * rows * cols, _NUMBER_BYTES * (tables * rows * cols + listed * widest)
+
+
+@attrs.frozen(eq=False)
+class ListedBlocks:
+    """The blocks of a layout one by one, and how long lists of them are.
+
+    Attributes:
+        layout: of blocks of `BLOCK_SIZE`.
+        table: (E,) int64.
+        row: (E,) int64.
+        col: (E,) int64.
+        ids: (E,) int32, of the mask; -1 where all pairs count once.
+        masks: (M, b, b) uint8.
+    """
+
+    layout: BlockLayout
+    table: NDArray[np.int64]
+    row: NDArray[np.int64]
+    col: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    masks: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, layout: BlockLayout) -> ListedBlocks:
+        """Those of a layout."""
+        assert layout.block_size == BLOCK_SIZE
+        table, row, col = entry_tables(layout), entry_rows(layout), layout.cols.astype(np.int64)
+        return cls(layout, table, row, col, *_with_weights(layout))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """T, R and C."""
+        return *self.layout.row_ptr.shape[:1], self.layout.row_ptr.shape[1] - 1, -(-self._kv_len // BLOCK_SIZE)
+
+    @property
+    def heads(self) -> NDArray[np.int32]:
+        """The table of each head; of one for all where all see the same."""
+        return self.layout.head_table if self.grid[0] > 1 else self.layout.head_table[:1]
+
+    @cached_property
+    def lists(self) -> tuple[_List, _List, _List, _List]:
+        """Blocks with a mask and blocks without, of each row, then of each column."""
+        tables, rows, cols = self.grid
+        masked, whole = self.ids >= 0, self.ids < 0
+
+        def listed(kept: NDArray[np.bool_], along: NDArray[np.int64], across: NDArray[np.int64], count: int) -> _List:
+            places = np.bincount(self.table[kept] * count + along[kept])
+            width = max(_NARROWEST, int(places.max(initial=0)))
+            return _List(kept, along, across, (tables, count, width))
+
+        return (
+            listed(masked, self.row, self.col, rows),
+            listed(whole, self.row, self.col, rows),
+            listed(masked, self.col, self.row, cols),
+            listed(whole, self.col, self.row, cols),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the lists and of the masks' numbers."""
+        listed = sum(count * (1 + width) for _, count, width in (x.shape for x in self.lists))
+        return _NUMBER_BYTES * (prod(self.grid) + self.heads.size * listed)
+
+    @property
+    def _kv_len(self) -> int:
+        return self.layout.geometry.kv_len
+
+
+class _List(NamedTuple):
+    """Which blocks it lists, in which rows, as which columns; tables, rows and the longest row."""
+
+    kept: NDArray[np.bool_]
+    along: NDArray[np.int64]
+    across: NDArray[np.int64]
+    shape: tuple[int, int, int]
 
 
 class FlexTables(NamedTuple):
@@ -53,14 +130,14 @@ class FlexTables(NamedTuple):
         heads: (H,) int32, the table of each head.
         numbers: (T, R, C) int32, of each block the number of its mask; -1 if all its pairs count once, -2 if none does.
         masks: (M, b, b) uint8, how often each pair counts.
-        score_weights: whether any counts more than once.
+        is_weighted: whether any counts more than once.
     """
 
     lists: Lists
     heads: Tensor
     numbers: Tensor
     masks: Tensor
-    score_weights: bool
+    is_weighted: bool
 
     @property
     def nbytes(self) -> int:
@@ -68,61 +145,29 @@ class FlexTables(NamedTuple):
         return sum(x.nbytes for x in (*self.lists, self.heads, self.numbers, self.masks))
 
     @classmethod
-    def of(cls, layout: BlockLayout, device: torch.device, limit_bytes: int) -> FlexTables:
-        """Sort the blocks into lists. Full blocks that count more than once get a constant mask.
-
-        Raises:
-            ConfigError: the lists and the numbers need more than `limit_bytes`.
-        """
-        geometry = layout.geometry
-        tables, rows = layout.row_ptr.shape[0], layout.row_ptr.shape[1] - 1
-        cols = -(-geometry.kv_len // BLOCK_SIZE)
-        table, row, col = entry_tables(layout), entry_rows(layout), layout.cols.astype(np.int64)
-        ids, masks = _with_weights(layout)
-        heads = layout.head_table if tables > 1 else layout.head_table[:1]
-        masked, whole = ids >= 0, ids < 0
-        of_keys = (masked, row, col, rows), (whole, row, col, rows)
-        of_queries = (masked, col, row, cols), (whole, col, row, cols)
-        shapes = [
-            (tables, count, _width(table[kept] * count + along[kept]))
-            for kept, along, _, count in (*of_keys, *of_queries)
-        ]
-        listed = heads.size * sum(count * (1 + width) for _, count, width in shapes)
-        needed = _NUMBER_BYTES * (tables * rows * cols + listed)
-        if needed > limit_bytes:
-            raise ConfigError(
-                f"FlexAttention's tables for {geometry.q_len:,} queries and {geometry.kv_len:,} keys need {needed:,} "
-                f"bytes, allowed are {limit_bytes:,}; {REMEDY}"
-            )
-        numbers = np.full((tables, rows, cols), _ABSENT, dtype=np.int32)
-        numbers[table, row, col] = ids  # _FULL for blocks that need no mask
+    def of(cls, blocks: ListedBlocks, device: torch.device) -> FlexTables:
+        """The tables of a layout, on the device."""
 
         def moved(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(np.array(array)).to(device)
+            return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
-        def lists(
-            kept: NDArray[np.bool_], along: NDArray[np.int64], across: NDArray[np.int64], shape: tuple[int, int, int]
-        ) -> tuple[Tensor, Tensor]:
-            counts, indices = block_lists(table[kept], along[kept], across[kept], shape)
-            return moved(counts[heads][None]), moved(indices[heads][None])
+        def lists(blocks_of: _List) -> tuple[Tensor, Tensor]:
+            kept, along, across, shape = blocks_of
+            counts, indices = block_lists(blocks.table[kept], along[kept], across[kept], shape)
+            heads = blocks.heads
+            return moved(counts[heads].reshape(1, -1, shape[1])), moved(indices[heads].reshape(1, -1, *shape[1:]))
 
-        keys, full_keys, queries, full_queries = (
-            lists(kept, along, across, shape)
-            for (kept, along, across, _), shape in zip((*of_keys, *of_queries), shapes, strict=True)
-        )
-        tensors = moved(layout.head_table), moved(numbers), moved(masks)
-        return cls((*keys, *full_keys, *queries, *full_queries), *tensors, bool(masks.max(initial=0) > 1))
-
-
-def _width(places: NDArray[np.int64]) -> int:
-    """The longest list of blocks that lie in such rows; 2 at least, since to a compiler 1 would be something else."""
-    return max(2, int(np.bincount(places).max(initial=0)))
+        numbers = np.full(blocks.grid, _ABSENT, dtype=np.int32)
+        numbers[blocks.table, blocks.row, blocks.col] = blocks.ids  # _FULL for blocks that need no mask
+        keys, full_keys, queries, full_queries = (lists(x) for x in blocks.lists)
+        tensors = moved(blocks.layout.head_table), moved(numbers), moved(blocks.masks)
+        return cls((*keys, *full_keys, *queries, *full_queries), *tensors, bool(blocks.masks.max(initial=0) > 1))
 
 
 def _with_weights(layout: BlockLayout) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Mask ids and masks, with one of each weight above 1 for full blocks.
 
-    Two masks at least, as `_width` says.
+    Two masks at least: a single one would be something else to a compiler.
     """
     ids, size = layout.mask_ids.copy(), layout.block_size
     heavy = np.flatnonzero((ids < 0) & (layout.weights > 1))
@@ -152,4 +197,4 @@ def modifiers(tables: FlexTables) -> tuple[MaskMod, ScoreMod | None]:
         weight = torch.where(number < 0, 1.0, count.to(torch.float32).clamp(min=1.0))
         return score + weight.log()
 
-    return mask_mod, score_mod if tables.score_weights else None
+    return mask_mod, score_mod if tables.is_weighted else None

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
 from dilated_attention.backends import flex_compiled
 from dilated_attention.backends.flex import Attend, FlexKernel
-from dilated_attention.backends.flex_tables import BLOCK_SIZE, FlexTables, modifiers, table_bytes
+from dilated_attention.backends.flex_tables import BLOCK_SIZE, FlexTables, ListedBlocks, bounds_of_bytes, modifiers
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -175,24 +175,35 @@ def test_it_is_compiled_once_for_all_lengths(pattern: Pattern, graphs: list[torc
 def test_its_own_length_is_compiled_by_itself_and_once_for_all_layers(graphs: list[torch.fx.GraphModule]) -> None:
     for seed in (1, 2):
         flex = FlexKernel("counted", 1 << 30, 640)
-        for length, compiled in ((640, 1), (700, 2), (800, 2), (640, 2)):
-            forward_is_right(flex, Random(2, 128, seed=seed), Geometry.self_attention(length, 2, is_causal=True))
+        for length, batch, compiled in ((640, 2, 1), (700, 2, 2), (800, 2, 2), (640, 3, 2)):
+            geometry = Geometry.self_attention(length, 2, is_causal=True)
+            forward_is_right(flex, Random(2, 128, seed=seed), geometry, batch)
             assert len(graphs) == (compiled if seed == 1 else 2)
 
 
-def test_strides_compile_nothing_anew(graphs: list[torch.fx.GraphModule]) -> None:
-    geometry = Geometry.self_attention(130, 2)
-    piece = LayoutPiece(layout=lower(Full(), geometry), scale=0.1)
-    flex = FlexKernel("counted", 1 << 30)
-    wide = torch.randn(4, 130, 3, 2, 16)
-    for rows in (slice(1), slice(3, 4)):
-        for x in (wide[rows, :, 0], wide[rows, :, 0].contiguous(), wide[:1, :, 0].expand(1, -1, -1, -1)):
-            flex.forward(x, x, x, piece)
+@pytest.mark.parametrize("own_length", [None, 130])
+def test_strides_compile_nothing_anew(own_length: int | None, graphs: list[torch.fx.GraphModule]) -> None:
+    piece = LayoutPiece(layout=lower(Full(), Geometry.self_attention(130, 2)), scale=0.1)
+    flex = FlexKernel("counted", 1 << 30, own_length)
+    rows = torch.randn(4, 130, 2, 16)
+    odd = rows[:1].as_strided((1, 130, 2, 16), (7, 32, 16, 1))  # one row, whose stride is as good as any
+    for x in (rows[:1], rows[::2][:1], odd, torch.randn(1, 130, 3, 2, 16)[:, :, 0]):
+        flex.forward(x, x, x, piece)
     assert len(graphs) == 1
 
 
+def test_a_compiler_that_is_reset_compiles_once_again(graphs: list[torch.fx.GraphModule]) -> None:
+    flex = FlexKernel("counted", 1 << 30)
+    for compiled in (1, 2):
+        for q_len, kv_len in ((700, 700), (1000, 1000), (300, 900)):
+            geometry = Geometry(q_len=q_len, kv_len=kv_len, num_heads=2, num_kv_heads=1, is_causal=True)
+            forward_is_right(flex, Local(200), geometry)
+        assert len(graphs) == compiled
+        torch.compiler.reset()
+
+
 def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
-    return FlexTables.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE), CPU, 1 << 30)
+    return FlexTables.of(ListedBlocks.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE)), CPU)
 
 
 @pytest.mark.parametrize("pattern", CASES, ids=str)
@@ -210,15 +221,22 @@ def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> 
     local = tables(Local(window_size=128), geometry)
     assert int(local.lists[0].sum()) == 2 * 7  # the diagonal's neighbours; one table for both heads
     assert int(local.lists[2].sum()) == 8
-    assert not local.score_weights
+    assert not local.is_weighted
     assert modifiers(local)[1] is None
     weighted = tables(WEIGHTED, geometry)
-    assert weighted.score_weights
+    assert weighted.is_weighted
     layout = lower_blocks(WEIGHTED, geometry, block_size=BLOCK_SIZE)
     assert int(weighted.lists[0].sum()) == int(np.sum(layout.weights == 2)) == 8
-    held = 4 * 8 * 8 * (4 + 1)
-    assert table_bytes(geometry, 1) == held
-    assert table_bytes(geometry, 2) == 4 * 8 * 8 * (4 * 2 + 2)
+    assert bounds_of_bytes(geometry, 1) == (4 * 8 * 8, 4 * (8 * 8 + 4 * 8 * (1 + 8)))
+    assert bounds_of_bytes(geometry, 2) == (4 * 2 * 8 * 8, 4 * (2 * 8 * 8 + 2 * 4 * 8 * (1 + 8)))
+    for pattern in CASES:
+        for length in (1, 128, 200, 1024):
+            layout = lower_blocks(pattern, Geometry.self_attention(length, 2), block_size=BLOCK_SIZE)
+            least, most = bounds_of_bytes(layout.geometry, layout.row_ptr.shape[0])
+            found = ListedBlocks.of(layout)
+            assert least < found.nbytes <= most
+            made = FlexTables.of(found, CPU)
+            assert made.nbytes == found.nbytes + made.heads.nbytes + made.masks.nbytes
 
 
 # Some ten seconds to compile each; without lse, which PyTorch does not give on a CPU, and without gradients likewise.
@@ -261,11 +279,31 @@ def test_each_pattern_is_taken_or_refused_with_the_reason(pattern: Pattern) -> N
         ({"deterministic": True}, "deterministic"),
         ({"device": Device(type="cpu", arch="x86_64", torch_name="cpu")}, "device_types"),
         ({"seq_len": 1 << 20, "pattern": Random(blocks_per_row=2)}, "layout_bytes"),
-        ({"seq_len": 4096, "limits": Limits(layout_bytes=20_000)}, "layout_bytes"),
+        ({"seq_len": 4096, "limits": Limits(layout_bytes=4_000)}, "layout_bytes"),
+        ({"seq_len": 4096, "limits": Limits(layout_bytes=33_000), "pattern": Random(8, 128)}, "layout_bytes"),
     ],
 )
 def test_what_it_does_not_take_is_refused(fields: dict[str, Any], code: str) -> None:
     assert codes(verdict("flex", **fields)) == {code}
+
+
+def test_with_a_seq_len_it_is_refused_where_a_call_would_be_and_nowhere_else() -> None:
+    """Between what tables take at least and at most, it is what they take."""
+    pattern = Random(blocks_per_row=2, block_size=128)
+    geometry = request(pattern=pattern, seq_len=4096).config.geometry(4096)
+    blocks = lower_blocks(pattern, geometry, block_size=BLOCK_SIZE)
+    needed = ListedBlocks.of(blocks).nbytes
+    least, most = bounds_of_bytes(geometry, blocks.row_ptr.shape[0])
+    assert least < needed < most
+    layout = lower(pattern, geometry)
+    for limit_bytes, fits in ((least - 1, False), (needed - 1, False), (needed, True), (most, True)):
+        limits = Limits(layout_bytes=limit_bytes)
+        assert verdict("flex", pattern=pattern, seq_len=4096, limits=limits).accepts is fits
+        if fits:
+            assert kernel(limit_bytes).tables(layout, CPU)
+        else:
+            with pytest.raises(ConfigError, match=r"raise Limits\.layout_bytes"):
+                kernel(limit_bytes).tables(layout, CPU)
 
 
 def test_bad_requests_say_so() -> None:
