@@ -1,8 +1,9 @@
 """The `fa4` backend: FlashAttention-4, CuTe DSL kernels of the distribution flash-attn-4, on Hopper.
 
 Dense pieces and windows are its own, and so are tables of blocks of 128. The kernels are compiled in the process when
-they first meet a head_dim, dtype, causality and few or many blocks; that takes seconds, so calls that a CUDA graph will
-capture must have run once before. What is called is not public, hence the manifest asks for one release.
+they first meet a head_dim, dtype, causality or window, number of query heads to one of keys, inputs that are repeated
+by a stride of 0, and backward few or many blocks; that takes seconds, so calls that a CUDA graph will capture must have
+run once before. What is called is not public, hence the manifest asks for one release.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class FlashAttention4:
 
     Attributes:
         name: with the release.
-        library: what it calls.
+        library: what it calls, but for the forward of dense pieces (`fa4_dense`).
         limit_bytes: most bytes of a table's lists and masks.
     """
 

@@ -1,4 +1,4 @@
-"""What of FlashAttention-4 is called: its forward and backward, on the device of their inputs."""
+"""FlashAttention-4's own functions: the backward, and the forward of tables of blocks, on the device of their inputs."""
 
 from __future__ import annotations
 

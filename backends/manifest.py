@@ -75,7 +75,7 @@ FA3 = BackendSpec(
 FA4 = BackendSpec(
     name="fa4",
     target="dilated_attention.backends.fa4:Fa4Backend",
-    priority=-20,  # the slowest to launch, and but for what `ranking` says not the fastest (docs/performance.md)
+    priority=-20,  # its backward is the slowest to launch; where it is the fastest all the same: `ranking`
     capabilities=_DENSE
     | {
         "device_types": ("cuda",),

@@ -136,7 +136,7 @@ def _of_triton(asked: _Asked) -> int:
 
 
 def _of_fa4(asked: _Asked) -> int:
-    """Low, since it is the slowest to launch; but not where it was measured to be the fastest, or next to `fa3`."""
+    """Low, since its backward is the slowest to launch; but not where it was the fastest, or next to `fa3`."""
     head_dim, trains = asked.config.head_dim, asked.config.requires_grad
     if _has_tables_for_fa4(asked):
         return TRITON.priority + 1

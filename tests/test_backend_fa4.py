@@ -14,6 +14,7 @@ import torch
 
 from dilated_attention import ConfigError, Dilated, Full, Global, Local, Pattern, Random, explain
 from dilated_attention.backends.fa4 import Fa4Backend
+from dilated_attention.backends.fa4_library import Library
 from dilated_attention.backends.fa4_tables import FlashAttention4Table
 from dilated_attention.core.block_product import BlockProduct
 from dilated_attention.core.geometry import Geometry
@@ -342,6 +343,29 @@ def test_what_its_tables_cannot_say_is_core_s() -> None:
             check(attention, geometry)
         program = attention._engine._program(517, 517, 0, 0, torch.device("cuda", 0))
         assert isinstance(program.blocks, BlockProduct)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("is_causal", "window"), [(True, None), (False, None), (False, (70, 30)), (False, (70, 0))])
+def test_dense_pieces_have_the_bits_of_the_library_s_own_function(
+    is_causal: bool, window: tuple[int, int] | None, kv_heads: int, dtype: torch.dtype
+) -> None:
+    query, key, value = (torch.randn(2, 389, n, 64, dtype=dtype, device="cuda") for n in (4, kv_heads, kv_heads))
+    found = (
+        Fa4Backend()
+        .build(request())
+        .forward(query, key, value, DensePiece(is_causal=is_causal, scale=0.2, window=window))
+    )
+    left, right = window or (None, None)
+    expected = Library.load().run_forward(
+        query, key, value, softmax_scale=0.2, causal=is_causal, window_size_left=left, window_size_right=right,
+        return_lse=True,
+    )  # fmt: skip
+    for computed, own in zip(found, expected[:2], strict=True):
+        torch.testing.assert_close(computed, own, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

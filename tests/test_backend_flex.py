@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -357,6 +358,20 @@ def test_many_lengths_and_offsets_on_the_card() -> None:
     for q_len in (1, 77, *range(100, 1100, 100)):
         geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
         check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+
+
+@pytest.mark.gpu
+@gpu
+def test_all_lengths_are_compiled_once_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and with a backward, whether blocks divide them or not."""
+    counter = CompileCounterWithBackend("inductor")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(flex_compiled, "_COMPILED", {})
+    torch.compiler.reset()
+    for length in (1000, 1024, 517, 1300, 640):
+        geometry = Geometry(q_len=length, kv_len=length, num_heads=4, num_kv_heads=2, is_causal=True)
+        check(build("flex", Local(70) | Random(2, 128, seed=3), geometry, "bfloat16", 64), geometry)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.gpu

@@ -244,22 +244,24 @@ def test_a_window_without_gradients(head_dim: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "is_before"),
     [
-        ({"pattern": BLOCKS, "seq_len": 4096}, True),
-        ({"pattern": BLOCKS}, True),  # compiled once for all lengths
-        ({"pattern": BLOCKS, "seq_len": 4096, "dtype": "float32"}, False),
-        ({"pattern": BLOCKS, "seq_len": 4096, "context_parallel": ContextParallel(size=2)}, False),
-        ({"pattern": WINDOW, "seq_len": 4096}, False),  # the dense kernels have windows
-        ({"pattern": SINKS, "seq_len": 4096}, False),
-        ({"pattern": LONGNET, "seq_len": 4096}, False),
-        ({"pattern": Random(density=0.1, block_size=64), "seq_len": 4096}, True),
-        ({"pattern": Random(density=0.1, block_size=24), "seq_len": 4096}, False),  # a mask for nearly every block
-        ({"pattern": LONGNET | BLOCKS, "seq_len": 4096}, False),  # it would visit all that a stride touches
+        ({"pattern": BLOCKS}, True),
+        ({"pattern": BLOCKS, "varlen": True}, True),
+        ({"pattern": BLOCKS, "dtype": "float32"}, False),
+        ({"pattern": BLOCKS, "context_parallel": ContextParallel(size=2)}, False),
+        ({"pattern": WINDOW}, False),  # the dense kernels have windows
+        ({"pattern": SINKS}, False),
+        ({"pattern": LONGNET}, False),
+        ({"pattern": Full()}, False),
+        ({"pattern": Random(density=0.1, block_size=64)}, True),
+        ({"pattern": Random(density=0.1, block_size=24)}, False),  # a mask for nearly every block
+        ({"pattern": LONGNET | BLOCKS}, False),  # it would visit all that a stride touches
     ],
 )
-def test_flex_follows_for_blocks(fields: dict[str, Any], is_before: bool) -> None:
-    order = ranked(**fields)
-    assert (order.index("flex") < order.index("fa3")) is is_before
-    assert order.index("triton") < order.index("flex")
+@pytest.mark.parametrize("seq_len", [None, 4096])
+def test_flex_follows_for_blocks(fields: dict[str, Any], seq_len: int | None, is_before: bool) -> None:
+    order = ranked(**fields, seq_len=seq_len)
+    assert order.index("flex") == (1 if is_before else len(order) - 2)
+    assert order.index("triton") < order.index("flex") or fields["pattern"] == Full()
 
 
 WHOLE: dict[str, Any] = {"pattern": BLOCKS, "head_dim": 128, "seq_len": 1 << 15}
