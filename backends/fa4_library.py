@@ -1,4 +1,4 @@
-"""FlashAttention-4's own functions: the backward, and the forward of tables of blocks, on the device of their inputs."""
+"""FlashAttention-4's own functions, on the device of their inputs: the backward, and the forward of tables."""
 
 from __future__ import annotations
 
