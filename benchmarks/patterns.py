@@ -72,7 +72,7 @@ def drawing(rounds: int, clock: Clock) -> list[Row]:
     row = np.tile(np.arange(rows, dtype=np.int64), heads)
 
     def ours() -> NDArray[np.int32]:
-        return pattern._draw(head, row, geometry)[1].reshape(-1, per_row)
+        return pattern._draw(head, row, pattern._allowed(row, geometry))[1].reshape(-1, per_row)
 
     def randperm() -> list[Tensor]:
         return [torch.randperm(rows)[:per_row] for _ in range(heads * rows)]

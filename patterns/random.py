@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import attrs
@@ -35,6 +36,12 @@ def _seed(instance: Random, attribute: attrs.Attribute[int], value: object) -> N
     if seed >= 1 << 64:
         raise ConfigError(f"Random.seed must be below 2**64, got {seed}")
     keep_plain(instance, attribute, seed)
+
+
+@lru_cache
+def _share(density: str) -> Fraction:
+    """The number that is written so."""
+    return Fraction(density)
 
 
 @attrs.frozen
@@ -82,18 +89,22 @@ class Random(Pattern):
         allowed = np.where(rows < 0, 1, np.maximum(rows + 1, total))
         if self.blocks_per_row is not None:
             return allowed, np.minimum(allowed, self.blocks_per_row)
-        share = Fraction(str(self.density))
+        share = _share(str(self.density))
+        if max(share.numerator * int(allowed.max(initial=0)), share.denominator) < 1 << 63:
+            return allowed, -(-share.numerator * allowed // share.denominator)
         distinct, inverse = np.unique(allowed, return_inverse=True)
         take = [-(-share.numerator * int(n) // share.denominator) for n in distinct]
         return allowed, np.array(take, dtype=np.int64)[inverse]
 
-    def _draw(self, heads: IntArray, rows: IntArray, geometry: Geometry) -> tuple[IntArray, NDArray[np.int32]]:
-        """The drawn columns of each (head, row): row_ptr (n + 1,) and cols, ascending in each row."""
+    def _draw(
+        self, heads: IntArray, rows: IntArray, choice: tuple[IntArray, IntArray]
+    ) -> tuple[IntArray, NDArray[np.int32]]:
+        """The drawn columns of each (head, row): row_ptr (n + 1,) and cols, ascending; `choice` is of `_allowed`."""
         import numpy as np
 
         from ._reservoir import draw_rows
 
-        allowed, take = self._allowed(rows, geometry)
+        allowed, take = choice
         if rows.size and max(int(allowed.max()), -int(rows.min())) > _MOST_BLOCKS:
             raise ConfigError(
                 f"Random draws among blocks up to number {_MOST_BLOCKS:,}, got positions beyond "
@@ -114,7 +125,7 @@ class Random(Pattern):
         import numpy as np
 
         distinct, inverse = np.unique(rows, return_inverse=True)
-        row_ptr, drawn = self._draw(np.full_like(distinct, head), distinct, geometry)
+        row_ptr, drawn = self._draw(np.full_like(distinct, head), distinct, self._allowed(distinct, geometry))
         least = min(int(cols.min()), int(drawn.min()))
         width = max(int(cols.max()), int(drawn.max())) - least + 1
         listed = np.repeat(np.arange(distinct.size), np.diff(row_ptr)) * width + (drawn - least)
@@ -132,7 +143,7 @@ class Random(Pattern):
         pairs, inverse = np.unique(np.stack([heads.ravel(), rows.ravel()]), axis=1, return_inverse=True)
         if not pairs.size or not cols.size:
             return np.zeros(np.broadcast_shapes(rows.shape, cols.shape), dtype=np.int64)
-        row_ptr, drawn = self._draw(pairs[0].copy(), pairs[1].copy(), geometry)
+        row_ptr, drawn = self._draw(pairs[0].copy(), pairs[1].copy(), self._allowed(pairs[1], geometry))
         least = int(cols.min())
         table = np.zeros((pairs.shape[1], int(cols.max()) - least + 1), dtype=np.int64)
         inside = (drawn >= least) & (drawn < least + table.shape[1])
@@ -150,12 +161,13 @@ class Random(Pattern):
             rows = np.arange(low[0] // self.block_size, high[-1] // self.block_size + 1, dtype=np.int64)
         else:
             rows = low
+        choice = self._allowed(rows, geometry)
         if grid.block_size <= self.block_size:
             # Of all heads at once where none of it can lie outside of the keys: each takes seconds at great lengths.
             whole = geometry.kv_offset <= 0 and geometry.kv_offset + geometry.kv_len >= geometry.seq_len
             tables = grid.tables if whole else 1
-            grid.check_blocks(tables * int(self._allowed(rows, geometry)[1].sum()))
-        row_ptr, drawn = self._draw(np.full_like(rows, head), rows, geometry)
+            grid.check_blocks(tables * int(choice[1].sum()))
+        row_ptr, drawn = self._draw(np.full_like(rows, head), rows, choice)
         cols = drawn.astype(np.int64)
         return support_from_table(grid, geometry, self.block_size, rows, row_ptr, cols, np.ones_like(cols))
 
