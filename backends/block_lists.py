@@ -1,12 +1,102 @@
-"""Lists of blocks as kernels of others read them: of each row, how many blocks it meets, and which."""
+"""Tables of blocks as kernels of others read them: of each row, and of each column, how many it meets, and which.
+
+Shapes: E listed blocks; T tables, R rows and C columns of blocks; H heads.
+"""
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Self
+
+import attrs
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.counting import entry_rows, entry_tables
+
+if TYPE_CHECKING:
+    from ..core.layout import BlockLayout
+
+INT_BYTES: Final = 4  # of each number in a table
 
 
-def block_lists(
+@attrs.frozen(eq=False)
+class ListedBlocks:
+    """The blocks of a layout one by one; a table for each head that sees others.
+
+    Attributes:
+        tables: T.
+        rows: R.
+        cols: C.
+        table: (E,) int64.
+        row: (E,) int64.
+        col: (E,) int64.
+        mask_ids: (E,) int32, -1 of those all of whose pairs count.
+        heads: the table of each head; of one for all where all see the same.
+        narrowest: the least width of a list.
+    """
+
+    tables: int
+    rows: int
+    cols: int
+    table: NDArray[np.int64]
+    row: NDArray[np.int64]
+    col: NDArray[np.int64]
+    mask_ids: NDArray[np.int32]
+    heads: NDArray[np.int32]
+    narrowest: int
+
+    @classmethod
+    def of(cls, blocks: BlockLayout, mask_ids: NDArray[np.int32] | None = None, *, narrowest: int = 1) -> Self:
+        """Those of a layout; with other masks than its own if these are given."""
+        tables, rows = blocks.row_ptr.shape[0], blocks.row_ptr.shape[1] - 1
+        cols = -(-blocks.geometry.kv_len // blocks.block_size)
+        table, row, col = entry_tables(blocks), entry_rows(blocks), blocks.cols.astype(np.int64)
+        ids = blocks.mask_ids if mask_ids is None else mask_ids
+        heads = blocks.head_table if tables > 1 else blocks.head_table[:1]
+        return cls(tables, rows, cols, table, row, col, ids, heads, narrowest)
+
+    @cached_property
+    def widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The most blocks with a mask in a row, and in a column; and those without."""
+        return self._widths(self.mask_ids >= 0), self._widths(self.mask_ids < 0)
+
+    def _widths(self, chosen: NDArray[np.bool_]) -> tuple[int, int]:
+        rows = np.bincount(self.table[chosen] * self.rows + self.row[chosen])
+        cols = np.bincount(self.table[chosen] * self.cols + self.col[chosen])
+        return int(rows.max(initial=self.narrowest)), int(cols.max(initial=self.narrowest))
+
+    @property
+    def lists_nbytes(self) -> int:
+        """Bytes of all lists."""
+        each = sum(self.rows * (in_row + 1) + self.cols * (in_col + 1) for in_row, in_col in self.widths)
+        return INT_BYTES * self.heads.size * each
+
+    def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each row or column how many have a mask, and which, and how many have none, and which.
+
+        Counts are (1, H, R or C) and indices (1, H, R or C, width) int32, for one head where all see the same.
+        """
+        along, across, count = (self.col, self.row, self.cols) if of_keys else (self.row, self.col, self.rows)
+
+        def listed(chosen: NDArray[np.bool_], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            shape = self.tables, count, widths[of_keys]
+            counts, indices = _block_lists(self.table[chosen], along[chosen], across[chosen], shape)
+            counts, indices = (x[self.heads].reshape(1, -1, *x.shape[1:]) for x in (counts, indices))
+            return moved(counts, device), moved(indices, device)
+
+        masked, whole = self.widths
+        return *listed(self.mask_ids >= 0, masked), *listed(self.mask_ids < 0, whole)
+
+
+def moved(x: NDArray[np.generic], device: torch.device) -> Tensor:
+    """It on the device; on a CPU it may share its memory."""
+    return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(device)
+
+
+def _block_lists(
     table: NDArray[np.int64], row: NDArray[np.int64], col: NDArray[np.int64], shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Counts (T, R) and columns (T, R, width), ascending and then 0, of blocks that are given one by one.

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.counting import entry_rows, entry_tables
 from ..core.errors import ConfigError
 from ..core.layout import BlockLayout
-from .block_lists import block_lists
+from .block_lists import INT_BYTES, ListedBlocks, moved
 from .fa4_library import Library
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 128  # queries and keys: its backward has tiles of as many keys, and takes no smaller blocks
 _WORD: Final = 32  # bits of a number
-_INT_BYTES: Final = 4
 
 
 def takes(blocks: BlockLayout) -> bool:
@@ -108,38 +106,8 @@ class FlashAttention4Table:
         return {"block_sparse_tensors": lists, "mask_mod": in_mask, "aux_tensors": tensors}
 
 
-@attrs.frozen(eq=False)
-class Listed:
-    """The blocks of a layout one by one; a table for each head that sees others.
-
-    Attributes:
-        tables: N.
-        rows: R.
-        cols: C.
-        table: (E,) int64.
-        row: (E,) int64.
-        col: (E,) int64.
-        mask_ids: (E,) int32, -1 of those all of whose pairs count.
-        heads: the table of each head; of one for all where all see the same.
-    """
-
-    tables: int
-    rows: int
-    cols: int
-    table: NDArray[np.int64]
-    row: NDArray[np.int64]
-    col: NDArray[np.int64]
-    mask_ids: NDArray[np.int32]
-    heads: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, blocks: BlockLayout) -> Listed:
-        """Those of a layout."""
-        tables, rows = blocks.row_ptr.shape[0], blocks.row_ptr.shape[1] - 1
-        cols = -(-blocks.geometry.kv_len // BLOCK)
-        table, row, col = entry_tables(blocks), entry_rows(blocks), blocks.cols.astype(np.int64)
-        heads = blocks.head_table if tables > 1 else blocks.head_table[:1]
-        return cls(tables, rows, cols, table, row, col, blocks.mask_ids, heads)
+class Listed(ListedBlocks):
+    """The blocks of a layout one by one, with masks as bits."""
 
     @cached_property
     def numbered(self) -> tuple[NDArray[np.int64], int]:
@@ -156,36 +124,12 @@ class Listed:
         """Columns of `MaskBits.numbers`: the library refuses a tensor with stride 1 in more than one dimension."""
         return max(self.cols, 2)
 
-    @cached_property
-    def widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The most blocks with a mask in a row, and in a column, at least 1; and those without."""
-        return self._widths(self.mask_ids >= 0), self._widths(self.mask_ids < 0)
-
-    def _widths(self, chosen: NDArray[np.bool_]) -> tuple[int, int]:
-        rows = np.bincount(self.table[chosen] * self.rows + self.row[chosen])
-        cols = np.bincount(self.table[chosen] * self.cols + self.col[chosen])
-        return int(rows.max(initial=1)), int(cols.max(initial=1))
-
     def nbytes(self, masks: int) -> int:
         """Bytes of lists and masks."""
-        total = 0
-        for in_row, in_col in self.widths:
-            total += self.heads.size * (self.rows * (in_row + 1) + self.cols * (in_col + 1))
-        if masks:
-            total += self.numbered[1] * self.rows * self.mask_cols + masks * BLOCK * BLOCK // _WORD
-        return _INT_BYTES * total
-
-    def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each row or column how many have a mask, and which, and how many have none, and which."""
-        along, across, count = (self.col, self.row, self.cols) if of_keys else (self.row, self.col, self.rows)
-
-        def listed(chosen: NDArray[np.bool_], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            shape = self.tables, count, widths[of_keys]
-            counts, indices = block_lists(self.table[chosen], along[chosen], across[chosen], shape)
-            return _moved(counts[self.heads][None], device), _moved(indices[self.heads][None], device)
-
-        masked, whole = self.widths
-        return *listed(self.mask_ids >= 0, masked), *listed(self.mask_ids < 0, whole)
+        if not masks:
+            return self.lists_nbytes
+        numbers = self.numbered[1] * self.rows * self.mask_cols
+        return self.lists_nbytes + INT_BYTES * (numbers + masks * BLOCK * BLOCK // _WORD)
 
     def bits(self, blocks: BlockLayout, device: torch.device) -> MaskBits | None:
         """The masks; None where there are none."""
@@ -197,11 +141,7 @@ class Listed:
         numbers[table[masked], self.row[masked], self.col[masked]] = self.mask_ids[masked]
         heads = blocks.head_table if tables > 1 else np.zeros_like(blocks.head_table)
         words = np.packbits(blocks.masks, axis=-1, bitorder="little").view("<i4")
-        return MaskBits(_moved(heads, device), _moved(numbers, device), _moved(words, device))
-
-
-def _moved(x: NDArray[np.int32], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(x)).to(device)
+        return MaskBits(moved(heads, device), moved(numbers, device), moved(words, device))
 
 
 def checked(blocks: BlockLayout, limit_bytes: int) -> Listed:

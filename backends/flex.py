@@ -18,7 +18,7 @@ from ..core.errors import ConfigError
 from ..core.refusal import Refusal
 from .cards import age_refusals, compiled_for
 from .flex_compiled import CompiledAttend
-from .flex_tables import BLOCK_SIZE, FlexTables, ListedBlocks, bounds_of_bytes
+from .flex_tables import BLOCK_SIZE, FlexTables, WeightedBlocks, bounds_of_bytes
 from .libraries import compiler_refusals
 from .recording import not_recording, of_part, recording
 
@@ -77,7 +77,7 @@ def _needed_bytes(pattern: Pattern, geometry: Geometry, limit_bytes: int) -> int
         blocks = lower_blocks(pattern, geometry, block_size=BLOCK_SIZE, limit_bytes=limit_bytes)
     except ConfigError:  # the blocks are more already
         return most
-    return ListedBlocks.of(blocks).nbytes
+    return WeightedBlocks.of(blocks).nbytes
 
 
 def _distinct_heads(pattern: Pattern, geometry: Geometry) -> int:
@@ -118,7 +118,7 @@ class FlexKernel:
             geometry = layout.geometry
             self._check_bytes(geometry, bounds_of_bytes(geometry, _distinct_heads(layout.pattern, geometry))[0])
             blocks = lower_blocks(layout.pattern, geometry, block_size=BLOCK_SIZE, limit_bytes=self.limit_bytes)
-            listed = ListedBlocks.of(blocks)
+            listed = WeightedBlocks.of(blocks)
             self._check_bytes(geometry, listed.nbytes)
             tables = FlexTables.of(listed, device)
             is_own = geometry.q_len == geometry.kv_len == self.own_length

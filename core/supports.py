@@ -104,24 +104,21 @@ def support_from_table(
     high = np.minimum(grid.query_low + size, geometry.q_offset + geometry.q_len) - 1
     first, last = grid.query_low // table_size, high // table_size
     begin, end = np.searchsorted(table_rows, first), np.searchsorted(table_rows, last, side="right")
+    place = ranges(begin, end - begin)  # the table rows that each grid row touches, one after another
+    counts = np.diff(row_ptr)[place]
+    entry = ranges(row_ptr[place], counts)
+    rows = np.repeat(np.repeat(np.arange(first.size), end - begin), counts)
     if size == table_size and geometry.kv_offset % size == 0 and np.array_equal(first, last):  # its blocks are these
-        counts = np.zeros(first.size, dtype=np.int64)
-        counts[begin < end] = np.diff(row_ptr)[begin[begin < end]]
-        entry = ranges(row_ptr[begin], counts)
-        rows, cols = np.repeat(np.arange(first.size), counts), table_cols[entry] - geometry.kv_offset // size
+        cols = table_cols[entry] - geometry.kv_offset // size
         within = (cols >= 0) & (cols < width)
         if not within.all():
             rows, cols, entry = rows[within], cols[within], entry[within]
         grid.check_blocks(cols.size)
         return BlockSupport(rows, cols, weights[entry])
-    place = ranges(begin, end - begin)  # the table rows that each grid row touches, one after another
-    counts = np.diff(row_ptr)[place]
-    entry = ranges(row_ptr[place], counts)
     low = table_cols[entry] * table_size - geometry.kv_offset
     col_begin, col_end = np.maximum(low // size, 0), np.minimum(-(-(low + table_size) // size), width)
     spread = np.maximum(col_end - col_begin, 0)
-    cols = ranges(col_begin, spread)
-    rows = np.repeat(np.repeat(np.repeat(np.arange(first.size), end - begin), counts), spread)
+    cols, rows = ranges(col_begin, spread), np.repeat(rows, spread)
     low, entry = np.repeat(low, spread), np.repeat(entry, spread)
     inside = (low <= cols * size) & (cols * size + size <= low + table_size) & (first == last)[rows]
     keys, where = np.unique(rows * width + cols, return_index=True)

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dilated_attention import ConfigError, Dilated, Full, Learned, Limits, Local, Pattern, Random, explain
 from dilated_attention.backends import flex_compiled
 from dilated_attention.backends.flex import Attend, FlexKernel
-from dilated_attention.backends.flex_tables import BLOCK_SIZE, FlexTables, ListedBlocks, bounds_of_bytes, modifiers
+from dilated_attention.backends.flex_tables import BLOCK_SIZE, FlexTables, WeightedBlocks, bounds_of_bytes, modifiers
 from dilated_attention.core.blocking import lower_blocks
 from dilated_attention.core.geometry import Geometry
 from dilated_attention.core.kernel import LayoutPiece
@@ -204,7 +204,7 @@ def test_a_compiler_that_is_reset_compiles_once_again(graphs: list[torch.fx.Grap
 
 
 def tables(pattern: Pattern, geometry: Geometry) -> FlexTables:
-    return FlexTables.of(ListedBlocks.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE)), CPU)
+    return FlexTables.of(WeightedBlocks.of(lower_blocks(pattern, geometry, block_size=BLOCK_SIZE)), CPU)
 
 
 @pytest.mark.parametrize("pattern", CASES, ids=str)
@@ -234,7 +234,7 @@ def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> 
         for length in (1, 128, 200, 1024):
             layout = lower_blocks(pattern, Geometry.self_attention(length, 2), block_size=BLOCK_SIZE)
             least, most = bounds_of_bytes(layout.geometry, layout.row_ptr.shape[0])
-            found = ListedBlocks.of(layout)
+            found = WeightedBlocks.of(layout)
             assert least < found.nbytes <= most
             made = FlexTables.of(found, CPU)
             assert made.nbytes == found.nbytes + made.heads.nbytes + made.masks.nbytes
@@ -293,7 +293,7 @@ def test_with_a_seq_len_it_is_refused_where_a_call_would_be_and_nowhere_else() -
     pattern = Random(blocks_per_row=2, block_size=128)
     geometry = request(pattern=pattern, seq_len=4096).config.geometry(4096)
     blocks = lower_blocks(pattern, geometry, block_size=BLOCK_SIZE)
-    needed = ListedBlocks.of(blocks).nbytes
+    needed = WeightedBlocks.of(blocks).nbytes
     least, most = bounds_of_bytes(geometry, blocks.row_ptr.shape[0])
     assert least < needed < most
     layout = lower(pattern, geometry)
