@@ -151,7 +151,9 @@ def _of_flex(asked: _Asked) -> int:
     """Before the dense kernels for blocks alone, not too small ones. Its rings have not run over several cards."""
     request = asked.request
     has_blocks_alone = request.needs["layouts"] == ("block",)  # it looks at every block that a strided branch touches
-    if asked.bands or asked.is_ring or not (has_blocks_alone and asked.is_half):
+    if asked.is_ring or asked.is_learned or not (has_blocks_alone and asked.is_half):
+        return FLEX.priority
+    if bands_of(request.pattern) is not None:  # which dense kernels have, of documents too
         return FLEX.priority
     size = table_block_size(request.pattern, asked.config.one_token)
     return TRITON.priority - 1 if size >= _FINEST_OF_FLEX else FLEX.priority

@@ -67,7 +67,6 @@ def ranked(**asked: Any) -> list[str]:
         ({"pattern": TWO, "context_parallel": ContextParallel(size=2)}, True),
         ({"pattern": WINDOW, "varlen": True}, True),
         ({"pattern": WINDOW, "context_parallel": ContextParallel(size=2)}, True),
-        ({"pattern": Local(70) | Random(2, 64), "head_dim": 192}, True),
         ({"pattern": SINKS, "head_dim": 64, "dtype": "float32"}, False),
         ({"pattern": SINKS, "head_dim": 64, "dtype": "float32", "seq_len": 8191}, True),  # launches are what bounds
         ({"pattern": SINKS, "head_dim": 64, "dtype": "float32", "seq_len": 8192}, False),
@@ -85,8 +84,10 @@ def ranked(**asked: Any) -> list[str]:
     ],
 )
 def test_fused_kernels_come_first_where_they_are_the_fastest(fields: dict[str, Any], is_first: bool) -> None:
-    order = [name for name in ranked(**fields) if name != "flex"]
-    assert order == (["triton", "fa3", "sdpa", "reference"] if is_first else ["fa3", "sdpa", "triton", "reference"])
+    order = ranked(**fields)
+    assert order == (
+        ["triton", "fa3", "sdpa", "flex", "reference"] if is_first else ["fa3", "sdpa", "triton", "flex", "reference"]
+    )
 
 
 @pytest.mark.parametrize("release", ["3.5.1", "3.10.0", ""], indirect=True)
@@ -246,6 +247,9 @@ def test_a_window_without_gradients(head_dim: int) -> None:
     [
         ({"pattern": BLOCKS}, True),
         ({"pattern": BLOCKS, "varlen": True}, True),
+        ({"pattern": WINDOW, "varlen": True}, False),
+        ({"pattern": SINKS, "varlen": True}, False),
+        ({"pattern": Learned(block_size=128, blocks_per_row=2)}, False),
         ({"pattern": BLOCKS, "dtype": "float32"}, False),
         ({"pattern": BLOCKS, "context_parallel": ContextParallel(size=2)}, False),
         ({"pattern": WINDOW}, False),  # the dense kernels have windows
@@ -261,7 +265,11 @@ def test_a_window_without_gradients(head_dim: int) -> None:
 def test_flex_follows_for_blocks(fields: dict[str, Any], seq_len: int | None, is_before: bool) -> None:
     order = ranked(**fields, seq_len=seq_len)
     assert order.index("flex") == (1 if is_before else len(order) - 2)
-    assert order.index("triton") < order.index("flex") or fields["pattern"] == Full()
+    assert order.index("triton") < order.index("flex")
+
+
+def test_blocks_and_a_window_are_fused_and_after_that_flex_s() -> None:
+    assert ranked(pattern=Local(70) | Random(2, 64), head_dim=192) == ["triton", "flex", "fa3", "sdpa", "reference"]
 
 
 WHOLE: dict[str, Any] = {"pattern": BLOCKS, "head_dim": 128, "seq_len": 1 << 15}
