@@ -59,20 +59,24 @@ class ListedBlocks:
         return cls(tables, rows, cols, table, row, col, ids, heads, narrowest)
 
     @cached_property
-    def widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The most blocks with a mask in a row, and in a column; and those without."""
-        return self._widths(self.mask_ids >= 0), self._widths(self.mask_ids < 0)
+    def widths(self) -> tuple[int, int]:
+        """The most blocks in a row, and in a column, with a mask or without, whichever are more.
 
-    def _widths(self, chosen: NDArray[np.bool_]) -> tuple[int, int]:
-        rows = np.bincount(self.table[chosen] * self.rows + self.row[chosen])
-        cols = np.bincount(self.table[chosen] * self.cols + self.col[chosen])
-        return int(rows.max(initial=self.narrowest)), int(cols.max(initial=self.narrowest))
+        One width for both, since FlexAttention (PyTorch 2.11) reads lists of either with the strides of the first.
+        """
+        masked = self.mask_ids >= 0
+
+        def widest(along: NDArray[np.int64], count: int) -> int:
+            places = (np.bincount(self.table[kind] * count + along[kind]) for kind in (masked, ~masked))
+            return max(int(found.max(initial=self.narrowest)) for found in places)
+
+        return widest(self.row, self.rows), widest(self.col, self.cols)
 
     @property
     def lists_nbytes(self) -> int:
         """Bytes of all lists."""
-        each = sum(self.rows * (in_row + 1) + self.cols * (in_col + 1) for in_row, in_col in self.widths)
-        return INT_BYTES * self.heads.size * each
+        in_row, in_col = self.widths
+        return INT_BYTES * self.heads.size * 2 * (self.rows * (in_row + 1) + self.cols * (in_col + 1))
 
     def lists(self, device: torch.device, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each row or column how many have a mask, and which, and how many have none, and which.
@@ -80,15 +84,14 @@ class ListedBlocks:
         Counts are (1, H, R or C) and indices (1, H, R or C, width) int32, for one head where all see the same.
         """
         along, across, count = (self.col, self.row, self.cols) if of_keys else (self.row, self.col, self.rows)
+        shape = self.tables, count, self.widths[of_keys]
 
-        def listed(chosen: NDArray[np.bool_], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            shape = self.tables, count, widths[of_keys]
+        def listed(chosen: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
             counts, indices = _block_lists(self.table[chosen], along[chosen], across[chosen], shape)
             counts, indices = (x[self.heads].reshape(1, -1, *x.shape[1:]) for x in (counts, indices))
             return moved(counts, device), moved(indices, device)
 
-        masked, whole = self.widths
-        return *listed(self.mask_ids >= 0, masked), *listed(self.mask_ids < 0, whole)
+        return *listed(self.mask_ids >= 0), *listed(self.mask_ids < 0)
 
 
 def moved(x: NDArray[np.generic], device: torch.device) -> Tensor:

@@ -217,6 +217,15 @@ def test_the_lists_of_keys_are_those_of_queries_turned(pattern: Pattern) -> None
         assert torch.equal(rows, columns.transpose(2, 3))
 
 
+@pytest.mark.parametrize("pattern", [Full(), *CASES], ids=str)
+def test_lists_of_both_kinds_have_the_same_strides(pattern: Pattern) -> None:
+    """PyTorch 2.11 reads blocks without a mask, on a card, with the strides of the lists of blocks with one."""
+    for is_causal in (True, False):
+        lists = tables(pattern, Geometry.self_attention(1100, 2, is_causal=is_causal)).lists
+        for masked, whole in ((lists[:2], lists[2:4]), (lists[4:6], lists[6:])):
+            assert [x.stride() for x in masked] == [x.stride() for x in whole]
+
+
 def test_only_what_is_seen_is_listed_and_weights_are_for_what_counts_twice() -> None:
     geometry = Geometry.self_attention(1024, 2)
     local = tables(Local(window_size=128), geometry)
@@ -311,7 +320,7 @@ def test_bad_requests_say_so() -> None:
     with pytest.raises(ConfigError, match="it takes nothing"):
         verdict("flex", backend_options={"flex": {"x": 1}})
     layout = lower(Full(), Geometry.self_attention(1024, 2))
-    needed = 4 * (64 + 2 * 8 * (1 + 8) + 2 * 8 * (1 + 2))  # the blocks, lists of all that are whole, and empty lists
+    needed = 4 * (64 + 4 * 8 * (1 + 8))  # the blocks, lists of all that are whole, and empty lists as wide
     with pytest.raises(
         ConfigError, match=f"1,024 keys need {needed:,} bytes, allowed are {needed - 1:,}; raise Limits"
     ):
@@ -355,9 +364,10 @@ def test_head_dims_on_the_card(head_dim: int) -> None:
 @pytest.mark.gpu
 @gpu
 def test_many_lengths_and_offsets_on_the_card() -> None:
-    for q_len in (1, 77, *range(100, 1100, 100)):
-        geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
-        check(build("flex", Local(window_size=70), geometry, "bfloat16", 64), geometry, [1e-2] * 5)
+    for pattern in (Local(window_size=70), Full()):  # few blocks without a mask in a row, and many
+        for q_len in (1, 77, *range(100, 1100, 200)):
+            geometry = Geometry(q_len=q_len, kv_len=1100, num_heads=4, num_kv_heads=4, is_causal=True)
+            check(build("flex", pattern, geometry, "bfloat16", 64), geometry, [1e-2] * 5)
 
 
 @pytest.mark.gpu
