@@ -157,11 +157,12 @@ def test_the_kit_is_a_plugin_of_pytest_for_those_who_ask(
     arguments = ["-p", "no:cacheprovider", "-p", "dilated_attention.registry.conformance.pytest_plugin"]
     arguments += ["--conformance", "sdpa", "--conformance-quick", "--conformance-device", "cpu"]
     arguments += ["--conformance-pattern", '{kind = "local", window_size = 3}', "--conformance-large"]
-    chosen = "declared or undeclared or cuda-graph or (builds and window_size and float64)"
+    arguments += ["--conformance-drawn", "3", "--conformance-seed", "8"]
+    chosen = "declared or undeclared or cuda-graph or (builds and window_size and float64) or (builds and 2-of-seed-8)"
     arguments += ["--rootdir", str(tmp_path), str(tmp_path), "-q", "-k", chosen, "-rs"]
     done = python(None, "-m", "pytest", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed, 1 skipped" in done.stdout
+    assert "5 passed, 1 skipped" in done.stdout
     assert "not on a CUDA device" in done.stdout
     for workers in ([], ["-n", "1"]):  # a pytest within this one, which has torch already
         code = pytest.main([*(word.replace("sdpa", "spda") for word in arguments), *workers])

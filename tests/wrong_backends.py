@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -235,10 +235,18 @@ class DropsTheLastKey(Dense):
 class HoldsAThousand(Dense):
     """Has room for 1,024 keys of a row and leaves out the others."""
 
+    room: ClassVar[int] = 1024
+
     def scores(self, query: Tensor, key: Tensor, piece: DensePiece) -> Tensor:
         s = super().scores(query, key, piece)
-        s[..., 1024:] = -math.inf
+        s[..., self.room :] = -math.inf
         return s
+
+
+class HoldsTwoHundred(HoldsAThousand):
+    """Has room for 200, more than a row of the grid has where there are several heads."""
+
+    room = 200
 
 
 class ColumnsInPairs(Dense):

@@ -16,7 +16,7 @@ from ..discovery import installed_sources
 from ..patterns import resolve_pattern
 from ..selection import takes_dense
 from . import contract, geometry, memory, pytorch, ring, values
-from .grid import LONGER
+from .grid import LENGTH, LONGER
 from .measure import Finding
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def _scaled(scale: float) -> Callable[[Kit, Case], Case]:
 
 
 def _dropping(kit: Kit, case: Case) -> Case:
-    return attrs.evolve(case, dropout_p=0.25)
+    length = max(case.q_len, LENGTH)  # means over fewer draws lie farther off
+    return attrs.evolve(case, dropout_p=0.25, batch=max(case.batch, 2), q_len=length, kv_len=length)
 
 
 def _on_the_second(kit: Kit, case: Case) -> Case:

@@ -119,8 +119,8 @@ def candidates(
 ) -> Iterator[Case]:
     """Every point of the grid, declared or not."""
     declared = spec.capabilities.get("head_dims", ())
-    head_dims = [d for d in (QUICK_HEAD_DIMS if quick else HEAD_DIMS) if covers(declared, d)]
-    head_dims = head_dims or [d for d in HEAD_DIMS if covers(declared, d)][:1] or _some_of(declared)
+    head_dims = [d for d in QUICK_HEAD_DIMS if covers(declared, d)] if quick else declared_head_dims(spec)
+    head_dims = head_dims or declared_head_dims(spec)[:1]
     odd = [d for d in _odd_of(declared) if d not in head_dims]
     heads = [pair for pair in HEADS if pair[0] == pair[1] or covers(spec.capabilities.get("gqa", False), True)]
     backward = covers(spec.capabilities.get("backward", False), True)
@@ -150,6 +150,12 @@ def candidates(
                 requires_grad=backward,
                 options=options,
             )
+
+
+def declared_head_dims(spec: BackendSpec) -> list[int]:
+    """The usual head_dims that are declared, or one other."""
+    declared = spec.capabilities.get("head_dims", ())
+    return [d for d in HEAD_DIMS if covers(declared, d)] or _some_of(declared)
 
 
 def _some_of(declared: Any, step: int = 1) -> list[int]:

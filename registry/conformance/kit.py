@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import attrs
@@ -19,6 +19,7 @@ from ..plugins import PLUGIN_FAULTS, describe
 from ..selection import judge
 from .case import Case, Subject
 from .checks import BUILDS, CHECKS, Check
+from .drawn import drawn_cases
 from .grid import FEW, USUAL_DTYPES, admitted, candidates, devices_of, patterns_of, request_of
 from .measure import Finding
 from .settings import DEFAULTS, KitSettings
@@ -31,6 +32,7 @@ class Outcome:
     Attributes:
         check: its name.
         case: in words, or an empty string for a check of the backend as such.
+        pattern: of the case, as Python has it.
         findings: what was looked at.
         skipped: why it was not made, or an empty string.
         seconds: what it took.
@@ -38,6 +40,7 @@ class Outcome:
 
     check: str
     case: str = ""
+    pattern: str = ""
     findings: tuple[Finding, ...] = ()
     skipped: str = ""
     seconds: float = 0.0
@@ -54,7 +57,8 @@ class Outcome:
 
     def __str__(self) -> str:
         failed = [str(finding) for finding in self.findings if not finding.passed]
-        return "\n".join([f"{self.check}: {self.case}".rstrip(": "), *(f"    {line}" for line in failed)])
+        of = [self.pattern] if self.pattern and failed else []
+        return "\n".join([f"{self.check}: {self.case}".rstrip(": "), *(f"    {line}" for line in (*of, *failed))])
 
 
 @attrs.frozen(eq=False)
@@ -71,24 +75,24 @@ class Trial:
     def run(self) -> Outcome:
         """Make the check; whatever the backend raises is a finding."""
         start = time.perf_counter()
-        words = str(self.case) if self.case else ""
+        case, pattern = (str(self.case), repr(self.case.pattern)) if self.case else ("", "")
+        outcome = partial(Outcome, check=self.check.name, case=case, pattern=pattern)
         findings: list[Finding] = []
         try:
             skipped = self.check.why_not(self.kit, self.case)  # may build, to see what the kernel can do
             if skipped:
-                return Outcome(check=self.check.name, case=words, skipped=skipped)
+                return outcome(skipped=skipped)
             subject: Any = self.kit if self.case is None else self.kit.subject(self.case)
             findings.extend(self.check.run(subject))
         except NotBuilt as error:
             if error.reason:
-                return Outcome(check=self.check.name, case=words, skipped=f"refused: {error.reason}")
+                return outcome(skipped=f"refused: {error.reason}")
             if self.check.name != BUILDS and self.case in self.kit.cases:  # the check of that name tells it
-                return Outcome(check=self.check.name, case=words, skipped="the case cannot be built")
+                return outcome(skipped="the case cannot be built")
             findings.append(Finding(what="build_attention", problem=str(error)))
         except PLUGIN_FAULTS as error:  # the backend's, and exactly what the kit is there to tell
             findings.append(Finding(what="the call", problem=f"raised {describe(error)}"))
-        seconds = time.perf_counter() - start
-        return Outcome(check=self.check.name, case=words, findings=tuple(findings), seconds=seconds)
+        return outcome(findings=tuple(findings), seconds=time.perf_counter() - start)
 
 
 class NotBuilt(Exception):  # noqa: N818 - no error of a caller: it only carries the reason to the check that tells it
@@ -125,6 +129,7 @@ class Kit:
         self.devices = devices_of(self.registered.spec, settings.device)
         self.refusals: dict[str, int] = {}
         self._patterns = patterns_of(self.registry, settings.patterns)
+        self._drawn, self._seed = settings.drawn, settings.seed
         self._added = set(self._patterns) - set(patterns_of(self.registry, ()))
         self._last: tuple[Case, Subject] | None = None
 
@@ -138,32 +143,48 @@ class Kit:
         return covers(self.capabilities.get(axis, False), needed)
 
     @cached_property
-    def cases(self) -> tuple[Case, ...]:
-        """The grid: every candidate that is declared and that the backend does not refuse by itself."""
-        found = []
+    def grid(self) -> tuple[Case, ...]:
+        """Every candidate that is declared and that the backend does not refuse by itself."""
         spec, options = self.registered.spec, self.options
-        for case in candidates(spec, self.devices, self._patterns, quick=self.quick, options=options):
+        found = self._admitted(candidates(spec, self.devices, self._patterns, quick=self.quick, options=options))
+        if not found:
+            refused = "; ".join(self.refusals) or "no dtype, head_dim and layout of the kit is declared"
+            raise ConfigError(f"backend {self.name!r} takes no case of the kit on {', '.join(self.devices)}: {refused}")
+        return found
+
+    @cached_property
+    def drawn(self) -> tuple[Case, ...]:
+        """Those that are drawn at random and that the backend takes."""
+        spec, count, seed = self.registered.spec, self._drawn, self._seed
+        cases = drawn_cases(spec, self.devices, self.registry, count=count, seed=seed, options=self.options)
+        return self._admitted(cases)
+
+    @cached_property
+    def cases(self) -> tuple[Case, ...]:
+        """The grid and what is drawn beside it."""
+        return self.grid + self.drawn
+
+    def _admitted(self, cases: Iterable[Case]) -> tuple[Case, ...]:
+        found = []
+        for case in cases:
             belongs, refusals = admitted(self.registered, case)
             if belongs:
                 found.append(case)
             for refusal in refusals:
                 self.refusals[str(refusal)] = self.refusals.get(str(refusal), 0) + 1
-        if not found:
-            refused = "; ".join(self.refusals) or "no dtype, head_dim and layout of the kit is declared"
-            raise ConfigError(f"backend {self.name!r} takes no case of the kit on {', '.join(self.devices)}: {refused}")
         return tuple(found)
 
     @cached_property
     def templates(self) -> tuple[Case, ...]:
-        """One sound case for each pattern."""
-        return tuple({case.pattern_name: case for case in reversed(self.cases)}.values())[::-1]
+        """One sound case for each pattern of the grid."""
+        return tuple({case.pattern_name: case for case in reversed(self.grid)}.values())[::-1]
 
     def trials(self) -> Iterator[Trial]:
         """Every check on every case that it is made on, case by case."""
         for check in CHECKS:
             if check.where == "backend":
                 yield Trial(self, check)
-        few, ones = self._few(), self._ones()
+        few, ones = {*self._few(), *self.drawn}, self._ones()
         for case in self.cases:
             wheres = ("every case", "every causal case") if case.is_causal else ("every case",)
             for check in CHECKS:
@@ -177,21 +198,21 @@ class Kit:
 
     def _few(self) -> set[Case]:
         """For each device, dtype (one, if quick), causality and one of a few patterns the first case."""
-        dtypes = {case.dtype for case in self.cases}
+        dtypes = {case.dtype for case in self.grid}
         if self.quick:
             dtypes = {*sorted(dtypes, key=USUAL_DTYPES.index)[:1]}
         first: dict[tuple[object, ...], Case] = {}
-        for case in self.cases:
+        for case in self.grid:
             if case.dtype not in dtypes:
                 continue
             if case.pattern_name in FEW or case.pattern_name in self._added:
                 first.setdefault((case.device, case.dtype, case.is_causal, case.pattern_name), case)
-        return set(first.values()) or set(self.cases[:1])
+        return set(first.values()) or set(self.grid[:1])
 
     def _ones(self) -> tuple[Case, ...]:
         """For each device one case: dilated, causal, in float32, as far as these are there."""
         chosen: dict[str, tuple[tuple[bool, ...], Case]] = {}
-        for case in self.cases:
+        for case in self.grid:
             rank = (case.pattern_name == "dilated", case.is_causal, case.dtype == "float32")
             if case.device not in chosen or rank > chosen[case.device][0]:
                 chosen[case.device] = (rank, case)

@@ -37,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="TOML",
         help="a further pattern: '{kind = \"local\", window_size = 8}'; repeatable",
     )
+    group.addoption("--conformance-drawn", type=int, default=0, metavar="N", help="further cases, drawn at random")
+    group.addoption("--conformance-seed", type=int, default=0, metavar="SEED", help="of what is drawn")
     group.addoption("--conformance-device", metavar="DEVICE", help="device to test on; by default all declared ones")
 
 
@@ -64,6 +66,8 @@ def _trials(config: pytest.Config, name: str) -> list[Trial]:
             patterns=[read_pattern(text, flag=_PATTERN) for text in config.getoption(_PATTERN)],
             options=named_values(config.getoption(_OPTION), flag=_OPTION),
             large=config.getoption("--conformance-large"),
+            drawn=config.getoption("--conformance-drawn"),
+            seed=config.getoption("--conformance-seed"),
         )
         return list(Kit(name, settings).trials())
     except ConfigError as error:

@@ -67,6 +67,7 @@ class Report:
         options: of the backend, with which it was tested.
         quick: on the smaller grid.
         cases: number of cases of the grid.
+        drawn: number of cases that were drawn beside it.
         rows: one a check.
         failures: every outcome that did not pass.
         refusals: reasons for which the backend itself refused cases that it declares, and how many each.
@@ -80,6 +81,7 @@ class Report:
     options: dict[str, Any]
     quick: bool
     cases: int
+    drawn: int
     rows: tuple[Row, ...]
     failures: tuple[Outcome, ...]
     refusals: dict[str, int]
@@ -95,7 +97,8 @@ class Report:
             devices=kit.devices,
             options=dict(kit.options),
             quick=kit.quick,
-            cases=len(kit.cases),
+            cases=len(kit.grid),
+            drawn=len(kit.drawn),
             rows=tuple(_row(check.name, check.title, outcomes) for check in CHECKS),
             failures=tuple(outcome for outcome in outcomes if not outcome.passed),
             refusals=dict(kit.refusals),
@@ -120,11 +123,13 @@ class Report:
             "options": self.options,
             "quick": self.quick,
             "cases": self.cases,
+            "drawn": self.drawn,
             "passed": self.passed,
             "seconds": self.seconds,
             "checks": [attrs.asdict(row) for row in self.rows],
             "failures": [
-                {"check": failure.check, "case": failure.case, "findings": [attrs.asdict(f) for f in failure.findings]}
+                {"check": failure.check, "case": failure.case, "pattern": failure.pattern}
+                | {"findings": [attrs.asdict(finding) for finding in failure.findings]}
                 for failure in self.failures
             ],
             "refusals": self.refusals,
@@ -165,7 +170,8 @@ def _text(report: Report) -> Iterator[str]:
     grid = "quick grid" if report.quick else "full grid"
     on = ", ".join(report.devices)
     on += "".join(f", {name}={value}" for name, value in report.options.items())
-    yield f"{report.backend} of {report.origin} on {on}: {counted(report.cases, 'case')} ({grid})"
+    drawn = f" and {report.drawn} drawn" if report.drawn else ""
+    yield f"{report.backend} of {report.origin} on {on}: {counted(report.cases, 'case')} ({grid}){drawn}"
     yield ""
     header = ("check", "status", "made", "worst error", "allowed", "correlation", "where")
     yield from columns([header, *(_cells(row) for row in report.rows)])
@@ -194,7 +200,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _failures(failures: Sequence[Outcome]) -> Iterator[str]:
     for failure in failures[:_SHOWN]:
-        yield from (f"    {line}" for line in str(failure).splitlines()[: _SHOWN + 1])
+        yield from (f"    {line}" for line in str(failure).splitlines()[: _SHOWN + 2])
     if len(failures) > _SHOWN:
         yield f"    and {len(failures) - _SHOWN} more (--json has them all)"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from ...core.checks import non_negative_int
 from ...core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class KitSettings:
         patterns: further patterns to test with, or mappings of them (`{"kind": ...}`), beside the kit's own.
         options: of the backend, as `backend_options` has them.
         large: also try tensors of more than 2**31 elements, which takes several GB.
+        drawn: so many cases more, whose pattern, lengths, heads and dtype are drawn at random; those that the backend
+            does not take fall away.
+        seed: of what is drawn. A seed and a number give the same case, however many are drawn.
     """
 
     registry: Registry | None = None
@@ -34,6 +38,8 @@ class KitSettings:
     patterns: Sequence[Pattern | Mapping[str, Any]] = ()
     options: Mapping[str, Any] | None = None
     large: bool = False
+    drawn: int = attrs.field(default=0, validator=non_negative_int)
+    seed: int = attrs.field(default=0, validator=non_negative_int)
 
 
 DEFAULTS: Final = KitSettings()

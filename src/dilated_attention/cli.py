@@ -286,6 +286,10 @@ def conformance(
     large: Annotated[
         bool, typer.Option("--large", help="Also tensors of more than 2**31 elements (several GB).")
     ] = False,
+    drawn: Annotated[
+        int, typer.Option(metavar="N", help="Further cases, whose pattern, lengths, heads and dtype are drawn.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: the same cases on every machine.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Hold a backend against all that it declares.
@@ -303,6 +307,8 @@ def conformance(
         patterns=[read_pattern(text, flag="--pattern") for text in pattern or ()],
         options=named_values(option or (), flag="--option"),
         large=large,
+        drawn=drawn,
+        seed=seed,
     )
     with progress_bar(f"conformance of {backend}") as advance:
         report = run(backend, settings, progress=advance)
