@@ -28,7 +28,7 @@ test: lint
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers auto
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
