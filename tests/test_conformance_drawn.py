@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from dilated_attention import ConfigError, Pattern
 from dilated_attention.registry.conformance import Kit, KitSettings, Outcome, Report
+from dilated_attention.registry.conformance.checks import LEARNED
 from dilated_attention.registry.conformance.drawn import LONGEST
 from dilated_attention.registry.conformance.grid import DTYPES, LONGER
 
@@ -102,9 +104,14 @@ def test_what_the_grid_does_not_see_is_found_and_told_with_its_pattern() -> None
 def test_what_is_drawn_for_ours_passes(number: int) -> None:
     kit = drawn(number + 1)
     (case,) = (case for case in kit.drawn if case.pattern_name == f"drawn {number} of seed 0")
-    names = {case.pattern_name}
-    found = [trial.run() for trial in kit.trials() if trial.case is not None and trial.case.pattern_name in names]
+    of_gate = attrs.evolve(case, pattern_name=LEARNED, batch=1)
+    found = [
+        trial.run()
+        for trial in kit.trials()
+        if trial.case is not None and (trial.case.pattern_name == case.pattern_name or str(trial.case) == str(of_gate))
+    ]
     assert len(found) > 20
+    assert "chosen-blocks" in {outcome.check for outcome in found}
     assert all(outcome.passed for outcome in found), "\n".join(map(str, found))
 
 
@@ -114,7 +121,7 @@ def test_what_is_drawn_for_ours_passes(number: int) -> None:
 def test_fifty_that_are_drawn_for_ours_pass(backend: str) -> None:
     kit = Kit(backend, KitSettings(device="cpu", quick=True, drawn=50, seed=1))
     for trial in kit.trials():
-        if trial.case is not None and trial.case.pattern_name.startswith("drawn"):
+        if trial.case is not None and trial.case.pattern_name.startswith(("drawn", LEARNED)):
             outcome = trial.run()
             assert outcome.passed, str(outcome)
 

@@ -190,7 +190,7 @@ def chosen_blocks(subject: Subject) -> Iterator[Finding]:
     query, key, _ = subject.inputs
     frozen = subject.attention.gate.freeze(query, key)
     fixed = Subject(attrs.evolve(subject.case, pattern=frozen), subject.attention, subject.capabilities)
-    yield from subject.compared(subject.results, fixed.expected)
+    yield from fixed.compared(subject.results, fixed.expected)
 
 
 def _gentle(query: Tensor) -> Tensor:
