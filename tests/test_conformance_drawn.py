@@ -15,9 +15,10 @@ from dilated_attention.registry.conformance.checks import LEARNED
 from dilated_attention.registry.conformance.drawn import LONGEST
 from dilated_attention.registry.conformance.grid import DTYPES, LONGER
 
-from . import wrong_backends
+from . import plain_backends, wrong_backends
 from .conftest import Invoke
 from .distributions import install_backend
+from .test_conformance import WRONG
 from .test_conformance_wrong import DENSE, registry_of
 
 
@@ -44,7 +45,7 @@ def test_a_seed_and_a_number_give_a_case() -> None:
     assert drawn(0).drawn == ()
 
 
-def test_all_that_is_declared_is_drawn_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_is_declared_is_drawn_and_nothing_else() -> None:
     cases = drawn(300).drawn
     assert set().union(*(kinds(case.pattern) for case in cases)) == {
         "full", "dilated", "local", "global", "strided", "random", "union", "sum", "head_shard",
@@ -54,18 +55,12 @@ def test_all_that_is_declared_is_drawn_and_nothing_else(tmp_path: Path, monkeypa
     lengths = {case.q_len for case in cases}
     assert min(lengths) == 1
     assert LONGER < max(lengths) <= LONGEST
-    capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [40], "layouts": ["branch"]}
-    install_backend(tmp_path, "narrow", backend="narrow", capabilities=capabilities, code=REFUSES_NOTHING)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from dilated_attention.registry.discovery import Registry
-
-    narrow = Kit("narrow", KitSettings(registry=Registry.discover({}), quick=True, drawn=100)).drawn
+    declared = {"device_types": ("cpu",), "dtypes": ("float32",), "head_dims": (40,), "layouts": ("branch",)}
+    registry = registry_of(plain_backends.Dense, declared)
+    narrow = Kit("dense", KitSettings(registry=registry, quick=True, drawn=100)).drawn
     assert 5 < len(narrow) < 100
     assert {(case.dtype, case.head_dim, case.is_causal) for case in narrow} == {("float32", 40, False)}
     assert set().union(*(kinds(case.pattern) for case in narrow)) <= {"full", "dilated", "strided", "sum", "head_shard"}
-
-
-REFUSES_NOTHING = "class Toy:\n    def refusals(self, request): return []\n    def pin(self, request): return 'toy'\n"
 
 
 def test_every_check_is_made_on_what_is_drawn() -> None:
@@ -133,7 +128,7 @@ def test_numbers_that_are_none_are_an_error(field: str, given: Any) -> None:
 
 
 def test_the_command_takes_them(tmp_path: Path, invoke_at: Invoke) -> None:
-    code = REFUSES_NOTHING + "    def build(self, request): raise RuntimeError('not today')\n"
+    code = WRONG + "    def build(self, request): raise RuntimeError('not today')\n"
     capabilities = {"device_types": ["cpu"], "dtypes": ["float32"], "head_dims": [24], "layouts": ["dense"]}
     install_backend(tmp_path, "sick", backend="sick", capabilities=capabilities, code=code)
     done = invoke_at(tmp_path, "conformance", "sick", "--quick", "--drawn", "40", "--seed", "2")

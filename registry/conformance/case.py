@@ -24,7 +24,7 @@ HALF_LENGTH: Final = 131
 # Over fewer keys, or where rows see fewer on average, dq and dk nearly vanish, and what is left is one rounding of
 # dout·v (eps / 2 of √head_dim, times the scale), which is 5 eps of the 0.1 an element that they are measured against.
 SHORT: Final = 15
-FEW: Final = 4
+FEW_KEYS: Final = 4
 ROUNDINGS: Final = 5.0
 
 
@@ -230,7 +230,7 @@ class Subject:
         if min(self.case.q_len, self.case.kv_len) < SHORT:
             return True
         seen = self.sees.sum(dim=-1)
-        return int(seen.sum()) < FEW * int((seen > 0).sum())
+        return int(seen.sum()) < FEW_KEYS * int((seen > 0).sum())
 
     @cached_property
     def bounds(self) -> dict[str, float]:

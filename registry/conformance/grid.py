@@ -119,8 +119,9 @@ def candidates(
 ) -> Iterator[Case]:
     """Every point of the grid, declared or not."""
     declared = spec.capabilities.get("head_dims", ())
-    head_dims = [d for d in QUICK_HEAD_DIMS if covers(declared, d)] if quick else declared_head_dims(spec)
-    head_dims = head_dims or declared_head_dims(spec)[:1]
+    head_dims = declared_head_dims(spec)
+    if quick:
+        head_dims = [d for d in QUICK_HEAD_DIMS if covers(declared, d)] or head_dims[:1]
     odd = [d for d in _odd_of(declared) if d not in head_dims]
     heads = [pair for pair in HEADS if pair[0] == pair[1] or covers(spec.capabilities.get("gqa", False), True)]
     backward = covers(spec.capabilities.get("backward", False), True)
